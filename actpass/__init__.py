@@ -1,0 +1,35 @@
+"""actpass: train a transformer in the memory you have, through the compiler, without touching the model.
+
+``torch.compile(model, backend="actcomp", options={...})`` decides in which form every tensor that the forward saves for the
+backward is stored. See `actpass.backend.actcomp` for the options.
+"""
+
+from actpass.api import explain, load_state_dict, register_with_accelerate, report, state_dict, step
+from actpass.errors import (
+    ActpassError,
+    ActpassWarning,
+    BudgetError,
+    OptionError,
+    ReportError,
+    StateError,
+)
+from actpass.report import Report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActpassError",
+    "ActpassWarning",
+    "BudgetError",
+    "OptionError",
+    "Report",
+    "ReportError",
+    "StateError",
+    "__version__",
+    "explain",
+    "load_state_dict",
+    "register_with_accelerate",
+    "report",
+    "state_dict",
+    "step",
+]

@@ -1,0 +1,91 @@
+"""Every private torch name that actpass uses, in one place.
+
+Checked on torch 2.11 (source) and 2.13 (run). A test forbids ``torch._*`` imports in any other file.
+What each name is for stands beside it, so that a torch upgrade is one file to read.
+"""
+
+# pyright: reportPrivateImportUsage=false, reportPrivateUsage=false
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch._dynamo as dynamo  # explain(): a fresh compile that leaves the user's own alone
+import torch._functorch.config as functorch_config  # `ban_recompute_materialized_backward`, `activation_memory_budget`
+import torch._inductor.config as inductor_config  # `custom_partitioner_fn`, the keyed way into the joint graph
+from torch._dynamo.source import ConstantSource  # a state input that Dynamo never saw needs a source
+from torch._functorch.compile_utils import fx_graph_cse  # q/k/v each carry an own cast of one tensor
+from torch._functorch.partitioners import (
+    get_default_op_list,  # which operators the min-cut may recompute, and which are views
+    min_cut_rematerialization_partition,  # the cut itself; used, never forked
+)
+from torch._guards import detect_fake_mode  # the fake mode in which the joint graph's values live
+from torch._inductor import list_mode_options  # mode="reduce-overhead" -> Inductor options
+from torch._inductor.codecache import cache_dir as inductor_cache_dir  # records live beside Inductor's own cache
+from torch._inductor.compile_fx import compile_fx  # Inductor
+from torch._inductor.custom_graph_pass import CustomPartitionerFn  # picklable, so the caches key on it
+from torch._inductor.decomposition import select_decomp_table  # codecs are traced with Inductor's own table
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+__all__ = [
+    "TESTED_TORCH",
+    "ConstantSource",
+    "CustomPartitionerFn",
+    "FakeTensor",
+    "FakeTensorMode",
+    "compile_fx",
+    "detect_fake_mode",
+    "dynamo",
+    "functorch_config",
+    "fx_graph_cse",
+    "get_default_op_list",
+    "inductor_cache_dir",
+    "inductor_config",
+    "list_mode_options",
+    "min_cut_rematerialization_partition",
+    "plain_input_index",
+    "select_decomp_table",
+    "size_hint",
+    "torch_is_tested",
+]
+
+TESTED_TORCH = ("2.11", "2.13")
+"""First and last torch minor version that the tests ran on."""
+
+
+def torch_is_tested(version: str = torch.__version__) -> bool:
+    """Whether ``version`` lies inside the tested range (minor versions compared, build tags ignored)."""
+
+    def minor(v: str) -> tuple[int, int]:
+        major, minor_, *_ = v.split("+")[0].split(".")
+        return int(major), int(minor_)
+
+    return minor(TESTED_TORCH[0]) <= minor(version) <= minor(TESTED_TORCH[1])
+
+
+def plain_input_index(desc: Any) -> int | None:
+    """The position in Dynamo's argument list that a joint-graph placeholder (or the gradient of it) stands for.
+
+    ``desc`` is ``node.meta["desc"]``: ``PlainAOTInput(idx)`` for a tensor that entered as it is,
+    ``GradAOTOutput(grad_of=PlainAOTInput(idx))`` for its gradient, ``SubclassGetAttrAOTInput(base=...)`` for
+    a piece of a tensor subclass (DTensor). ``None`` where it is none of them.
+    """
+    for attribute in ("grad_of", "base"):
+        while hasattr(desc, attribute):
+            desc = getattr(desc, attribute)
+    idx = getattr(desc, "idx", None)
+    return idx if type(desc).__name__ == "PlainAOTInput" else None
+
+
+def size_hint(value: int | torch.SymInt) -> int:
+    """A symbolic size at the shape that was traced."""
+    if isinstance(value, int):
+        return value
+    hint = value.node.hint
+    return int(hint) if hint is not None else 1
+
+
+def records_dir() -> str:
+    """Where compile records are kept: inside Inductor's cache directory, so that clearing one clears both."""
+    return os.path.join(inductor_cache_dir(), "actpass")

@@ -1,0 +1,84 @@
+"""The functions that a user calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from actpass.errors import ReportError
+from actpass.report import Report
+from actpass.runtime.clock import CLOCK
+from actpass.runtime.regions import regions_of
+
+
+def report(model: torch.nn.Module) -> Report:
+    """What the compiled regions of ``model`` save for backward, in which form, and why.
+
+    Call it after the first training step: regions are compiled when they first run. Before that, or for a model that was
+    not compiled with ``backend="actcomp"``, the report says ``inactive`` and why.
+    """
+    found = regions_of(_module(model, "report"))
+    why = None if found else "no training step of this model has run through backend='actcomp' in this process yet"
+    return Report(tuple(r.record for r in found), why)
+
+
+def explain(model: torch.nn.Module, *inputs: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
+    """What `report` would say, without compiling and without training: traces ``model(*inputs, **kwargs)``, runs the pass and
+    throws the graphs away. Works on the meta device, for models that do not fit this machine.
+
+    The model runs forward once in eager mode between its regions (so on a real device it takes the memory of that). The
+    report's ``saved_bytes_eager`` is known here. Raises `OptionError` / `BudgetError` on bad options.
+    """
+    from actpass.explain import explain_model
+
+    return explain_model(_module(model, "explain"), inputs, kwargs, options).report
+
+
+def step() -> None:
+    """Advance the clock by one optimizer step. Only for training loops without a torch optimizer: a torch optimizer's
+    ``step()`` does it by itself."""
+    CLOCK.advance()
+
+
+def state_dict(model: torch.nn.Module) -> dict[str, Any]:
+    """What a resumed run needs to draw the same bases as the run that was not stopped: plain ints and tensors, loads with
+    ``torch.load(weights_only=True)``."""
+    _module(model, "state_dict")
+    return CLOCK.state_dict()
+
+
+def load_state_dict(model: torch.nn.Module, state: Mapping[str, Any]) -> None:
+    """Restore what `state_dict` returned. The base seed and `refresh_interval` are options and must be given as before.
+
+    Raises `StateError` if ``state`` is not such a dict; nothing is changed then.
+    """
+    _module(model, "load_state_dict")
+    CLOCK.load_state_dict(dict(state))
+
+
+def register_with_accelerate() -> None:
+    """Let HF ``TrainingArguments(torch_compile=True, torch_compile_backend="actcomp")`` through.
+
+    accelerate accepts only the members of its ``DynamoBackend`` enumeration; this adds one. Without it use
+    ``model.compile(backend="actcomp", options={...})`` before the Trainer, which also takes options. Raises `ImportError` if
+    accelerate is not installed.
+    """
+    from accelerate.utils.dataclasses import DynamoBackend  # pyright: ignore[reportMissingImports]
+
+    if "ACTCOMP" not in DynamoBackend.__members__:
+        member = str.__new__(DynamoBackend, "ACTCOMP")
+        member._name_, member._value_ = "ACTCOMP", "ACTCOMP"
+        DynamoBackend._member_map_["ACTCOMP"] = member
+        DynamoBackend._value2member_map_["ACTCOMP"] = member
+        DynamoBackend._member_names_.append("ACTCOMP")
+
+
+def _module(model: Any, what: str) -> torch.nn.Module:
+    if not isinstance(model, torch.nn.Module):
+        raise ReportError(
+            f"actpass.{what} takes the torch.nn.Module that was compiled (or what torch.compile returned for it), not "
+            f"{type(model).__name__}."
+        )
+    return model

@@ -1,0 +1,195 @@
+"""`torch.compile(model, backend="actcomp")`: from Dynamo's graph to a compiled callable.
+
+Dynamo's own graph is never touched (Dynamo reads its placeholders again). The step's seed is a placeholder appended to a
+clone, and a thin wrapper appends its value at each call; the pass enters through ``custom_partitioner_fn``, which
+Inductor's and AOTAutograd's caches key on.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from actpass._torch import (
+    TESTED_TORCH,
+    ConstantSource,
+    CustomPartitionerFn,
+    compile_fx,
+    detect_fake_mode,
+    list_mode_options,
+    torch_is_tested,
+)
+from actpass.codecs.generator import step_seed
+from actpass.compiler import Compiled, compile_joint
+from actpass.config import Config, parse
+from actpass.errors import ActpassWarning
+from actpass.graph import GraphInputs
+from actpass.runtime import clock, records, regions
+
+InnerCompile = Callable[..., Any]
+_current: ContextVar[list[Compiled]] = ContextVar("actpass_current_compile")
+
+
+def actcomp(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    **_: Any,
+) -> Callable[..., Any]:
+    """The backend behind ``torch.compile(model, backend="actcomp", options={...})``.
+
+    Options (all optional):
+
+    - ``method``: ``"exact"`` (default: only what can be rebuilt for free is dropped), or a projection of the weight
+      gradients' inputs: ``"gaussian"``, ``"rademacher"``, ``"sparse"``, ``"haar"``, ``"srht"``.
+    - ``rank``: an int (directions), or a float in (0, 1] (a fraction of the width; default 0.25).
+    - ``scale``: ``"unbiased"`` (default) or ``"none"`` (orthonormal scaling, for an optimizer inside a fixed subspace).
+    - ``refresh_interval``: optimizer steps for which a basis stays (default 1).
+    - ``seed``: base seed of all bases (default 0).
+    - ``memory_budget``: float in [0, 1], the fraction of the bytes that Inductor's default would save for backward.
+    - ``overrides``: ``{"lm_head": "keep", "layers.*.mlp": {"method": "srht", "rank": 64}}``, by module path.
+    - ``profitable_only``: True (default) leaves a tensor exact where projecting it costs FLOPs and frees no bytes.
+    - ``mode``, ``inductor``: a torch.compile mode, and a dict of Inductor's own options.
+
+    Raises `OptionError` / `BudgetError` (inside Dynamo's ``BackendCompilerFailed``) on bad options.
+    """
+    config = parse(options, mode)
+    if not torch_is_tested():
+        warnings.warn(
+            f"actpass was tested on torch {TESTED_TORCH[0]} to {TESTED_TORCH[1]}; this is {torch.__version__}",
+            ActpassWarning,
+            stacklevel=2,
+        )
+    if not torch.is_grad_enabled():
+        return compile_fx(gm, example_inputs, config_patches=_inductor_options(config))
+    return compile_region(gm, example_inputs, config)
+
+
+def compile_region(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
+    """Compile one training graph and register its region."""
+    plain = GraphInputs.of(gm, example_inputs)
+    key = records.region_key(gm, example_inputs, plain, config)
+    nonce, record = records.load(key)
+    device = _device(example_inputs)
+    compiled, fn = run_passes(gm, example_inputs, config, plain, device, nonce, compile_fx)
+    if compiled is not None:
+        record = compiled.record
+        records.store(key, nonce, record)
+    if record is None:
+        return fn  # no backward: nothing to save, nothing to report
+    region = regions.Region(record, tuple(i for i, path in enumerate(plain.paths) if path is not None))
+    regions.register(region)
+    return _with_seed(fn, region, config, device) if config.needs_seed else _plain(fn, region)
+
+
+def run_passes(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    config: Config,
+    inputs: GraphInputs,
+    device: torch.device,
+    nonce: str,
+    compiler: Callable[..., Any],
+    **compiler_options: Any,
+) -> tuple[Compiled | None, Callable[..., Any]]:
+    """Give ``gm`` to ``compiler`` (`compile_fx`) with the pass in place of the partitioner. Returns what the pass did (None on
+    a cache hit, or if there is no backward), and the compiled callable."""
+    if config.needs_seed:
+        gm, inputs = _append_seed(gm, example_inputs, device), GraphInputs(inputs.paths, len(inputs.paths))
+        example_inputs = [*example_inputs, gm.graph.find_nodes(op="placeholder")[-1].meta["example_value"]]
+    partitioner = Partitioner(config, inputs, nonce)
+    compiled: list[Compiled] = []
+    token = _current.set(compiled)
+    try:
+        fn = compiler(
+            gm,
+            example_inputs,
+            config_patches={**_inductor_options(config), "custom_partitioner_fn": partitioner},
+            **compiler_options,
+        )
+    finally:
+        _current.reset(token)
+    return (compiled[0] if compiled else None), fn
+
+
+@dataclass(frozen=True)
+class Partitioner(CustomPartitionerFn):
+    """The pass, as Inductor's caches see it: everything its result depends on is in its fields."""
+
+    config: Config
+    inputs: GraphInputs
+    nonce: str
+    source: str = field(default_factory=records.source_hash)
+
+    def __call__(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        compiled = compile_joint(gm, joint_inputs, self.config, self.inputs, kwargs)
+        _current.get().append(compiled)
+        return compiled.forward, compiled.backward
+
+    def uuid(self) -> Any:
+        return (self.source, self.nonce, repr(self.config), repr(self.inputs))
+
+
+def _inductor_options(config: Config) -> dict[str, Any]:
+    return {**(list_mode_options(config.mode) if config.mode else {}), **dict(config.inductor)}
+
+
+def _device(example_inputs: Sequence[Any]) -> torch.device:
+    """The device of the region: that of its first tensor off the CPU, else the CPU."""
+    devices = [e.device for e in example_inputs if isinstance(e, torch.Tensor)]
+    return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+
+
+def _append_seed(gm: fx.GraphModule, example_inputs: Sequence[Any], device: torch.device) -> fx.GraphModule:
+    """A clone of Dynamo's graph with the step's seed as its last input."""
+    graph = fx.Graph(tracer_cls=getattr(gm.graph, "_tracer_cls", None))
+    mapping: dict[fx.Node, fx.Node] = {}
+    returned = graph.graph_copy(gm.graph, mapping, return_output_node=True)
+    assert isinstance(returned, tuple)
+    output = graph.output(returned[0])
+    output.meta = dict(returned[1].meta)
+    for old, new in mapping.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # pyright: ignore[reportAttributeAccessIssue]
+    last = graph.find_nodes(op="placeholder")[-1] if graph.find_nodes(op="placeholder") else None
+    with graph.inserting_after(last) if last is not None else graph.inserting_before():
+        seed = graph.placeholder("actpass_seed")
+    mode = detect_fake_mode([n.meta.get("example_value") for n in gm.graph.nodes] + list(example_inputs))
+    real = clock.seed_tensor(0, device)
+    seed.meta["example_value"] = mode.from_tensor(real, static_shapes=True) if mode is not None else real
+    seed._dynamo_source = ConstantSource("actpass_seed")  # pyright: ignore[reportAttributeAccessIssue]
+    clone = fx.GraphModule(gm, graph)
+    clone.meta = copy.copy(gm.meta)
+    return clone
+
+
+def _with_seed(
+    fn: Callable[..., Any], region: regions.Region, config: Config, device: torch.device
+) -> Callable[..., Any]:
+    clock.start()
+
+    def run(*args: Any) -> Any:
+        region.note(args)
+        draw = clock.CLOCK.read() // config.refresh_interval
+        return fn(*args, clock.seed_tensor(step_seed(config.seed, draw), device))
+
+    return run
+
+
+def _plain(fn: Callable[..., Any], region: regions.Region) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        region.note(args)
+        return fn(*args)
+
+    return run

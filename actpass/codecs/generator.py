@@ -1,0 +1,75 @@
+"""Counter-based random bits in plain integer tensor ops.
+
+The n-th number of a stream is a function of (key, stream, n) and of nothing else. Every operation is an integer add, xor,
+shift or multiply on int64 tensors that hold 32-bit values; multipliers are below 2^31, so that no product leaves int64
+and there is no overflow for a compiler to reinterpret. Eager, Inductor's C++ and Triton, CPU and CUDA, any process and
+any rank give the same bits.
+
+The mixer is the xorshift-multiply finaliser of MurmurHash3 (A. Appleby, 2011) in the form of C. Wellons' "hash-prospector"
+search (2018), with multipliers of our choosing that keep below 2^31. One keyed round is not enough (neighbouring rows
+correlate); two are, see ``tests/test_generator.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_MASK32 = 0xFFFFFFFF
+_M1 = 0x7FEB352D
+_M2 = 0x45D9F3B5
+_MASK64 = 0xFFFFFFFFFFFFFFFF
+
+
+def step_seed(base_seed: int, draw: int) -> int:
+    """The 63-bit seed of the ``draw``-th basis under ``base_seed``: splitmix64 (Steele, Lea, Flood, 2014) on the host."""
+    z = (base_seed * 0x9E3779B97F4A7C15 + draw * 0xD1342543DE82EF95 + 0x9E3779B97F4A7C15) & _MASK64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return (z ^ (z >> 31)) >> 1
+
+
+def mix32(x: torch.Tensor) -> torch.Tensor:
+    """A bijection on 32-bit values held in int64."""
+    x = x ^ (x >> 16)
+    x = (x * _M1) & _MASK32
+    x = x ^ (x >> 15)
+    x = (x * _M2) & _MASK32
+    return x ^ (x >> 16)
+
+
+def bits32(key: torch.Tensor, stream: int, count: int) -> torch.Tensor:
+    """``count`` uniform 32-bit numbers, int64 of shape (count,).
+
+    key: 0-d int64, the step's seed. stream: which of the key's independent sequences, any int in [0, 2^32).
+    """
+    counter = torch.arange(count, dtype=torch.int64, device=key.device)
+    low = mix32((key & _MASK32) ^ stream)
+    high = mix32(((key >> 32) & _MASK32) ^ low)
+    return mix32(mix32((counter + low) & _MASK32) ^ high)
+
+
+def signs(key: torch.Tensor, stream: int, count: int) -> torch.Tensor:
+    """``count`` fair signs, float32 -1 or +1."""
+    return ((bits32(key, stream, count) >> 31) * 2 - 1).to(torch.float32)
+
+
+def normals(key: torch.Tensor, stream: int, count: int) -> torch.Tensor:
+    """``count`` numbers close to N(0, 1), float32, bit-identical everywhere.
+
+    Irwin-Hall: the sum of twelve 16-bit uniforms (two from each of six hashes), centred and scaled to variance 1. All sums
+    are exact integers; Box-Muller is not used because log and cos differ in the last bit between back ends. Excess
+    kurtosis -0.1, range +-6.
+    """
+    total = torch.zeros((), dtype=torch.int64, device=key.device)
+    for i in range(6):
+        h = bits32(key, stream + i, count)
+        total = total + (h & 0xFFFF) + (h >> 16)
+    mean = 12 * 0xFFFF // 2
+    std = (2.0**32 - 1.0) ** 0.5  # twelve 16-bit uniforms, each of variance (2^32 - 1) / 12
+    return (total - mean).to(torch.float32) * (1.0 / std)
+
+
+def permutation(key: torch.Tensor, stream: int, count: int) -> torch.Tensor:
+    """A random permutation of range(count), int64: the order of random keys, made unique by the index (count < 2^21)."""
+    index = torch.arange(count, dtype=torch.int64, device=key.device)
+    return torch.sort((bits32(key, stream, count) << 21) | index).values & ((1 << 21) - 1)

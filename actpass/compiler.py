@@ -1,0 +1,172 @@
+"""The pipeline from a joint graph to a partitioned pair of graphs and a record of what was done.
+
+This is the only file that knows all rooms::
+
+    read      joint graph -> contractions, cuts               graph/, partition
+    choose    candidates + options -> Plan                    plan/
+    rewrite   Plan -> joint graph                             rewrite
+    cut       upstream min-cut                                partition
+    verify    what must not have changed has not              verify
+    describe  cuts + plan -> Record                           report/
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from actpass import verify
+from actpass._torch import fx_graph_cse
+from actpass.config import Config, Treatment
+from actpass.errors import ActpassError, ActpassWarning, BudgetError, GraphUnsupported
+from actpass.graph import Contraction, Finding, GraphInputs, Joint, classify_uses, find_contractions
+from actpass.graph.joint import storage_root, tensor_bytes, value
+from actpass.partition import Cut, Setting, copy_joint, cut
+from actpass.plan import Candidate, Plan, choose
+from actpass.report.record import Record, describe, describe_fallback
+from actpass.rewrite import Rewritten, rewrite
+
+BUDGETS = (0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
+"""Upstream `activation_memory_budget` values that are tried in turn once free recomputation is not enough."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The graphs to hand to Inductor, what was done, and every stage's graph by name."""
+
+    forward: fx.GraphModule
+    backward: fx.GraphModule
+    record: Record
+    stages: dict[str, fx.GraphModule]
+
+
+def compile_joint(
+    gm: fx.GraphModule,
+    joint_inputs: Sequence[object],
+    config: Config,
+    inputs: GraphInputs,
+    partition_kwargs: Mapping[str, Any],
+) -> Compiled:
+    """Partition ``gm`` as ``config`` asks. A graph that can't be read falls back to the stock cut, with a warning and the
+    reason in the record; a mistake in the options raises."""
+    joint = _prepare(gm, inputs, partition_kwargs)
+    default = cut(joint, joint_inputs, partition_kwargs, Setting(rebuild=False))
+    try:
+        return _compile(joint, joint_inputs, config, partition_kwargs, default)
+    except ActpassError as error:
+        if not isinstance(error, GraphUnsupported):
+            raise
+        reason = f"{error}"
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+    warnings.warn(f"actpass left a region to Inductor alone, because {reason}", ActpassWarning, stacklevel=2)
+    return Compiled(default.forward, default.backward, describe_fallback(joint, default, config, reason), {"joint": joint.gm})
+
+
+def _prepare(gm: fx.GraphModule, inputs: GraphInputs, partition_kwargs: Mapping[str, Any]) -> Joint:
+    """A private copy of the joint graph without dead code and without duplicates (under autocast q, k and v each carry a
+    cast of one tensor)."""
+    copy = copy_joint(gm)
+    copy.graph.eliminate_dead_code()
+    copy.graph = fx_graph_cse(copy.graph)
+    static = frozenset(partition_kwargs.get("static_lifetime_input_indices") or ())
+    return Joint(copy, inputs, partition_kwargs["num_fwd_outputs"], static)
+
+
+def _compile(
+    joint: Joint, joint_inputs: Sequence[object], config: Config, kwargs: Mapping[str, Any], default: Cut
+) -> Compiled:
+    finding = find_contractions(joint)
+    setting, exact = _exact_cut(joint, joint_inputs, config, kwargs, default)
+    roots = {c.x: storage_root(n).name for c in finding.contractions for n in joint.gm.graph.nodes if n.name == c.x}
+    plan = choose(_candidates(joint, finding, exact, config), _wish(config), profitable_only=config.profitable_only)
+    if not plan.projections:
+        return Compiled(
+            exact.forward,
+            exact.backward,
+            describe(joint, finding, plan, default, exact, exact, Rewritten(), config),
+            {"joint": joint.gm, "forward": exact.forward, "backward": exact.backward},
+        )
+    changed = Joint(copy_joint(joint.gm), joint.inputs, joint.num_fwd_outputs, joint.static)
+    done = rewrite(changed, finding.contractions, plan)
+    verify.only_planned_gradients_changed(changed, plan, done)
+    final = cut(changed, joint_inputs, kwargs, setting)
+    verify.crosses_as_planned(final, exact, plan, done, roots)
+    return Compiled(
+        final.forward,
+        final.backward,
+        describe(joint, finding, plan, default, exact, final, done, config),
+        {"joint": joint.gm, "rewritten": changed.gm, "forward": final.forward, "backward": final.backward},
+    )
+
+
+def _exact_cut(
+    joint: Joint, joint_inputs: Sequence[object], config: Config, kwargs: Mapping[str, Any], default: Cut
+) -> tuple[Setting, Cut]:
+    """The cut with everything exact: free recomputation, and if the budget asks for less, upstream's knapsack below it."""
+    budget = config.memory_budget
+    if budget == 1.0:
+        return Setting(rebuild=False), default
+    setting = Setting(rebuild=True)
+    free = cut(joint, joint_inputs, kwargs, setting)
+    if free.saved_bytes > default.saved_bytes:
+        setting, free = Setting(rebuild=False), default
+    if budget is None or free.saved_bytes <= budget * default.saved_bytes:
+        return setting, free
+    tried = [free.saved_bytes]
+    for level in BUDGETS:
+        setting = Setting(rebuild=True, activation_memory_budget=level)
+        less = cut(joint, joint_inputs, kwargs, setting)
+        if less.saved_bytes <= budget * default.saved_bytes:
+            return setting, less
+        tried.append(less.saved_bytes)
+    raise BudgetError(
+        f"memory_budget={budget} asks to save {budget * default.saved_bytes:.0f} of the {default.saved_bytes} bytes that "
+        f"Inductor's default saves for backward. The least that exact recomputation reaches here is {min(tried)} bytes: use "
+        f"memory_budget={min(tried) / max(default.saved_bytes, 1) + 0.005:.2f} or more."
+    )
+
+
+def _wish(config: Config):
+    def wish(parameters: tuple[str, ...]) -> Treatment:
+        return config.treatment_of(parameters)[0]
+
+    return wish
+
+
+def _candidates(joint: Joint, finding: Finding, exact: Cut, config: Config) -> list[Candidate]:
+    """Group the contractions by the tensor they read and the treatment they get, in graph order."""
+    nodes = {n.name: n for n in joint.gm.graph.nodes}
+    groups: dict[Any, list[Contraction]] = {}
+    for c in finding.contractions:
+        groups.setdefault((c.x, config.treatment_of(c.parameters)[0]), []).append(c)
+    treatments = {x: sum(k[0] == x for k in groups) for x, _ in groups}
+    names = [c.node for c in finding.contractions]
+    return [
+        Candidate(
+            name=x,
+            parameters=tuple(p for c in members for p in c.parameters),
+            groups=members[0].groups,
+            tokens=members[0].tokens,
+            width=members[0].width,
+            outs=tuple(c.out for c in members),
+            x_bytes=tensor_bytes(storage_root(nodes[x])),
+            element_size=value(nodes[x]).element_size(),
+            frees=treatments[x] == 1 and _only_contracted(exact, storage_root(nodes[x]).name, names),
+        )
+        for (x, _), members in groups.items()
+    ]
+
+
+def _only_contracted(exact: Cut, root: str, contractions: list[str]) -> bool:
+    """Whether the exact cut saves the storage of ``root`` for weight gradients and nothing else."""
+    crossing = [s for s in exact.saved if s.root == root]
+    if not crossing or any(s.user_visible for s in crossing):
+        return False
+    placeholders = {n.name: n for n in exact.backward.graph.find_nodes(op="placeholder")}
+    uses = [use for s in crossing for use in classify_uses(placeholders[s.name], contractions)[0]]
+    return bool(uses) and all(use.kind == "contraction" for use in uses)

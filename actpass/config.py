@@ -1,0 +1,205 @@
+"""`options=` of ``torch.compile(model, backend="actcomp", options=...)`` -> a frozen `Config`."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from actpass.codecs import PROJECTIONS
+from actpass.errors import BudgetError, OptionError
+
+Rank = int | float
+Scale = Literal["unbiased", "none"]
+METHODS = ("exact", *PROJECTIONS)
+KEEP = "keep"
+
+
+@dataclass(frozen=True, slots=True)
+class Treatment:
+    """What is wanted for one contraction site: a projection method and its parameters, or ``exact``.
+
+    method: one of `METHODS`. rank: an int R in [1, N], or a float in (0, 1], a fraction of the width N (at least 1
+    direction). scale: ``unbiased`` (E[P P^T] = I) or ``none`` (E[P^T P] = I, for an optimizer that runs in the subspace).
+    """
+
+    method: str = "exact"
+    rank: Rank = 0.25
+    scale: Scale = "unbiased"
+
+    def rank_of(self, width: int) -> int:
+        """The rank in directions for a feature axis of ``width``; `OptionError` if an integer rank exceeds it."""
+        if isinstance(self.rank, float):
+            return max(1, round(self.rank * width))
+        if self.rank > width:
+            raise OptionError(
+                f"rank={self.rank} is larger than the width {width} of a compressed tensor. Allowed: an int in [1, N], or "
+                f"a float in (0, 1] (a fraction of N). Use rank={min(1.0, self.rank / width):.2g} or an override for "
+                f"the layer."
+            )
+        return self.rank
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Everything the user can set, checked. Hashable, picklable and comparable: it is part of the compile cache's key."""
+
+    treatment: Treatment = Treatment()
+    overrides: tuple[tuple[str, Treatment], ...] = ()
+    memory_budget: float | None = None
+    refresh_interval: int = 1
+    seed: int = 0
+    profitable_only: bool = True
+    mode: str | None = None
+    inductor: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def needs_seed(self) -> bool:
+        """Whether any site may draw a basis, and so whether the region takes the step's seed as an input."""
+        return any(t.method != "exact" for t in (self.treatment, *(t for _, t in self.overrides)))
+
+    def treatment_of(self, paths: tuple[str, ...]) -> tuple[Treatment, str | None]:
+        """The treatment for a parameter known under ``paths``, and the override pattern that decided, if any.
+
+        The last matching pattern wins, as later rules refine earlier ones.
+        """
+        for pattern, treatment in reversed(self.overrides):
+            if any(matches(pattern, path) for path in paths):
+                return treatment, pattern
+        return self.treatment, None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a module-path pattern names ``path``, a module above it, or the tail of either.
+
+    ``layers.*.mlp`` matches ``model.layers.3.mlp.gate_proj``; ``lm_head`` matches ``model.lm_head``.
+    """
+    return any(fnmatch.fnmatchcase(path, p) for p in (pattern, f"{pattern}.*", f"*.{pattern}", f"*.{pattern}.*"))
+
+
+def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> Config:
+    """Check ``options`` and turn them into a `Config`. Raises `OptionError` or `BudgetError`."""
+    given = dict(options or {})
+    _known("option", given, (*_PARSERS, "method", "rank", "scale"))
+    treatment = _treatment({k: given.pop(k) for k in ("method", "rank", "scale") if k in given}, Treatment(), "")
+    config = Config(treatment=treatment, mode=mode)
+    for name, value in given.items():
+        if name == "overrides":
+            config = replace(config, overrides=_overrides(value, treatment))
+        else:
+            config = replace(config, **{name: _PARSERS[name](name, value)})
+    return config
+
+
+def _known(what: str, given: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
+    for name in given:
+        if name not in allowed:
+            near = difflib.get_close_matches(str(name), allowed, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise OptionError(f"unknown {what} {name!r}.{hint} Known: {', '.join(sorted(allowed))}.")
+
+
+def _treatment(given: Mapping[str, Any], base: Treatment, where: str) -> Treatment:
+    _known(f"option{where}", given, ("method", "rank", "scale"))
+    method = given.get("method", base.method)
+    if method not in METHODS:
+        near = difflib.get_close_matches(str(method), METHODS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise OptionError(f"unknown method {method!r}{where}.{hint} Known: {', '.join(METHODS)}.")
+    scale = given.get("scale", base.scale)
+    if scale not in ("unbiased", "none"):
+        raise OptionError(f"scale={scale!r}{where} is not known. Allowed: 'unbiased', 'none'.")
+    return Treatment(method, _rank(given.get("rank", base.rank), where), scale)
+
+
+def _rank(rank: Any, where: str) -> Rank:
+    allowed = "Allowed: an int >= 1 (directions), or a float in (0, 1] (a fraction of the width N), e.g. rank=0.25."
+    if isinstance(rank, bool) or not isinstance(rank, int | float):
+        raise OptionError(f"rank={rank!r}{where} is not a number. {allowed}")
+    if isinstance(rank, int) and rank < 1:
+        raise OptionError(f"rank={rank}{where} is not positive. {allowed}")
+    if isinstance(rank, float) and not 0.0 < rank <= 1.0:
+        raise OptionError(f"rank={rank}{where} is outside (0, 1]. {allowed}")
+    return rank
+
+
+def _overrides(value: Any, base: Treatment) -> tuple[tuple[str, Treatment], ...]:
+    if not isinstance(value, Mapping):
+        raise OptionError(
+            f"overrides={value!r} is not a mapping. Allowed: "
+            "{'module.path.pattern': 'keep' | method | {'method': ..., 'rank': ...}}."
+        )
+    return tuple((str(pattern), _override(pattern, v, base)) for pattern, v in value.items())
+
+
+def _override(pattern: Any, value: Any, base: Treatment) -> Treatment:
+    where = f" in overrides[{pattern!r}]"
+    if value == KEEP:
+        return replace(base, method="exact")
+    if isinstance(value, str):
+        return _treatment({"method": value}, base, where)
+    if isinstance(value, Mapping):
+        return _treatment(value, base, where)
+    raise OptionError(f"{value!r}{where} is not usable. Allowed: 'keep', a method name, or a dict with method and rank.")
+
+
+def _integer(minimum: int, maximum: int):
+    def check(name: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+            raise OptionError(f"{name}={value!r} is not usable. Allowed: an int in [{minimum}, {maximum}].")
+        return value
+
+    return check
+
+
+def _boolean(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise OptionError(f"{name}={value!r} is not usable. Allowed: True or False.")
+    return value
+
+
+def _mode(name: str, value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise OptionError(f"{name}={value!r} is not usable. Allowed: a torch.compile mode, e.g. 'max-autotune'.")
+    return value
+
+
+def _inductor(name: str, value: Any) -> tuple[tuple[str, Any], ...]:
+    if not isinstance(value, Mapping):
+        raise OptionError(f"{name}={value!r} is not a mapping. Allowed: Inductor's own options, e.g. {{'cpp_wrapper': True}}.")
+    return tuple(sorted(value.items()))
+
+
+_BYTES = re.compile(r"^\s*\d+(\.\d+)?\s*([kmgt]i?)?b\s*$", re.IGNORECASE)
+
+
+def _memory_budget(name: str, value: Any) -> float:
+    allowed = (
+        "Allowed in this version: a float in [0, 1], the fraction of the bytes that Inductor's default would save for "
+        "backward (1.0: Inductor's own cut)."
+    )
+    if isinstance(value, str) and _BYTES.match(value) or isinstance(value, int) and not isinstance(value, bool) and value > 1:
+        raise BudgetError(f"{name}={value!r}: a budget in bytes of peak is not supported yet. {allowed}")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BudgetError(f"{name}={value!r} is not a number. {allowed}")
+    if math.isnan(value) or not 0.0 <= value <= 1.0:
+        raise BudgetError(f"{name}={value!r} is outside [0, 1]. {allowed}")
+    return float(value)
+
+
+_PARSERS = {
+    "overrides": None,
+    "memory_budget": _memory_budget,
+    "refresh_interval": _integer(1, 2**31),
+    "seed": _integer(0, 2**63 - 1),
+    "profitable_only": _boolean,
+    "mode": _mode,
+    "inductor": _inductor,
+}

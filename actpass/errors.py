@@ -1,0 +1,32 @@
+"""The exceptions of actpass. Every message says what failed, the value, what is allowed, and what to do."""
+
+from __future__ import annotations
+
+
+class ActpassError(Exception):
+    """Base of every error that actpass raises."""
+
+
+class OptionError(ActpassError, ValueError):
+    """A value in ``options=`` is not usable."""
+
+
+class BudgetError(ActpassError, ValueError):
+    """A memory budget is malformed or can't be met."""
+
+
+class StateError(ActpassError, ValueError):
+    """A state dict does not fit."""
+
+
+class ReportError(ActpassError, LookupError):
+    """There is no compiled region to report on."""
+
+
+class GraphUnsupported(ActpassError):
+    """The pass can't read or rewrite this graph. Caught by the pipeline: the region falls back to Inductor's own cut
+    and the report carries the message. Users never see it raised."""
+
+
+class ActpassWarning(UserWarning):
+    """A region fell back, or the torch version is untested."""

@@ -1,0 +1,22 @@
+"""Joint graph -> facts: which matmuls are weight gradients, which tensors are saved, and what the backward does with each.
+
+Knows no policy and no method.
+"""
+
+from actpass.graph.contractions import Contraction, Finding, find_contractions
+from actpass.graph.cost import count_matmuls
+from actpass.graph.inputs import GraphInputs
+from actpass.graph.joint import Joint
+from actpass.graph.uses import Use, UseKind, classify_uses
+
+__all__ = [
+    "Contraction",
+    "Finding",
+    "GraphInputs",
+    "Joint",
+    "Use",
+    "UseKind",
+    "classify_uses",
+    "count_matmuls",
+    "find_contractions",
+]

@@ -1,0 +1,54 @@
+"""FLOPs and re-run counts of a partitioned graph."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import fx
+
+from actpass._torch import size_hint
+from actpass.graph.contractions import MATMULS
+from actpass.graph.joint import value
+
+_ATTENTION_WORDS = ("attention", "flex_attention")
+
+
+@dataclass(frozen=True, slots=True)
+class MatmulCount:
+    """flops: of the backward's matmuls, fused attention not counted. extra_matmuls, extra_attention: how many the backward
+    runs again that the forward ran already."""
+
+    flops: int
+    extra_matmuls: int
+    extra_attention: int
+
+
+def count_matmuls(forward: fx.Graph, backward: fx.Graph) -> MatmulCount:
+    """Count the matmuls of a partitioned pair of graphs."""
+    in_forward = {n.name for n in forward.nodes if n.op == "call_function"}
+    calls = [n for n in backward.nodes if n.op == "call_function"]
+    again = [n for n in calls if n.name in in_forward]
+    return MatmulCount(
+        flops=sum(matmul_flops(n) for n in calls),
+        extra_matmuls=sum(is_matmul(n) for n in again),
+        extra_attention=sum(_is_attention(n) for n in again),
+    )
+
+
+def is_matmul(node: fx.Node) -> bool:
+    return node.target in MATMULS
+
+
+def _is_attention(node: fx.Node) -> bool:
+    return any(word in str(node.target) for word in _ATTENTION_WORDS)
+
+
+def matmul_flops(node: fx.Node) -> int:
+    """2 x the multiply-adds of a matmul node; 0 for any other. A grouped matmul touches each token once."""
+    if node.target not in MATMULS:
+        return 0
+    i, j = MATMULS[node.target]
+    a, b = (value(node.args[k]) for k in (i, j))  # pyright: ignore[reportArgumentType]
+    rows = math.prod(size_hint(s) for s in a.shape)
+    return 2 * rows * size_hint(b.shape[-1])

@@ -1,0 +1,56 @@
+"""What each of Dynamo's graph inputs is: a parameter (and of which module), or data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+_SEGMENT = re.compile(r"_(?:modules|parameters|buffers)\[['\"]([^'\"]+)['\"]\]")
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+@dataclass(frozen=True, slots=True)
+class GraphInputs:
+    """paths: for every positional input its parameter path (``layers.0.mlp.up_proj.weight``), or None if it is not a
+    parameter. seed: the position of the step's seed, or None if the region takes none."""
+
+    paths: tuple[str | None, ...]
+    seed: int | None = None
+
+    @classmethod
+    def of(cls, gm: fx.GraphModule, example_inputs: Sequence[Any], seed: int | None = None) -> GraphInputs:
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        return cls(tuple(_parameter_path(n, e) for n, e in zip(placeholders, example_inputs, strict=True)), seed)
+
+
+def _parameter_path(node: fx.Node, example: Any) -> str | None:
+    source = _source_name(node)
+    is_parameter = "_parameters" in source or isinstance(example, torch.nn.Parameter)
+    if not is_parameter:
+        return None
+    segments = _SEGMENT.findall(source)
+    if segments:
+        return ".".join(s for s in segments if s not in _WRAPPERS)
+    return clean_path(source)
+
+
+def _source_name(node: fx.Node) -> str:
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return str(node.target)
+    return source.name() if callable(source.name) else source.name
+
+
+def clean_path(path: str) -> str:
+    """``L['self'].model.layers.0`` or ``L['self']._modules['model']`` -> ``model.layers.0`` or ``model``."""
+    segments = _SEGMENT.findall(path)
+    if segments:
+        return ".".join(s for s in segments if s not in _WRAPPERS)
+    path = re.sub(r"^[LG]\['[^']*'\]\.?", "", path)
+    path = re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", path)
+    return ".".join(s for s in path.split(".") if s and s not in _WRAPPERS)

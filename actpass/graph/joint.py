@@ -1,0 +1,143 @@
+"""The joint graph with what is known of its nodes: who depends on a tangent, who only on parameters, who is whose view."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from actpass._torch import get_default_op_list, plain_input_index, size_hint
+from actpass.graph.inputs import GraphInputs
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+CASTS = frozenset({prims.convert_element_type.default, aten._to_copy.default})
+
+
+@dataclass(frozen=True)
+class Joint:
+    """A joint forward-backward graph module ``f(primals, tangents) -> (outputs, gradients)`` and its reading.
+
+    num_fwd_outputs: how many of the outputs are the forward's. inputs: what Dynamo's inputs are. static: positions of
+    primals with a static lifetime, as AOTAutograd reports them.
+    """
+
+    gm: fx.GraphModule
+    inputs: GraphInputs
+    num_fwd_outputs: int
+    static: frozenset[int] = frozenset()
+
+    @cached_property
+    def outputs(self) -> list[fx.Node | None]:
+        (out,) = self.gm.graph.find_nodes(op="output")
+        return pytree.tree_leaves(out.args[0])
+
+    @property
+    def forward_outputs(self) -> list[fx.Node]:
+        return [o for o in self.outputs[: self.num_fwd_outputs] if isinstance(o, fx.Node)]
+
+    @cached_property
+    def primals(self) -> list[fx.Node]:
+        return [n for n in self.gm.graph.find_nodes(op="placeholder") if "tangents" not in str(n.target)]
+
+    @cached_property
+    def parameter_path(self) -> dict[fx.Node, str]:
+        """Primal -> path of the parameter it is (unnamed static inputs by position)."""
+        paths: dict[fx.Node, str] = {}
+        for position, node in enumerate(self.primals):
+            index = plain_input_index(node.meta.get("desc"))
+            index = position if index is None else index
+            path = self.inputs.paths[index] if index < len(self.inputs.paths) else None
+            if path is not None:
+                paths[node] = path
+        return paths
+
+    @cached_property
+    def seed(self) -> fx.Node | None:
+        """The placeholder of the step's seed."""
+        if self.inputs.seed is None:
+            return None
+        return next((n for n in self.primals if plain_input_index(n.meta.get("desc")) == self.inputs.seed), None)
+
+    @cached_property
+    def gradients(self) -> list[tuple[fx.Node, fx.Node]]:
+        """(primal, its gradient) for every primal that gets one."""
+        gradients = self.outputs[self.num_fwd_outputs :]
+        return [(p, g) for p, g in zip(self.primals, gradients, strict=False) if isinstance(g, fx.Node)]
+
+    @cached_property
+    def backward(self) -> frozenset[fx.Node]:
+        """Nodes that depend on a tangent."""
+        return self._reach({n for n in self.gm.graph.find_nodes(op="placeholder") if "tangents" in str(n.target)})
+
+    @cached_property
+    def activations(self) -> frozenset[fx.Node]:
+        """Forward nodes that depend on data: on a primal that is neither a parameter, nor static, nor the seed."""
+        data = {
+            n
+            for i, n in enumerate(self.primals)
+            if n not in self.parameter_path and i not in self.static and n is not self.seed
+        }
+        return self._reach(data) - self.backward
+
+    def _reach(self, start: set[fx.Node]) -> frozenset[fx.Node]:
+        reached = set(start)
+        for node in self.gm.graph.nodes:
+            if node.op != "output" and any(a in reached for a in node.all_input_nodes):
+                reached.add(node)
+        return frozenset(reached)
+
+
+_OP_TYPES = get_default_op_list()
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether ``node`` only re-labels the storage of its first input (upstream's own table)."""
+    return node.op == "call_function" and _OP_TYPES.is_view(node)
+
+
+def storage_root(node: fx.Node) -> fx.Node:
+    """The node that allocated the storage which ``node`` shows."""
+    while is_view(node) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def value(node: fx.Node) -> torch.Tensor:
+    """The fake tensor of a node (`KeyError` for a node without one: graphs from AOTAutograd carry one everywhere)."""
+    return node.meta["val"]
+
+
+def tensor_bytes(node: fx.Node) -> int:
+    """Bytes of a tensor node at the traced shape; 0 for anything else."""
+    val = node.meta.get("val")
+    if not isinstance(val, torch.Tensor):
+        return 0
+    return size_hint(val.numel()) * val.element_size()
+
+
+def module_path(node: fx.Node) -> str:
+    """The deepest module whose forward made ``node`` (or, for a backward node, whose backward it belongs to)."""
+    from actpass.graph.inputs import clean_path
+
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    entries = list(stack.values())
+    return clean_path(entries[-1][0]) if entries else ""
+
+
+def source_line(node: fx.Node) -> str:
+    """``file.py:12, code`` of the user's line that made ``node``; empty if the trace has none."""
+    trace = node.meta.get("stack_trace") or ""
+    lines = [line.strip() for line in trace.splitlines() if line.strip()]
+    for i in range(len(lines) - 1, -1, -1):
+        if lines[i].startswith("File "):
+            parts = lines[i].split(", ")
+            file = parts[0].removeprefix("File ").strip('"').rsplit("/", 1)[-1]
+            number = parts[1].removeprefix("line ") if len(parts) > 1 else "?"
+            code = lines[i + 1] if i + 1 < len(lines) else ""
+            return f"{file}:{number} {code}".strip()
+    return ""

@@ -1,0 +1,120 @@
+"""Where to cut the joint graph: upstream's min-cut under three settings, and what crosses each cut."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from actpass._torch import functorch_config, min_cut_rematerialization_partition
+from actpass.graph.joint import CASTS, Joint, is_view, storage_root, tensor_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A tensor that crosses from forward to backward.
+
+    name: the node that crosses. root: the node that allocated its storage. nbytes: bytes of that storage, 0 if another
+    crossing tensor shows the same storage and was counted. user_visible: whether the caller holds the storage as well.
+    """
+
+    name: str
+    root: str
+    nbytes: int
+    user_visible: bool
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A partitioned joint graph. saved: what crosses, parameters and inputs excluded (the step's seed counts)."""
+
+    forward: fx.GraphModule
+    backward: fx.GraphModule
+    saved: tuple[Saved, ...]
+
+    @property
+    def saved_bytes(self) -> int:
+        return sum(s.nbytes for s in self.saved)
+
+    @property
+    def roots(self) -> frozenset[str]:
+        return frozenset(s.root for s in self.saved)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How to cut.
+
+    rebuild: lift upstream's rule that a value which a backward matmul materialises is never recomputed. The rule is the
+    only reason why weight-gradient operands (norm outputs, activation products) are saved; without it they are rebuilt from
+    a neighbour by pointwise operators: no extra matmul, no attention, exact.
+    activation_memory_budget: upstream's knob (below its free level it re-runs attention and matmuls); None: the user's own.
+    """
+
+    rebuild: bool
+    activation_memory_budget: float | None = None
+
+
+def copy_joint(gm: fx.GraphModule) -> fx.GraphModule:
+    """A joint graph module that a partitioner may take apart: new nodes, same values, same submodules."""
+    graph = fx.Graph(tracer_cls=getattr(gm.graph, "_tracer_cls", None))
+    out = graph.graph_copy(gm.graph, {}, return_output_node=True)
+    assert isinstance(out, tuple)
+    value, original = out
+    node = graph.output(value)
+    node.meta = dict(original.meta)
+    return fx.GraphModule(gm, graph)
+
+
+def cut(
+    joint: Joint,
+    joint_inputs: Sequence[object],
+    partition_kwargs: Mapping[str, Any],
+    setting: Setting,
+) -> Cut:
+    """Run upstream's min-cut on a copy of ``joint``."""
+    gm = copy_joint(joint.gm)
+    patch: dict[str, Any] = {}
+    if setting.rebuild:
+        patch["ban_recompute_materialized_backward"] = False
+        _recompute_parameter_casts(Joint(gm, joint.inputs, joint.num_fwd_outputs, joint.static))
+    if setting.activation_memory_budget is not None:
+        patch["activation_memory_budget"] = setting.activation_memory_budget
+    with functorch_config.patch(patch):
+        forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **partition_kwargs)
+    return Cut(forward, backward, _saved(forward, joint.num_fwd_outputs, joint.seed))
+
+
+def _recompute_parameter_casts(joint: Joint) -> None:
+    """Under autocast every weight's half-precision copy would be saved; it is a cast of a tensor that stays."""
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    stays = set(joint.parameter_path)
+    for node in joint.gm.graph.nodes:
+        movable = node.target in CASTS or is_view(node)
+        if movable and node.all_input_nodes and all(a in stays for a in node.all_input_nodes):
+            stays.add(node)
+            if node.target in CASTS:
+                node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _saved(forward: fx.GraphModule, num_fwd_outputs: int, seed: fx.Node | None) -> tuple[Saved, ...]:
+    (out,) = forward.graph.find_nodes(op="output")
+    outputs = pytree.tree_leaves(out.args[0])
+    visible = {storage_root(o) for o in outputs[:num_fwd_outputs] if isinstance(o, fx.Node)}
+    counted: set[fx.Node] = set()
+    saved: list[Saved] = []
+    for node in outputs[num_fwd_outputs:]:
+        if not isinstance(node, fx.Node) or not isinstance(node.meta.get("val"), torch.Tensor):
+            continue
+        root = storage_root(node)
+        if root.op in ("placeholder", "get_attr") and (seed is None or root.name != seed.name):
+            continue
+        nbytes = 0 if root in counted else tensor_bytes(root)
+        counted.add(root)
+        saved.append(Saved(node.name, root.name, nbytes, root in visible))
+    return tuple(saved)

@@ -1,0 +1,299 @@
+"""One region's record: plain data that is written when the region is compiled, kept beside Inductor's cache, and read back
+on a cache hit, when neither the pass nor the partitioner runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from actpass._torch import size_hint
+from actpass.codecs import PROJECTIONS
+from actpass.config import Config
+from actpass.graph import Finding, Joint, Use, classify_uses, count_matmuls
+from actpass.graph.cost import is_matmul
+from actpass.graph.joint import module_path, source_line, storage_root
+from actpass.partition import Cut, Saved
+from actpass.plan import Decision, Plan
+from actpass.rewrite import Rewritten
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class SiteRow:
+    """A tensor that Inductor's default saves, or that is saved now, or that a weight gradient reads.
+
+    form: ``keep`` (stored as it is), ``recompute`` (not stored, rebuilt exactly), ``project`` (its projection is stored),
+    ``state`` (a basis or the seed). method, rank: how the weight gradients that read it are formed; None: exactly.
+    bytes_before: under Inductor's default cut. bytes_after: now. unbiased: whether the expected gradient is the exact one.
+    relative_variance: of each weight gradient's estimate, in closed form; 0 if exact. extra_flops: in the backward's
+    matmuls against exact weight gradients (negative: saved).
+    """
+
+    name: str
+    module: str
+    source: str
+    op: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: str
+    uses: tuple[Use, ...]
+    form: str
+    method: str | None
+    rank: int | None
+    bytes_before: int
+    bytes_after: int
+    unbiased: bool
+    relative_variance: float
+    extra_flops: int
+    reason: str
+    parameters: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    saved_bytes_eager: int | None
+    saved_bytes_default: int
+    saved_bytes: int
+    backward_matmul_flops_default: int
+    backward_matmul_flops: int
+    extra_matmuls: int
+    extra_attention: int
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """active: whether the pass decided this region. inactive_because: why not. notes: what the user should know.
+    left_alone: (matmul, parameter, reason) for every weight gradient that is no site."""
+
+    active: bool
+    inactive_because: str | None
+    method: str
+    sites: tuple[SiteRow, ...]
+    totals: Totals
+    plan: dict[str, Any]
+    plan_hash: str
+    left_alone: tuple[tuple[str, str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+    parameters: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Record:
+        """Read what `to_dict` wrote (through JSON, so lists become tuples again)."""
+        version = data.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise ValueError(f"record schema {version!r} is not {SCHEMA_VERSION}")
+        fields = {k: v for k, v in data.items() if k != "schema_version"}
+        fields["sites"] = tuple(
+            SiteRow(**{**s, "shape": tuple(s["shape"]), "parameters": tuple(s["parameters"]), "uses": tuple(Use(**u) for u in s["uses"])})
+            for s in fields["sites"]
+        )
+        fields["totals"] = Totals(**fields["totals"])
+        fields["left_alone"] = tuple(tuple(x) for x in fields["left_alone"])
+        fields["notes"] = tuple(fields["notes"])
+        fields["parameters"] = tuple((path, tuple(shape)) for path, shape in fields["parameters"])
+        return cls(**fields)
+
+
+def describe(
+    joint: Joint,
+    finding: Finding,
+    plan: Plan,
+    default: Cut,
+    exact: Cut,
+    final: Cut,
+    done: Rewritten,
+    config: Config,
+) -> Record:
+    """The record of a region that was compiled by plan."""
+    nodes = {n.name: n for n in joint.gm.graph.nodes}
+    root_of = {d.site: storage_root(nodes[d.site]).name for d in plan.decisions}
+    before, after = _by_root(default.saved), _by_root(final.saved)
+    contractions = [c.node for c in finding.contractions]
+    rows: dict[str, SiteRow] = {}
+    for root in [n for n in nodes if n in before or n in after or n in root_of.values()]:
+        uses = _uses(root, final if root in after else default, contractions)
+        kept = root in after
+        rows[root] = replace(
+            _row(nodes[root], before.get(root, 0), after.get(root, 0), uses),
+            form="keep" if kept else "recompute",
+            reason=_why_kept(root, uses, final) if kept else "rebuilt in the backward by pointwise operators, exactly",
+        )
+    for decision in plan.decisions:
+        root = root_of[decision.site]
+        rows[root] = _with_decision(rows[root], decision, done, after)
+    payloads = set(done.payloads.values())
+    for saved in final.saved:
+        if saved.root not in nodes and saved.root not in payloads:
+            rows[saved.root] = _state_row(saved, final)
+    return Record(
+        active=True,
+        inactive_because=None,
+        method=config.treatment.method,
+        sites=tuple(rows.values()),
+        totals=_totals(default, final),
+        plan=plan.to_dict(),
+        plan_hash=plan.hash,
+        left_alone=finding.left_alone,
+        notes=tuple(_notes(joint, plan, exact, config, finding)),
+        parameters=_parameters(joint),
+    )
+
+
+def describe_fallback(joint: Joint, default: Cut, config: Config, reason: str) -> Record:
+    """The record of a region that was left to Inductor alone."""
+    nodes = {n.name: n for n in joint.gm.graph.nodes}
+    before = _by_root(default.saved)
+    rows = (
+        replace(_row(nodes[root], nbytes, nbytes, _uses(root, default, [])), form="keep", reason="region left to Inductor")
+        for root, nbytes in before.items()
+        if root in nodes
+    )
+    return Record(
+        active=False,
+        inactive_because=reason,
+        method=config.treatment.method,
+        sites=tuple(rows),
+        totals=_totals(default, default),
+        plan=Plan(()).to_dict(),
+        plan_hash=Plan(()).hash,
+        parameters=_parameters(joint),
+    )
+
+
+def _by_root(saved: Iterable[Saved]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for s in saved:
+        total[s.root] = total.get(s.root, 0) + s.nbytes
+    return total
+
+
+def _uses(root: str, where: Cut, contractions: list[str]) -> tuple[Use, ...]:
+    placeholders = {n.name: n for n in where.backward.graph.find_nodes(op="placeholder")}
+    crossing = [s.name for s in where.saved if s.root == root]
+    found = [u for name in crossing if name in placeholders for u in classify_uses(placeholders[name], contractions)[0]]
+    return tuple(dict.fromkeys(found))
+
+
+def _row(node: fx.Node, bytes_before: int, bytes_after: int, uses: tuple[Use, ...]) -> SiteRow:
+    val = node.meta["val"]
+    tensor = val if isinstance(val, torch.Tensor) else None
+    return SiteRow(
+        name=node.name,
+        module=module_path(node),
+        source=source_line(node),
+        op=str(node.target),
+        kind=_kind(node, uses),
+        shape=tuple(size_hint(s) for s in tensor.shape) if tensor is not None else (),
+        dtype=str(tensor.dtype).removeprefix("torch.") if tensor is not None else "",
+        uses=uses,
+        form="keep",
+        method=None,
+        rank=None,
+        bytes_before=bytes_before,
+        bytes_after=bytes_after,
+        unbiased=True,
+        relative_variance=0.0,
+        extra_flops=0,
+        reason="",
+    )
+
+
+def _kind(node: fx.Node, uses: tuple[Use, ...]) -> str:
+    op = str(node.target)
+    parent = node.all_input_nodes[0] if node.target.__class__.__name__ == "builtin_function_or_method" and node.all_input_nodes else node
+    if "attention" in str(parent.target):
+        return "attention"
+    if is_matmul(node):
+        return "matmul output"
+    if any(u.kind == "contraction" for u in uses):
+        return "linear input"
+    if "embedding" in op or op.startswith("aten.add."):
+        return "residual stream"
+    if any(word in op for word in ("rsqrt", "mean", "amax", "sum", "logsumexp", "log.default", "var")):
+        return "statistics"
+    return "pointwise"
+
+
+def _why_kept(root: str, uses: tuple[Use, ...], cut: Cut) -> str:
+    if any(s.user_visible for s in cut.saved if s.root == root):
+        return "the caller holds it as an output, so that saving it is free"
+    nonlinear = [u.op for u in uses if u.kind == "nonlinear"]
+    if nonlinear:
+        return f"needed as it is by {nonlinear[0]}; rebuilding it would re-run a matmul or attention"
+    return "rebuilding it would re-run a matmul or attention, or costs more than it is worth"
+
+
+def _with_decision(row: SiteRow, d: Decision, done: Rewritten, after: dict[str, int]) -> SiteRow:
+    row = replace(row, parameters=row.parameters + d.parameters, kind="linear input" if row.kind == "pointwise" else row.kind)
+    if not d.projects or d.rank is None:
+        return row if row.form == "recompute" else replace(row, reason=row.reason or d.reason)
+    in_forward = d.project_in == "forward"
+    return replace(
+        row,
+        form="project" if in_forward else row.form,
+        method=d.method,
+        rank=d.rank,
+        bytes_after=after.get(done.payloads[d], 0) if in_forward else row.bytes_after,
+        unbiased=d.scale == "unbiased",
+        relative_variance=PROJECTIONS[d.method].relative_variance(d.width, d.rank),
+        extra_flops=row.extra_flops + d.extra_flops,
+        reason=d.reason if in_forward else f"{row.reason}; {d.reason}",
+    )
+
+
+def _state_row(saved: Saved, cut: Cut) -> SiteRow:
+    node = next(n for n in cut.forward.graph.nodes if n.name == saved.root)
+    row = _row(node, 0, saved.nbytes, ())
+    what = "the step's seed" if node.op == "placeholder" else "a basis that both passes read"
+    return replace(row, form="state", kind="state", reason=what)
+
+
+def _totals(default: Cut, final: Cut) -> Totals:
+    stock = count_matmuls(default.forward.graph, default.backward.graph)
+    ours = count_matmuls(final.forward.graph, final.backward.graph)
+    return Totals(
+        saved_bytes_eager=None,
+        saved_bytes_default=default.saved_bytes,
+        saved_bytes=final.saved_bytes,
+        backward_matmul_flops_default=stock.flops,
+        backward_matmul_flops=ours.flops,
+        extra_matmuls=ours.extra_matmuls,
+        extra_attention=ours.extra_attention,
+    )
+
+
+def _notes(joint: Joint, plan: Plan, exact: Cut, config: Config, finding: Finding) -> Iterable[str]:
+    used = {config.treatment_of(c.parameters)[1] for c in finding.contractions}
+    for pattern, _ in config.overrides:
+        if pattern not in used:
+            yield f"override {pattern!r} decided no site of this region"
+    if config.needs_seed and not plan.projections:
+        yield f"no site is projected: {_first_reason(plan, finding)}"
+    returned = sum(s.nbytes for s in exact.saved if s.user_visible)
+    if returned:
+        yield (
+            f"{returned} of the saved bytes are storage that the model also returns (logits): return only the loss to let "
+            "the backward free them"
+        )
+
+
+def _first_reason(plan: Plan, finding: Finding) -> str:
+    if plan.decisions:
+        return plan.decisions[0].reason
+    if finding.left_alone:
+        return finding.left_alone[0][2]
+    return "the region has no weight gradient that is a matmul"
+
+
+def _parameters(joint: Joint) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple(
+        (path, tuple(size_hint(s) for s in node.meta["val"].shape)) for node, path in joint.parameter_path.items()
+    )

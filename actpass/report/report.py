@@ -1,0 +1,165 @@
+"""What the user sees: `actpass.report(model)`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+from actpass.report.record import SCHEMA_VERSION, Record, SiteRow, Totals
+
+_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is saved for backward, in which form, and why. ``str(report)`` is a table, `to_dict` plain data.
+
+    regions: one `Record` for each compiled graph (a model with graph breaks has several). why_empty: the reason if there
+    is none.
+    """
+
+    regions: tuple[Record, ...]
+    why_empty: str | None = None
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes that cross from forward to backward now, parameters and inputs excluded, all regions."""
+        return self.totals.saved_bytes
+
+    @property
+    def active(self) -> bool:
+        return any(r.active for r in self.regions)
+
+    @property
+    def totals(self) -> Totals:
+        """Sums over the regions; ``saved_bytes_eager`` only if known for all of them."""
+        rows = [r.totals for r in self.regions]
+        sums: dict[str, Any] = {f.name: sum(getattr(t, f.name) or 0 for t in rows) for f in fields(Totals)}
+        if not rows or any(t.saved_bytes_eager is None for t in rows):
+            sums["saved_bytes_eager"] = None
+        return Totals(**sums)
+
+    @property
+    def plan_hash(self) -> str:
+        """Equal on all ranks that decided alike."""
+        return "-".join(r.plan_hash for r in self.regions)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: ``schema_version``, ``active``, ``why``, ``totals``, ``regions`` (see `Record`)."""
+        totals = self.totals
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "active": self.active,
+            "why": self._status(),
+            "totals": {f.name: getattr(totals, f.name) for f in fields(totals)},
+            "regions": [r.to_dict() for r in self.regions],
+        }
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        yield f"actpass: {self._status()}"
+        for number, region in enumerate(self.regions):
+            if len(self.regions) > 1:
+                yield f"-- region {number} of {len(self.regions)}"
+            yield from _region_lines(region)
+        if self.regions:
+            yield from _total_lines(self.totals)
+
+    def _status(self) -> str:
+        if not self.regions:
+            return f"inactive, because {self.why_empty}"
+        off = [r.inactive_because for r in self.regions if not r.active]
+        if len(off) == len(self.regions):
+            return f"inactive, because {off[0]}"
+        projected = sum(s.method is not None for r in self.regions for s in r.sites)
+        recomputed = sum(s.form == "recompute" and s.bytes_before > 0 for r in self.regions for s in r.sites)
+        partly = f"; {len(off)} of {len(self.regions)} regions inactive, because {off[0]}" if off else ""
+        return (
+            f"active, method={self.regions[0].method}: {recomputed} saved tensors rebuilt instead, "
+            f"{projected} contracted through a projection{partly}"
+        )
+
+
+def _region_lines(region: Record) -> Iterator[str]:
+    header = ("tensor", "module", "shape", "dtype", "form", "weight grad", "before", "after", "unbiased", "why")
+    rows = [header, *(_cells(row, count) for row, count in _folded(region.sites))]
+    yield from _table(rows)
+    for kind, before, after in _subtotals(region.sites):
+        yield f"  {kind:<16} {_mb(before):>10} -> {_mb(after):>10}"
+    for (_, parameter, reason), count in _fold_left_alone(region.left_alone):
+        yield f"  left alone: {parameter}{_times(count)}: {reason}"
+    for note in region.notes:
+        yield f"  note: {note}"
+
+
+def _total_lines(t: Totals) -> Iterator[str]:
+    eager = f"eager {_mb(t.saved_bytes_eager)}, " if t.saved_bytes_eager is not None else ""
+    yield (
+        f"saved for backward: {eager}Inductor default {_mb(t.saved_bytes_default)}, now {_mb(t.saved_bytes)} "
+        f"({t.saved_bytes / max(t.saved_bytes_default, 1):.2f})"
+    )
+    yield (
+        f"backward matmuls: {t.backward_matmul_flops_default / 1e9:.2f} -> {t.backward_matmul_flops / 1e9:.2f} GFLOP "
+        f"({t.backward_matmul_flops / max(t.backward_matmul_flops_default, 1):.2f}); run again: {t.extra_matmuls} matmuls, "
+        f"{t.extra_attention} attention"
+    )
+
+
+def _folded(sites: Iterable[SiteRow]) -> list[tuple[SiteRow, int]]:
+    """Rows of identical layers folded to one, with how many there are."""
+    groups: dict[Any, list[SiteRow]] = {}
+    for s in sites:
+        key = (_INDEX.sub("*", s.module), s.op, s.shape, s.dtype, s.form, s.method, s.rank, s.bytes_before, s.bytes_after, s.source)
+        groups.setdefault(key, []).append(s)
+    return [(rows[0], len(rows)) for rows in groups.values()]
+
+
+def _fold_left_alone(rows: Iterable[tuple[str, str, str]]) -> list[tuple[tuple[str, str, str], int]]:
+    groups: dict[tuple[str, str], list[tuple[str, str, str]]] = {}
+    for row in rows:
+        groups.setdefault((_INDEX.sub("*", row[1]), row[2]), []).append(row)
+    return [((found[0][0], key[0] if len(found) > 1 else found[0][1], key[1]), len(found)) for key, found in groups.items()]
+
+
+def _cells(row: SiteRow, count: int) -> tuple[str, ...]:
+    module = _INDEX.sub("*", row.module) if count > 1 else row.module
+    how = "exact" if row.method is None else f"{row.method} {row.rank}"
+    return (
+        f"{row.kind}{_times(count)}",
+        module or "-",
+        "x".join(map(str, row.shape)),
+        row.dtype,
+        row.form,
+        how if row.parameters else "-",
+        _mb(row.bytes_before * count),
+        _mb(row.bytes_after * count),
+        "yes" if row.unbiased else "NO",
+        row.reason,
+    )
+
+
+def _times(count: int) -> str:
+    return f" (x{count})" if count > 1 else ""
+
+
+def _subtotals(sites: Iterable[SiteRow]) -> list[tuple[str, int, int]]:
+    sums: dict[str, list[int]] = {}
+    for s in sites:
+        entry = sums.setdefault(s.kind, [0, 0])
+        entry[0] += s.bytes_before
+        entry[1] += s.bytes_after
+    return [(kind, b, a) for kind, (b, a) in sorted(sums.items(), key=lambda item: -item[1][0])]
+
+
+def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        yield "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+
+
+def _mb(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.2f} MB" if nbytes >= 10_000 or nbytes == 0 else f"{nbytes} B"

@@ -1,0 +1,165 @@
+"""Carry a plan out in the joint graph, before the cut: dW = dy^T x becomes (dy^T (x P)) P^T.
+
+Codecs are plain tensor functions; `splice` traces one with ``make_fx`` under the graph's own fake mode and Inductor's
+decompositions and copies the nodes in, so every inserted node carries a real fake value and no one writes FX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from actpass._torch import detect_fake_mode, select_decomp_table
+from actpass.codecs import PROJECTIONS, contract, encode
+from actpass.errors import GraphUnsupported
+from actpass.graph import Contraction, Joint
+from actpass.graph.contractions import MATMULS
+from actpass.graph.joint import value
+from actpass.plan import Decision, Plan
+
+BACKWARD_ONLY = "must_be_in_backward"
+
+
+@dataclass
+class Rewritten:
+    """What `rewrite` did. inserted: every new node. payloads: projected decision -> node of its z. gradients: names of the matmuls that
+    form a coefficient in place of an old contraction -> parameter paths."""
+
+    inserted: set[fx.Node] = field(default_factory=set)
+    payloads: dict[Decision, str] = field(default_factory=dict)
+    gradients: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def rewrite(joint: Joint, contractions: Sequence[Contraction], plan: Plan) -> Rewritten:
+    """Rewrite ``joint`` in place. One basis for all sites of a (method, width, rank, dtype), one z for all readers of x."""
+    nodes = {n.name: n for n in joint.gm.graph.nodes}
+    done = Rewritten()
+    bases: dict[Any, fx.Node] = {}
+    payloads: dict[Any, fx.Node] = {}
+    for decision in plan.projections:
+        for contraction in (c for c in contractions if c.x == decision.site and c.parameters[0] in decision.parameters):
+            matmul, x = nodes[contraction.node], nodes[contraction.x]
+            basis = _basis(joint, bases, decision, contraction.width, x, done)
+            z = payloads.get((x, basis))
+            if z is None:
+                z = payloads[x, basis] = _payload(joint, x, basis, decision, contraction, done)
+            _replace(joint, matmul, z, basis, contraction, done)
+    joint.gm.graph.eliminate_dead_code()
+    joint.gm.graph.lint()
+    done.inserted = {n for n in done.inserted if n.graph is joint.gm.graph and not n._erased}
+    return done
+
+
+def _basis(
+    joint: Joint, bases: dict[Any, fx.Node], decision: Decision, width: int, x: fx.Node, done: Rewritten
+) -> fx.Node:
+    val = value(x)
+    key = (decision.method, width, decision.rank, decision.scale, val.dtype, val.device)
+    if key not in bases:
+        seed = joint.seed
+        if seed is None:
+            raise GraphUnsupported("the step's seed did not arrive in the joint graph")
+        projection, rank = PROJECTIONS[decision.method], decision.rank
+        assert rank is not None
+
+        def draw(seed: torch.Tensor) -> torch.Tensor:
+            return projection.basis(seed, width, rank, unbiased=decision.scale == "unbiased", dtype=val.dtype)
+
+        last = joint.gm.graph.find_nodes(op="placeholder")[-1]
+        bases[key] = splice(joint.gm.graph, draw, [seed], after=last, like=seed, done=done)
+    return bases[key]
+
+
+def _payload(
+    joint: Joint, x: fx.Node, basis: fx.Node, decision: Decision, contraction: Contraction, done: Rewritten
+) -> fx.Node:
+    def project(x: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+        return encode(x.transpose(-1, -2) if contraction.left else x, basis)
+
+    before = set(done.inserted)
+    z = splice(joint.gm.graph, project, [x, basis], after=x, like=x, done=done)
+    if decision.project_in == "backward":
+        for node in done.inserted - before:
+            node.meta["partitioner_tag"] = BACKWARD_ONLY
+    done.payloads[decision] = z.name
+    return z
+
+
+def _replace(
+    joint: Joint, matmul: fx.Node, z: fx.Node, basis: fx.Node, contraction: Contraction, done: Rewritten
+) -> None:
+    """Put the factored gradient where ``matmul`` was."""
+    i, j = MATMULS[matmul.target]
+    dy = matmul.args[j if contraction.left else i]
+    has_addend = i == 1
+    product = {2: torch.ops.aten.mm.default, 3: torch.ops.aten.bmm.default}[value(z).dim()] if has_addend else matmul.target
+    others = matmul.args[:1] if has_addend else matmul.args[2:]
+
+    def gradient(z: torch.Tensor, dy: torch.Tensor, basis: torch.Tensor, *others: Any) -> torch.Tensor:
+        factors = (z.transpose(-1, -2), dy) if contraction.left else (dy, z)
+        if has_addend:
+            return others[0] + contract(product(*factors), basis, left=contraction.left)
+        return contract(product(*factors, *others), basis, left=contraction.left)
+
+    before = set(done.inserted)
+    new = splice(joint.gm.graph, gradient, [z, dy, basis, *others], after=matmul, like=matmul, done=done)
+    old = value(matmul)
+    if value(new).shape != old.shape or value(new).dtype != old.dtype:
+        raise GraphUnsupported(f"{matmul.name}: {tuple(value(new).shape)} in place of {tuple(old.shape)}")
+    matmul.replace_all_uses_with(new)
+    for node in done.inserted - before:
+        if node.target in MATMULS and z in _through_moves(node):
+            done.gradients[node.name] = contraction.parameters
+
+
+def _through_moves(matmul: fx.Node) -> set[fx.Node]:
+    """The factors of a matmul and what they are transposes of."""
+    factors = set(matmul.all_input_nodes)
+    return factors | {a for f in factors for a in f.all_input_nodes}
+
+
+def splice(
+    graph: fx.Graph,
+    function: Callable[..., torch.Tensor],
+    arguments: Sequence[Any],
+    *,
+    after: fx.Node,
+    like: fx.Node,
+    done: Rewritten,
+) -> fx.Node:
+    """Insert ``function(*arguments)`` behind ``after`` and every argument; returns the node of its result.
+
+    like: the node whose provenance (module, line, stream annotations) and forward/backward tag the new nodes take over.
+    """
+    tensors = [a for a in arguments if isinstance(a, fx.Node)]
+    mode = detect_fake_mode([value(a) for a in tensors])
+    if mode is None:
+        raise GraphUnsupported("the joint graph carries no fake values")
+    with mode, torch.no_grad():
+        traced = make_fx(function, decomposition_table=select_decomp_table())(
+            *(value(a) if isinstance(a, fx.Node) else a for a in arguments)
+        )
+    provenance = {k: v for k, v in like.meta.items() if k not in ("val", "tensor_meta", "desc", "recompute")}
+    environment: dict[fx.Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), arguments, strict=True))
+    position = max((after, *tensors))
+    result: Any = None
+    for node in traced.graph.nodes:
+        if node.op == "placeholder":
+            continue
+        if node.op == "output":
+            result = environment[node.args[0]]
+            break
+        if node.op == "get_attr":
+            raise GraphUnsupported(f"the codec holds a constant tensor ({node.target}); build it from the seed instead")
+        with graph.inserting_after(position):
+            position = graph.node_copy(node, lambda n: environment[n])
+        position.meta = {**provenance, **{k: node.meta[k] for k in ("val", "tensor_meta") if k in node.meta}}
+        environment[node] = position
+        done.inserted.add(position)
+    return result
+

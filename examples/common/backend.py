@@ -1,0 +1,86 @@
+"""What runs the training step: the module as it is, Inductor, or actpass (only here)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import UsageError
+from .train import Forward
+
+BACKENDS = ("eager", "inductor", "actcomp")
+METHODS = ("exact", "gaussian", "rademacher", "sparse", "haar", "srht")
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """`options` are actcomp's; `inductor_budget` is Inductor's `activation_memory_budget`."""
+
+    name: str
+    inductor_budget: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def compresses(self) -> bool:
+        return self.name == "actcomp"
+
+    def compile(self, module: nn.Module) -> Forward:
+        """What to call instead of `module` to train it."""
+        if self.name == "eager":
+            return module
+        if self.name == "inductor":
+            return torch.compile(module, dynamic=False)
+        return torch.compile(module, backend="actcomp", options=dict(self.options), dynamic=False)
+
+    @contextmanager
+    def configured(self) -> Iterator[None]:
+        """To be entered around training: the compiler reads its budget at the first step."""
+        if self.inductor_budget is None:
+            yield
+            return
+        import torch._functorch.config as functorch_config
+
+        with functorch_config.patch(activation_memory_budget=self.inductor_budget):
+            yield
+
+    def report(self, forward: Forward) -> Any:
+        """What is saved for backward, in which form and why; None for the other backends."""
+        if not self.compresses:
+            return None
+        import actpass
+
+        return actpass.report(forward)
+
+    def state_dict(self, forward: Forward) -> dict[str, Any]:
+        """What a checkpoint keeps of the compression: its clock and seeds."""
+        if not self.compresses:
+            return {}
+        import actpass
+
+        return actpass.state_dict(forward)
+
+    def load_state_dict(self, forward: Forward, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        if self.compresses:
+            import actpass
+
+            actpass.load_state_dict(forward, state)
+
+
+def parse_override(text: str) -> tuple[str, str | dict[str, Any]]:
+    """`lm_head=keep`, `*.mlp=haar`, or `*.mlp={"method": "haar", "rank": 64}`."""
+    pattern, equals, form = text.partition("=")
+    if not (pattern and equals and form):
+        raise UsageError(f"--override {text!r} is not PATTERN=FORM, e.g. lm_head=keep")
+    if not form.startswith("{"):
+        return pattern, form
+    try:
+        return pattern, json.loads(form)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"--override {text!r}: {form!r} is not JSON: {error}") from error
