@@ -33,7 +33,6 @@ from actpass.errors import ActpassWarning
 from actpass.graph import GraphInputs
 from actpass.runtime import clock, records, regions
 
-InnerCompile = Callable[..., Any]
 _current: ContextVar[list[Compiled]] = ContextVar("actpass_current_compile")
 
 
@@ -74,13 +73,15 @@ def actcomp(
     return compile_region(gm, example_inputs, config)
 
 
-def compile_region(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
-    """Compile one training graph and register its region."""
+def compile_region(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, **compiler_options: Any
+) -> Callable[..., Any]:
+    """Compile one training graph and register its region. compiler_options: for `compile_fx`, e.g. ``inner_compile``."""
     plain = GraphInputs.of(gm, example_inputs)
     key = records.region_key(gm, example_inputs, plain, config)
     nonce, record = records.load(key)
-    device = _device(example_inputs)
-    compiled, fn = run_passes(gm, example_inputs, config, plain, device, nonce, compile_fx)
+    device = device_of(example_inputs)
+    compiled, fn = run_passes(gm, example_inputs, config, plain, device, nonce, compile_fx, **compiler_options)
     if compiled is not None:
         record = compiled.record
         records.store(key, nonce, record)
@@ -145,7 +146,7 @@ def _inductor_options(config: Config) -> dict[str, Any]:
     return {**(list_mode_options(config.mode) if config.mode else {}), **dict(config.inductor)}
 
 
-def _device(example_inputs: Sequence[Any]) -> torch.device:
+def device_of(example_inputs: Sequence[Any]) -> torch.device:
     """The device of the region: that of its first tensor off the CPU, else the CPU."""
     devices = [e.device for e in example_inputs if isinstance(e, torch.Tensor)]
     return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))

@@ -156,6 +156,7 @@ def _candidates(joint: Joint, finding: Finding, exact: Cut, config: Config) -> l
             outs=tuple(c.out for c in members),
             x_bytes=tensor_bytes(storage_root(nodes[x])),
             element_size=value(nodes[x]).element_size(),
+            rank_multiple=max(c.rank_multiple for c in members),
             frees=treatments[x] == 1 and _only_contracted(exact, storage_root(nodes[x]).name, names),
         )
         for (x, _), members in groups.items()

@@ -2,14 +2,15 @@
 
     python examples/pretrain_llama.py                             # all defaults: minutes on a CPU
     python examples/pretrain_llama.py --method haar --rank 0.25   # weight gradients by projection
-    python examples/pretrain_llama.py --model llama-130m --bf16 --steps 10000 --data texts/ --save run --save-every 500
+    python examples/pretrain_llama.py --model llama-130m --bf16 --steps 10000 \\
+        --data texts/ --save run --save-every 500
     python examples/pretrain_llama.py ... --resume                # the same command, after a stop
     python examples/pretrain_llama.py --compare --steps 300       # eager, Inductor and actcomp
 
 The model has random weights, made from a `transformers` config; nothing is downloaded. The default
 text is the source code of Python's standard library as found on this machine, read as bytes.
 Runs on CUDA where there is a GPU, else on the CPU. Defaults are in parentheses below.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 
@@ -22,12 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from tqdm import tqdm
-
 from common import UsageError
 from common.backend import Backend, parse_override
-from common.checkpoint import RunSettings, find_checkpoint, load_checkpoint, save_checkpoint
+from common.checkpoint import RunSettings, find_checkpoint, load_checkpoint, require_no_checkpoint, save_checkpoint
 from common.compare import Row, compare, to_arguments
 from common.data import BYTES, STDLIB, TextBatches, load_text, load_tokenizer
 from common.measure import UNKNOWN, format_bytes, resident_bytes
@@ -40,6 +38,8 @@ from common.options import (
     whole,
 )
 from common.train import Run, TrainConfig, make_repeatable, start_run, train
+from torch import nn
+from tqdm import tqdm
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +83,7 @@ class Settings:
 
 COMPRESSION = ("method", "rank", "scale", "refresh_interval", "memory_budget", "override")
 # What may change between a checkpoint and its continuation: nothing that the weights depend on.
-NOT_OF_THE_RUN = {
-    *("save", "save_every", "resume", "metrics", "compare", "out", "eval_every", "eval_batches")
-}
+NOT_OF_THE_RUN = {*("save", "save_every", "resume", "metrics", "compare", "out", "eval_every", "eval_batches")}
 BASELINE = "Inductor"
 
 
@@ -139,7 +137,9 @@ def complete(settings: Settings) -> Settings:
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    on_cuda = device.startswith("cuda")
+    on_cuda = device.split(":")[0] == "cuda"
+    if device != "cpu" and not on_cuda:
+        raise UsageError(f"--device {device!r} is not supported: use cpu, cuda or cuda:N")
     if on_cuda and not torch.cuda.is_available():
         raise UsageError(f"--device {device}: this torch finds no CUDA device, use --device cpu")
     return replace(
@@ -220,6 +220,8 @@ def pretrain(settings: Settings) -> None:
     run = start_run(module, backend.compile(module), config)
     saved_settings = run_settings(settings, batches)
     folder = Path(settings.save or ".")
+    if settings.save and not settings.resume:
+        require_no_checkpoint(folder)
     if settings.resume:
         load_checkpoint(find_checkpoint(folder), run, backend, saved_settings)
     _print_start(run, settings, batches)
@@ -251,9 +253,7 @@ def _print_report(run: Run, backend: Backend) -> None:
         tqdm.write(f"\n{report}\n")
 
 
-def collect_metrics(
-    run: Run, backend: Backend, settings: Settings, batches: TextBatches
-) -> dict[str, Any]:
+def collect_metrics(run: Run, backend: Backend, settings: Settings, batches: TextBatches) -> dict[str, Any]:
     """All that was measured, as plain data."""
     history, report = run.history, backend.report(run.forward)
     return {
@@ -290,7 +290,8 @@ def _finish(metrics: dict[str, Any], file: str | None) -> None:
 def comparison_rows(settings: Settings) -> list[Row]:
     """The rows of `--compare`: the same run on other backends."""
     uncompressed: dict[str, Any] = dict.fromkeys(COMPRESSION) | {"override": ()}
-    plain = replace(settings, compare=False, **uncompressed)
+    settings = replace(settings, compare=False, out=Settings().out)
+    plain = replace(settings, **uncompressed)
     method = "haar" if settings.method in (None, "exact") else settings.method
     rank = settings.rank or 0.25
     variants = {
@@ -298,7 +299,7 @@ def comparison_rows(settings: Settings) -> list[Row]:
         BASELINE: replace(plain, backend="inductor"),
         "Inductor, full recompute": replace(plain, backend="inductor", inductor_budget=0.0),
         "actcomp exact": replace(plain, method="exact"),
-        f"actcomp {method} {rank}": replace(settings, compare=False, method=method, rank=rank),
+        f"actcomp {method} {rank}": replace(settings, method=method, rank=rank),
     }
     return [Row(label, to_arguments(row, Settings())) for label, row in variants.items()]
 

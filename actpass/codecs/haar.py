@@ -26,7 +26,8 @@ class Haar(SeededProjection):
     def draw(self, key: torch.Tensor, width: int, rank: int) -> torch.Tensor:
         gaussian_NR = normals(key, 0x4800 + width, width * rank).view(width, rank)
         q_NR, r_RR = torch.linalg.qr(gaussian_NR)
-        return q_NR * (torch.where(r_RR.diagonal() < 0, -1.0, 1.0) * (width / rank) ** 0.5)
+        diagonal_R = (r_RR * torch.eye(rank, device=key.device)).sum(0)
+        return q_NR * (torch.where(diagonal_R < 0, -1.0, 1.0) * (width / rank) ** 0.5)
 
     def relative_variance(self, width: int, rank: int) -> float:
         return width / rank - 1.0

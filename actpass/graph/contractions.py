@@ -32,9 +32,10 @@ MATMULS: dict[Any, tuple[int, int]] = {
     aten.baddbmm.default: (1, 2),
 }
 """Operator -> positions of its two factors. A new weight-gradient operator is one row."""
-for _name in ("_grouped_mm",):  # batched experts in one kernel; not in every torch build
-    if hasattr(aten, _name):
-        MATMULS[getattr(aten, _name).default] = (0, 1)
+GROUPED = getattr(getattr(aten, "_grouped_mm", None), "default", None)
+"""Batched experts in one kernel: rows of x are sorted by expert, the third argument says where each expert ends."""
+if GROUPED is not None:
+    MATMULS[GROUPED] = (0, 1)
 
 _ADDEND = {aten.addmm.default, aten.baddbmm.default}
 """Their first argument is added to the product: one more contribution to the same gradient."""
@@ -66,7 +67,7 @@ class Contraction:
 
     node: name of the matmul. x: name of the operand with the tokens. left: whether x is the first factor (dW^T = x^T dy).
     parameters: paths of the parameters whose gradient this is. groups E, tokens T, width N, out M at the traced shape
-    (E = 1 but for batched experts, whose T is per expert).
+    (E = 1 but for batched experts, whose T is per expert). rank_multiple: the kernel takes only multiples of it.
     """
 
     node: str
@@ -77,6 +78,7 @@ class Contraction:
     tokens: int
     width: int
     out: int
+    rank_multiple: int = 1
 
     @property
     def flops(self) -> int:
@@ -103,6 +105,7 @@ def find_contractions(joint: Joint) -> Finding:
     """Read ``joint`` (after common-subexpression elimination) and return every weight-gradient contraction in it."""
     leaves: dict[fx.Node, _Leaf] = {}
     on_walk: set[fx.Node] = set()
+    unread: list[tuple[str, str, str]] = []
     for primal, gradient in joint.gradients:
         path = joint.parameter_path.get(primal)
         if path is None:
@@ -110,6 +113,8 @@ def find_contractions(joint: Joint) -> Finding:
         ends, walked = _walk_up(gradient)
         on_walk |= walked
         tied = _other_contribution(joint, ends)
+        if value(primal).dim() >= 2 and not any(_looks_like_contraction(joint, end) for end in ends):
+            unread.append((ends[0].name, path, f"its gradient comes from {_op_name(ends[0])}, which is no matmul that is read"))
         for end in ends:
             if _looks_like_contraction(joint, end):
                 leaf = leaves.setdefault(end, _Leaf(end, []))
@@ -121,7 +126,7 @@ def find_contractions(joint: Joint) -> Finding:
     ordered = sorted(leaves.values(), key=lambda leaf: order[leaf.node])
     return Finding(
         tuple(_contraction(joint, leaf) for leaf in ordered if leaf.reason is None),
-        tuple((leaf.node.name, leaf.parameters[0], leaf.reason) for leaf in ordered if leaf.reason is not None),
+        (*((leaf.node.name, leaf.parameters[0], leaf.reason) for leaf in ordered if leaf.reason is not None), *unread),
     )
 
 
@@ -218,17 +223,20 @@ def _contraction(joint: Joint, leaf: _Leaf) -> Contraction:
     a, b = _factors(leaf.node)
     left = b in joint.backward
     x, dy = (a, b) if left else (b, a)
-    val = value(x)
-    groups = size_hint(val.shape[0]) if val.dim() == 3 else 1
+    val, dw = value(x), value(leaf.node)
+    groups = size_hint(dw.shape[0]) if dw.dim() == 3 else 1
+    tokens = size_hint(val.shape[-1] if left else val.shape[-2])
+    grouped = leaf.node.target is GROUPED
     return Contraction(
         node=leaf.node.name,
         x=x.name,
         left=left,
         parameters=tuple(leaf.parameters),
         groups=groups,
-        tokens=size_hint(val.shape[-1] if left else val.shape[-2]),
+        tokens=-(-tokens // groups) if grouped else tokens,
         width=size_hint(val.shape[-2] if left else val.shape[-1]),
         out=size_hint(value(dy).shape[-1] if left else value(dy).shape[-2]),
+        rank_multiple=max(1, 16 // val.element_size()) if grouped else 1,
     )
 
 

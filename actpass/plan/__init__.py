@@ -1,6 +1,6 @@
 """Sites + options -> Plan. Plain data: no FX, and no torch at run time."""
 
-from actpass.plan.policy import choose
+from actpass.plan.policy import KEPT, choose
 from actpass.plan.types import Candidate, Decision, Plan
 
-__all__ = ["Candidate", "Decision", "Plan", "choose"]
+__all__ = ["KEPT", "Candidate", "Decision", "Plan", "choose"]

@@ -8,6 +8,9 @@ from typing import Protocol
 from actpass.plan.types import Candidate, Decision, Plan
 
 
+KEPT = "kept exact, as asked"
+
+
 class Wish(Protocol):
     """What the user asked for one tensor (`config.Treatment`)."""
 
@@ -30,8 +33,8 @@ def choose(
 
 def _decide(c: Candidate, wish: Wish, profitable_only: bool) -> Decision:
     if wish.method == "exact":
-        return Decision(c.name, c.parameters, "exact", "kept exact, as asked")
-    rank = wish.rank_of(c.width)
+        return Decision(c.name, c.parameters, "exact", KEPT)
+    rank = min(c.width, -(-wish.rank_of(c.width) // c.rank_multiple) * c.rank_multiple)
     extra = c.flops_at(rank) - c.flops
     freed = c.x_bytes - c.payload_bytes(rank) if c.frees else 0
     if profitable_only and extra >= 0 and freed <= 0:
@@ -45,7 +48,7 @@ def _decide(c: Candidate, wish: Wish, profitable_only: bool) -> Decision:
     reason = (
         f"z is saved in place of x: {freed} bytes freed"
         if in_forward
-        else "x is there in the backward at no cost: projected there, for its FLOPs"
+        else "projected in the backward, where x is at no cost: saves FLOPs"
     )
     return Decision(
         c.name,

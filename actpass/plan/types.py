@@ -19,6 +19,7 @@ class Candidate:
     name: graph node of x. parameters: paths of the weights whose gradients read x. groups, tokens, width: its shape at
     the traced size. outs: out-features M of each contraction. x_bytes: its storage. element_size: bytes of one element.
     frees: whether dropping the contractions' need of x frees its storage (the exact cut saves x, and only they read it).
+    rank_multiple: the kernel that contracts takes only multiples of this (grouped matmul: rows of 16 bytes).
     """
 
     name: str
@@ -30,6 +31,7 @@ class Candidate:
     x_bytes: int
     element_size: int
     frees: bool
+    rank_multiple: int = 1
 
     @property
     def flops(self) -> int:

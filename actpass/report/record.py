@@ -17,7 +17,7 @@ from actpass.graph import Finding, Joint, Use, classify_uses, count_matmuls
 from actpass.graph.cost import is_matmul
 from actpass.graph.joint import module_path, source_line, storage_root
 from actpass.partition import Cut, Saved
-from actpass.plan import Decision, Plan
+from actpass.plan import KEPT, Decision, Plan
 from actpass.rewrite import Rewritten
 
 SCHEMA_VERSION = 1
@@ -28,7 +28,7 @@ class SiteRow:
     """A tensor that Inductor's default saves, or that is saved now, or that a weight gradient reads.
 
     form: ``keep`` (stored as it is), ``recompute`` (not stored, rebuilt exactly), ``project`` (its projection is stored),
-    ``state`` (a basis or the seed). method, rank: how the weight gradients that read it are formed; None: exactly.
+    ``input`` (an input of the region, never saved), ``state`` (a basis or the seed). method, rank: how the weight gradients that read it are formed; None: exactly.
     bytes_before: under Inductor's default cut. bytes_after: now. unbiased: whether the expected gradient is the exact one.
     relative_variance: of each weight gradient's estimate, in closed form; 0 if exact. extra_flops: in the backward's
     matmuls against exact weight gradients (negative: saved).
@@ -120,12 +120,8 @@ def describe(
     rows: dict[str, SiteRow] = {}
     for root in [n for n in nodes if n in before or n in after or n in root_of.values()]:
         uses = _uses(root, final if root in after else default, contractions)
-        kept = root in after
-        rows[root] = replace(
-            _row(nodes[root], before.get(root, 0), after.get(root, 0), uses),
-            form="keep" if kept else "recompute",
-            reason=_why_kept(root, uses, final) if kept else "rebuilt in the backward by pointwise operators, exactly",
-        )
+        form, reason = _form(joint, nodes[root], root in after, uses, final)
+        rows[root] = replace(_row(nodes[root], before.get(root, 0), after.get(root, 0), uses), form=form, reason=reason)
     for decision in plan.decisions:
         root = root_of[decision.site]
         rows[root] = _with_decision(rows[root], decision, done, after)
@@ -208,8 +204,7 @@ def _row(node: fx.Node, bytes_before: int, bytes_after: int, uses: tuple[Use, ..
 
 def _kind(node: fx.Node, uses: tuple[Use, ...]) -> str:
     op = str(node.target)
-    parent = node.all_input_nodes[0] if node.target.__class__.__name__ == "builtin_function_or_method" and node.all_input_nodes else node
-    if "attention" in str(parent.target):
+    if any("attention" in u.op for u in uses):
         return "attention"
     if is_matmul(node):
         return "matmul output"
@@ -222,19 +217,27 @@ def _kind(node: fx.Node, uses: tuple[Use, ...]) -> str:
     return "pointwise"
 
 
+def _form(joint: Joint, node: fx.Node, kept: bool, uses: tuple[Use, ...], cut: Cut) -> tuple[str, str]:
+    if node is joint.seed:
+        return "state", "the step's seed"
+    if node.op == "placeholder":
+        return "input", "an input of the region: never saved"
+    if kept:
+        return "keep", _why_kept(node.name, uses, cut)
+    return "recompute", "rebuilt exactly by pointwise operators"
+
+
 def _why_kept(root: str, uses: tuple[Use, ...], cut: Cut) -> str:
     if any(s.user_visible for s in cut.saved if s.root == root):
-        return "the caller holds it as an output, so that saving it is free"
-    nonlinear = [u.op for u in uses if u.kind == "nonlinear"]
-    if nonlinear:
-        return f"needed as it is by {nonlinear[0]}; rebuilding it would re-run a matmul or attention"
-    return "rebuilding it would re-run a matmul or attention, or costs more than it is worth"
+        return "also returned to the caller"
+    kinds = sorted({u.kind for u in uses})
+    return f"rebuilding it would not be free; uses: {', '.join(kinds)}" if kinds else "rebuilding it would not be free"
 
 
 def _with_decision(row: SiteRow, d: Decision, done: Rewritten, after: dict[str, int]) -> SiteRow:
     row = replace(row, parameters=row.parameters + d.parameters, kind="linear input" if row.kind == "pointwise" else row.kind)
     if not d.projects or d.rank is None:
-        return row if row.form == "recompute" else replace(row, reason=row.reason or d.reason)
+        return row if d.method == "exact" and d.reason == KEPT else replace(row, reason=f"{row.reason}; {d.reason}")
     in_forward = d.project_in == "forward"
     return replace(
         row,
@@ -251,9 +254,7 @@ def _with_decision(row: SiteRow, d: Decision, done: Rewritten, after: dict[str, 
 
 def _state_row(saved: Saved, cut: Cut) -> SiteRow:
     node = next(n for n in cut.forward.graph.nodes if n.name == saved.root)
-    row = _row(node, 0, saved.nbytes, ())
-    what = "the step's seed" if node.op == "placeholder" else "a basis that both passes read"
-    return replace(row, form="state", kind="state", reason=what)
+    return replace(_row(node, 0, saved.nbytes, ()), form="state", reason="a basis that both passes read")
 
 
 def _totals(default: Cut, final: Cut) -> Totals:

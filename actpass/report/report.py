@@ -162,4 +162,4 @@ def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
 
 
 def _mb(nbytes: int) -> str:
-    return f"{nbytes / 1e6:.2f} MB" if nbytes >= 10_000 or nbytes == 0 else f"{nbytes} B"
+    return f"{nbytes / 1e6:.2f} MB" if nbytes >= 100_000 else f"{nbytes / 1e3:.1f} kB" if nbytes >= 1_000 else f"{nbytes} B"

@@ -6,13 +6,12 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from . import UsageError
-from .train import Forward
 
 BACKENDS = ("eager", "inductor", "actcomp")
 METHODS = ("exact", "gaussian", "rademacher", "sparse", "haar", "srht")
@@ -30,13 +29,14 @@ class Backend:
     def compresses(self) -> bool:
         return self.name == "actcomp"
 
-    def compile(self, module: nn.Module) -> Forward:
+    def compile(self, module: nn.Module) -> nn.Module:
         """What to call instead of `module` to train it."""
         if self.name == "eager":
             return module
         if self.name == "inductor":
-            return torch.compile(module, dynamic=False)
-        return torch.compile(module, backend="actcomp", options=dict(self.options), dynamic=False)
+            return cast(nn.Module, torch.compile(module, dynamic=False))
+        options = dict(self.options)
+        return cast(nn.Module, torch.compile(module, backend="actcomp", options=options, dynamic=False))
 
     @contextmanager
     def configured(self) -> Iterator[None]:
@@ -49,7 +49,7 @@ class Backend:
         with functorch_config.patch(activation_memory_budget=self.inductor_budget):
             yield
 
-    def report(self, forward: Forward) -> Any:
+    def report(self, forward: nn.Module) -> Any:
         """What is saved for backward, in which form and why; None for the other backends."""
         if not self.compresses:
             return None
@@ -57,7 +57,7 @@ class Backend:
 
         return actpass.report(forward)
 
-    def state_dict(self, forward: Forward) -> dict[str, Any]:
+    def state_dict(self, forward: nn.Module) -> dict[str, Any]:
         """What a checkpoint keeps of the compression: its clock and seeds."""
         if not self.compresses:
             return {}
@@ -65,7 +65,7 @@ class Backend:
 
         return actpass.state_dict(forward)
 
-    def load_state_dict(self, forward: Forward, state: dict[str, Any]) -> None:
+    def load_state_dict(self, forward: nn.Module, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
         if self.compresses:
             import actpass

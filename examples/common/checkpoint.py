@@ -57,6 +57,16 @@ def find_checkpoint(folder: Path) -> Path:
     return found[-1]
 
 
+def require_no_checkpoint(folder: Path) -> None:
+    """Refuse to mix the checkpoints of a new run with those of an old one."""
+    found = sorted(folder.glob("step-*.pt"))
+    if found:
+        raise UsageError(
+            f"{str(folder)!r} has checkpoints already (up to {found[-1].name}): add --resume to go "
+            "on from there, or give another --save directory"
+        )
+
+
 def load_checkpoint(path: Path, run: Run, backend: Backend, settings: RunSettings) -> None:
     """Put a new `run` where the checkpoint left off; it must have the checkpoint's settings."""
     state = torch.load(path, map_location="cpu", weights_only=True)

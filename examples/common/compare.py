@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -57,9 +58,7 @@ def to_arguments(settings: Any, defaults: Any) -> tuple[str, ...]:
 def compare(script: Path, rows: Sequence[Row], baseline: str, title: str, out: Path) -> bool:
     """Run every row, write `table.md`, `table.json` and `curves.png`; False if a row failed."""
     out.mkdir(parents=True, exist_ok=True)
-    results = {
-        row.label: _run_row(script, row, number, rows, out) for number, row in enumerate(rows)
-    }
+    results = {row.label: _run_row(script, row, number, rows, out) for number, row in enumerate(rows)}
     table = [_summarize(label, result, results[baseline]) for label, result in results.items()]
     text = f"{title}\n\n{format_table(table)}"
     (out / "table.md").write_text(text, encoding="utf-8")
@@ -75,7 +74,8 @@ def _run_row(script: Path, row: Row, number: int, rows: Sequence[Row], out: Path
     path = out / f"{row.file_stem}.json"
     path.unlink(missing_ok=True)
     command = [sys.executable, str(script), *row.arguments, "--metrics", str(path)]
-    print(f"\n== {number + 1}/{len(rows)}: {row.label}\n   {' '.join(command)}", flush=True)
+    print(f"\n== {number + 1}/{len(rows)}: {row.label}", flush=True)
+    print("   python " + shlex.join(command[1:]), flush=True)
     with tempfile.TemporaryDirectory(prefix="inductor-") as cache:
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
         status = subprocess.run(command, env=environment, check=False).returncode
@@ -106,12 +106,11 @@ def _summarize(label: str, metrics: Metrics | None, baseline: Metrics | None) ->
 
 
 HEADER = (
-    "| | saved for backward | of it by the report | peak | step | to Inductor | first step "
-    "| training loss | validation loss |"
+    "| | saved for backward | as reported | peak | step | to Inductor | first step | training loss | validation loss |"
 )
 NOTES = f"""\
-Saved for backward: bytes alive between forward and backward, measured; "by the report" is what
-`actpass.report` says of the same. Peak: bytes above parameters and optimizer state, gradients
+Saved for backward: bytes alive between forward and backward, measured (the loss with them); as reported:
+by `actpass.report`. Peak: bytes above parameters and optimizer state, gradients
 included, measured over one step. Step: median. First step: with compiling, caches empty.
 Training loss: mean of the last {FINAL_STEPS} steps.
 """

@@ -74,8 +74,10 @@ class ProfilerMeter:
 def _read_profile(profiled: profile) -> StepMemory:
     # `prof.events()` folds memory events into the operators that caused them; the raw list, in
     # order of time, is only here (torch 2.11 to 2.13).
-    assert profiled.profiler is not None and profiled.profiler.kineto_results is not None
-    events = sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    assert profiled.profiler is not None
+    results = profiled.profiler.kineto_results
+    assert results is not None
+    events = sorted(results.events(), key=lambda event: event.start_ns())
     forward = next(event for event in events if event.name() == FORWARD_MARK)
     alive = peak = before = after = 0
     for event in events:

@@ -31,7 +31,7 @@ class Size:
 
 # The sizes from llama-60m on are those of GaLore (Zhao et al., 2024, arXiv 2403.03507).
 SIZES = {
-    "llama-mini": Size(256, 688, 4, 8, 4, 8192, 128, 16, 16, 1e-3),
+    "llama-mini": Size(256, 688, 4, 8, 4, 8192, 128, 8, 16, 1e-3),
     "llama-60m": Size(512, 1376, 8, 8, 8, 32000, 256, 8, 256, 1e-3),
     "llama-130m": Size(768, 2048, 12, 12, 12, 32000, 256, 4, 128, 1e-3),
     "llama-350m": Size(1024, 2736, 24, 16, 16, 32000, 256, 2, 128, 6e-4),
@@ -62,8 +62,7 @@ def load_config(model: str, seq_len: int, vocab_size: int = 0) -> PretrainedConf
         config = _config_from_file(Path(model))
     else:
         raise UsageError(
-            f"model {model!r} is unknown: give one of {', '.join(SIZES)}, or the path of a "
-            "transformers config (JSON)"
+            f"model {model!r} is unknown: give one of {', '.join(SIZES)}, or the path of a transformers config (JSON)"
         )
     config.vocab_size = vocab_size or config.vocab_size
     limit = getattr(config, "max_position_embeddings", None)

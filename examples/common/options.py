@@ -43,9 +43,7 @@ def rank(text: str) -> int | float:
     except ValueError:
         value = 0
     if value <= 0 or (isinstance(value, float) and not value <= 1):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is neither an integer of at least 1 nor a fraction in (0, 1]"
-        )
+        raise argparse.ArgumentTypeError(f"{text!r} is neither an integer of at least 1 nor a fraction in (0, 1]")
     return value
 
 

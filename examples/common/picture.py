@@ -22,17 +22,17 @@ def draw_comparison(results: Mapping[str, dict[str, Any]], path: Path) -> None:
 
 
 def _draw_losses(axes: Axes, results: Mapping[str, dict[str, Any]]) -> None:
+    tops = []
     for number, (label, metrics) in enumerate(results.items()):
-        color, losses = f"C{number}", metrics["train_loss"]
-        steps = range(1, len(losses) + 1)
-        axes.plot(steps, smooth(losses), color=color, label=label, linewidth=1.2)
+        color, losses = f"C{number}", smooth(metrics["train_loss"])
+        width = 1.0 + 1.2 * (len(results) - 1 - number)  # curves that coincide stay visible
+        axes.plot(range(1, len(losses) + 1), losses, color=color, label=label, linewidth=width)
+        tops.append(max(losses[len(losses) // 20 :]))
         held_out_steps, held_out = zip(*metrics["held_out_loss"], strict=True)
         axes.plot(held_out_steps, held_out, "o", color=color, markersize=4)
-    axes.set(
-        xlabel="step", ylabel="loss", title="Loss (line: training, smoothed; dots: validation)"
-    )
-    axes.set_yscale("log")
-    axes.grid(alpha=0.3, which="both")
+    axes.set(xlabel="step", ylabel="loss", title="Loss (line: training, smoothed; dots: validation)")
+    axes.set_ylim(top=1.02 * max(tops))  # the first steps, far above, would flatten all others
+    axes.grid(alpha=0.3)
     axes.legend()
 
 
@@ -51,7 +51,7 @@ def _draw_memory(axes: Axes, results: Mapping[str, dict[str, Any]]) -> None:
         places = [index + offset for index in range(len(results))]
         megabytes = [(metrics[key] or 0) / 1e6 for metrics in results.values()]
         container = axes.barh(places, megabytes, height=0.38, label=name)
-        axes.bar_label(container, fmt="%.0f", padding=3)
+        axes.bar_label(container, fmt="%.3g", padding=3)
     axes.set_yticks(range(len(results)), list(results))
     axes.invert_yaxis()
     axes.margins(x=0.12)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -24,8 +25,6 @@ from .measure import Meter, StepMemory, format_bytes, make_meter
 
 METERED_STEP = 2  # counted from the first step of this process: after compiling and one warm step
 FINAL_STEPS = 20  # the final training loss is the mean over these
-
-Forward = Callable[..., Tensor]
 
 
 class Batches(Protocol):
@@ -80,7 +79,7 @@ class Run:
     """A training run: `module` returns the loss; `forward` is it, or its compiled form."""
 
     module: nn.Module
-    forward: Forward
+    forward: nn.Module
     optimizer: AdamW
     schedule: LambdaLR
     step: int = 0  # optimizer steps done
@@ -92,18 +91,17 @@ def make_repeatable() -> None:
     """Have torch sum in a fixed order, so that the same run gives the same bits.
 
     Without it the embedding's gradient is summed by atomic additions, in Inductor's CPU code too.
-    Where CUDA has no such kernel torch warns and uses the other.
+    Where CUDA has no such kernel torch warns and uses the other. (Filling new memory, which the mode
+    also does, changes no result.)
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, changes no result
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def start_run(module: nn.Module, forward: Forward, config: TrainConfig) -> Run:
+def start_run(module: nn.Module, forward: nn.Module, config: TrainConfig) -> Run:
     """A run at step 0, with AdamW and a cosine schedule that ends at a tenth of the rate."""
-    optimizer = AdamW(
-        _parameter_groups(module, config), lr=config.lr, betas=(0.9, 0.95), fused=True
-    )
+    optimizer = AdamW(_parameter_groups(module, config), lr=config.lr, betas=(0.9, 0.95), fused=True)
     schedule = LambdaLR(optimizer, lambda step: cosine_factor(step, config.warmup, config.steps))
     return Run(module, forward, optimizer, schedule)
 
@@ -135,7 +133,8 @@ def train(
 ) -> None:
     """Train from `run.step` to `config.steps`, with progress bar, validation and checkpoints."""
     first = run.step
-    with tqdm(total=config.steps, initial=first, unit="step", mininterval=0.5) as bar:
+    every_s = 0.5 if sys.stderr.isatty() else 20.0  # a log file needs no motion
+    with tqdm(total=config.steps, initial=first, unit="step", mininterval=every_s) as bar:
         while run.step < config.steps:
             since_first = run.step - first
             meter = make_meter(config.device) if since_first == METERED_STEP else None
@@ -195,9 +194,7 @@ def evaluate(run: Run, batches: Batches, config: TrainConfig) -> float:
     return statistics.fmean(losses)
 
 
-def _evaluate_and_save(
-    run: Run, batches: Batches, config: TrainConfig, save: Callable[[], object]
-) -> None:
+def _evaluate_and_save(run: Run, batches: Batches, config: TrainConfig, save: Callable[[], object]) -> None:
     if _is_due(run.step, config.eval_every, config.steps):
         loss = evaluate(run, batches, config)
         run.history.held_out_loss.append((run.step, loss))
@@ -223,9 +220,7 @@ def _note_time(history: History, seconds: float, since_first: int, meter: Meter 
 def _show(bar: tqdm, history: History, tokens_per_s: float) -> None:
     peak = format_bytes(None if history.memory is None else history.memory.peak_bytes)
     loss = history.train_loss[-1]
-    bar.set_postfix_str(
-        f"loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s, peak {peak}", refresh=False
-    )
+    bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s, peak {peak}", refresh=False)
     bar.update()
 
 

@@ -1,0 +1,92 @@
+"""Run the pass on a model without compiling it: Dynamo and AOTAutograd trace, the pass decides, and the regions then run
+as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from actpass._torch import compile_fx, dynamo, functorch_config
+from actpass.backend import device_of, run_passes
+from actpass.compiler import Compiled
+from actpass.config import Config, parse
+from actpass.graph import GraphInputs
+from actpass.report import Report
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """report: as after training. regions: every region's graphs by stage (`Compiled`)."""
+
+    report: Report
+    regions: tuple[Compiled, ...]
+
+
+def explain_model(
+    model: torch.nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], options: Mapping[str, Any] | None
+) -> Explanation:
+    """See `actpass.explain`."""
+    config = parse(options)
+    compiled: list[Compiled] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any], **_: Any) -> Any:
+        done = _analyse(gm, example_inputs, config)
+        if done is not None:
+            compiled.append(done)
+        return gm.forward
+
+    model = getattr(model, "_orig_mod", model)
+    with torch.enable_grad():
+        explained = dynamo.optimize(backend)(model.forward)  # a compile of its own, gone with this call
+        output = explained(*inputs, **kwargs)
+        del output
+    records = [c.record for c in compiled]
+    if len(records) == 1:
+        eager = _saved_bytes_eager(model, inputs, kwargs)
+        records[0] = replace(records[0], totals=replace(records[0].totals, saved_bytes_eager=eager))
+    why = None if records else "no part of this model has both a forward and a backward that Dynamo can trace"
+    return Explanation(Report(tuple(records), why), tuple(compiled))
+
+
+def _analyse(gm: fx.GraphModule, example_inputs: list[Any], config: Config) -> Compiled | None:
+    plain = GraphInputs.of(gm, example_inputs)
+    with functorch_config.patch(enable_autograd_cache=False):
+        compiled, _ = run_passes(
+            gm, example_inputs, config, plain, device_of(example_inputs), "", compile_fx, inner_compile=_no_compile
+        )
+    return compiled
+
+
+def _no_compile(gm: fx.GraphModule, example_inputs: Any, **_: Any) -> Any:
+    def never(args: list[Any]) -> Any:
+        raise AssertionError("explain() does not run compiled graphs")
+
+    return never
+
+
+def _saved_bytes_eager(model: torch.nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Bytes of all storages that eager autograd saves, parameters, buffers and inputs excluded."""
+    own = [*model.parameters(), *model.buffers(), *pytree.tree_leaves((inputs, dict(kwargs)))]
+    resident = {id_of(t) for t in own if isinstance(t, torch.Tensor)}
+    saved: dict[int, int] = {}
+    keep: list[torch.Tensor] = []
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        if id_of(t) not in resident:
+            saved[id_of(t)] = t.untyped_storage().nbytes()
+            keep.append(t)
+        return t
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        output = model(*inputs, **kwargs)
+    del output
+    return sum(saved.values())
+
+
+def id_of(t: torch.Tensor) -> int:
+    return t.untyped_storage()._cdata

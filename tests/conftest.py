@@ -1,0 +1,31 @@
+"""Every test starts from the same place: nothing compiled, no region, the clock at zero, seeded, a cache of its own."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:  # a cold cache each session: no test passes on an older session's graphs
+    _cache = tempfile.mkdtemp(prefix="actpass-tests-")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = _cache
+    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+
+import pytest
+import torch
+
+from actpass.runtime import regions
+from actpass.runtime.clock import CLOCK
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("filterwarnings", "error::actpass.ActpassWarning")  # a fallback fails the test
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch.compiler.reset()
+    regions.clear()
+    CLOCK.steps, CLOCK.drawn = 0, False
+    torch.manual_seed(0)

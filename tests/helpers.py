@@ -1,0 +1,85 @@
+"""What several test files share: the pass without Inductor's code generation, and how gradients are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from actpass._torch import compile_fx, functorch_config
+from actpass.backend import compile_region
+from actpass.config import parse
+from actpass.report import Report
+
+EPS = torch.finfo(torch.float32).eps
+Grads = dict[str, torch.Tensor]
+
+
+def interpret(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[[list[Any]], Any]:
+    """An inner compiler that generates no code: runs the partitioned graph node by node. Boxed: it empties its argument
+    list, as Inductor's code does."""
+
+    def run(args: list[Any]) -> Any:
+        return fx.Interpreter(gm).boxed_run(args)
+
+    run._boxed_call = True  # pyright: ignore[reportFunctionMemberAccess]
+    return run
+
+
+def eager_actcomp(options: Mapping[str, Any] | None = None, **more: Any) -> Callable[..., Any]:
+    """A Dynamo backend: ``backend="actcomp"`` with the same pass, whose graphs are interpreted and not compiled.
+
+    A transformer takes seconds in place of half a minute; for tests whose subject is the pass or the runtime.
+    """
+    config = parse({**(options or {}), **more})
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        with functorch_config.patch(enable_autograd_cache=False):
+            if not torch.is_grad_enabled():
+                return compile_fx(gm, example_inputs, inner_compile=interpret)
+            return compile_region(gm, example_inputs, config, inner_compile=interpret)
+
+    return backend
+
+
+def grads_of(model: torch.nn.Module) -> Grads:
+    """A copy of every gradient by name; a parameter that received none fails here and not three lines further down."""
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing, f"no gradient reached {missing}"
+    return {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def step(function: Callable[..., Any], model: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, Grads]:
+    """One forward and backward from zeroed gradients: (loss, gradients). No optimizer: the clock stays."""
+    model.zero_grad(set_to_none=True)
+    loss = function(**inputs)
+    loss.backward()
+    return loss.detach().clone(), grads_of(model)
+
+
+def assert_equal(got: Grads, want: Grads) -> None:
+    """Bit for bit."""
+    assert got.keys() == want.keys()
+    different = [n for n in want if not torch.equal(got[n], want[n])]
+    assert not different, f"{len(different)} of {len(want)} differ: {different}"
+
+
+def assert_close(got: Grads, want: Grads, tolerance: float) -> None:
+    """The error of each tensor relative to its own norm; a tensor of zeros has to be zeros."""
+    assert got.keys() == want.keys()
+    errors = {n: error(got[n], want[n]) for n in want}
+    worst = max(errors, key=lambda n: errors[n])
+    assert errors[worst] <= tolerance, f"{worst}: relative error {errors[worst]:.2e} > {tolerance:.2e}"
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """|got - want| / |want|, Frobenius, in double."""
+    got, want = got.double(), want.double()
+    return float((got - want).norm() / want.norm().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def projected(report: Report) -> set[str]:
+    """Paths of the parameters whose gradient is formed through a projection, all regions."""
+    return {p for region in report.regions for d in region.plan["decisions"] if d["rank"] for p in d["parameters"]}
