@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from actpass.errors import ReportError
+from actpass.explain import explain_model
 from actpass.report import Report
 from actpass.runtime.clock import CLOCK
 from actpass.runtime.regions import regions_of
@@ -31,8 +32,6 @@ def explain(model: torch.nn.Module, *inputs: Any, options: Mapping[str, Any] | N
     The model runs forward once in eager mode between its regions (so on a real device it takes the memory of that). The
     report's ``saved_bytes_eager`` is known here. Raises `OptionError` / `BudgetError` on bad options.
     """
-    from actpass.explain import explain_model
-
     return explain_model(_module(model, "explain"), inputs, kwargs, options).report
 
 

@@ -7,7 +7,6 @@ Inductor's and AOTAutograd's caches key on.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
@@ -31,6 +30,7 @@ from actpass.compiler import Compiled, compile_joint
 from actpass.config import Config, parse
 from actpass.errors import ActpassWarning
 from actpass.graph import GraphInputs
+from actpass.graph.copying import copy_module
 from actpass.runtime import clock, records, regions
 
 _current: ContextVar[list[Compiled]] = ContextVar("actpass_current_compile")
@@ -69,7 +69,8 @@ def actcomp(
             stacklevel=2,
         )
     if not torch.is_grad_enabled():
-        return compile_fx(gm, example_inputs, config_patches=_inductor_options(config))
+        compiler: Callable[..., Any] = compile_fx
+        return compiler(gm, example_inputs, config_patches=_inductor_options(config))
     return compile_region(gm, example_inputs, config)
 
 
@@ -154,30 +155,22 @@ def device_of(example_inputs: Sequence[Any]) -> torch.device:
 
 def _append_seed(gm: fx.GraphModule, example_inputs: Sequence[Any], device: torch.device) -> fx.GraphModule:
     """A clone of Dynamo's graph with the step's seed as its last input."""
-    graph = fx.Graph(tracer_cls=getattr(gm.graph, "_tracer_cls", None))
-    mapping: dict[fx.Node, fx.Node] = {}
-    returned = graph.graph_copy(gm.graph, mapping, return_output_node=True)
-    assert isinstance(returned, tuple)
-    output = graph.output(returned[0])
-    output.meta = dict(returned[1].meta)
+    clone, mapping = copy_module(gm)
     for old, new in mapping.items():
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source  # pyright: ignore[reportAttributeAccessIssue]
-    last = graph.find_nodes(op="placeholder")[-1] if graph.find_nodes(op="placeholder") else None
-    with graph.inserting_after(last) if last is not None else graph.inserting_before():
-        seed = graph.placeholder("actpass_seed")
+    placeholders = clone.graph.find_nodes(op="placeholder")
+    with clone.graph.inserting_after(placeholders[-1]) if placeholders else clone.graph.inserting_before():
+        seed = clone.graph.placeholder("actpass_seed")
     mode = detect_fake_mode([n.meta.get("example_value") for n in gm.graph.nodes] + list(example_inputs))
     real = clock.seed_tensor(0, device)
     seed.meta["example_value"] = mode.from_tensor(real, static_shapes=True) if mode is not None else real
     seed._dynamo_source = ConstantSource("actpass_seed")  # pyright: ignore[reportAttributeAccessIssue]
-    clone = fx.GraphModule(gm, graph)
-    clone.meta = copy.copy(gm.meta)
+    clone.recompile()
     return clone
 
 
-def _with_seed(
-    fn: Callable[..., Any], region: regions.Region, config: Config, device: torch.device
-) -> Callable[..., Any]:
+def _with_seed(fn: Callable[..., Any], region: regions.Region, config: Config, device: torch.device) -> Callable[..., Any]:
     clock.start()
 
     def run(*args: Any) -> Any:

@@ -24,9 +24,10 @@ from actpass._torch import fx_graph_cse
 from actpass.config import Config, Treatment
 from actpass.errors import ActpassError, ActpassWarning, BudgetError, GraphUnsupported
 from actpass.graph import Contraction, Finding, GraphInputs, Joint, classify_uses, find_contractions
+from actpass.graph.copying import copy_module
 from actpass.graph.joint import storage_root, tensor_bytes, value
-from actpass.partition import Cut, Setting, copy_joint, cut
-from actpass.plan import Candidate, Plan, choose
+from actpass.partition import Cut, Setting, cut
+from actpass.plan import Candidate, choose
 from actpass.report.record import Record, describe, describe_fallback
 from actpass.rewrite import Rewritten, rewrite
 
@@ -70,16 +71,14 @@ def compile_joint(
 def _prepare(gm: fx.GraphModule, inputs: GraphInputs, partition_kwargs: Mapping[str, Any]) -> Joint:
     """A private copy of the joint graph without dead code and without duplicates (under autocast q, k and v each carry a
     cast of one tensor)."""
-    copy = copy_joint(gm)
+    copy, _ = copy_module(gm)
     copy.graph.eliminate_dead_code()
     copy.graph = fx_graph_cse(copy.graph)
     static = frozenset(partition_kwargs.get("static_lifetime_input_indices") or ())
     return Joint(copy, inputs, partition_kwargs["num_fwd_outputs"], static)
 
 
-def _compile(
-    joint: Joint, joint_inputs: Sequence[object], config: Config, kwargs: Mapping[str, Any], default: Cut
-) -> Compiled:
+def _compile(joint: Joint, joint_inputs: Sequence[object], config: Config, kwargs: Mapping[str, Any], default: Cut) -> Compiled:
     finding = find_contractions(joint)
     setting, exact = _exact_cut(joint, joint_inputs, config, kwargs, default)
     roots = {c.x: storage_root(n).name for c in finding.contractions for n in joint.gm.graph.nodes if n.name == c.x}
@@ -91,7 +90,7 @@ def _compile(
             describe(joint, finding, plan, default, exact, exact, Rewritten(), config),
             {"joint": joint.gm, "forward": exact.forward, "backward": exact.backward},
         )
-    changed = Joint(copy_joint(joint.gm), joint.inputs, joint.num_fwd_outputs, joint.static)
+    changed = Joint(copy_module(joint.gm)[0], joint.inputs, joint.num_fwd_outputs, joint.static)
     done = rewrite(changed, finding.contractions, plan)
     verify.only_planned_gradients_changed(changed, plan, done)
     final = cut(changed, joint_inputs, kwargs, setting)

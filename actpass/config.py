@@ -38,8 +38,7 @@ class Treatment:
         if self.rank > width:
             raise OptionError(
                 f"rank={self.rank} is larger than the width {width} of a compressed tensor. Allowed: an int in [1, N], or "
-                f"a float in (0, 1] (a fraction of N). Use rank={min(1.0, self.rank / width):.2g} or an override for "
-                f"the layer."
+                f"a float in (0, 1] (a fraction of N). Use rank=0.25, say, or an override for the layer."
             )
         return self.rank
 
@@ -185,7 +184,9 @@ def _memory_budget(name: str, value: Any) -> float:
         "Allowed in this version: a float in [0, 1], the fraction of the bytes that Inductor's default would save for "
         "backward (1.0: Inductor's own cut)."
     )
-    if isinstance(value, str) and _BYTES.match(value) or isinstance(value, int) and not isinstance(value, bool) and value > 1:
+    if (isinstance(value, str) and _BYTES.match(value)) or (
+        isinstance(value, int) and not isinstance(value, bool) and value > 1
+    ):
         raise BudgetError(f"{name}={value!r}: a budget in bytes of peak is not supported yet. {allowed}")
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BudgetError(f"{name}={value!r} is not a number. {allowed}")

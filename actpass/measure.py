@@ -26,8 +26,8 @@ def measure(call: Callable[[], Any], device: torch.device | str = "cpu") -> Memo
     CUDA: the caching allocator's counters (blocks are rounded up to 512 bytes). CPU: the profiler's allocation events
     (to the byte; agree with the process's high-water mark within 1 %). Warm up first: compiling allocates, too.
     """
-    device = torch.device(device)
-    return _measure_cuda(call, device) if device.type == "cuda" else _measure_cpu(call)
+    where = torch.device(device)
+    return _measure_cuda(call, where) if where.type == "cuda" else _measure_cpu(call)
 
 
 def _measure_cuda(call: Callable[[], Any], device: torch.device) -> Memory:
@@ -51,6 +51,6 @@ def _measure_cpu(call: Callable[[], Any]) -> Memory:
 
 def _cpu_allocations(prof: profile) -> list[int]:
     """Sizes of allocations (positive) and frees (negative) in time order."""
-    results = prof.profiler.kineto_results  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
-    events = [e for e in results.events() if e.name() == "[memory]" and e.device_type() == torch.autograd.DeviceType.CPU]
+    profiler: Any = prof.profiler
+    events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]" and e.device_type().name == "CPU"]
     return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]

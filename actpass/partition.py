@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointPolicy
 
 from actpass._torch import functorch_config, min_cut_rematerialization_partition
+from actpass.graph.copying import copy_module
 from actpass.graph.joint import CASTS, Joint, is_view, storage_root, tensor_bytes
 
 
@@ -59,17 +61,6 @@ class Setting:
     activation_memory_budget: float | None = None
 
 
-def copy_joint(gm: fx.GraphModule) -> fx.GraphModule:
-    """A joint graph module that a partitioner may take apart: new nodes, same values, same submodules."""
-    graph = fx.Graph(tracer_cls=getattr(gm.graph, "_tracer_cls", None))
-    out = graph.graph_copy(gm.graph, {}, return_output_node=True)
-    assert isinstance(out, tuple)
-    value, original = out
-    node = graph.output(value)
-    node.meta = dict(original.meta)
-    return fx.GraphModule(gm, graph)
-
-
 def cut(
     joint: Joint,
     joint_inputs: Sequence[object],
@@ -77,7 +68,7 @@ def cut(
     setting: Setting,
 ) -> Cut:
     """Run upstream's min-cut on a copy of ``joint``."""
-    gm = copy_joint(joint.gm)
+    gm, _ = copy_module(joint.gm)
     patch: dict[str, Any] = {}
     if setting.rebuild:
         patch["ban_recompute_materialized_backward"] = False
@@ -91,8 +82,6 @@ def cut(
 
 def _recompute_parameter_casts(joint: Joint) -> None:
     """Under autocast every weight's half-precision copy would be saved; it is a cast of a tensor that stays."""
-    from torch.utils.checkpoint import CheckpointPolicy
-
     stays = set(joint.parameter_path)
     for node in joint.gm.graph.nodes:
         movable = node.target in CASTS or is_view(node)

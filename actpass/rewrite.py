@@ -27,12 +27,10 @@ BACKWARD_ONLY = "must_be_in_backward"
 
 @dataclass
 class Rewritten:
-    """What `rewrite` did. inserted: every new node. payloads: projected decision -> node of its z. gradients: names of the matmuls that
-    form a coefficient in place of an old contraction -> parameter paths."""
+    """What `rewrite` did. inserted: every new node. payloads: projected decision -> node of its z."""
 
     inserted: set[fx.Node] = field(default_factory=set)
     payloads: dict[Decision, str] = field(default_factory=dict)
-    gradients: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def rewrite(joint: Joint, contractions: Sequence[Contraction], plan: Plan) -> Rewritten:
@@ -55,9 +53,7 @@ def rewrite(joint: Joint, contractions: Sequence[Contraction], plan: Plan) -> Re
     return done
 
 
-def _basis(
-    joint: Joint, bases: dict[Any, fx.Node], decision: Decision, width: int, x: fx.Node, done: Rewritten
-) -> fx.Node:
+def _basis(joint: Joint, bases: dict[Any, fx.Node], decision: Decision, width: int, x: fx.Node, done: Rewritten) -> fx.Node:
     val = value(x)
     key = (decision.method, width, decision.rank, decision.scale, val.dtype, val.device)
     if key not in bases:
@@ -90,14 +86,13 @@ def _payload(
     return z
 
 
-def _replace(
-    joint: Joint, matmul: fx.Node, z: fx.Node, basis: fx.Node, contraction: Contraction, done: Rewritten
-) -> None:
+def _replace(joint: Joint, matmul: fx.Node, z: fx.Node, basis: fx.Node, contraction: Contraction, done: Rewritten) -> None:
     """Put the factored gradient where ``matmul`` was."""
     i, j = MATMULS[matmul.target]
     dy = matmul.args[j if contraction.left else i]
     has_addend = i == 1
-    product = {2: torch.ops.aten.mm.default, 3: torch.ops.aten.bmm.default}[value(z).dim()] if has_addend else matmul.target
+    unadorned = torch.ops.aten.mm.default if value(z).dim() == 2 else torch.ops.aten.bmm.default
+    product: Any = unadorned if has_addend else matmul.target
     others = matmul.args[:1] if has_addend else matmul.args[2:]
 
     def gradient(z: torch.Tensor, dy: torch.Tensor, basis: torch.Tensor, *others: Any) -> torch.Tensor:
@@ -106,21 +101,11 @@ def _replace(
             return others[0] + contract(product(*factors), basis, left=contraction.left)
         return contract(product(*factors, *others), basis, left=contraction.left)
 
-    before = set(done.inserted)
     new = splice(joint.gm.graph, gradient, [z, dy, basis, *others], after=matmul, like=matmul, done=done)
     old = value(matmul)
     if value(new).shape != old.shape or value(new).dtype != old.dtype:
         raise GraphUnsupported(f"{matmul.name}: {tuple(value(new).shape)} in place of {tuple(old.shape)}")
     matmul.replace_all_uses_with(new)
-    for node in done.inserted - before:
-        if node.target in MATMULS and z in _through_moves(node):
-            done.gradients[node.name] = contraction.parameters
-
-
-def _through_moves(matmul: fx.Node) -> set[fx.Node]:
-    """The factors of a matmul and what they are transposes of."""
-    factors = set(matmul.all_input_nodes)
-    return factors | {a for f in factors for a in f.all_input_nodes}
 
 
 def splice(
@@ -162,4 +147,3 @@ def splice(
         environment[node] = position
         done.inserted.add(position)
     return result
-

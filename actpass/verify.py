@@ -34,7 +34,9 @@ def crosses_as_planned(rewritten_cut: Cut, exact_cut: Cut, plan: Plan, done: Rew
         if d.project_in == "backward" and z in crossing:
             raise GraphUnsupported(f"the payload of {d.site} crosses, but the plan projects it in the backward")
         if d.project_in == "forward" and (x in crossing or z not in crossing):
-            raise GraphUnsupported(f"the plan stores the payload of {d.site}, but {'x' if x in crossing else 'nothing'} crosses")
+            raise GraphUnsupported(
+                f"the plan stores the payload of {d.site}, but {'x' if x in crossing else 'nothing'} crosses"
+            )
     if not plan.projections and rewritten_cut.saved != exact_cut.saved:
         raise GraphUnsupported("a plan without projections changed what crosses")
 

@@ -1,6 +1,6 @@
 """Tiny models. Each function returns (model, inputs); ``model(**inputs)`` is a loss, or has one as ``.loss``.
 
-Sizes are the smallest at which every kind of site is there; widths differ from each other so that a mistaken axis fails.
+Sizes are the smallest at which every kind of site is there; widths differ, so that a mistaken axis fails.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 Made = tuple[nn.Module, dict[str, Any]]
@@ -59,10 +59,7 @@ class Transformer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
-            if self.checkpoint:
-                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+            x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False) if self.checkpoint else block(x)
         return self.head(x).square().mean()
 
 
@@ -78,22 +75,21 @@ def transformer(layers: int = 2, checkpoint: bool = False) -> Made:
 
 VOCAB = 61
 _TOKENS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-_WIDTHS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+_WIDTHS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
 
 
-def llama() -> Made:
+def llama(layers: int = 2) -> Made:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(**_TOKENS, **_WIDTHS, num_key_value_heads=2, max_position_embeddings=64, use_cache=False)
+    widths = {**_WIDTHS, "num_hidden_layers": layers}
+    config = LlamaConfig(**_TOKENS, **widths, num_key_value_heads=2, max_position_embeddings=64, use_cache=False)
     return _build(LlamaForCausalLM, config, _causal())
 
 
 def qwen3() -> Made:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    config = Qwen3Config(
-        **_TOKENS, **_WIDTHS, num_key_value_heads=2, head_dim=12, max_position_embeddings=64, use_cache=False
-    )
+    config = Qwen3Config(**_TOKENS, **_WIDTHS, num_key_value_heads=2, head_dim=12, max_position_embeddings=64, use_cache=False)
     return _build(Qwen3ForCausalLM, config, _causal())
 
 
@@ -116,7 +112,7 @@ def gpt2() -> Made:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        **_TOKENS, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        **_TOKENS, n_embd=32, n_layer=1, n_head=4, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         use_cache=False,
     )  # fmt: skip
     return _build(GPT2LMHeadModel, config, _causal())
@@ -139,7 +135,7 @@ def vit() -> Made:
         **_WIDTHS, image_size=16, patch_size=4, num_channels=3, num_labels=5, hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )  # fmt: skip
-    inputs = {"pixel_values": torch.randn(4, 3, 16, 16), "labels": torch.randint(0, 5, (4,))}
+    inputs = {"pixel_values": torch.randn(4, 3, 16, 16, generator=_generator()), "labels": torch.tensor([0, 3, 1, 4])}
     return _build(ViTForImageClassification, config, inputs)
 
 
@@ -148,16 +144,14 @@ def t5() -> Made:
 
     config = T5Config(
         vocab_size=VOCAB, pad_token_id=0, eos_token_id=2, decoder_start_token_id=0, d_model=32, d_kv=8, d_ff=48,
-        num_layers=2, num_decoder_layers=2, num_heads=4, dropout_rate=0.0, feed_forward_proj="gated-gelu",
+        num_layers=1, num_decoder_layers=1, num_heads=4, dropout_rate=0.0, feed_forward_proj="gated-gelu",
         use_cache=False,
     )  # fmt: skip
     inputs = {"input_ids": _tokens(16), "labels": _tokens(12)}
     return _build(T5ForConditionalGeneration, config, inputs)
 
 
-HUGGING_FACE: dict[str, Callable[[], Made]] = {
-    f.__name__: f for f in (llama, gpt2, bert, qwen3, mixtral, vit, t5)
-}
+HUGGING_FACE: dict[str, Callable[[], Made]] = {f.__name__: f for f in (llama, gpt2, bert, qwen3, mixtral, vit, t5)}
 
 
 def _causal() -> dict[str, Any]:
@@ -166,7 +160,11 @@ def _causal() -> dict[str, Any]:
 
 
 def _tokens(length: int) -> torch.Tensor:
-    return torch.randint(3, VOCAB, (2, length), generator=torch.Generator().manual_seed(1))
+    return torch.randint(3, VOCAB, (2, length), generator=_generator())
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(1)
 
 
 def _build(cls: type[nn.Module], config: Any, inputs: dict[str, Any]) -> Made:

@@ -56,7 +56,10 @@ class Llama(nn.Module):
         return out.loss, out.logits
 
 
-MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {"mlp": (MLP, (64, 96)), "llama-mini": (Llama, (16, 128, 256))}
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "mlp": (MLP, (64, 96)),
+    "llama-mini": (Llama, (16, 128, 256)),
+}
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,8 @@ def _sums_batches(node: fx.Node) -> bool:
 def _factors(node: fx.Node) -> tuple[fx.Node, fx.Node]:
     i, j = MATMULS[node.target]
     a, b = node.args[i], node.args[j]
-    assert isinstance(a, fx.Node) and isinstance(b, fx.Node)
+    assert isinstance(a, fx.Node)
+    assert isinstance(b, fx.Node)
     return a, b
 
 

@@ -40,7 +40,7 @@ def _parameter_path(node: fx.Node, example: Any) -> str | None:
 
 
 def _source_name(node: fx.Node) -> str:
-    source = getattr(node, "_dynamo_source", None)
+    source: Any = getattr(node, "_dynamo_source", None)
     if source is None:
         return str(node.target)
     return source.name() if callable(source.name) else source.name

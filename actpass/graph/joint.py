@@ -10,7 +10,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from actpass._torch import get_default_op_list, plain_input_index, size_hint
-from actpass.graph.inputs import GraphInputs
+from actpass.graph.inputs import GraphInputs, clean_path
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -122,8 +122,6 @@ def tensor_bytes(node: fx.Node) -> int:
 
 def module_path(node: fx.Node) -> str:
     """The deepest module whose forward made ``node`` (or, for a backward node, whose backward it belongs to)."""
-    from actpass.graph.inputs import clean_path
-
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
     entries = list(stack.values())
     return clean_path(entries[-1][0]) if entries else ""

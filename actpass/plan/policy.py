@@ -7,7 +7,6 @@ from typing import Protocol
 
 from actpass.plan.types import Candidate, Decision, Plan
 
-
 KEPT = "kept exact, as asked"
 
 

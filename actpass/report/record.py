@@ -28,8 +28,8 @@ class SiteRow:
     """A tensor that Inductor's default saves, or that is saved now, or that a weight gradient reads.
 
     form: ``keep`` (stored as it is), ``recompute`` (not stored, rebuilt exactly), ``project`` (its projection is stored),
-    ``input`` (an input of the region, never saved), ``state`` (a basis or the seed). method, rank: how the weight gradients that read it are formed; None: exactly.
-    bytes_before: under Inductor's default cut. bytes_after: now. unbiased: whether the expected gradient is the exact one.
+    ``input`` (an input of the region, never saved), ``state`` (a basis or the seed). method, rank: how the weight gradients
+    that read it are formed; None: exactly. bytes_before: under Inductor's default cut. bytes_after: now. unbiased: whether the expected gradient is the exact one.
     relative_variance: of each weight gradient's estimate, in closed form; 0 if exact. extra_flops: in the backward's
     matmuls against exact weight gradients (negative: saved).
     """
@@ -92,7 +92,14 @@ class Record:
             raise ValueError(f"record schema {version!r} is not {SCHEMA_VERSION}")
         fields = {k: v for k, v in data.items() if k != "schema_version"}
         fields["sites"] = tuple(
-            SiteRow(**{**s, "shape": tuple(s["shape"]), "parameters": tuple(s["parameters"]), "uses": tuple(Use(**u) for u in s["uses"])})
+            SiteRow(
+                **{
+                    **s,
+                    "shape": tuple(s["shape"]),
+                    "parameters": tuple(s["parameters"]),
+                    "uses": tuple(Use(**u) for u in s["uses"]),
+                }
+            )
             for s in fields["sites"]
         )
         fields["totals"] = Totals(**fields["totals"])
@@ -295,6 +302,4 @@ def _first_reason(plan: Plan, finding: Finding) -> str:
 
 
 def _parameters(joint: Joint) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    return tuple(
-        (path, tuple(size_hint(s) for s in node.meta["val"].shape)) for node, path in joint.parameter_path.items()
-    )
+    return tuple((path, tuple(size_hint(s) for s in node.meta["val"].shape)) for node, path in joint.parameter_path.items())

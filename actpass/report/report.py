@@ -113,7 +113,18 @@ def _folded(sites: Iterable[SiteRow]) -> list[tuple[SiteRow, int]]:
     """Rows of identical layers folded to one, with how many there are."""
     groups: dict[Any, list[SiteRow]] = {}
     for s in sites:
-        key = (_INDEX.sub("*", s.module), s.op, s.shape, s.dtype, s.form, s.method, s.rank, s.bytes_before, s.bytes_after, s.source)
+        key = (
+            _INDEX.sub("*", s.module),
+            s.op,
+            s.shape,
+            s.dtype,
+            s.form,
+            s.method,
+            s.rank,
+            s.bytes_before,
+            s.bytes_after,
+            s.source,
+        )
         groups.setdefault(key, []).append(s)
     return [(rows[0], len(rows)) for rows in groups.values()]
 

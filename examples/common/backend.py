@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -40,14 +40,22 @@ class Backend:
 
     @contextmanager
     def configured(self) -> Iterator[None]:
-        """To be entered around training: the compiler reads its budget at the first step."""
+        """To be entered around training: compilers read their settings at the first step."""
+        with self._inductor_budget():
+            try:
+                yield
+            except Exception as error:
+                cause = getattr(error, "inner_exception", error)  # Dynamo wraps a backend's errors
+                if self.compresses and _is_option_error(cause):
+                    raise UsageError(str(cause)) from error
+                raise
+
+    def _inductor_budget(self) -> AbstractContextManager[object]:
         if self.inductor_budget is None:
-            yield
-            return
+            return nullcontext()
         import torch._functorch.config as functorch_config
 
-        with functorch_config.patch(activation_memory_budget=self.inductor_budget):
-            yield
+        return functorch_config.patch(activation_memory_budget=self.inductor_budget)
 
     def report(self, forward: nn.Module) -> Any:
         """What is saved for backward, in which form and why; None for the other backends."""
@@ -71,6 +79,12 @@ class Backend:
             import actpass
 
             actpass.load_state_dict(forward, state)
+
+
+def _is_option_error(error: BaseException) -> bool:
+    import actpass
+
+    return isinstance(error, actpass.OptionError | actpass.BudgetError)
 
 
 def parse_override(text: str) -> tuple[str, str | dict[str, Any]]:

@@ -109,10 +109,10 @@ HEADER = (
     "| | saved for backward | as reported | peak | step | to Inductor | first step | training loss | validation loss |"
 )
 NOTES = f"""\
-Saved for backward: bytes alive between forward and backward, measured (the loss with them); as reported:
-by `actpass.report`. Peak: bytes above parameters and optimizer state, gradients
-included, measured over one step. Step: median. First step: with compiling, caches empty.
-Training loss: mean of the last {FINAL_STEPS} steps.
+Saved for backward: bytes alive between forward and backward, measured (the 4 of the loss with
+them); as reported: by `actpass.report`. Peak: bytes above parameters and optimizer state, gradients
+included, measured over one step. Step: median. First step: with compiling, caches empty. Training
+loss: mean of the last {FINAL_STEPS} steps.
 """
 
 

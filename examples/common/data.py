@@ -52,17 +52,18 @@ class ByteTokenizer:
 
 
 class LocalTokenizer:
-    """A Hugging Face tokenizer from a local directory or file; nothing is downloaded."""
+    """A Hugging Face tokenizer from a local directory; nothing is downloaded."""
 
     def __init__(self, path: str) -> None:
         from transformers import AutoTokenizer
 
-        if not Path(path).exists():
-            raise UsageError(
-                f"tokenizer {path!r} not found: give {BYTES!r} or a local directory with a "
-                "Hugging Face tokenizer (tokenizer.json)"
-            )
-        self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        allowed = f"give {BYTES!r} or a local directory with a Hugging Face tokenizer"
+        if not Path(path).is_dir():
+            raise UsageError(f"tokenizer {path!r} is not a directory: {allowed}")
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"tokenizer {path!r} cannot be read ({error}): {allowed}") from error
         self.name = path
         self.vocab_size = len(self._tokenizer)
         self.end: int | None = self._tokenizer.eos_token_id

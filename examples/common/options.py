@@ -50,7 +50,7 @@ def rank(text: str) -> int | float:
 def add_text_options(group: Group) -> None:
     """Which text to train on, and how it becomes tokens."""
     add = group.add_argument
-    add("--tokenizer", metavar="PATH", help="bytes, or a local Hugging Face tokenizer (bytes)")
+    add("--tokenizer", metavar="PATH", help="bytes, or a Hugging Face tokenizer's directory (bytes)")
     add("--data", metavar="PATH", help="stdlib, a text file, or a directory of text (stdlib)")
     add("--max-data-bytes", type=whole(1), metavar="N", help="read at most this much (16 MB)")
 

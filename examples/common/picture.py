@@ -45,13 +45,17 @@ def smooth(values: list[float]) -> list[float]:
     return smoothed
 
 
+def _label(megabytes: float) -> str:
+    return f"{megabytes:.3g}" if megabytes >= 0.01 else "0"
+
+
 def _draw_memory(axes: Axes, results: Mapping[str, dict[str, Any]]) -> None:
     kinds = {"saved_bytes": "saved for backward", "peak_bytes": "peak of a step"}
     for offset, (key, name) in zip((-0.2, 0.2), kinds.items(), strict=True):
         places = [index + offset for index in range(len(results))]
         megabytes = [(metrics[key] or 0) / 1e6 for metrics in results.values()]
         container = axes.barh(places, megabytes, height=0.38, label=name)
-        axes.bar_label(container, fmt="%.3g", padding=3)
+        axes.bar_label(container, fmt=_label, padding=3)
     axes.set_yticks(range(len(results)), list(results))
     axes.invert_yaxis()
     axes.margins(x=0.12)

@@ -1,0 +1,19 @@
+"""Graphs that a pass may take apart without touching the original."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+
+def copy_module(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """A graph module with new nodes, the same fake values and the same submodules, and the map from old nodes to new."""
+    graph = fx.Graph(tracer_cls=getattr(gm.graph, "_tracer_cls", None))
+    mapping: dict[fx.Node, fx.Node] = {}
+    copied: Any = graph.graph_copy(gm.graph, mapping, return_output_node=True)
+    returned, original = copied
+    graph.output(returned).meta = dict(original.meta)
+    copy = fx.GraphModule(gm, graph)
+    copy.meta = dict(gm.meta)
+    return copy, mapping

@@ -1,0 +1,107 @@
+"""Options: what is understood, and what a mistake is told."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from actpass import BudgetError, OptionError
+from actpass.config import Treatment, matches, parse
+
+
+def test_options_default_to_exact_recomputation():
+    config = parse(None)
+    assert config.treatment.method == "exact"
+    assert not config.needs_seed
+
+
+def test_options_overrides_refine_by_path_and_the_last_match_wins():
+    config = parse(
+        {"method": "haar", "rank": 0.5, "overrides": {"mlp": {"rank": 8}, "mlp.down_proj": "keep", "lm_head": "srht"}}
+    )
+    assert config.treatment_of(("layers.0.mlp.up_proj.weight",))[0] == Treatment("haar", 8)
+    assert config.treatment_of(("layers.0.mlp.down_proj.weight",))[0].method == "exact"
+    assert config.treatment_of(("lm_head.weight",))[0] == Treatment("srht", 0.5)
+    assert config.treatment_of(("layers.0.attn.q.weight",))[0] == Treatment("haar", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "expected"),
+    [
+        ("layers.*.mlp", "model.layers.3.mlp.gate_proj.weight", True),
+        ("lm_head", "lm_head.weight", True),
+        ("head", "lm_head.weight", False),
+        ("layers.1", "layers.11.mlp", False),
+        ("*", "anything", True),
+    ],
+)
+def test_override_patterns_match_whole_path_segments(pattern: str, path: str, expected: bool):
+    assert matches(pattern, path) is expected
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"methd": "haar"}, r"unknown option 'methd'. Did you mean 'method'\?.*Known: "),
+        ({"method": "har"}, r"unknown method 'har'. Did you mean 'haar'\?"),
+        ({"method": 3}, r"unknown method 3"),
+        ({"rank": 0}, r"rank=0 is not positive. Allowed"),
+        ({"rank": -4}, r"rank=-4 is not positive"),
+        ({"rank": 1.5}, r"rank=1.5 is outside \(0, 1\]"),
+        ({"rank": 0.0}, r"rank=0.0 is outside"),
+        ({"rank": math.nan}, r"rank=nan is outside"),
+        ({"rank": "half"}, r"rank='half' is not a number"),
+        ({"rank": True}, r"rank=True is not a number"),
+        ({"scale": "biased"}, r"scale='biased' is not known. Allowed: 'unbiased', 'none'"),
+        ({"refresh_interval": 0}, r"refresh_interval=0 is not usable. Allowed: an int in \[1, "),
+        ({"seed": -1}, r"seed=-1 is not usable"),
+        ({"profitable_only": 1}, r"profitable_only=1 is not usable"),
+        ({"overrides": ["lm_head"]}, r"overrides=\['lm_head'\] is not a mapping"),
+        ({"overrides": {"lm_head": 3}}, r"3 in overrides\['lm_head'\] is not usable"),
+        (
+            {"overrides": {"lm_head": {"rnk": 3}}},
+            r"unknown option in overrides\['lm_head'\] 'rnk'. Did you mean 'rank'",
+        ),
+        ({"inductor": "fast"}, r"inductor='fast' is not a mapping"),
+    ],
+)
+def test_options_mistakes_name_value_and_remedy(options: dict, says: str):
+    with pytest.raises(OptionError, match=says):
+        parse(options)
+
+
+@pytest.mark.parametrize(
+    ("budget", "says"),
+    [
+        ("a lot", "is not a number"),
+        (None, "is not a number"),
+        (True, "is not a number"),
+        (math.nan, "is outside"),
+        (-0.1, "is outside"),
+        (1.5, "is outside"),
+        ("20GiB", "bytes of peak is not supported yet"),
+        (10**10, "bytes of peak is not supported yet"),
+    ],
+)
+def test_memory_budget_mistakes_name_value_and_remedy(budget: object, says: str):
+    with pytest.raises(BudgetError, match=says):
+        parse({"memory_budget": budget})
+
+
+def test_rank_above_the_width_is_an_error_that_names_both():
+    with pytest.raises(OptionError, match=r"rank=64 is larger than the width 32.*Use rank=0.25"):
+        Treatment("haar", 64).rank_of(32)
+
+
+def test_option_errors_reach_the_user_through_torch_compile():
+    model = torch.compile(torch.nn.Linear(4, 4), backend="actcomp", options={"rank": 0})
+    with pytest.raises(Exception, match="rank=0 is not positive"):
+        model(torch.randn(2, 4))
+
+
+def test_rank_above_the_width_reaches_the_user_through_torch_compile():
+    model = torch.compile(torch.nn.Linear(4, 4), backend="actcomp", options={"method": "haar", "rank": 64})
+    with pytest.raises(Exception, match="rank=64 is larger than the width 4"):
+        model(torch.randn(2, 4))

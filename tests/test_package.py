@@ -1,0 +1,98 @@
+"""The package as a package: private names in one file, no import cycle, the entry point, what lies where."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+import actpass
+from actpass._torch import torch_is_tested
+
+PACKAGE = Path(actpass.__file__).parent
+
+
+def modules() -> dict[str, Path]:
+    files = {p: ".".join(p.relative_to(PACKAGE.parent).with_suffix("").parts) for p in PACKAGE.rglob("*.py")}
+    return {name.removesuffix(".__init__"): path for path, name in files.items()}
+
+
+def imports(path: Path) -> list[str]:
+    """Modules that a file imports when it is imported: not those inside functions."""
+    tree = ast.parse(path.read_text())
+    inside = {n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    found: list[str] = []
+    for node in ast.walk(tree):
+        if node in inside:
+            continue
+        if isinstance(node, ast.Import):
+            found += [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found += [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
+    return found
+
+
+def test_private_torch_names_are_imported_in_one_file_only():
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            private = [n for n in names if n.startswith("torch._")]
+            assert not private or name == "actpass._torch", f"{name} imports {private}"
+
+
+def test_import_graph_has_no_cycle():
+    known = modules()
+    edges = {name: {i for i in imports(path) if i in known and i != name} for name, path in known.items()}
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path[path.index(name) :], name))
+        if name not in done:
+            for target in sorted(edges[name]):
+                if not name.startswith(f"{target}."):  # a package's __init__ is being imported already
+                    visit(target, (*path, name))
+            done.add(name)
+
+    for name in sorted(edges):
+        visit(name, ())
+
+
+@pytest.mark.parametrize("room", ["codecs", "graph", "plan"])
+def test_rooms_do_not_know_what_lies_above_them(room: str):
+    allowed = {"codecs": {"codecs"}, "graph": {"graph", "_torch", "errors"}, "plan": {"plan", "errors"}}[room]
+    for name, path in modules().items():
+        if name.startswith(f"actpass.{room}"):
+            rooms = {i.split(".")[1] for i in imports(path) if i.startswith("actpass.")}
+            assert rooms <= allowed, f"{name} imports {rooms - allowed}"
+
+
+def test_plan_needs_no_torch_at_run_time():
+    code = "import sys; sys.modules['torch'] = None; sys.path.insert(0, sys.argv[1]); import plan"
+    subprocess.run([sys.executable, "-c", code.replace("import plan", "import types; p = types.ModuleType('actpass'); "
+        "p.__path__ = [sys.argv[1]]; sys.modules['actpass'] = p; import actpass.plan"), str(PACKAGE)], check=True)  # fmt: skip
+
+
+def test_entry_point_makes_the_backend_known_without_an_import():
+    (entry,) = [e for e in entry_points(group="torch_dynamo_backends") if e.name == "actcomp"]
+    assert entry.load() is actpass.backend.actcomp
+
+
+@pytest.mark.parametrize(
+    ("version", "tested"), [("2.11.0+cu130", True), ("2.13.0+cpu", True), ("2.10.1", False), ("2.14.0a0", False)]
+)
+def test_torch_versions_outside_the_tested_range_are_told_apart(version: str, tested: bool):
+    assert torch_is_tested(version) is tested
+
+
+def test_untested_torch_warns_with_the_versions_that_were_tested(monkeypatch: pytest.MonkeyPatch):
+    import torch
+
+    monkeypatch.setattr("actpass.backend.torch_is_tested", lambda: False)
+    model = torch.compile(torch.nn.Linear(4, 4), backend="actcomp")
+    with pytest.warns(actpass.ActpassWarning, match=r"tested on torch 2\.11 to 2\.13; this is"):
+        model(torch.randn(2, 4))

@@ -1,0 +1,214 @@
+"""What a model's training step saves for backward, and the graphs behind it, stage by stage. Nothing is trained.
+
+    python tools/inspect_graph.py llama-mini                                  what actpass saves by default
+    python tools/inspect_graph.py llama-1b --off --batch 128                  what Inductor saves; takes no memory
+    python tools/inspect_graph.py config.json --method haar --rank 0.25 --override lm_head=keep --graphs graphs
+    python tools/inspect_graph.py my_module:make_training_step --device cpu   any model: a function that returns
+                                                                              (model, args, kwargs)
+
+With ``--device meta`` (the default) the tensors are fake: shapes without storage, on CUDA if there is a device, else on
+the CPU, so that the graph is the one that a real step runs (on torch's own meta device Dynamo breaks HF models up).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from arguments import add_option_arguments, options_from, positive_int, probability
+from torch._subclasses.fake_tensor import FakeTensorMode
+from workloads import (
+    DTYPES,
+    HEADS,
+    WORKLOADS,
+    UsageError,
+    Workload,
+    build_config,
+    build_model,
+    make_batch,
+    workload_from_file,
+    workload_named,
+)
+
+from actpass.errors import ActpassError
+from actpass.explain import Explanation, explain_model
+
+STAGES = ("joint", "rewritten", "forward", "backward")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A model and one training batch. title: what it is, in a line."""
+
+    model: torch.nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    title: str
+
+
+def main() -> int:
+    parser = _parser()
+    given = parser.parse_args()
+    try:
+        options = options_from(given)
+        explained = _explain_with_fallback(given, options)
+    except (UsageError, ActpassError) as error:
+        parser.error(str(error))
+    print(explained.report)
+    if given.json is not None:
+        _write(given.json, json.dumps(explained.report.to_dict(), indent=1) + "\n")
+    if given.graphs is not None:
+        for name, text in graph_files(explained):
+            _write(given.graphs / name, text)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help=f"{', '.join(WORKLOADS)}; a transformers config (JSON); module:function")
+    parser.add_argument("--head", choices=HEADS, help="task of a config (default: the config's architectures say it)")
+    parser.add_argument("--batch", type=positive_int, help="sequences in a step (default: the model's usual)")
+    parser.add_argument("--seq", type=positive_int, help="tokens in a sequence (default: the model's usual)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
+    parser.add_argument("--autocast", action="store_true", help="forward under bfloat16 autocast")
+    parser.add_argument("--dropout", type=probability, help="replaces the config's dropout probabilities")
+    parser.add_argument("--device", choices=("meta", "cpu", "cuda"), default="meta")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
+    parser.add_argument("--graphs", type=Path, metavar="DIR", help="write every region's graphs, a file a stage")
+    add_option_arguments(parser)
+    return parser
+
+
+def _explain_with_fallback(given: argparse.Namespace, options: Mapping[str, Any]) -> Explanation:
+    """Explain on the device asked for; what can't be traced with fake tensors is traced with real ones."""
+    if given.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: this machine has no CUDA device. Allowed here: meta, cpu.")
+    if given.device != "meta":
+        return explain(given, options, given.device, fake=False)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return explain(given, options, device, fake=True)
+    except (UsageError, ActpassError):
+        raise
+    except Exception as error:
+        first_line = str(error).strip().partition("\n")[0]
+        reason = f"{type(error).__name__}: {first_line}"
+        print(f"not traceable without memory ({reason}); tracing with real tensors on {device}", file=sys.stderr)
+        torch.compiler.reset()
+        return explain(given, options, device, fake=False)
+
+
+def explain(given: argparse.Namespace, options: Mapping[str, Any], device: str, fake: bool) -> Explanation:
+    """Build the model and run the pass on it. Raises `UsageError` or `ActpassError` for what the user can mend."""
+    with ExitStack() as stack:
+        if fake:
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(torch.device(device))
+        target = load_target(given, device)
+        count = sum(p.numel() for p in target.model.parameters())
+        how = f"fake {device} tensors" if fake else device
+        stack.enter_context(torch.autocast(device, dtype=torch.bfloat16, enabled=given.autocast))
+        stack.enter_context(_errors_unwrapped())
+        explained = explain_model(target.model, target.args, target.kwargs, options)
+        print(f"{target.title}, {count / 1e6:.1f} M parameters, traced with {how}, options {options or 'default'}")
+        return explained
+
+
+@contextmanager
+def _errors_unwrapped() -> Iterator[None]:
+    """actpass's own errors without Dynamo's wrapping."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*autograd kernel was not registered.*")
+            yield
+    except Exception as error:
+        inner = getattr(error, "inner_exception", error)
+        if isinstance(inner, ActpassError):
+            raise inner from None
+        raise
+
+
+def load_target(given: argparse.Namespace, device: str) -> Target:
+    """What the positional argument names."""
+    if ":" in given.model and not Path(given.model).exists():
+        return _from_function(given)
+    return _from_workload(given, device)
+
+
+def _from_workload(given: argparse.Namespace, device: str) -> Target:
+    workload = _workload(given)
+    batch, seq = workload.shape(device)
+    shape = given.batch or batch, given.seq or seq
+    config = build_config(workload, shape[1], given.dropout)
+    torch.manual_seed(0)
+    model = build_model(config, workload.head, DTYPES[given.dtype])
+    inputs = make_batch(config, workload.head, shape, device, seed=0)
+    title = f"{workload.name} ({workload.head}), {shape[0]} x {shape[1]} tokens, {given.dtype}"
+    return Target(model, (), inputs, title + (" under bfloat16 autocast" if given.autocast else ""))
+
+
+def _workload(given: argparse.Namespace) -> Workload:
+    if Path(given.model).exists():
+        return workload_from_file(Path(given.model), given.head)
+    workload = workload_named(given.model)
+    if given.head not in (None, workload.head):
+        raise UsageError(
+            f"--head {given.head}: {workload.name} is a {workload.head} model. Give a config (JSON) instead."
+        )
+    return workload
+
+
+def _from_function(given: argparse.Namespace) -> Target:
+    for name in ("batch", "seq", "head", "dropout"):
+        if getattr(given, name) is not None:
+            raise UsageError(f"--{name} has no meaning for {given.model!r}: the function decides it.")
+    module_name, _, function_name = given.model.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"model {given.model!r} (module:function) cannot be imported: {error}.") from error
+    finally:
+        sys.path.pop(0)
+    found = function()
+    if not (isinstance(found, tuple) and len(found) == 3 and isinstance(found[0], torch.nn.Module)):
+        raise UsageError(
+            f"{given.model!r} must return (model, args, kwargs) with a torch.nn.Module, not {found!r:.100}."
+        )
+    model, args, kwargs = found
+    return Target(model.to(DTYPES[given.dtype]), tuple(args), dict(kwargs), given.model)
+
+
+def graph_files(explained: Explanation) -> Iterator[tuple[str, str]]:
+    """(file name, text) of every stage of every region, in the order of the pipeline."""
+    for number, region in enumerate(explained.regions):
+        stages = {"forward": region.forward, "backward": region.backward, **region.stages}
+        order = [*STAGES, *(name for name in stages if name not in STAGES)]
+        for position, name in enumerate(order, start=1):
+            if name in stages:
+                gm = stages[name]
+                head = f"# region {number}, {name} graph, {len(gm.graph.nodes)} nodes\n"
+                text = gm.print_readable(print_output=False, include_stride=True, include_device=True)
+                yield f"region{number}_{position}_{name}.py.txt", head + text + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        sys.exit(f"{path}: cannot be written: {error.strerror}")
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""The models that the tools measure: `transformers` configs with random weights, nothing is downloaded.
+
+Sizes of the Llama family are those of GaLore (Zhao et al., 2024, arXiv 2403.03507); the others are the configs' own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+HEADS = ("causal-lm", "masked-lm", "classification")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_ARCHITECTURES = {"ForCausalLM": 0, "LMHeadModel": 0, "ForMaskedLM": 1, "ForSequenceClassification": 2}
+_FIRST_PLAIN_TOKEN = 3  # below it some configs have their padding, start and end tokens
+
+
+class UsageError(Exception):
+    """The user asked for something that cannot be: the message names the value and what is allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A model and the (batch, sequence) it usually takes in one step on a CPU and on a GPU."""
+
+    name: str
+    model_type: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    head: str = "causal-lm"
+    cpu_shape: tuple[int, int] = (2, 128)
+    cuda_shape: tuple[int, int] = (2, 128)
+
+    def shape(self, device: str) -> tuple[int, int]:
+        return self.cuda_shape if device == "cuda" else self.cpu_shape
+
+
+def _llama(
+    name: str,
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    heads: int,
+    cpu: tuple[int, int],
+    cuda: tuple[int, int],
+    **other: int,
+) -> Workload:
+    fields = {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "vocab_size": 32000,
+        **other,
+    }
+    return Workload(name, "llama", fields, "causal-lm", cpu, cuda)
+
+
+def _roberta(name: str, **fields: Any) -> Workload:
+    fields |= {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5, "num_labels": 2}
+    return Workload(name, "roberta", fields, "classification", (16, 128), (16, 128))
+
+
+_LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+WORKLOADS = {
+    w.name: w
+    for w in (
+        _llama("llama-mini", 256, 688, 4, 8, (16, 128), (16, 128), num_key_value_heads=4, vocab_size=8192),
+        _llama("llama-60m", 512, 1376, 8, 8, (8, 256), (256, 256)),
+        _llama("llama-130m", 768, 2048, 12, 12, (4, 256), (128, 256)),
+        _llama("llama-350m", 1024, 2736, 24, 16, (2, 256), (128, 256)),
+        _llama("llama-1b", 2048, 5461, 24, 32, (1, 256), (128, 256)),
+        Workload("gpt2-124m", "gpt2", {}, "causal-lm", (2, 256), (64, 1024)),
+        _roberta("roberta-base"),
+        _roberta("roberta-large", **_LARGE),
+    )
+}
+
+
+def workload_named(name: str) -> Workload:
+    if name not in WORKLOADS:
+        raise UsageError(
+            f"{name!r} is no known model. Allowed: {', '.join(WORKLOADS)}, or the path of a config (JSON)."
+        )
+    return WORKLOADS[name]
+
+
+def workload_from_file(path: Path, head: str | None = None) -> Workload:
+    """A `transformers` config in JSON (a file, or a directory with a config.json). head: None takes it from the
+    config's ``architectures``."""
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        model_type = fields.pop("model_type")
+    except OSError as error:
+        raise UsageError(f"config {str(file)!r} cannot be read: {error.strerror}.") from error
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UsageError(f"config {str(file)!r} is not a JSON object with a 'model_type': {error}.") from error
+    return Workload(file.stem, model_type, fields, head or _head_of(fields, file))
+
+
+def _head_of(fields: Mapping[str, Any], file: Path) -> str:
+    for architecture in fields.get("architectures") or ():
+        for suffix, index in _ARCHITECTURES.items():
+            if architecture.endswith(suffix):
+                return HEADS[index]
+    raise UsageError(f"config {str(file)!r} does not name its task (architectures). Give --head: {', '.join(HEADS)}.")
+
+
+def build_config(workload: Workload, seq: int, dropout: float | None = None) -> Any:
+    """The workload's config. dropout: replaces every dropout probability of it; None leaves them."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.for_model(workload.model_type, **workload.fields)
+    except ValueError as error:
+        raise UsageError(f"transformers cannot make the config of {workload.name!r}: {error}") from error
+    config.use_cache = False
+    if dropout is not None:
+        for name in _dropouts(config):
+            setattr(config, name, dropout)
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and workload.model_type == "roberta":
+        limit -= 2  # its positions start behind the padding token
+    if limit is not None and seq > limit:
+        raise UsageError(
+            f"--seq {seq} is more than the {limit} positions of {workload.name!r} (max_position_embeddings)."
+        )
+    return config
+
+
+def drops(config: Any) -> bool:
+    """Whether training draws dropout masks: then two backends see different ones, and gradients can't be compared."""
+    return any(getattr(config, name) for name in _dropouts(config))
+
+
+def _dropouts(config: Any) -> list[str]:
+    return [k for k, v in config.to_dict().items() if "drop" in k and isinstance(v, float)]
+
+
+class LossOnly(nn.Module):
+    """The loss alone: logits that leave a compiled region stay allocated through the backward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, labels=labels).loss
+
+
+def build_model(config: Any, head: str, dtype: torch.dtype) -> LossOnly:
+    """The model with random weights, in training mode, on torch's default device; seed torch's generator before."""
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
+
+    classes = (AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification)
+    try:
+        model = classes[HEADS.index(head)].from_config(config, dtype=dtype)
+    except ValueError as error:
+        raise UsageError(f"transformers has no {head} model for {config.model_type!r}: {error}") from error
+    return LossOnly(model).train()
+
+
+def make_batch(config: Any, head: str, shape: tuple[int, int], device: str, seed: int) -> dict[str, Tensor]:
+    """Random tokens; the labels are the tokens themselves, or random classes."""
+    draw = torch.Generator().manual_seed(seed)
+    low = min(_FIRST_PLAIN_TOKEN, config.vocab_size - 1)
+    tokens = torch.randint(low, config.vocab_size, shape, generator=draw)
+    labels = torch.randint(0, config.num_labels, shape[:1], generator=draw) if head == "classification" else tokens
+    return {"input_ids": tokens.to(device), "labels": labels.to(device)}
