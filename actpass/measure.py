@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,7 @@ def _measure_cuda(call: Callable[[], Any], device: torch.device) -> Memory:
 
 
 def _measure_cpu(call: Callable[[], Any]) -> Memory:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler prints that it starts and stops
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         result = call()
     level = peak = 0

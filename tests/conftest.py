@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import shutil
 import tempfile
@@ -21,6 +22,8 @@ from actpass.runtime.clock import CLOCK
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error::actpass.ActpassWarning")  # a fallback fails the test
+    # pytest attaches its handlers to loggers that do not propagate; with a handler on this one torch writes out every graph
+    logging.getLogger("torch.__trace").propagate = True
 
 
 @pytest.fixture(autouse=True)

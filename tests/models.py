@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import nn
 
 Made = tuple[nn.Module, dict[str, Any]]
@@ -113,7 +113,7 @@ def gpt2() -> Made:
 
     config = GPT2Config(
         **_TOKENS, n_embd=32, n_layer=1, n_head=4, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        use_cache=False,
+        use_cache=False, loss_type="ForCausalLM",
     )  # fmt: skip
     return _build(GPT2LMHeadModel, config, _causal())
 

@@ -36,9 +36,7 @@ def rank(text: str) -> int | float:
             return convert(text)
         except ValueError:
             continue
-    raise argparse.ArgumentTypeError(
-        f"{text!r} is no rank. Allowed: an int (directions), or a float in (0, 1], e.g. 0.25."
-    )
+    raise argparse.ArgumentTypeError(f"{text!r} is no rank. Allowed: an int (directions), or a float in (0, 1], e.g. 0.25.")
 
 
 def memory_budget(text: str) -> float | str:
@@ -75,9 +73,7 @@ def add_option_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--rank", type=rank, help="an int (directions) or a float (fraction of the width)")
     group.add_argument("--memory-budget", type=memory_budget, help="fraction of what Inductor's default saves")
     group.add_argument("--override", type=override, action="append", default=[], metavar="PATTERN=METHOD[:RANK]")
-    group.add_argument(
-        "--option", type=option, action="append", default=[], metavar="KEY=VALUE", help="any other option"
-    )
+    group.add_argument("--option", type=option, action="append", default=[], metavar="KEY=VALUE", help="any other option")
     group.add_argument("--off", action="store_true", help="compression off: what Inductor itself saves")
 
 

@@ -1,15 +1,16 @@
 """The rows of a benchmark: one model trained through eager, Inductor at some recompute budget, or actpass.
 
-Every row has its own copy of the same weights and sees the same batches. Rows live in one process; what they measure is
-memory above the level at the start of a step, so that idle rows do not count.
+Every row has its own copy of the same weights and sees the same batches. All rows live in one process; memory is measured
+above the level at the start of a step, so that idle rows do not count.
 """
 
 from __future__ import annotations
 
-import contextlib
+import argparse
 import copy
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,15 +18,15 @@ from typing import Any
 
 import torch
 from arguments import option, probability, rank
-from bench_counts import BudgetCut, Counts, count_eager, counts_of_report
+from bench_counts import BudgetCut, Counts, count_default, count_eager, counts_of_report
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
-from workloads import LossOnly, UsageError
 
 import actpass
 from actpass.measure import measure
 
-ROW_FORMS = "eager, inductor, inductor-budget=B, inductor-recompute, actcomp:METHOD[:RANK][,key=value]"
+ROW_FORMS = "eager, inductor, inductor-budget=B, inductor-recompute, actcomp:METHOD[:RANK][,KEY=VALUE]"
+Gradients = list[Tensor | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,47 +40,51 @@ class RowSpec:
 
 
 def parse_row(text: str) -> RowSpec:
-    """Read a row; `argparse.ArgumentTypeError` names what is wrong with it."""
-    name, _, rest = text.partition(":")
+    """Read a row as `ROW_FORMS` has them; an argparse type."""
     if text in ("eager", "inductor"):
         return RowSpec(text, text)
     if text == "inductor-recompute":
         return RowSpec(text, "inductor", 0.0)
-    if text.startswith("inductor-budget="):
-        return RowSpec(text, "inductor", probability(text.partition("=")[2]))
+    name, _, rest = text.partition(":")
     if name == "actcomp" and rest:
         form, *others = rest.split(",")
         method, _, r = form.partition(":")
-        options = {"method": method, **({"rank": rank(r)} if r else {}), **dict(option(o) for o in others)}
-        return RowSpec(text, "actcomp", None, options)
-    raise UsageError(f"{text!r} is no row. Allowed: {ROW_FORMS}.")
-
-
-def compiled(spec: RowSpec, module: nn.Module) -> Callable[..., Tensor]:
-    """What to call instead of ``module``."""
-    if spec.kind == "eager":
-        return module
-    if spec.kind == "actcomp":
-        return torch.compile(module, backend="actcomp", options=dict(spec.options))
-    if spec.budget is None:
-        return torch.compile(module)
-    return torch.compile(module, options={"custom_partitioner_fn": BudgetCut(spec.budget)})
+        return RowSpec(
+            text, "actcomp", None, {"method": method, **({"rank": rank(r)} if r else {}), **dict(map(option, others))}
+        )
+    name, _, budget = text.partition("=")
+    if name == "inductor-budget":
+        return RowSpec(text, "inductor", probability(budget))
+    raise argparse.ArgumentTypeError(f"{text!r} is no row. Allowed: {ROW_FORMS}.")
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What all rows share. base: the initial weights, on the CPU. batches: keyword arguments, on the device."""
+    """What all rows share. base: the initial weights, on the CPU. batches: keyword arguments, on the device.
+    comparable: whether two rows compute the same gradients (no dropout). vocab: width of the logits."""
 
-    base: LossOnly
+    base: nn.Module
     batches: Sequence[Mapping[str, Tensor]]
     device: torch.device
     autocast: bool
     optimizer: bool
+    comparable: bool
     vocab: int
-    cache_root: str
 
     def precision(self) -> Any:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast)
+
+    def copy_model(self) -> nn.Module:
+        return copy.deepcopy(self.base).to(self.device)
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def settle(self) -> None:
+        """Free what is garbage, and let the device finish."""
+        gc.collect()
+        self.wait()
 
 
 @dataclass
@@ -89,10 +94,16 @@ class Row:
     spec: RowSpec
     setup: Setup
     model: nn.Module
-    call: Callable[..., Tensor]
     optimizer: torch.optim.Optimizer | None
-    measured: dict[str, Any]
+    call: Callable[..., Tensor]
+    measured: dict[str, Any] = field(default_factory=dict)
     round_step_s: list[float] = field(default_factory=list)
+
+    @classmethod
+    def prepare(cls, spec: RowSpec, setup: Setup) -> Row:
+        model = setup.copy_model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5) if setup.optimizer else None
+        return cls(spec, setup, model, optimizer, compiled(spec, model, setup.vocab))
 
     def forward(self, index: int) -> Tensor:
         with self.setup.precision():
@@ -109,62 +120,168 @@ class Row:
         self.finish(self.forward(index))
 
 
-def start_row(spec: RowSpec, setup: Setup, reference: list[Tensor | None] | None) -> Row:
-    """Compile a row with an empty cache, compare its first gradients with ``reference``, and measure its memory."""
-    model = copy.deepcopy(setup.base).to(setup.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5) if setup.optimizer else None
-    settle(setup.device)
+def compiled(spec: RowSpec, module: nn.Module, vocab: int) -> Callable[..., Tensor]:
+    """What to call instead of ``module``."""
+    if spec.kind == "eager":
+        return module
+    if spec.kind == "actcomp":
+        return torch.compile(module, backend="actcomp", options=dict(spec.options))
+    if spec.budget is None:
+        return torch.compile(module)
+    return torch.compile(module, options={"custom_partitioner_fn": BudgetCut(spec.budget, vocab)})
+
+
+def run_rows(specs: Sequence[RowSpec], setup: Setup, steps: int, rounds: int, cache_root: str) -> list[dict[str, Any]]:
+    """Measure every row. A row that fails says why in ``failed``, and the others go on."""
+    rows: dict[str, Row] = {}
+    failed: dict[str, str] = {}
+    reference: Gradients | None = None
+    warm_up_compiler(setup.device, cache_root)
+    for spec in sorted(specs, key=lambda spec: spec.kind != "eager"):  # eager has the gradients to compare with
+        _say(f"compiling and measuring {spec.label}")
+        try:
+            row = first_step(spec, setup, cache_root)
+            if spec.kind == "eager" and setup.comparable:
+                reference = gradients_of(row.model)
+            row.measured |= compare_gradients(reference, row.model)
+            measure_row(row)
+            rows[spec.label] = row
+        except Exception as error:
+            failed[spec.label] = _reason(error)
+            _say(f"{spec.label} failed: {failed[spec.label]}")
+    del reference
+    _time_rows(rows, failed, steps, rounds)
+    if "inductor" in rows:
+        rows["inductor"].measured |= _default_counts(setup)
+    return [_result(spec, rows.get(spec.label), failed.get(spec.label)) for spec in specs]
+
+
+def warm_up_compiler(device: torch.device, cache_root: str) -> None:
+    """Compile something small, so that the first row does not pay for what a process pays once."""
+    module = nn.Sequential(nn.Linear(16, 16), nn.GELU()).to(device)
+    with fresh_cache(dir=cache_root, delete=False):
+        torch.compile(module)(torch.randn(4, 16, device=device)).sum().backward()
+
+
+def first_step(spec: RowSpec, setup: Setup, cache_root: str) -> Row:
+    """Compile with an empty cache, and run one forward and backward from the initial weights; leaves the gradients."""
+    setup.settle()
+    row = Row.prepare(spec, setup)
+    setup.wait()
     began = time.perf_counter()
-    with fresh_cache(dir=setup.cache_root, delete=False):
-        row = Row(spec, setup, model, compiled(spec, model), optimizer, {})
+    with fresh_cache(dir=cache_root, delete=False):
         loss = row.forward(0)
         loss.backward()
-        wait(setup.device)
-        row.measured["compile_s"] = time.perf_counter() - began if spec.kind != "eager" else None
-        row.measured["first_loss"] = loss.item()
-        row.measured.update(compare_gradients(reference, model))
-        del loss
-        if spec.kind != "eager" or reference is None:
-            model.zero_grad(set_to_none=True)
-            measure_row(row)
+        setup.wait()
+        elapsed = time.perf_counter() - began
+    row.measured["compile_s"] = None if spec.kind == "eager" else elapsed
+    row.measured["first_loss"] = loss.item()
     return row
 
 
+def gradients_of(model: nn.Module) -> Gradients:
+    return [None if p.grad is None else p.grad.detach().cpu().clone() for p in model.parameters()]
+
+
+def compare_gradients(reference: Gradients | None, model: nn.Module) -> dict[str, float | None]:
+    """Cosine over all parameters, and the share of equal signs where the reference is not zero."""
+    if reference is None:
+        return {"gradient_cosine": None, "sign_agreement": None}
+    dot = norm = reference_norm = 0.0
+    agreeing = counted = 0
+    for expected, p in zip(reference, model.parameters(), strict=True):
+        if expected is None and p.grad is None:
+            continue
+        a = (torch.zeros(p.shape) if expected is None else expected).double()
+        b = (torch.zeros(p.shape) if p.grad is None else p.grad.detach().cpu()).double()
+        dot += (a * b).sum().item()
+        norm += b.square().sum().item()
+        reference_norm += a.square().sum().item()
+        agreeing += int(((a.sign() == b.sign()) & (a != 0)).sum())
+        counted += int((a != 0).sum())
+    scale = (norm * reference_norm) ** 0.5
+    return {"gradient_cosine": dot / scale if scale else None, "sign_agreement": agreeing / counted if counted else None}
+
+
 def measure_row(row: Row) -> None:
-    """Peak of a step, bytes that a forward leaves, and the counts from the graph."""
+    """Peak of a step, bytes that a forward leaves, and the counts from the row's graph."""
     row.model.zero_grad(set_to_none=True)
     row.step(1)
-    settle(row.setup.device)
+    row.setup.settle()
     row.measured["peak_bytes"] = measure(lambda: row.step(2), row.setup.device).peak_bytes
-    settle(row.setup.device)
-    kept = measure(lambda: row.forward(3), row.setup.device)
-    row.measured["saved_bytes_measured"] = kept.kept_bytes
-    row.finish(kept.result)
-    del kept
+    row.setup.settle()
+    forward = measure(lambda: row.forward(3), row.setup.device)
+    row.measured["saved_bytes_measured"] = forward.kept_bytes
+    row.finish(forward.result)
     row.measured["resident_bytes"] = resident_bytes(row)
-    counts = counts_of(row)
-    if counts is not None:
-        row.measured.update(counts.to_dict())
+    row.measured |= _counts(row).to_dict()
 
 
-def counts_of(row: Row) -> Counts | None:
-    """What the graph says, for the rows that know their graph (plain Inductor's is known from actpass's explain)."""
+def resident_bytes(row: Row) -> int:
+    """Bytes of parameters, buffers and optimizer state: what a peak comes on top of."""
+    states = row.optimizer.state.values() if row.optimizer is not None else ()
+    tensors = [*row.model.parameters(), *row.model.buffers(), *(v for s in states for v in s.values())]
+    storages = [t.untyped_storage() for t in tensors if isinstance(t, Tensor)]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+def _counts(row: Row) -> Counts:
+    vocab = row.setup.vocab
     if row.spec.kind == "eager":
-        return count_eager(lambda: row.forward(0), row.model, row.setup.vocab)
+        return count_eager(lambda: row.forward(0), row.model, vocab)
     if row.spec.kind == "actcomp":
-        return counts_of_report(actpass.report(row.model), row.setup.vocab)
-    return None
+        return counts_of_report(actpass.report(row.model), vocab)
+    return Counts() if row.spec.budget is None else BudgetCut(row.spec.budget, vocab).counts()
+
+
+def _default_counts(setup: Setup) -> dict[str, Any]:
+    _say("reading Inductor's own graph")
+    try:
+        with setup.precision():
+            return count_default(setup.copy_model(), setup.batches[0], setup.vocab).to_dict()
+    except Exception as error:
+        _say(f"counts of Inductor's default are missing: {_reason(error)}")
+        return {}
+
+
+def _time_rows(rows: dict[str, Row], failed: dict[str, str], steps: int, rounds: int) -> None:
+    """Interleaved: in each round every row runs ``steps`` steps, and another row begins."""
+    for number in range(rounds):
+        _say(f"timing, round {number + 1} of {rounds}")
+        labels = list(rows)
+        turn = number % max(len(labels), 1)
+        for label in [*labels[turn:], *labels[:turn]]:
+            try:
+                rows[label].round_step_s.append(time_round(rows[label], steps))
+            except Exception as error:
+                failed[label] = _reason(error)
+                del rows[label]
 
 
 def time_round(row: Row, steps: int) -> float:
-    """Median step time over ``steps`` steps, after one that does not count."""
-    settle(row.setup.device)
+    """Median step time, after a step that does not count."""
+    row.setup.settle()
     row.step(0)
     times = []
     for index in range(steps):
-        wait(row.setup.device)
+        row.setup.wait()
         began = time.perf_counter()
         row.step(index)
-        wait(row.setup.device)
+        row.setup.wait()
         times.append(time.perf_counter() - began)
     return statistics.median(times)
+
+
+def _result(spec: RowSpec, row: Row | None, failed: str | None) -> dict[str, Any]:
+    if row is None:
+        return {"row": spec.label, "failed": failed}
+    return {"row": spec.label, "failed": None, **row.measured, "round_step_s": row.round_step_s}
+
+
+def _reason(error: Exception) -> str:
+    inner = getattr(error, "inner_exception", error)
+    return f"{type(inner).__name__}: {str(inner).strip().partition(chr(10))[0]}"
+
+
+def _say(text: str) -> None:
+    print(f"# {text}", file=sys.stderr, flush=True)

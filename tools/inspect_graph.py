@@ -161,9 +161,7 @@ def _workload(given: argparse.Namespace) -> Workload:
         return workload_from_file(Path(given.model), given.head)
     workload = workload_named(given.model)
     if given.head not in (None, workload.head):
-        raise UsageError(
-            f"--head {given.head}: {workload.name} is a {workload.head} model. Give a config (JSON) instead."
-        )
+        raise UsageError(f"--head {given.head}: {workload.name} is a {workload.head} model. Give a config (JSON) instead.")
     return workload
 
 
@@ -181,9 +179,7 @@ def _from_function(given: argparse.Namespace) -> Target:
         sys.path.pop(0)
     found = function()
     if not (isinstance(found, tuple) and len(found) == 3 and isinstance(found[0], torch.nn.Module)):
-        raise UsageError(
-            f"{given.model!r} must return (model, args, kwargs) with a torch.nn.Module, not {found!r:.100}."
-        )
+        raise UsageError(f"{given.model!r} must return (model, args, kwargs) with a torch.nn.Module, not {found!r:.100}.")
     model, args, kwargs = found
     return Target(model.to(DTYPES[given.dtype]), tuple(args), dict(kwargs), given.model)
 

@@ -84,9 +84,7 @@ WORKLOADS = {
 
 def workload_named(name: str) -> Workload:
     if name not in WORKLOADS:
-        raise UsageError(
-            f"{name!r} is no known model. Allowed: {', '.join(WORKLOADS)}, or the path of a config (JSON)."
-        )
+        raise UsageError(f"{name!r} is no known model. Allowed: {', '.join(WORKLOADS)}, or the path of a config (JSON).")
     return WORKLOADS[name]
 
 
@@ -128,9 +126,7 @@ def build_config(workload: Workload, seq: int, dropout: float | None = None) -> 
     if limit is not None and workload.model_type == "roberta":
         limit -= 2  # its positions start behind the padding token
     if limit is not None and seq > limit:
-        raise UsageError(
-            f"--seq {seq} is more than the {limit} positions of {workload.name!r} (max_position_embeddings)."
-        )
+        raise UsageError(f"--seq {seq} is more than the {limit} positions of {workload.name!r} (max_position_embeddings).")
     return config
 
 

@@ -43,7 +43,8 @@ def _source_name(node: fx.Node) -> str:
     source: Any = getattr(node, "_dynamo_source", None)
     if source is None:
         return str(node.target)
-    return source.name() if callable(source.name) else source.name
+    name = source.name
+    return str(name() if callable(name) else name)
 
 
 def clean_path(path: str) -> str:

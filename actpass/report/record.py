@@ -29,7 +29,8 @@ class SiteRow:
 
     form: ``keep`` (stored as it is), ``recompute`` (not stored, rebuilt exactly), ``project`` (its projection is stored),
     ``input`` (an input of the region, never saved), ``state`` (a basis or the seed). method, rank: how the weight gradients
-    that read it are formed; None: exactly. bytes_before: under Inductor's default cut. bytes_after: now. unbiased: whether the expected gradient is the exact one.
+    that read it are formed; None: exactly. bytes_before: under Inductor's default cut. bytes_after: now. unbiased: whether
+    the expected gradient is the exact one.
     relative_variance: of each weight gradient's estimate, in closed form; 0 if exact. extra_flops: in the backward's
     matmuls against exact weight gradients (negative: saved).
     """

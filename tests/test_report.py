@@ -1,0 +1,117 @@
+"""What the report says is what happened: saved bytes to the byte, a round trip of its data, its words."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import actpass
+from actpass.measure import measure
+from actpass.report import Record
+
+from . import models
+from .helpers import eager_actcomp, step
+
+
+class LossOnly(nn.Module):
+    """Logits that are returned stay alive, too; here only the loss is."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        return self.model(**inputs).loss
+
+
+def gpt2() -> models.Made:
+    model, inputs = models.gpt2()
+    return LossOnly(model), inputs
+
+
+@pytest.mark.parametrize("build", [models.mlp, models.transformer, gpt2], ids=lambda f: f.__name__)
+def test_report_saved_bytes_are_what_is_alive_between_forward_and_backward(build):
+    """Compiled by Inductor; measured by the profiler's allocation events. What the caller gets (the loss) is alive as well."""
+    model, inputs = build()
+    compiled = torch.compile(model, backend="actcomp", options={"method": "rademacher", "rank": 0.25})
+    step(compiled, model, inputs)
+    alive = measure(lambda: compiled(**inputs))
+    loss_bytes = alive.result.untyped_storage().nbytes()
+    report = actpass.report(model)
+    assert any(s.method for r in report.regions for s in r.sites)
+    assert alive.kept_bytes - loss_bytes == report.saved_bytes
+    assert sum(s.bytes_after for r in report.regions for s in r.sites) == report.saved_bytes
+
+
+def test_report_before_the_first_step_says_inactive_and_why():
+    report = actpass.report(nn.Linear(2, 2))
+    assert not report.active
+    assert "inactive, because no training step" in str(report)
+
+
+def test_report_of_something_else_is_an_error_that_says_what_is_taken():
+    with pytest.raises(actpass.ReportError, match=r"takes the torch.nn.Module.*not int"):
+        actpass.report(3)  # pyright: ignore[reportArgumentType]
+
+
+def test_report_survives_json():
+    model, inputs = models.transformer()
+    step(torch.compile(model, backend=eager_actcomp(method="haar")), model, inputs)
+    report = actpass.report(model)
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data["schema_version"] == 1
+    assert tuple(Record.from_dict(r) for r in data["regions"]) == report.regions
+
+
+def test_report_totals_are_the_sums_of_their_sites():
+    model, inputs = models.llama()
+    explained = actpass.explain(model, options={"method": "haar", "rank": 0.25, "profitable_only": False}, **inputs)
+    (region,) = explained.regions
+    assert sum(s.bytes_before for s in region.sites) == region.totals.saved_bytes_default
+    assert sum(s.bytes_after for s in region.sites) == region.totals.saved_bytes
+    assert region.totals.saved_bytes_eager is not None
+    assert region.totals.saved_bytes < region.totals.saved_bytes_default < region.totals.saved_bytes_eager
+    extra = sum(s.extra_flops for s in region.sites)
+    assert region.totals.backward_matmul_flops - region.totals.backward_matmul_flops_default == extra
+    assert region.totals.extra_matmuls == region.totals.extra_attention == 0
+
+
+def test_report_folds_identical_layers():
+    model, inputs = models.llama()
+    text = str(actpass.explain(model, options={"method": "haar"}, **inputs))
+    assert "model.layers.*.mlp" in text
+    assert "(x2)" in text
+    assert "active, method=haar" in text
+    assert "layers.0." not in "\n".join(line for line in text.splitlines() if "mlp" in line)
+
+
+def test_report_names_the_override_that_decided_nothing():
+    model, inputs = models.mlp()
+    text = str(actpass.explain(model, options={"method": "haar", "overrides": {"no_such_layer": "keep"}}, **inputs))
+    assert "override 'no_such_layer' decided no site" in text
+
+
+def test_explain_works_without_memory_on_the_meta_device():
+    model, inputs = models.llama()
+    on_meta = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    real = actpass.explain(model, options={"method": "haar"}, **inputs)
+    meta = actpass.explain(model.to("meta"), options={"method": "haar"}, **on_meta)
+    assert meta.totals == real.totals
+    assert meta.plan_hash == real.plan_hash
+
+
+def test_unreadable_graph_falls_back_to_inductor_with_the_reason(monkeypatch: pytest.MonkeyPatch):
+    def broken(*_):
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr("actpass.compiler.find_contractions", broken)
+    model, inputs = models.mlp()
+    with pytest.warns(actpass.ActpassWarning, match="left a region to Inductor alone, because RuntimeError: boom"):
+        step(torch.compile(model, backend=eager_actcomp(method="haar")), model, inputs)
+    report = actpass.report(model)
+    assert not report.active
+    assert "inactive, because RuntimeError: boom" in str(report)
+    assert report.saved_bytes == report.totals.saved_bytes_default
