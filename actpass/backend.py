@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -106,7 +106,7 @@ def run_passes(
     """Give ``gm`` to ``compiler`` (`compile_fx`) with the pass in place of the partitioner. Returns what the pass did (None on
     a cache hit, or if there is no backward), and the compiled callable."""
     if config.needs_seed:
-        gm, inputs = _append_seed(gm, example_inputs, device), GraphInputs(inputs.paths, len(inputs.paths))
+        gm, inputs = _append_seed(gm, example_inputs, device), replace(inputs, seed=len(inputs.paths))
         example_inputs = [*example_inputs, gm.graph.find_nodes(op="placeholder")[-1].meta["example_value"]]
     partitioner = Partitioner(config, inputs, nonce)
     compiled: list[Compiled] = []

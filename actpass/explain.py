@@ -11,11 +11,12 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from actpass._torch import compile_fx, dynamo, functorch_config
+from actpass._torch import compile_fx, detect_fake_mode, dynamo, functorch_config
 from actpass.backend import device_of, run_passes
 from actpass.compiler import Compiled
 from actpass.config import Config, parse
 from actpass.graph import GraphInputs
+from actpass.graph.copying import copy_module
 from actpass.report import Report
 
 
@@ -55,11 +56,40 @@ def explain_model(
 
 def _analyse(gm: fx.GraphModule, example_inputs: list[Any], config: Config) -> Compiled | None:
     plain = GraphInputs.of(gm, example_inputs)
+    gm, example_inputs = _off_meta(gm, example_inputs)
     with functorch_config.patch(enable_autograd_cache=False):
         compiled, _ = run_passes(
             gm, example_inputs, config, plain, device_of(example_inputs), "", compile_fx, inner_compile=_no_compile
         )
     return compiled
+
+
+def _off_meta(gm: fx.GraphModule, example_inputs: list[Any]) -> tuple[fx.GraphModule, list[Any]]:
+    """The same region with the CPU in place of the meta device: Inductor drops whatever is computed on meta tensors.
+    Inputs become fake CPU tensors, so that nothing is allocated."""
+    fakes = [n.meta.get("example_value") for n in gm.graph.find_nodes(op="placeholder")]
+    mode = detect_fake_mode([*fakes, *example_inputs])
+    if mode is None or not any(isinstance(e, torch.Tensor) and e.device.type == "meta" for e in example_inputs):
+        return gm, example_inputs
+    clone, _ = copy_module(gm)
+    for node in clone.graph.nodes:
+        node.args, node.kwargs = pytree.tree_map(_cpu_for_meta, (node.args, dict(node.kwargs)))
+    clone.recompile()
+
+    def on_cpu(fake: Any, example: Any) -> Any:
+        if not isinstance(example, torch.Tensor):
+            return example
+        source = fake if isinstance(fake, torch.Tensor) else example
+        with mode:
+            new = torch.empty_strided(source.shape, source.stride(), dtype=source.dtype, device="cpu")
+        return new.requires_grad_(example.requires_grad)
+
+    return clone, [on_cpu(f, e) for f, e in zip(fakes, example_inputs, strict=True)]
+
+
+def _cpu_for_meta(value: Any) -> Any:
+    is_meta = value == "meta" or (isinstance(value, torch.device) and value.type == "meta")
+    return torch.device("cpu") if is_meta else value
 
 
 def _no_compile(gm: fx.GraphModule, example_inputs: Any, **_: Any) -> Any:
@@ -69,8 +99,9 @@ def _no_compile(gm: fx.GraphModule, example_inputs: Any, **_: Any) -> Any:
     return never
 
 
-def _saved_bytes_eager(model: torch.nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """Bytes of all storages that eager autograd saves, parameters, buffers and inputs excluded."""
+def _saved_bytes_eager(model: torch.nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    """Bytes of all storages that eager autograd saves, parameters, buffers and inputs excluded. None where the model's eager
+    code reads a value that a meta tensor does not have."""
     own = [*model.parameters(), *model.buffers(), *pytree.tree_leaves((inputs, dict(kwargs)))]
     resident = {id_of(t) for t in own if isinstance(t, torch.Tensor)}
     saved: dict[int, int] = {}
@@ -82,9 +113,13 @@ def _saved_bytes_eager(model: torch.nn.Module, inputs: tuple[Any, ...], kwargs: 
             keep.append(t)
         return t
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        output = model(*inputs, **kwargs)
-    del output
+    try:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            model(*inputs, **kwargs)
+    except RuntimeError:
+        if not any(t.is_meta for t in own if isinstance(t, torch.Tensor)):
+            raise
+        return None
     return sum(saved.values())
 
 

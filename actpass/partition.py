@@ -32,11 +32,13 @@ class Saved:
 
 @dataclass(frozen=True)
 class Cut:
-    """A partitioned joint graph. saved: what crosses, parameters and inputs excluded (the step's seed counts)."""
+    """A partitioned joint graph. saved: what crosses, parameters and inputs excluded (the step's seed counts).
+    kept_input_bytes: inputs that another region computed and that the backward reads."""
 
     forward: fx.GraphModule
     backward: fx.GraphModule
     saved: tuple[Saved, ...]
+    kept_input_bytes: int
 
     @property
     def saved_bytes(self) -> int:
@@ -77,7 +79,7 @@ def cut(
         patch["activation_memory_budget"] = setting.activation_memory_budget
     with functorch_config.patch(patch):
         forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **partition_kwargs)
-    return Cut(forward, backward, _saved(forward, joint.num_fwd_outputs, joint.seed))
+    return Cut(forward, backward, _saved(forward, joint.num_fwd_outputs, joint.seed), _kept_input_bytes(forward, joint))
 
 
 def _recompute_parameter_casts(joint: Joint) -> None:
@@ -107,3 +109,10 @@ def _saved(forward: fx.GraphModule, num_fwd_outputs: int, seed: fx.Node | None) 
         counted.add(root)
         saved.append(Saved(node.name, root.name, nbytes, root in visible))
     return tuple(saved)
+
+
+def _kept_input_bytes(forward: fx.GraphModule, joint: Joint) -> int:
+    (out,) = forward.graph.find_nodes(op="output")
+    outputs = pytree.tree_leaves(out.args[0])
+    names = {storage_root(n).name for n in outputs[joint.num_fwd_outputs :] if isinstance(n, fx.Node)}
+    return sum(tensor_bytes(n) for n in joint.computed_inputs if n.name in names)

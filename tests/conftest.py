@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:  # a cold cache each session: no test passes on an older session's graphs
     _cache = tempfile.mkdtemp(prefix="actpass-tests-")
@@ -16,8 +18,12 @@ if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:  # a cold cache each session: no
 import pytest
 import torch
 
+from actpass import backend
+from actpass._torch import compile_fx, functorch_config
 from actpass.runtime import regions
 from actpass.runtime.clock import CLOCK
+
+from .helpers import interpret
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -32,3 +38,11 @@ def _fresh() -> None:
     regions.clear()
     CLOCK.steps, CLOCK.drawn = 0, False
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_codegen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """``backend="actcomp"`` by its name and with all its options, but its graphs are interpreted: no C++, no cache."""
+    monkeypatch.setattr(backend, "compile_fx", functools.partial(compile_fx, inner_compile=interpret))
+    with functorch_config.patch(enable_autograd_cache=False):
+        yield

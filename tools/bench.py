@@ -48,6 +48,7 @@ def main() -> int:
     parser = _parser()
     given = parser.parse_args()
     try:
+        check_device(given.device)
         specs = rows_of(given)
         if given.compile_time and given.compile_worker is None:
             return compile_time(given, specs)
@@ -95,6 +96,11 @@ def rows_of(given: argparse.Namespace) -> list[RowSpec]:
     return specs
 
 
+def check_device(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: this machine has no CUDA device. Allowed here: cpu.")
+
+
 def workload_of(given: argparse.Namespace) -> Workload:
     if given.config is not None:
         return workload_from_file(given.config, given.head)
@@ -106,8 +112,6 @@ def workload_of(given: argparse.Namespace) -> Workload:
 
 def set_up(given: argparse.Namespace) -> tuple[Setup, str]:
     """The model and its batches, and a line that says what they are."""
-    if given.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: this machine has no CUDA device. Allowed here: cpu.")
     workload = workload_of(given)
     batch, seq = workload.shape(given.device)
     shape = given.batch or batch, given.seq or seq

@@ -22,10 +22,11 @@ PHASES = ("cold", "warm")
 
 
 def work(spec: RowSpec, setup: Setup) -> dict[str, Any]:
-    """In the fresh process: time from `torch.compile` to the end of the first backward, and of a step after it."""
+    """In the fresh process: time from the first call to the end of the first backward, and of a step after it."""
     (torch.ones(8, 8, device=setup.device) @ torch.ones(8, 8, device=setup.device)).sum().item()
-    began = time.perf_counter()
     row = Row.prepare(spec, setup)
+    setup.wait()
+    began = time.perf_counter()
     row.forward(0).backward()
     setup.wait()
     first_step_s = time.perf_counter() - began

@@ -17,15 +17,18 @@ _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 @dataclass(frozen=True, slots=True)
 class GraphInputs:
     """paths: for every positional input its parameter path (``layers.0.mlp.up_proj.weight``), or None if it is not a
-    parameter. seed: the position of the step's seed, or None if the region takes none."""
+    parameter. computed: whether it is a value that another region computed (an activation that a graph break passes on).
+    seed: the position of the step's seed, or None if the region takes none."""
 
     paths: tuple[str | None, ...]
+    computed: tuple[bool, ...]
     seed: int | None = None
 
     @classmethod
-    def of(cls, gm: fx.GraphModule, example_inputs: Sequence[Any], seed: int | None = None) -> GraphInputs:
+    def of(cls, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> GraphInputs:
         placeholders = gm.graph.find_nodes(op="placeholder")
-        return cls(tuple(_parameter_path(n, e) for n, e in zip(placeholders, example_inputs, strict=True)), seed)
+        paths = tuple(_parameter_path(n, e) for n, e in zip(placeholders, example_inputs, strict=True))
+        return cls(paths, tuple(isinstance(e, torch.Tensor) and e.requires_grad and not e.is_leaf for e in example_inputs))
 
 
 def _parameter_path(node: fx.Node, example: Any) -> str | None:

@@ -57,6 +57,13 @@ class Joint:
         return paths
 
     @cached_property
+    def computed_inputs(self) -> list[fx.Node]:
+        """Primals that another region computed."""
+        computed = self.inputs.computed
+        indices = {n: plain_input_index(n.meta.get("desc")) for n in self.primals}
+        return [n for n, i in indices.items() if i is not None and i < len(computed) and computed[i]]
+
+    @cached_property
     def seed(self) -> fx.Node | None:
         """The placeholder of the step's seed."""
         if self.inputs.seed is None:

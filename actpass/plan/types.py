@@ -82,7 +82,8 @@ class Plan:
         return tuple(d for d in self.decisions if d.projects)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"schema_version": SCHEMA_VERSION, "decisions": [asdict(d) for d in self.decisions]}
+        decisions = [{**asdict(d), "parameters": list(d.parameters)} for d in self.decisions]
+        return {"schema_version": SCHEMA_VERSION, "decisions": decisions}
 
     @property
     def hash(self) -> str:

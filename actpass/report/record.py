@@ -146,7 +146,7 @@ def describe(
         plan=plan.to_dict(),
         plan_hash=plan.hash,
         left_alone=finding.left_alone,
-        notes=tuple(_notes(joint, plan, exact, config, finding)),
+        notes=tuple(_notes(plan, exact, final, config, finding)),
         parameters=_parameters(joint),
     )
 
@@ -279,7 +279,7 @@ def _totals(default: Cut, final: Cut) -> Totals:
     )
 
 
-def _notes(joint: Joint, plan: Plan, exact: Cut, config: Config, finding: Finding) -> Iterable[str]:
+def _notes(plan: Plan, exact: Cut, final: Cut, config: Config, finding: Finding) -> Iterable[str]:
     used = {config.treatment_of(c.parameters)[1] for c in finding.contractions}
     for pattern, _ in config.overrides:
         if pattern not in used:
@@ -291,6 +291,12 @@ def _notes(joint: Joint, plan: Plan, exact: Cut, config: Config, finding: Findin
         yield (
             f"{returned} of the saved bytes are storage that the model also returns (logits): return only the loss to let "
             "the backward free them"
+        )
+
+    if final.kept_input_bytes:
+        yield (
+            f"{final.kept_input_bytes} bytes of activations that another region computed are read by this region's backward, "
+            "too; as inputs they are not counted above"
         )
 
 

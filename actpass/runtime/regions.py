@@ -13,21 +13,33 @@ from actpass.report import Record
 
 @dataclass(eq=False)
 class Region:
-    """One compiled graph. parameters: every parameter it ever ran with (one graph may serve several modules)."""
+    """One compiled graph.
+
+    positions: which of its arguments are parameters. parameters: every parameter it ever ran with (one graph may serve
+    several modules). follows: for a region without parameters (a loss behind a graph break), the region that ran before.
+    """
 
     record: Record
     positions: tuple[int, ...]
     parameters: weakref.WeakSet[torch.Tensor] = field(default_factory=weakref.WeakSet)
+    follows: Region | None = None
     _seen: int | None = None
 
     def note(self, args: tuple[Any, ...]) -> None:
-        """Remember the parameters among the arguments of a call (cheap when the call is the same module's again)."""
-        if self.positions and id(args[self.positions[0]]) != self._seen:
+        """Remember whose call this is (cheap when it is the same module's again)."""
+        global _last
+        if not self.positions:
+            self.follows = self.follows or _last
+            return
+        _last = self
+        if id(args[self.positions[0]]) != self._seen:
             self._seen = id(args[self.positions[0]])
             self.parameters.update(args[i] for i in self.positions)
 
 
 _regions: list[Region] = []
+_last: Region | None = None
+"""The region with parameters that ran last."""
 
 
 def register(region: Region) -> None:
@@ -36,7 +48,9 @@ def register(region: Region) -> None:
 
 def clear() -> None:
     """Forget all regions (`torch.compiler.reset()` forgets the compiled code, not what we know of it)."""
+    global _last
     _regions.clear()
+    _last = None
 
 
 def regions_of(model: torch.nn.Module) -> list[Region]:
@@ -46,11 +60,11 @@ def regions_of(model: torch.nn.Module) -> list[Region]:
     the region's record holds.
     """
     own = {id(p) for p in model.parameters()}
-    by_identity = [r for r in _regions if any(id(p) in own for p in r.parameters)]
-    if by_identity:
-        return by_identity
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    return [r for r in _regions if r.record.parameters and _fits(r.record, shapes)]
+    found = {r for r in _regions if any(id(p) in own for p in r.parameters)}
+    if not found:
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        found = {r for r in _regions if r.record.parameters and _fits(r.record, shapes)}
+    return [r for r in _regions if r in found or r.follows in found]
 
 
 def _fits(record: Record, shapes: dict[str, tuple[int, ...]]) -> bool:

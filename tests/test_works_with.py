@@ -1,0 +1,473 @@
+"""What a training loop does around a compiled model, and the pass along with it.
+
+Interpreted (`eager_actcomp`) wherever the subject is the pass or the runtime; Inductor itself where it has a part in it: the
+seed across two pending backwards, donated buffers, modes, caches.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import actpass
+from actpass import backend
+from actpass._torch import compile_fx, functorch_config, list_mode_options
+from actpass.runtime.clock import CLOCK
+
+from . import models
+from .helpers import EPS, Grads, assert_close, assert_equal, eager_actcomp, grads_of, interpret, projected, step
+
+RANK = 4
+HAAR = {"method": "haar", "rank": RANK, "profitable_only": False}
+FULL = {"method": "haar", "rank": 1.0, "profitable_only": False}
+
+# fp32, one or two layers: as derived in test_models.py.
+EXACT = 16 * EPS
+FULL_RANK = EXACT + 34 * EPS
+
+
+def compiled(model: nn.Module, **options: Any) -> Callable[..., torch.Tensor]:
+    return torch.compile(model, backend=eager_actcomp(options))
+
+
+def batches(count: int) -> list[torch.Tensor]:
+    return list(torch.randn(count, 32, 24, generator=torch.Generator().manual_seed(2)))
+
+
+def own_step(optimizer_of: nn.Module | None = None) -> None:
+    """An optimizer's step: of the module's parameters, or of a parameter that no compiled graph knows."""
+    parameters = [nn.Parameter(torch.zeros(1))] if optimizer_of is None else list(optimizer_of.parameters())
+    torch.optim.SGD(parameters, lr=0.1).step()
+
+
+# ---------------------------------------------------------------------------------------------------------- precision
+
+
+# Rounding of one operator is EPS / 2 of its dtype. Between loss and gradient of one layer lie some 30 operators that round to
+# that dtype: sqrt(30) / 2 = 3 EPS for the exact form against eager, whose fused operators round less often; twice that.
+# At full rank the basis, z and the coefficients are rounded to it, too: basis twice, z and coefficients once each, and by
+# cancellation over the T = 32 tokens up to sqrt(T) times for z: sqrt(2 + 1 + 32) / 2 = 3 EPS, twice that.
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
+def test_precision_decides_the_rounding_and_nothing_else(precision: str) -> None:
+    model, inputs = models.transformer(layers=1)
+    if precision == "bf16":
+        model, inputs = model.bfloat16(), {k: v.bfloat16() for k, v in inputs.items()}
+    tolerance = 6 * (EPS if precision == "fp32" else torch.finfo(torch.bfloat16).eps)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        want_loss, want = step(model, model, inputs)
+        exact_loss, exact = step(compiled(model, method="exact"), model, inputs)
+        torch.compiler.reset()
+        actpass.runtime.regions.clear()
+        loss, grads = step(compiled(model, **FULL), model, inputs)
+    print(precision, {n: float((exact[n].double()-want[n].double()).norm()/want[n].double().norm()) for n in want})
+    print(precision, {n: float((grads[n].double()-exact[n].double()).norm()/want[n].double().norm()) for n in want})
+    assert float((exact_loss - want_loss).abs() / want_loss) <= tolerance
+    assert_close(exact, want, tolerance)
+    touched = projected(actpass.report(model))
+    assert len(touched) == 8
+    assert {g.dtype for g in grads.values()} == {p.dtype for p in model.parameters()}
+    assert torch.equal(loss, exact_loss)
+    assert_equal({n: grads[n] for n in want.keys() - touched}, {n: exact[n] for n in want.keys() - touched})
+    assert_close(grads, exact, tolerance)
+
+
+# ------------------------------------------------------------------------------------------------------ training loops
+
+
+def test_accumulation_adds_gradients_in_one_subspace() -> None:
+    model, _ = models.mlp()
+    run = compiled(model, **HAAR)
+    total: Grads = {}
+    for x in batches(4):
+        CLOCK.steps = 0  # each alone, under the seed of the step that the four belong to
+        _, grads = step(run, model, {"x": x})
+        total = {n: total[n] + g if total else g for n, g in grads.items()}
+    model.zero_grad()
+    for x in batches(4):
+        run(x).backward()
+    accumulated = grads_of(model)
+    assert_equal(accumulated, total)
+    assert int(torch.linalg.matrix_rank(accumulated["mid.weight"], rtol=1e-4)) == RANK
+
+
+def test_optimizer_step_changes_the_basis() -> None:
+    model, inputs = models.mlp()
+    run = compiled(model, **HAAR)
+    _, first = step(run, model, inputs)
+    _, again = step(run, model, inputs)
+    assert_equal(again, first)
+    own_step()
+    _, second = step(run, model, inputs)
+    rows = torch.cat([first["mid.weight"], second["mid.weight"]])
+    assert int(torch.linalg.matrix_rank(rows, rtol=1e-4)) == 2 * RANK
+    assert_equal({"down.bias": second["down.bias"]}, {"down.bias": first["down.bias"]})
+
+
+def test_refresh_interval_keeps_a_basis_for_as_many_steps() -> None:
+    model, inputs = models.mlp()
+    run = compiled(model, **HAAR, refresh_interval=2)
+    seen = []
+    for _ in range(3):
+        seen.append(step(run, model, inputs)[1])
+        own_step()
+    assert_equal(seen[1], seen[0])
+    assert not torch.equal(seen[2]["mid.weight"], seen[0]["mid.weight"])
+
+
+def test_clipping_scales_the_gradients_to_the_norm() -> None:
+    model, inputs = models.mlp()
+    _, grads = step(compiled(model, **HAAR), model, inputs)
+    norm = torch.stack([g.norm() for g in grads.values()]).norm()
+    got = nn.utils.clip_grad_norm_(model.parameters(), 0.01, error_if_nonfinite=True)
+    # a norm of n <= 1600 squares: sqrt(n) EPS / 2 = 20 EPS; clip_grad_norm_ adds 1e-6 to it
+    assert float((got - norm).abs() / norm) <= 20 * EPS
+    assert_close(grads_of(model), {n: g * 0.01 / (norm + 1e-6) for n, g in grads.items()}, 22 * EPS)
+
+
+@pytest.mark.parametrize("kind", ["interpreted", "inductor"])
+def test_pending_backward_uses_the_seed_of_its_own_forward(kind: str) -> None:
+    model, _ = models.mlp()
+    run = compiled(model, **HAAR) if kind == "interpreted" else torch.compile(model, backend="actcomp", options=HAAR)
+    x1, x2 = batches(2)
+
+    def alone(x: torch.Tensor, steps: int) -> Grads:
+        CLOCK.steps = steps
+        return step(run, model, {"x": x})[1]
+
+    first, second, wrong = alone(x1, 0), alone(x2, 1), alone(x1, 1)
+    assert not torch.equal(first["mid.weight"], wrong["mid.weight"])
+
+    CLOCK.steps = 0
+    model.zero_grad()
+    pending = run(x1)
+    own_step()
+    later = run(x2)
+    pending.backward()
+    assert_equal(grads_of(model), first)
+    model.zero_grad()
+    later.backward()
+    assert_equal(grads_of(model), second)
+
+
+def test_two_forwards_before_one_backward_add_up() -> None:
+    model, _ = models.mlp()
+    run = compiled(model, **HAAR)
+    x1, x2 = batches(2)
+    (_, first), (_, second) = (step(run, model, {"x": x}) for x in (x1, x2))
+    model.zero_grad()
+    (run(x1) + run(x2)).backward()
+    assert_equal(grads_of(model), {n: first[n] + second[n] for n in first})
+
+
+def test_resumed_run_is_bitwise_the_run_that_was_not_stopped(tmp_path: Path) -> None:
+    def start() -> tuple[nn.Module, Callable[..., torch.Tensor], torch.optim.Optimizer]:
+        torch.compiler.reset()
+        CLOCK.steps, CLOCK.drawn = 0, False
+        model, _ = models.mlp()
+        return model, compiled(model, **HAAR, refresh_interval=2, seed=7), torch.optim.AdamW(model.parameters(), lr=0.01)
+
+    def train(run: Callable[..., torch.Tensor], optimizer: torch.optim.Optimizer, data: list[torch.Tensor]) -> None:
+        for x in data:
+            optimizer.zero_grad()
+            run(x).backward()
+            optimizer.step()
+
+    model, run, optimizer = start()
+    train(run, optimizer, batches(5))
+    want = {n: p.detach().clone() for n, p in model.named_parameters()}
+
+    model, run, optimizer = start()
+    train(run, optimizer, batches(5)[:3])
+    states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "actpass": actpass.state_dict(model)}
+    torch.save(states, tmp_path / "checkpoint.pt")
+
+    def resumed(with_actpass: bool) -> dict[str, torch.Tensor]:
+        model, run, optimizer = start()
+        loaded = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+        model.load_state_dict(loaded["model"])
+        optimizer.load_state_dict(loaded["optimizer"])
+        if with_actpass:
+            actpass.load_state_dict(model, loaded["actpass"])
+        train(run, optimizer, batches(5)[3:])
+        return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+    assert_equal(resumed(with_actpass=True), want)
+    assert not torch.equal(resumed(with_actpass=False)["mid.weight"], want["mid.weight"])  # or this test could not fail
+
+
+# ----------------------------------------------------------------------------------------------------------- inference
+
+
+@pytest.mark.usefixtures("no_codegen")
+@pytest.mark.parametrize("inference", [torch.no_grad, torch.inference_mode])
+def test_inference_is_plain_and_draws_nothing(inference: Callable[[], Any]) -> None:
+    model, inputs = models.transformer(layers=1)
+    model.eval()
+    with inference():
+        plain = torch.compile(model, backend=lambda gm, example: compile_fx(gm, example, inner_compile=interpret))
+        want = plain(**inputs)
+        torch.compiler.reset()
+        got = torch.compile(model, backend="actcomp", options=HAAR)(**inputs)
+    assert torch.equal(got, want)
+    assert not CLOCK.drawn
+    assert not actpass.report(model).regions
+
+
+@pytest.mark.usefixtures("no_codegen")
+def test_validation_between_steps_changes_no_gradient() -> None:
+    def train(validate: bool) -> Grads:
+        torch.compiler.reset()
+        CLOCK.steps, CLOCK.drawn = 0, False
+        model, inputs = models.mlp()
+        run = torch.compile(model, backend="actcomp", options=HAAR)
+        for _ in range(2):
+            _, grads = step(run, model, inputs)
+            own_step(model)
+            if validate:
+                with torch.no_grad():
+                    run.eval()(**inputs)
+                run.train()
+                own_step()  # an optimizer without a training forward is not a step of this training
+        return grads
+
+    assert_equal(train(validate=True), train(validate=False))
+
+
+@pytest.mark.parametrize("method", ["exact", "haar"])
+def test_frozen_model_runs_with_gradients_enabled(method: str) -> None:
+    model, inputs = models.mlp()
+    model.requires_grad_(False)
+    loss = compiled(model, method=method)(**inputs)
+    # a forward of 9 operators: sqrt(9) EPS / 2
+    assert float((loss - model(**inputs)).abs() / loss) <= 2 * EPS
+    assert not loss.requires_grad
+    assert not CLOCK.drawn
+
+
+# ----------------------------------------------------------------------------------------------- graphs, shapes, modules
+
+
+class Interrupted(nn.Module):
+    """Two linear layers and a loss, with a graph break behind each layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(24, 40), nn.Linear(40, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = break_graph(nn.functional.gelu(self.first(x)))
+        return break_graph(self.second(h)).square().mean()
+
+
+@torch.compiler.disable
+def break_graph(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def test_graph_breaks_make_regions_that_agree() -> None:
+    torch.manual_seed(0)
+    model, (x,) = Interrupted(), batches(1)
+    _, want = step(model, model, {"x": x})
+    _, exact = step(compiled(model, method="exact"), model, {"x": x})
+    assert_close(exact, want, EXACT)
+    torch.compiler.reset()
+    actpass.runtime.regions.clear()
+    _, grads = step(compiled(model, **HAAR), model, {"x": x})
+    report = actpass.report(model)
+    assert projected(report) == {"first.weight", "second.weight"}
+    assert_equal({n: grads[n] for n in want if "bias" in n}, {n: exact[n] for n in want if "bias" in n})
+    assert [int(torch.linalg.matrix_rank(grads[n], rtol=1e-4)) for n in sorted(projected(report))] == [RANK, RANK]
+
+
+def test_graph_breaks_report_every_region() -> None:
+    torch.manual_seed(0)
+    model, (x,) = Interrupted(), batches(1)
+    step(compiled(model, **HAAR), model, {"x": x})
+    # the third holds no parameter, only the loss of what the second returned; what it saves counts all the same
+    assert len(actpass.report(model).regions) == 3
+
+
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_changing_sequence_length_keeps_the_gradients(dynamic: bool | None) -> None:
+    lengths = (16, 24, 10)
+    model, _ = models.transformer(layers=1)
+    inputs = {t: {"x": torch.randn(2, t, 32)} for t in lengths}
+    want = {t: step(model, model, inputs[t])[1] for t in lengths}
+    run = torch.compile(model, dynamic=dynamic, backend=eager_actcomp(FULL))
+    half = torch.compile(model, dynamic=dynamic, backend=eager_actcomp(FULL, rank=0.5))
+    got = {t: step(run, model, inputs[t])[1] for t in lengths}
+    for t in lengths:
+        assert_close(got[t], want[t], FULL_RANK)
+    assert len(actpass.report(model).regions) == (1 if dynamic else 2)  # the second length makes the first dimension dynamic
+    for t in lengths:
+        _, grads = step(half, model, inputs[t])
+        for name in projected(actpass.report(model)):
+            width = grads[name].shape[1]
+            assert int(torch.linalg.matrix_rank(grads[name], rtol=1e-4)) <= width // 2
+
+
+def test_checkpointed_layers_stay_exact_and_say_so() -> None:
+    model, inputs = models.transformer(checkpoint=True)
+    _, exact = step(compiled(model, method="exact"), model, inputs)
+    torch.compiler.reset()
+    actpass.runtime.regions.clear()
+    loss, grads = step(compiled(model, **HAAR), model, inputs)
+    report = actpass.report(model)
+    alone = {path for r in report.regions for _, path, why in r.left_alone if "inside activation checkpointing" in why}
+    linears = {f"blocks.{i}.{name}.weight" for i in range(2) for name in ("q", "k", "v", "o", "gate", "up", "down")}
+    assert alone == linears
+    assert projected(report) == {"head.weight"}
+    assert_equal({n: g for n, g in grads.items() if n != "head.weight"}, {n: g for n, g in exact.items() if n != "head.weight"})
+    assert "inside activation checkpointing" in str(report)
+
+
+def test_hugging_face_checkpointing_stays_exact() -> None:
+    model, inputs = models.llama(layers=1)
+    _, want = step(model, model, inputs)
+    model.gradient_checkpointing_enable()
+    _, grads = step(compiled(model, **HAAR), model, inputs)
+    report = actpass.report(model)
+    assert projected(report) == {"lm_head.weight"}
+    assert sum("checkpointing" in why for r in report.regions for *_, why in r.left_alone) == 7
+    assert_close({n: g for n, g in grads.items() if n != "lm_head.weight"}, {n: g for n, g in want.items() if n != "lm_head.weight"}, EXACT)
+
+
+def regional(**options: Any) -> tuple[nn.Module, dict[str, Any], list[int]]:
+    """Three layers, each compiled by itself; the list counts the graphs."""
+    model, inputs = models.transformer(layers=3)
+    graphs: list[int] = []
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+        graphs.append(len(example_inputs))
+        return eager_actcomp(options)(gm, example_inputs)
+
+    for block in model.blocks:
+        block.compile(backend=backend)
+    return model, inputs, graphs
+
+
+@pytest.mark.parametrize(("options", "tolerance"), [({"method": "exact"}, EXACT), (FULL, FULL_RANK)])
+def test_regional_compile_gives_every_module_its_own_gradients(options: dict[str, Any], tolerance: float) -> None:
+    plain, inputs = models.transformer(layers=3)
+    model, _, graphs = regional(**options)
+    for _ in range(2):  # in the second step the first layer comes again, after the third
+        _, want = step(plain, plain, inputs)
+        _, got = step(model, model, inputs)
+        assert_close(got, want, tolerance)
+        own_step()
+    assert len(graphs) == 1
+    assert len(actpass.report(model).regions) == 1
+    assert all(len(actpass.report(block).regions) == 1 for block in model.blocks)
+
+
+def test_regional_compile_draws_the_bases_of_the_whole_model() -> None:
+    whole, inputs = models.transformer(layers=3)
+    _, want = step(compiled(whole, **HAAR, overrides={"head": "keep"}), whole, inputs)
+    model, _, _ = regional(**HAAR)
+    _, got = step(model, model, inputs)
+    # both project onto the same subspaces: rounding, as at full rank, relative to a gradient that the projection made larger
+    assert_close(got, want, FULL_RANK)
+
+
+# ------------------------------------------------------------------------------------------------------------- Inductor
+
+
+@pytest.fixture
+def reached(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The options that reach Inductor, which then is not run."""
+    seen: dict[str, Any] = {}
+
+    def spy(gm: Any, example_inputs: Any, *, config_patches: dict[str, Any], **more: Any) -> Any:
+        seen.update(config_patches)
+        return compile_fx(gm, example_inputs, inner_compile=interpret, config_patches=config_patches, **more)
+
+    monkeypatch.setattr(backend, "compile_fx", spy)
+    return seen
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
+def test_mode_reaches_inductor(mode: str, reached: dict[str, Any]) -> None:
+    model, inputs = models.mlp()
+    with functorch_config.patch(enable_autograd_cache=False):
+        step(torch.compile(model, backend="actcomp", mode=mode), model, inputs)
+    assert list_mode_options(mode)
+    assert list_mode_options(mode).items() <= reached.items()
+
+
+def test_inductor_options_reach_inductor_and_win_over_the_mode(reached: dict[str, Any]) -> None:
+    model, inputs = models.mlp()
+    options = {**HAAR, "mode": "max-autotune", "inductor": {"max_autotune": False, "epilogue_fusion": False}}
+    with functorch_config.patch(enable_autograd_cache=False):
+        step(torch.compile(model, backend="actcomp", options=options), model, inputs)
+    assert reached["coordinate_descent_tuning"] is True
+    assert (reached["max_autotune"], reached["epilogue_fusion"]) == (False, False)
+
+
+def test_reduce_overhead_trains() -> None:
+    model, inputs = models.mlp()
+    _, want = step(model, model, inputs)
+    _, got = step(torch.compile(model, backend="actcomp", mode="reduce-overhead"), model, inputs)
+    assert_close(got, want, EXACT)
+
+
+def test_retained_graph_error_names_the_remedy_and_the_remedy_works() -> None:
+    model, inputs = models.mlp()
+    loss = torch.compile(model, backend="actcomp", options=HAAR)(**inputs)
+    with pytest.raises(RuntimeError, match=r"retain_graph=False.*donated_buffer=False"):
+        loss.backward(retain_graph=True)
+    model.zero_grad()
+    torch.compiler.reset()
+    with functorch_config.patch(donated_buffer=False):
+        loss = torch.compile(model, backend="actcomp", options=HAAR)(**inputs)
+        loss.backward(retain_graph=True)
+        once = grads_of(model)
+        loss.backward()
+    assert_equal(grads_of(model), {n: g + g for n, g in once.items()})
+
+
+CACHED = """
+import json, sys, torch, actpass
+from actpass._torch import dynamo
+
+def run(rank):
+    dynamo.utils.counters.clear()
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.Tanh(), torch.nn.Linear(24, 8))
+    options = {"method": "srht", "rank": rank, "profitable_only": False}
+    torch.compile(model, backend="actcomp", options=options)(torch.randn(20, 16)).sum().backward()
+    counters = dynamo.utils.counters["aot_autograd"]
+    hits, misses = counters["autograd_cache_hit"], counters["autograd_cache_miss"]
+    gradient = model[2].weight.grad.double().norm().item()
+    print(json.dumps([hits, misses, actpass.report(model).to_dict(), gradient]))
+
+for rank in map(int, sys.argv[1:]):
+    run(rank)
+"""
+
+
+def test_second_process_hits_the_cache_with_its_report_and_another_option_misses(tmp_path: Path) -> None:
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+
+    def process(*ranks: int) -> list[Any]:
+        command = [sys.executable, "-c", CACHED, *map(str, ranks)]
+        out = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=True).stdout
+        return [json.loads(line) for line in out.splitlines()]
+
+    ((*counts, report, gradient),) = process(4)
+    assert counts == [0, 1]
+    assert report["active"]
+    assert len(report["regions"][0]["sites"]) > 1
+    hit, miss = process(4, 5)
+    assert hit == [1, 0, report, gradient]
+    assert miss[:2] == [0, 1]
+    assert {s["rank"] for s in miss[2]["regions"][0]["sites"] if s["method"]} == {5}
