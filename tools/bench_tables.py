@@ -89,8 +89,16 @@ def number(name: str, template: str = "{:.2f}", scale: float = 1.0) -> Callable[
     return cell
 
 
-def with_ratio(name: str, ratio: str, scale: float = 1e6, template: str = "{:.1f}") -> Callable[[Result], str]:
-    value, relative = number(name, template, scale), number(ratio, " ({:.2f})")
+def megabytes(name: str) -> Callable[[Result], str]:
+    def cell(result: Result) -> str:
+        value = result.get(name)
+        return UNKNOWN if value is None else f"{value / 1e6:.{1 if value >= 1e7 else 3}f}"
+
+    return cell
+
+
+def with_ratio(value: Callable[[Result], str], ratio: str) -> Callable[[Result], str]:
+    relative = number(ratio, " ({:.2f})")
 
     def cell(result: Result) -> str:
         return value(result) + (relative(result) if result.get(ratio) is not None else "")
@@ -103,23 +111,23 @@ ROW_COLUMNS: tuple[Column, ...] = (
     ("compile s", number("compile_s", "{:.1f}")),
     ("step s", number("step_s", "{:.4g}")),
     ("step / Inductor", number("step_ratio", "{:.3f}")),
-    ("peak MB", with_ratio("peak_bytes", "peak_ratio")),
-    ("saved MB", with_ratio("saved_bytes_measured", "saved_ratio")),
-    ("reported MB", number("saved_bytes_reported", "{:.1f}", 1e6)),
-    ("saved without logits MB", with_ratio("saved_bytes_without_logits", "saved_without_logits_ratio")),
+    ("peak MB", with_ratio(megabytes("peak_bytes"), "peak_ratio")),
+    ("saved MB", with_ratio(megabytes("saved_bytes_measured"), "saved_ratio")),
+    ("reported MB", megabytes("saved_bytes_reported")),
+    ("saved without logits MB", with_ratio(megabytes("saved_bytes_without_logits"), "saved_without_logits_ratio")),
     ("matmuls again", number("extra_matmuls", "{}")),
     ("attention again", number("extra_attention", "{}")),
-    ("backward GFLOP", with_ratio("backward_matmul_flops", "backward_matmul_flops_ratio", 1e9, "{:.2f}")),
+    ("backward GFLOP", with_ratio(number("backward_matmul_flops", "{:.2f}", 1e9), "backward_matmul_flops_ratio")),
     ("first loss", number("first_loss", "{:.6f}")),
     ("gradient cosine", number("gradient_cosine", "{:.6f}")),
     ("equal signs", number("sign_agreement", "{:.4f}")),
 )
 COMPILE_COLUMNS: tuple[Column, ...] = (
     ("row", lambda r: f"`{r['row']}`"),
-    ("cold s", with_ratio("cold_first_step_s", "cold_first_step_ratio", 1.0)),
-    ("cold without a step s", with_ratio("cold_compile_s", "cold_compile_ratio", 1.0)),
-    ("warm s", with_ratio("warm_first_step_s", "warm_first_step_ratio", 1.0)),
-    ("warm without a step s", with_ratio("warm_compile_s", "warm_compile_ratio", 1.0)),
+    ("cold s", with_ratio(number("cold_first_step_s", "{:.1f}"), "cold_first_step_ratio")),
+    ("cold without a step s", with_ratio(number("cold_compile_s", "{:.1f}"), "cold_compile_ratio")),
+    ("warm s", with_ratio(number("warm_first_step_s", "{:.1f}"), "warm_first_step_ratio")),
+    ("warm without a step s", with_ratio(number("warm_compile_s", "{:.1f}"), "warm_compile_ratio")),
     ("step s", number("step_s", "{:.4g}")),
     ("warm cache hits", lambda r: ", ".join(f"{k} {v}" for k, v in r["warm_cache_hits"].items())),
 )

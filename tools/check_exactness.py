@@ -49,7 +49,7 @@ class Llama(nn.Module):
                 use_cache=False,
             )
         )
-        self.labels = torch.randint(0, 8192, (16, 128))
+        self.register_buffer("labels", torch.randint(0, 8192, (16, 128)))
 
     def forward(self, embedded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         out = self.model(inputs_embeds=embedded, labels=self.labels)
@@ -114,12 +114,12 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.float() - b.float()).norm() / b.float().norm()).item()
 
 
-def rows(models: list[str], dtypes: list[str], methods: list[str], ranks: list[float]) -> Iterator[Row]:
+def rows(models: list[str], dtypes: list[str], methods: list[str], ranks: list[float], device: str) -> Iterator[Row]:
     for name in models:
         for dtype in dtypes:
             torch.manual_seed(0)
             build, shape = MODELS[name]
-            model, x = build().to(DTYPES[dtype]), torch.randn(*shape).to(DTYPES[dtype])
+            model, x = build().to(device, DTYPES[dtype]), torch.randn(*shape).to(device, DTYPES[dtype])
             inductor, exact = run(model, x), run_actcomp(model, x, method="exact")
             yield compare(name, dtype, "exact", 1.0, exact, exact, inductor)
             for method in methods:
@@ -152,10 +152,11 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--ranks", nargs="+", type=float, default=[0.25])
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     found = []
-    for row in rows(arguments.models, arguments.dtypes, arguments.methods, arguments.ranks):
+    for row in rows(arguments.models, arguments.dtypes, arguments.methods, arguments.ranks, arguments.device):
         print(json.dumps(asdict(row)), flush=True)
         found.append(asdict(row))
     if arguments.json:

@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--head", choices=HEADS, help="task of a config (default: the config's architectures say it)")
     parser.add_argument("--batch", type=positive_int, help="sequences in a step (default: the model's usual)")
     parser.add_argument("--seq", type=positive_int, help="tokens in a sequence (default: the model's usual)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32)")
     parser.add_argument("--autocast", action="store_true", help="forward under bfloat16 autocast")
     parser.add_argument("--dropout", type=probability, help="replaces the config's dropout probabilities")
     parser.add_argument("--device", choices=("meta", "cpu", "cuda"), default="meta")
@@ -150,9 +150,10 @@ def _from_workload(given: argparse.Namespace, device: str) -> Target:
     shape = given.batch or batch, given.seq or seq
     config = build_config(workload, shape[1], given.dropout)
     torch.manual_seed(0)
-    model = build_model(config, workload.head, DTYPES[given.dtype])
+    dtype = given.dtype or "float32"
+    model = build_model(config, workload.head, DTYPES[dtype])
     inputs = make_batch(config, workload.head, shape, device, seed=0)
-    title = f"{workload.name} ({workload.head}), {shape[0]} x {shape[1]} tokens, {given.dtype}"
+    title = f"{workload.name} ({workload.head}), {shape[0]} x {shape[1]} tokens, {dtype}"
     return Target(model, (), inputs, title + (" under bfloat16 autocast" if given.autocast else ""))
 
 
@@ -166,7 +167,7 @@ def _workload(given: argparse.Namespace) -> Workload:
 
 
 def _from_function(given: argparse.Namespace) -> Target:
-    for name in ("batch", "seq", "head", "dropout"):
+    for name in ("batch", "seq", "head", "dropout", "dtype"):
         if getattr(given, name) is not None:
             raise UsageError(f"--{name} has no meaning for {given.model!r}: the function decides it.")
     module_name, _, function_name = given.model.partition(":")
@@ -181,7 +182,7 @@ def _from_function(given: argparse.Namespace) -> Target:
     if not (isinstance(found, tuple) and len(found) == 3 and isinstance(found[0], torch.nn.Module)):
         raise UsageError(f"{given.model!r} must return (model, args, kwargs) with a torch.nn.Module, not {found!r:.100}.")
     model, args, kwargs = found
-    return Target(model.to(DTYPES[given.dtype]), tuple(args), dict(kwargs), given.model)
+    return Target(model, tuple(args), dict(kwargs), given.model)
 
 
 def graph_files(explained: Explanation) -> Iterator[tuple[str, str]]:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 HEADS = ("causal-lm", "masked-lm", "classification")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_ARCHITECTURES = {"ForCausalLM": 0, "LMHeadModel": 0, "ForMaskedLM": 1, "ForSequenceClassification": 2}
+_LOSS_TYPES = ("ForCausalLM", "ForMaskedLM", "ForSequenceClassification")
+_ARCHITECTURES = {**{name: i for i, name in enumerate(_LOSS_TYPES)}, "LMHeadModel": 0}
 _FIRST_PLAIN_TOKEN = 3  # below it some configs have their padding, start and end tokens
 
 
@@ -119,6 +120,7 @@ def build_config(workload: Workload, seq: int, dropout: float | None = None) -> 
     except ValueError as error:
         raise UsageError(f"transformers cannot make the config of {workload.name!r}: {error}") from error
     config.use_cache = False
+    config.loss_type = _LOSS_TYPES[HEADS.index(workload.head)]  # guessing it, transformers logs: a graph break (GPT-2)
     if dropout is not None:
         for name in _dropouts(config):
             setattr(config, name, dropout)
