@@ -49,18 +49,19 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Blocks and a projection to a mean-square loss. checkpoint: each block inside activation checkpointing."""
+    """Blocks, a norm and a head with a mean-square loss. checkpoint: each block inside activation checkpointing."""
 
     def __init__(self, layers: int = 2, checkpoint: bool = False) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block() for _ in range(layers))
+        self.norm = nn.LayerNorm(32)
         self.head = nn.Linear(32, 20)
         self.checkpoint = checkpoint
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
             x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False) if self.checkpoint else block(x)
-        return self.head(x).square().mean()
+        return self.head(self.norm(x)).square().mean()
 
 
 def mlp() -> Made:

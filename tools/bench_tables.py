@@ -24,7 +24,7 @@ Column = tuple[str, Callable[[Result], str]]
 def header(workload: str, device: str) -> dict[str, Any]:
     """Enough to run it again: command, machine, versions, date."""
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
         "workload": workload,
         "machine": machine(device),
         "python": platform.python_version(),
@@ -135,7 +135,7 @@ ROW_NOTES = """\
 In brackets: ratio to `inductor`. Step: forward and backward{optimizer}, gradients cleared; the ratio is the median over
 interleaved rounds of the rounds' own ratios. Compile: first forward and backward, empty cache. Peak and saved: measured,
 above the level at the start of a step (resident: {resident:.1f} MB); saved is what a forward leaves alive, the loss with it.
-Reported: from the graph. Gradient cosine and equal signs: of the first step's gradients, all parameters, against eager.
+Reported: from the graph, without the loss. Gradient cosine and equal signs: of all gradients of the first step, against eager.
 """
 COMPILE_NOTES = """\
 In brackets: ratio to `inductor`, median over the repeats. Until the first backward is done, in a fresh process; cold: empty

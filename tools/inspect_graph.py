@@ -112,8 +112,8 @@ def explain(given: argparse.Namespace, options: Mapping[str, Any], device: str, 
     with ExitStack() as stack:
         if fake:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(torch.device(device))
-        target = load_target(given, device)
+        with torch.device(device):
+            target = load_target(given, device)
         count = sum(p.numel() for p in target.model.parameters())
         how = f"fake {device} tensors" if fake else device
         stack.enter_context(torch.autocast(device, dtype=torch.bfloat16, enabled=given.autocast))

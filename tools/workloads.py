@@ -120,7 +120,8 @@ def build_config(workload: Workload, seq: int, dropout: float | None = None) -> 
     except ValueError as error:
         raise UsageError(f"transformers cannot make the config of {workload.name!r}: {error}") from error
     config.use_cache = False
-    config.loss_type = _LOSS_TYPES[HEADS.index(workload.head)]  # guessing it, transformers logs: a graph break (GPT-2)
+    if workload.head == "classification":
+        config.problem_type = "single_label_classification"  # else the first forward sets it, and the second recompiles
     if dropout is not None:
         for name in _dropouts(config):
             setattr(config, name, dropout)
@@ -161,6 +162,8 @@ def build_model(config: Any, head: str, dtype: torch.dtype) -> LossOnly:
         model = classes[HEADS.index(head)].from_config(config, dtype=dtype)
     except ValueError as error:
         raise UsageError(f"transformers has no {head} model for {config.model_type!r}: {error}") from error
+    if getattr(model, "loss_type", None) is None:  # GPT-2: transformers would guess and log it, which is a graph break
+        model.loss_type = _LOSS_TYPES[HEADS.index(head)]
     return LossOnly(model).train()
 
 
@@ -168,6 +171,8 @@ def make_batch(config: Any, head: str, shape: tuple[int, int], device: str, seed
     """Random tokens; the labels are the tokens themselves, or random classes."""
     draw = torch.Generator().manual_seed(seed)
     low = min(_FIRST_PLAIN_TOKEN, config.vocab_size - 1)
-    tokens = torch.randint(low, config.vocab_size, shape, generator=draw)
-    labels = torch.randint(0, config.num_labels, shape[:1], generator=draw) if head == "classification" else tokens
+    tokens = torch.randint(low, config.vocab_size, shape, generator=draw, device="cpu")
+    labels = tokens
+    if head == "classification":
+        labels = torch.randint(0, config.num_labels, shape[:1], generator=draw, device="cpu")
     return {"input_ids": tokens.to(device), "labels": labels.to(device)}
