@@ -20,7 +20,10 @@ from torch._functorch.partitioners import (
     get_default_op_list,  # which operators the min-cut may recompute, and which are views
     min_cut_rematerialization_partition,  # the cut itself; used, never forked
 )
-from torch._guards import detect_fake_mode  # the fake mode in which the joint graph's values live
+from torch._guards import (
+    CompileContext,  # which frame is being compiled: a recompilation supersedes
+    detect_fake_mode,  # the fake mode in which the joint graph's values live
+)
 from torch._inductor import list_mode_options  # mode="reduce-overhead" -> Inductor options
 from torch._inductor.codecache import cache_dir as inductor_cache_dir  # records live beside Inductor's own cache
 from torch._inductor.compile_fx import compile_fx  # Inductor
@@ -35,6 +38,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "compile_fx",
+    "current_frame",
     "detect_fake_mode",
     "dynamo",
     "functorch_config",
@@ -62,6 +66,12 @@ def torch_is_tested(version: str = torch.__version__) -> bool:
         return int(major), int(minor_)
 
     return minor(TESTED_TORCH[0]) <= minor(version) <= minor(TESTED_TORCH[1])
+
+
+def current_frame() -> int | None:
+    """Dynamo's number of the frame that is being compiled; the same for its recompilations."""
+    compile_id = CompileContext.current_compile_id()
+    return compile_id.frame_id if compile_id is not None else None
 
 
 def plain_input_index(desc: Any) -> int | None:

@@ -21,6 +21,7 @@ from actpass._torch import (
     ConstantSource,
     CustomPartitionerFn,
     compile_fx,
+    current_frame,
     detect_fake_mode,
     list_mode_options,
     torch_is_tested,
@@ -88,7 +89,8 @@ def compile_region(
         records.store(key, nonce, record)
     if record is None:
         return fn  # no backward: nothing to save, nothing to report
-    region = regions.Region(record, tuple(i for i, path in enumerate(plain.paths) if path is not None))
+    positions = tuple(i for i, path in enumerate(plain.paths) if path is not None)
+    region = regions.Region(record, positions, current_frame())
     regions.register(region)
     return _with_seed(fn, region, config, device) if config.needs_seed else _plain(fn, region)
 

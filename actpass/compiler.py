@@ -31,8 +31,8 @@ from actpass.plan import Candidate, choose
 from actpass.report.record import Record, describe, describe_fallback
 from actpass.rewrite import Rewritten, rewrite
 
-BUDGETS = (0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
-"""Upstream `activation_memory_budget` values that are tried in turn once free recomputation is not enough."""
+BUDGETS = tuple(i / 20 for i in range(20))
+"""Upstream `activation_memory_budget` levels, from re-running everything upward, for when free recomputation is not enough."""
 
 
 @dataclass(frozen=True)
@@ -116,17 +116,23 @@ def _exact_cut(
         setting, free = Setting(rebuild=False), default
     if budget is None or free.saved_bytes <= budget * default.saved_bytes:
         return setting, free
-    tried = [free.saved_bytes]
-    for level in BUDGETS:
-        setting = Setting(rebuild=True, activation_memory_budget=level)
+    found: tuple[Setting, Cut] | None = None
+    least, low, high = free.saved_bytes, 0, len(BUDGETS) - 1
+    while low <= high:  # the highest level, so the least re-run, that fits
+        level = (low + high) // 2
+        setting = Setting(rebuild=True, activation_memory_budget=BUDGETS[level])
         less = cut(joint, joint_inputs, kwargs, setting)
+        least = min(least, less.saved_bytes)
         if less.saved_bytes <= budget * default.saved_bytes:
-            return setting, less
-        tried.append(less.saved_bytes)
+            found, low = (setting, less), level + 1
+        else:
+            high = level - 1
+    if found is not None:
+        return found
     raise BudgetError(
         f"memory_budget={budget} asks to save {budget * default.saved_bytes:.0f} of the {default.saved_bytes} bytes that "
-        f"Inductor's default saves for backward. The least that exact recomputation reaches here is {min(tried)} bytes: use "
-        f"memory_budget={min(tried) / max(default.saved_bytes, 1) + 0.005:.2f} or more."
+        f"Inductor's default saves for backward. The least that exact recomputation reaches here is {least} bytes: use "
+        f"memory_budget={least / max(default.saved_bytes, 1) + 0.005:.2f} or more."
     )
 
 

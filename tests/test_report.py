@@ -76,6 +76,17 @@ def _loss(y: torch.Tensor) -> torch.Tensor:
     return (y.exp().sin() @ y.T).exp().mean()
 
 
+def test_report_shows_the_compilation_that_ran_last_not_the_sum_of_all():
+    model, _ = models.mlp()
+    function = torch.compile(model, backend=eager_actcomp(), dynamic=False)
+    saved = []
+    for tokens in (16, 32, 16):
+        function(torch.randn(tokens, 24)).backward()
+        saved.append(actpass.report(model).saved_bytes)
+        assert len(actpass.report(model).regions) == 1
+    assert saved[1] > saved[0] == saved[2]
+
+
 def test_report_survives_json():
     model, inputs = models.transformer()
     step(torch.compile(model, backend=eager_actcomp(method="haar")), model, inputs)

@@ -32,7 +32,7 @@ def count_matmuls(forward: fx.Graph, backward: fx.Graph) -> MatmulCount:
     return MatmulCount(
         flops=sum(matmul_flops(n) for n in calls),
         extra_matmuls=sum(is_matmul(n) for n in again),
-        extra_attention=sum(_is_attention(n) for n in again),
+        extra_attention=sum(is_attention(n) for n in again),
     )
 
 
@@ -40,7 +40,8 @@ def is_matmul(node: fx.Node) -> bool:
     return node.target in MATMULS
 
 
-def _is_attention(node: fx.Node) -> bool:
+def is_attention(node: fx.Node) -> bool:
+    """Whether ``node`` is a fused attention operator (not one of the tensors that come out of it)."""
     return any(word in str(node.target) for word in _ATTENTION_WORDS)
 
 

@@ -14,7 +14,7 @@ from actpass._torch import size_hint
 from actpass.codecs import PROJECTIONS
 from actpass.config import Config
 from actpass.graph import Finding, Joint, Use, classify_uses, count_matmuls
-from actpass.graph.cost import is_matmul
+from actpass.graph.cost import is_attention, is_matmul
 from actpass.graph.joint import module_path, source_line, storage_root
 from actpass.partition import Cut, Saved
 from actpass.plan import KEPT, Decision, Plan
@@ -232,7 +232,9 @@ def _form(joint: Joint, node: fx.Node, kept: bool, uses: tuple[Use, ...], cut: C
         return "input", "an input of the region: never saved"
     if kept:
         return "keep", _why_kept(node.name, uses, cut)
-    return "recompute", "rebuilt exactly by pointwise operators"
+    if is_matmul(node) or is_attention(node):
+        return "recompute", "run again in the backward, exactly"
+    return "recompute", "rebuilt exactly from what is saved"
 
 
 def _why_kept(root: str, uses: tuple[Use, ...], cut: Cut) -> str:

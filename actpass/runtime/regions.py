@@ -17,19 +17,24 @@ class Region:
 
     positions: which of its arguments are parameters. parameters: every parameter it ever ran with (one graph may serve
     several modules). follows: for a region without parameters (a loss behind a graph break), the region that ran before.
+    frame: Dynamo's number for the code that was compiled; a recompilation has the same. called: when it ran last.
     """
 
     record: Record
     positions: tuple[int, ...]
+    frame: int | None = None
+    called: int = 0
     parameters: weakref.WeakSet[torch.Tensor] = field(default_factory=weakref.WeakSet)
     follows: Region | None = None
     _seen: int | None = None
 
     def note(self, args: tuple[Any, ...]) -> None:
         """Remember whose call this is (cheap when it is the same module's again)."""
-        global _last
+        global _last, _calls
+        _calls += 1
+        self.called = _calls
         if not self.positions:
-            self.follows = self.follows or _last
+            self.follows = _last
             return
         _last = self
         if id(args[self.positions[0]]) != self._seen:
@@ -38,6 +43,7 @@ class Region:
 
 
 _regions: list[Region] = []
+_calls = 0
 _last: Region | None = None
 """The region with parameters that ran last."""
 
@@ -54,7 +60,8 @@ def clear() -> None:
 
 
 def regions_of(model: torch.nn.Module) -> list[Region]:
-    """The regions that ran with this model's parameters, in the order they were compiled.
+    """The regions that ran with this model's parameters, in the order they were compiled. Of several compilations of one
+    frame for the same parameters (another shape, another mode) the one that ran last.
 
     Under FSDP2 a forward runs with unsharded stand-ins of the parameters; there the match is by the names and shapes that
     the region's record holds.
@@ -64,7 +71,14 @@ def regions_of(model: torch.nn.Module) -> list[Region]:
     if not found:
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         found = {r for r in _regions if r.record.parameters and _fits(r.record, shapes)}
-    return [r for r in _regions if r in found or r.follows in found]
+    latest: dict[Any, Region] = {}
+    for region in sorted(_regions, key=lambda r: r.called):
+        if region in found:
+            latest[region.frame, frozenset(map(id, region.parameters))] = region
+    for region in sorted(_regions, key=lambda r: r.called):
+        if not region.positions and region.follows in latest.values():
+            latest[region.frame, id(region.follows)] = region
+    return [r for r in _regions if r in latest.values()]
 
 
 def _fits(record: Record, shapes: dict[str, tuple[int, ...]]) -> bool:
