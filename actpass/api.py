@@ -29,8 +29,8 @@ def explain(model: torch.nn.Module, *inputs: Any, options: Mapping[str, Any] | N
     """What `report` would say, without compiling and without training: traces ``model(*inputs, **kwargs)``, runs the pass and
     throws the graphs away. Works on the meta device, for models that do not fit this machine.
 
-    The model runs forward once in eager mode between its regions (so on a real device it takes the memory of that). The
-    report's ``saved_bytes_eager`` is known here. Raises `OptionError` / `BudgetError` on bad options.
+    The model runs forward twice in eager mode (so on a real device it takes the memory of that); buffers and random state are
+    put back. The report's ``saved_bytes_eager`` is known here. Raises `OptionError` / `BudgetError` on bad options.
     """
     return explain_model(_module(model, "explain"), inputs, kwargs, options).report
 

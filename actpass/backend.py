@@ -87,8 +87,8 @@ def compile_region(
     if compiled is not None:
         record = compiled.record
         records.store(key, nonce, record)
-    if record is None:
-        return fn  # no backward: nothing to save, nothing to report
+    if record is None:  # no backward: nothing to save, nothing to report, no seed to draw
+        return _with_unused_seed(fn, device) if config.needs_seed else fn
     positions = tuple(i for i, path in enumerate(plain.paths) if path is not None)
     region = regions.Region(record, positions, current_frame())
     regions.register(region)
@@ -179,6 +179,13 @@ def _with_seed(fn: Callable[..., Any], region: regions.Region, config: Config, d
         region.note(args)
         draw = clock.CLOCK.read() // config.refresh_interval
         return fn(*args, clock.seed_tensor(step_seed(config.seed, draw), device))
+
+    return run
+
+
+def _with_unused_seed(fn: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        return fn(*args, clock.seed_tensor(0, device))
 
     return run
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
@@ -25,9 +25,9 @@ from actpass.config import Config, Treatment
 from actpass.errors import ActpassError, ActpassWarning, BudgetError, GraphUnsupported
 from actpass.graph import Contraction, Finding, GraphInputs, Joint, classify_uses, find_contractions
 from actpass.graph.copying import copy_module
-from actpass.graph.joint import storage_root, tensor_bytes, value
+from actpass.graph.joint import storage_root, value
 from actpass.partition import Cut, Setting, cut
-from actpass.plan import Candidate, choose
+from actpass.plan import Candidate, Plan, choose
 from actpass.report.record import Record, describe, describe_fallback
 from actpass.rewrite import Rewritten, rewrite
 
@@ -81,15 +81,38 @@ def _prepare(gm: fx.GraphModule, inputs: GraphInputs, partition_kwargs: Mapping[
 def _compile(joint: Joint, joint_inputs: Sequence[object], config: Config, kwargs: Mapping[str, Any], default: Cut) -> Compiled:
     finding = find_contractions(joint)
     setting, exact = _exact_cut(joint, joint_inputs, config, kwargs, default)
-    roots = {c.x: storage_root(n).name for c in finding.contractions for n in joint.gm.graph.nodes if n.name == c.x}
     plan = choose(_candidates(joint, finding, exact, config), _wish(config), profitable_only=config.profitable_only)
     if not plan.projections:
-        return Compiled(
-            exact.forward,
-            exact.backward,
-            describe(joint, finding, plan, default, exact, exact, Rewritten(), config),
-            {"joint": joint.gm, "forward": exact.forward, "backward": exact.backward},
-        )
+        return _exactly(joint, finding, plan, default, exact, config)
+    try:
+        return _projected(joint, joint_inputs, kwargs, setting, finding, plan, default, exact, config)
+    except GraphUnsupported as error:
+        reason = f"the projections of this region are off: {error}"
+        warnings.warn(f"actpass: {reason}", ActpassWarning, stacklevel=2)
+        compiled = _exactly(joint, finding, Plan(()), default, exact, config)
+        return replace(compiled, record=replace(compiled.record, active=False, inactive_because=reason))
+
+
+def _exactly(joint: Joint, finding: Finding, plan: Plan, default: Cut, exact: Cut, config: Config) -> Compiled:
+    record = describe(joint, finding, plan, default, exact, exact, Rewritten(), config)
+    return Compiled(
+        exact.forward, exact.backward, record, {"joint": joint.gm, "forward": exact.forward, "backward": exact.backward}
+    )
+
+
+def _projected(
+    joint: Joint,
+    joint_inputs: Sequence[object],
+    kwargs: Mapping[str, Any],
+    setting: Setting,
+    finding: Finding,
+    plan: Plan,
+    default: Cut,
+    exact: Cut,
+    config: Config,
+) -> Compiled:
+    nodes = {n.name: n for n in joint.gm.graph.nodes}
+    roots = {d.site: storage_root(nodes[d.site]).name for d in plan.decisions}
     changed = Joint(copy_module(joint.gm)[0], joint.inputs, joint.num_fwd_outputs, joint.static)
     done = rewrite(changed, finding.contractions, plan)
     verify.only_planned_gradients_changed(changed, plan, done)
@@ -144,28 +167,31 @@ def _wish(config: Config):
 
 
 def _candidates(joint: Joint, finding: Finding, exact: Cut, config: Config) -> list[Candidate]:
-    """Group the contractions by the tensor they read and the treatment they get, in graph order."""
+    """Group the contractions by the tensor they read, the side they read it from, and the treatment they get."""
     nodes = {n.name: n for n in joint.gm.graph.nodes}
     groups: dict[Any, list[Contraction]] = {}
     for c in finding.contractions:
-        groups.setdefault((c.x, config.treatment_of(c.parameters)[0]), []).append(c)
-    treatments = {x: sum(k[0] == x for k in groups) for x, _ in groups}
+        groups.setdefault((c.x, c.left, c.width, config.treatment_of(c.parameters)[0]), []).append(c)
     names = [c.node for c in finding.contractions]
-    return [
-        Candidate(
-            name=x,
-            parameters=tuple(p for c in members for p in c.parameters),
-            groups=members[0].groups,
-            tokens=members[0].tokens,
-            width=members[0].width,
-            outs=tuple(c.out for c in members),
-            x_bytes=tensor_bytes(storage_root(nodes[x])),
-            element_size=value(nodes[x]).element_size(),
-            rank_multiple=max(c.rank_multiple for c in members),
-            frees=treatments[x] == 1 and _only_contracted(exact, storage_root(nodes[x]).name, names),
-        )
-        for (x, _), members in groups.items()
-    ]
+    return [_candidate(nodes[members[0].x], members, exact, names) for members in groups.values()]
+
+
+def _candidate(x: fx.Node, members: list[Contraction], exact: Cut, contractions: list[str]) -> Candidate:
+    first, root = members[0], storage_root(x)
+    return Candidate(
+        name=x.name,
+        matmuls=tuple(c.node for c in members),
+        parameters=tuple(p for c in members for p in c.parameters),
+        groups=first.groups,
+        tokens=first.tokens,
+        width=first.width,
+        outs=tuple(c.out for c in members),
+        root=root.name,
+        x_bytes=sum(s.nbytes for s in exact.saved if s.root == root.name),
+        element_size=value(x).element_size(),
+        rank_multiple=max(c.rank_multiple for c in members),
+        frees=_only_contracted(exact, root.name, contractions),
+    )
 
 
 def _only_contracted(exact: Cut, root: str, contractions: list[str]) -> bool:

@@ -45,7 +45,7 @@ class Treatment:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Everything the user can set, checked. Hashable, picklable and comparable: it is part of the compile cache's key."""
+    """Everything the user can set, checked. Picklable and comparable: it is part of the compile cache's key."""
 
     treatment: Treatment = Treatment()
     overrides: tuple[tuple[str, Treatment], ...] = ()

@@ -3,7 +3,8 @@ as they are."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,16 +43,28 @@ def explain_model(
         return gm.forward
 
     model = getattr(model, "_orig_mod", model)
-    with torch.enable_grad():
-        explained = dynamo.optimize(backend)(model.forward)  # a compile of its own, gone with this call
-        output = explained(*inputs, **kwargs)
-        del output
+    eager: int | None = None
+    with torch.enable_grad(), _untouched(model):
+        dynamo.optimize(backend)(model.forward)(*inputs, **kwargs)  # a compile of its own, gone with this call
+        if len(compiled) == 1:
+            eager = _saved_bytes_eager(model, inputs, kwargs)
     records = [c.record for c in compiled]
     if len(records) == 1:
-        eager = _saved_bytes_eager(model, inputs, kwargs)
         records[0] = replace(records[0], totals=replace(records[0].totals, saved_bytes_eager=eager))
     why = None if records else "no part of this model has both a forward and a backward that Dynamo can trace"
     return Explanation(Report(tuple(records), why), tuple(compiled))
+
+
+@contextmanager
+def _untouched(model: torch.nn.Module) -> Iterator[None]:
+    """Put buffers (running statistics) and random state back as they were."""
+    before = {name: b.detach().clone() for name, b in model.named_buffers()}
+    with torch.random.fork_rng(enabled=True):
+        yield
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name in before:
+                buffer.copy_(before[name])
 
 
 def _analyse(gm: fx.GraphModule, example_inputs: list[Any], config: Config) -> Compiled | None:
@@ -115,7 +128,7 @@ def _saved_bytes_eager(model: torch.nn.Module, inputs: tuple[Any, ...], kwargs: 
 
     try:
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            model(*inputs, **kwargs)
+            model.forward(*inputs, **kwargs)
     except RuntimeError:
         if not any(t.is_meta for t in own if isinstance(t, torch.Tensor)):
             raise

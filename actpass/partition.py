@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from actpass._torch import functorch_config, min_cut_rematerialization_partition
 from actpass.graph.copying import copy_module
+from actpass.graph.cost import is_attention, is_matmul
 from actpass.graph.joint import CASTS, Joint, is_view, storage_root, tensor_bytes
 
 
@@ -33,12 +35,13 @@ class Saved:
 @dataclass(frozen=True)
 class Cut:
     """A partitioned joint graph. saved: what crosses, parameters and inputs excluded (the step's seed counts).
-    kept_input_bytes: inputs that another region computed and that the backward reads."""
+    kept_input_bytes: inputs that another region computed and that the backward reads. seed: the seed's node, if any."""
 
     forward: fx.GraphModule
     backward: fx.GraphModule
     saved: tuple[Saved, ...]
     kept_input_bytes: int
+    seed: str | None
 
     @property
     def saved_bytes(self) -> int:
@@ -79,7 +82,9 @@ def cut(
         patch["activation_memory_budget"] = setting.activation_memory_budget
     with functorch_config.patch(patch):
         forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **partition_kwargs)
-    return Cut(forward, backward, _saved(forward, joint.num_fwd_outputs, joint.seed), _kept_input_bytes(forward, joint))
+    saved = _saved(forward, joint.num_fwd_outputs, joint.seed)
+    seed = joint.seed.name if joint.seed is not None else None
+    return Cut(forward, backward, saved, _kept_input_bytes(forward, joint), seed)
 
 
 def _recompute_parameter_casts(joint: Joint) -> None:
@@ -105,10 +110,21 @@ def _saved(forward: fx.GraphModule, num_fwd_outputs: int, seed: fx.Node | None) 
         root = storage_root(node)
         if root.op in ("placeholder", "get_attr") and (seed is None or root.name != seed.name):
             continue
-        nbytes = 0 if root in counted else tensor_bytes(root)
-        counted.add(root)
+        holder = root if _shows_all(node, root) or _is_realised(root) else node
+        nbytes = 0 if holder in counted else tensor_bytes(holder)
+        counted.add(holder)
         saved.append(Saved(node.name, root.name, nbytes, root in visible))
     return tuple(saved)
+
+
+def _shows_all(node: fx.Node, root: fx.Node) -> bool:
+    return tensor_bytes(node) >= tensor_bytes(root)
+
+
+def _is_realised(root: fx.Node) -> bool:
+    """Whether a part of ``root`` keeps all of it alive: a library kernel wrote it in one buffer. A part of anything else is
+    computed by Inductor on its own."""
+    return is_matmul(root) or root.target is operator.getitem or is_attention(root)
 
 
 def _kept_input_bytes(forward: fx.GraphModule, joint: Joint) -> int:

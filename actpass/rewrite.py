@@ -36,25 +36,24 @@ class Rewritten:
 def rewrite(joint: Joint, contractions: Sequence[Contraction], plan: Plan) -> Rewritten:
     """Rewrite ``joint`` in place. One basis for all sites of a (method, width, rank, dtype), one z for all readers of x."""
     nodes = {n.name: n for n in joint.gm.graph.nodes}
+    found = {c.node: c for c in contractions}
     done = Rewritten()
     bases: dict[Any, fx.Node] = {}
-    payloads: dict[Any, fx.Node] = {}
     for decision in plan.projections:
-        for contraction in (c for c in contractions if c.x == decision.site and c.parameters[0] in decision.parameters):
-            matmul, x = nodes[contraction.node], nodes[contraction.x]
-            basis = _basis(joint, bases, decision, contraction.width, x, done)
-            z = payloads.get((x, basis))
-            if z is None:
-                z = payloads[x, basis] = _payload(joint, x, basis, decision, contraction, done)
-            _replace(joint, matmul, z, basis, contraction, done)
+        members = [found[name] for name in decision.matmuls]
+        x = nodes[decision.site]
+        basis = _basis(joint, bases, decision, x, done)
+        z = _payload(joint, x, basis, decision, members[0].left, done)
+        for contraction in members:
+            _replace(joint, nodes[contraction.node], z, basis, contraction, done)
     joint.gm.graph.eliminate_dead_code()
     joint.gm.graph.lint()
     done.inserted = {n for n in done.inserted if n.graph is joint.gm.graph and not n._erased}
     return done
 
 
-def _basis(joint: Joint, bases: dict[Any, fx.Node], decision: Decision, width: int, x: fx.Node, done: Rewritten) -> fx.Node:
-    val = value(x)
+def _basis(joint: Joint, bases: dict[Any, fx.Node], decision: Decision, x: fx.Node, done: Rewritten) -> fx.Node:
+    val, width = value(x), decision.width
     key = (decision.method, width, decision.rank, decision.scale, val.dtype, val.device)
     if key not in bases:
         seed = joint.seed
@@ -71,11 +70,9 @@ def _basis(joint: Joint, bases: dict[Any, fx.Node], decision: Decision, width: i
     return bases[key]
 
 
-def _payload(
-    joint: Joint, x: fx.Node, basis: fx.Node, decision: Decision, contraction: Contraction, done: Rewritten
-) -> fx.Node:
+def _payload(joint: Joint, x: fx.Node, basis: fx.Node, decision: Decision, left: bool, done: Rewritten) -> fx.Node:
     def project(x: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-        return encode(x.transpose(-1, -2) if contraction.left else x, basis)
+        return encode(x.transpose(-1, -2) if left else x, basis)
 
     before = set(done.inserted)
     z = splice(joint.gm.graph, project, [x, basis], after=x, like=x, done=done)

@@ -37,8 +37,13 @@ def crosses_as_planned(rewritten_cut: Cut, exact_cut: Cut, plan: Plan, done: Rew
             raise GraphUnsupported(
                 f"the plan stores the payload of {d.site}, but {'x' if x in crossing else 'nothing'} crosses"
             )
-    if not plan.projections and rewritten_cut.saved != exact_cut.saved:
-        raise GraphUnsupported("a plan without projections changed what crosses")
+    payloads = set(done.payloads.values())
+    names = {n.name for n in done.inserted}
+    state = sum(s.nbytes for s in rewritten_cut.saved if s.root in names - payloads or s.root == rewritten_cut.seed)
+    if rewritten_cut.saved_bytes - state > exact_cut.saved_bytes:
+        raise GraphUnsupported(
+            f"{rewritten_cut.saved_bytes} bytes cross, more than the {exact_cut.saved_bytes} of the exact cut"
+        )
 
 
 def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:

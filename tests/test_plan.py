@@ -13,6 +13,8 @@ from actpass.plan import Candidate, choose
 def candidate(**changes) -> Candidate:
     values = {
         "name": "x",
+        "matmuls": ("mm",),
+        "root": "x",
         "parameters": ("w",),
         "groups": 1,
         "tokens": 2048,

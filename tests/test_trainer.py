@@ -1,17 +1,25 @@
-"""HF Trainer, both ways in."""
+"""HF Trainer, by both ways in: a model that was compiled before, and the Trainer's own argument."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.data import Dataset
 
 import actpass
+from actpass.runtime.clock import CLOCK
 
 from . import models
-from .helpers import eager_actcomp, projected
+from .helpers import EPS, projected
+
+pytestmark = pytest.mark.usefixtures("no_codegen")
+
+STEPS = 3
+# A loss of three steps: some 100 operators each that round by EPS / 2, twice sqrt(300) / 2.
+LOSS = 18 * EPS
 
 
 class Tokens(Dataset):
@@ -23,48 +31,38 @@ class Tokens(Dataset):
         return {"input_ids": tokens, "labels": tokens}
 
 
-def arguments(folder: Path, **changes):
-    from transformers import TrainingArguments
+def losses(model: torch.nn.Module, folder: Path, **arguments: Any) -> list[float]:
+    """Train three steps of two micro-batches; the loss of each step."""
+    from transformers import Trainer, TrainingArguments
 
-    return TrainingArguments(
-        output_dir=str(folder), max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2, report_to=[],
-        use_cpu=True, save_strategy="no", disable_tqdm=True, logging_steps=1, **changes,
+    args = TrainingArguments(
+        output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        learning_rate=1e-2, max_grad_norm=1.0, logging_steps=1, report_to=[], use_cpu=True, save_strategy="no",
+        disable_tqdm=True, **arguments,
     )  # fmt: skip
-
-
-def losses(trainer) -> list[float]:
+    trainer = Trainer(model=model, args=args, train_dataset=Tokens())
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def test_trainer_takes_a_model_compiled_with_options(tmp_path: Path):
-    from transformers import Trainer
-
+def test_trainer_takes_a_compiled_model_with_its_options(tmp_path: Path) -> None:
     model, _ = models.llama(layers=1)
-    model.compile(backend=eager_actcomp(method="srht", rank=8, profitable_only=False))
-    found = losses(Trainer(model=model, args=arguments(tmp_path), train_dataset=Tokens()))
-    assert len(found) == 3
+    model.compile(backend="actcomp", options={"method": "srht", "rank": 8, "profitable_only": False})
+    found = losses(model, tmp_path)
     report = actpass.report(model)
-    assert report.active
-    assert projected(report)
+    assert "active, method=srht" in str(report)
+    assert len(projected(report)) == 8
+    assert CLOCK.steps == STEPS  # once an optimizer step, not once a micro-batch
+    assert len(found) == STEPS
+    assert found[-1] < found[0]
 
 
-def test_trainer_takes_the_backend_by_name_after_the_helper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from transformers import Trainer
-
-    actpass.register_with_accelerate()
-    monkeypatch.setattr("actpass.backend.compile_fx", _interpreted)
+def test_trainer_takes_the_backend_by_name_after_the_helper(tmp_path: Path) -> None:
+    plain, _ = models.llama(layers=1)
+    want = losses(plain, tmp_path)
+    for _ in range(2):
+        actpass.register_with_accelerate()  # more than once is once
     model, _ = models.llama(layers=1)
-    args = arguments(tmp_path, torch_compile=True, torch_compile_backend="actcomp")
-    assert len(losses(Trainer(model=model, args=args, train_dataset=Tokens()))) == 3
-    assert actpass.report(model).active
-
-
-def _interpreted(gm, example_inputs, **options):
-    """Inductor without its code generation: the subject is the way in."""
-    from actpass._torch import compile_fx, functorch_config
-
-    from .helpers import interpret
-
-    with functorch_config.patch(enable_autograd_cache=False):
-        return compile_fx(gm, example_inputs, **{**options, "inner_compile": interpret})
+    found = losses(model, tmp_path, torch_compile=True, torch_compile_backend="actcomp")
+    assert "active, method=exact" in str(actpass.report(model))
+    assert found == pytest.approx(want, rel=LOSS)

@@ -326,9 +326,8 @@ def test_dynamic_batch_is_projected_like_a_static_one() -> None:
         _, want = step(compiled(model, **CROSSING), model, inputs)
         _, got = step(run, model, inputs)
         assert_close(got, want, FULL_RANK)
-    forms = [sorted(s.form for s in region.sites if s.method) for region in actpass.report(model).regions]
-    assert forms[0].count("project") == 2
-    assert forms == [forms[0]] * 3  # the static ones and the dynamic one save z in place of x alike
+    (region,) = actpass.report(model).regions  # the one that ran last: the dynamic one
+    assert sum(site.form == "project" for site in region.sites) == 2  # which, too, saves z in place of x
 
 
 def test_recompiled_graph_is_counted_once() -> None:
@@ -370,6 +369,7 @@ def test_hugging_face_checkpointing_stays_exact() -> None:
 def regional(**options: Any) -> tuple[nn.Module, dict[str, Any], list[int]]:
     """Three layers, each compiled by itself; the list counts the graphs."""
     model, inputs = models.transformer(layers=3)
+    inputs["x"].requires_grad_()  # as every later layer's input does, so that one graph serves all
     graphs: list[int] = []
 
     def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
@@ -383,8 +383,8 @@ def regional(**options: Any) -> tuple[nn.Module, dict[str, Any], list[int]]:
 
 @pytest.mark.parametrize(("options", "tolerance"), [({"method": "exact"}, EXACT), (FULL, FULL_RANK)])
 def test_regional_compile_gives_every_module_its_own_gradients(options: dict[str, Any], tolerance: float) -> None:
-    plain, inputs = models.transformer(layers=3)
-    model, _, graphs = regional(**options)
+    plain, _ = models.transformer(layers=3)
+    model, inputs, graphs = regional(**options)
     for _ in range(2):  # in the second step the first layer comes again, after the third
         _, want = step(plain, plain, inputs)
         _, got = step(model, model, inputs)
@@ -396,9 +396,9 @@ def test_regional_compile_gives_every_module_its_own_gradients(options: dict[str
 
 
 def test_regional_compile_draws_the_bases_of_the_whole_model() -> None:
-    whole, inputs = models.transformer(layers=3)
+    whole, _ = models.transformer(layers=3)
+    model, inputs, _ = regional(**CROSSING)
     _, want = step(compiled(whole, **CROSSING, overrides={"head": "keep"}), whole, inputs)
-    model, _, _ = regional(**CROSSING)
     _, got = step(model, model, inputs)
     # both project onto the same subspaces: rounding, as at full rank, relative to a gradient that the projection made larger
     assert_close(got, want, FULL_RANK)
@@ -451,7 +451,7 @@ def test_retained_graph_error_names_the_remedy_and_the_remedy_works() -> None:
     def run() -> torch.Tensor:
         torch.compiler.reset()
         model.zero_grad()
-        return torch.compile(model, backend="actcomp", options=QUICK)(**inputs)
+        return torch.compile(model, backend="actcomp")(**inputs)
 
     run().backward()  # now Inductor's cache holds a backward that overwrites its inputs
     once = grads_of(model)

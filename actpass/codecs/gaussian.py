@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from actpass.codecs.generator import normals
+from actpass.codecs.generator import normals, stream
 from actpass.codecs.projection import SeededProjection
 
 
@@ -20,7 +20,7 @@ class Gaussian(SeededProjection):
     name = "gaussian"
 
     def draw(self, key: torch.Tensor, width: int, rank: int) -> torch.Tensor:
-        return normals(key, 0x6A00 + width, width * rank).view(width, rank) * rank**-0.5
+        return normals(key, stream(width, 0), width * rank).view(width, rank) * rank**-0.5
 
     def relative_variance(self, width: int, rank: int) -> float:
         return (width + 1) / rank

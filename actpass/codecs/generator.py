@@ -37,6 +37,11 @@ def mix32(x: torch.Tensor) -> torch.Tensor:
     return x ^ (x >> 16)
 
 
+def stream(width: int, code: int) -> int:
+    """The sequence for a basis of ``width``. code: in [0, 64), different for each method; `normals` takes six in a row."""
+    return width * 64 + code
+
+
 def bits32(key: torch.Tensor, stream: int, count: int) -> torch.Tensor:
     """``count`` uniform 32-bit numbers, int64 of shape (count,).
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from actpass.codecs.generator import normals
+from actpass.codecs.generator import normals, stream
 from actpass.codecs.projection import SeededProjection
 
 
@@ -24,7 +24,7 @@ class Haar(SeededProjection):
     name = "haar"
 
     def draw(self, key: torch.Tensor, width: int, rank: int) -> torch.Tensor:
-        gaussian_NR = normals(key, 0x4800 + width, width * rank).view(width, rank)
+        gaussian_NR = normals(key, stream(width, 16), width * rank).view(width, rank)
         q_NR, r_RR = torch.linalg.qr(gaussian_NR)
         diagonal_R = (r_RR * torch.eye(rank, device=key.device)).sum(0)
         return q_NR * (torch.where(diagonal_R < 0, -1.0, 1.0) * (width / rank) ** 0.5)

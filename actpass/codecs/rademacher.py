@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from actpass.codecs.generator import signs
+from actpass.codecs.generator import signs, stream
 from actpass.codecs.projection import SeededProjection
 
 
@@ -18,7 +18,7 @@ class Rademacher(SeededProjection):
     name = "rademacher"
 
     def draw(self, key: torch.Tensor, width: int, rank: int) -> torch.Tensor:
-        return signs(key, 0x5200 + width, width * rank).view(width, rank) * rank**-0.5
+        return signs(key, stream(width, 8), width * rank).view(width, rank) * rank**-0.5
 
     def relative_variance(self, width: int, rank: int) -> float:
         return (width - 1) / rank

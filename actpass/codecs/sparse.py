@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from actpass.codecs.generator import bits32
+from actpass.codecs.generator import bits32, stream
 from actpass.codecs.projection import SeededProjection
 
 _SIXTH = round(2**32 / 6)
@@ -23,7 +23,7 @@ class Sparse(SeededProjection):
     name = "sparse"
 
     def draw(self, key: torch.Tensor, width: int, rank: int) -> torch.Tensor:
-        u = bits32(key, 0x5300 + width, width * rank)
+        u = bits32(key, stream(width, 9), width * rank)
         entries = (u < _SIXTH).to(torch.float32) - (u >= 2**32 - _SIXTH).to(torch.float32)
         return entries.view(width, rank) * (3.0 / rank) ** 0.5
 

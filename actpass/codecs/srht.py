@@ -12,7 +12,7 @@ import math
 
 import torch
 
-from actpass.codecs.generator import permutation, signs
+from actpass.codecs.generator import permutation, signs, stream
 from actpass.codecs.projection import SeededProjection
 
 
@@ -27,8 +27,8 @@ class Srht(SeededProjection):
 
     def draw(self, key: torch.Tensor, width: int, rank: int) -> torch.Tensor:
         row_N1 = torch.arange(width, dtype=torch.int64, device=key.device).unsqueeze(1)
-        column_1R = permutation(key, 0x5500 + width, width)[:rank].unsqueeze(0)
-        flip_N1 = signs(key, 0x5600 + width, width).unsqueeze(1)
+        column_1R = permutation(key, stream(width, 24), width)[:rank].unsqueeze(0)
+        flip_N1 = signs(key, stream(width, 25), width).unsqueeze(1)
         return flip_N1 * _orthogonal(row_N1, column_1R, width) * rank**-0.5
 
     def relative_variance(self, width: int, rank: int) -> float:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from actpass._torch import size_hint
 from actpass.graph.joint import CASTS, Joint, module_path, storage_root, value
@@ -37,6 +38,7 @@ GROUPED = getattr(getattr(aten, "_grouped_mm", None), "default", None)
 if GROUPED is not None:
     MATMULS[GROUPED] = (0, 1)
 
+_RECOMPUTED = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
 _ADDEND = {aten.addmm.default, aten.baddbmm.default}
 """Their first argument is added to the product: one more contribution to the same gradient."""
 
@@ -191,9 +193,9 @@ def _other_contribution(joint: Joint, ends: list[fx.Node]) -> str | None:
 
 
 def _unusable(joint: Joint, node: fx.Node, on_walk: set[fx.Node]) -> str | None:
-    readers = [u for u in node.users if u not in on_walk and u.op != "output"]
-    if readers:
-        return f"its result is also read by {_op_name(readers[0])}, not only by a weight gradient"
+    reader = _other_reader(joint, node, on_walk)
+    if reader is not None:
+        return f"its result is also read by {reader}, not only by a weight gradient"
     if node.target in _ADDEND and node.kwargs:
         return "scales its product or its addend (alpha, beta)"
     if not _plain_shapes(node):
@@ -201,10 +203,31 @@ def _unusable(joint: Joint, node: fx.Node, on_walk: set[fx.Node]) -> str | None:
     x = _factors(node)[1 if _factors(node)[0] in joint.backward else 0]
     if not value(x).is_floating_point():
         return f"x is {value(x).dtype}, not a floating-point tensor"
-    if x.meta.get("recompute") is not None or storage_root(x).meta.get("recompute") is not None:
+    if any(n.meta.get("recompute") in _RECOMPUTED for n in (x, storage_root(x))):
         return "inside activation checkpointing: x is recomputed and saves nothing"
     if not isinstance(_width(joint, node), int):
         return "the feature width is dynamic"
+    return None
+
+
+def _other_reader(joint: Joint, matmul: fx.Node, on_walk: set[fx.Node]) -> str | None:
+    """Who reads the numbers of ``matmul``, moved or not, for anything but a sum that is a parameter's gradient."""
+    parameters = {g for primal, g in joint.gradients if primal in joint.parameter_path}
+    others = {*joint.forward_outputs, *(g for primal, g in joint.gradients if primal not in joint.parameter_path)}
+    todo, seen = [matmul], {matmul}
+    while todo:
+        node = todo.pop()
+        if node in others:
+            return "an output that is no weight gradient"
+        for user in node.users:
+            if user.op == "output":
+                if node not in parameters:
+                    return "an output that is no weight gradient"
+            elif user not in on_walk or node not in (_moved(user) or ()) or (user.target in _ADDEND and node in _factors(user)):
+                return _op_name(user)
+            elif user not in seen:
+                seen.add(user)
+                todo.append(user)
     return None
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import fx
 
 _SEGMENT = re.compile(r"_(?:modules|parameters|buffers)\[['\"]([^'\"]+)['\"]\]")
+_PARAMETER = re.compile(r"\._parameters\[|^l_self_(?:modules_\w+_)?parameters_\w+_$")
+"""A parameter's source, or its placeholder's name where DDP's graph splitting dropped the source."""
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
@@ -33,8 +35,7 @@ class GraphInputs:
 
 def _parameter_path(node: fx.Node, example: Any) -> str | None:
     source = _source_name(node)
-    is_parameter = "_parameters" in source or isinstance(example, torch.nn.Parameter)
-    if not is_parameter:
+    if not (_PARAMETER.search(source) or isinstance(example, torch.nn.Parameter)):
         return None
     segments = _SEGMENT.findall(source)
     if segments:

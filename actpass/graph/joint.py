@@ -102,9 +102,16 @@ class Joint:
 _OP_TYPES = get_default_op_list()
 
 
+_LIST_VIEWS = {aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int}
+
+
 def is_view(node: fx.Node) -> bool:
-    """Whether ``node`` only re-labels the storage of its first input (upstream's own table)."""
-    return node.op == "call_function" and _OP_TYPES.is_view(node)
+    """Whether ``node`` only re-labels the storage of its first input: upstream's own table, and pieces of a split."""
+    if node.op != "call_function":
+        return False
+    if getattr(node.target, "__name__", "") == "getitem":
+        return node.all_input_nodes[0].target in _LIST_VIEWS
+    return node.target in _LIST_VIEWS or _OP_TYPES.is_view(node)
 
 
 def storage_root(node: fx.Node) -> fx.Node:

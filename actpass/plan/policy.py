@@ -27,36 +27,46 @@ def choose(
 
     wish_for: the wish for a tensor that feeds the parameters of the given paths.
     """
-    return Plan(tuple(_decide(c, wish_for(c.parameters), profitable_only) for c in candidates))
+    wishes = [(c, wish_for(c.parameters)) for c in candidates]
+    by_root: dict[str, list[tuple[Candidate, Wish]]] = {}
+    for c, wish in wishes:
+        by_root.setdefault(c.root, []).append((c, wish))
+    freed = {root: _freed_bytes(members) for root, members in by_root.items()}
+    return Plan(tuple(_decide(c, wish, freed[c.root], profitable_only) for c, wish in wishes))
 
 
-def _decide(c: Candidate, wish: Wish, profitable_only: bool) -> Decision:
+def _freed_bytes(members: list[tuple[Candidate, Wish]]) -> int:
+    """Bytes that go if the payloads of all ``members`` are stored in place of the storage that they share; 0 if it stays."""
+    if not all(c.frees and wish.method != "exact" for c, wish in members):
+        return 0
+    payloads = sum(c.payload_bytes(_rank(c, wish)) for c, wish in members)
+    return max(0, members[0][0].x_bytes - payloads)
+
+
+def _rank(c: Candidate, wish: Wish) -> int:
+    return min(c.width, -(-wish.rank_of(c.width) // c.rank_multiple) * c.rank_multiple)
+
+
+def _decide(c: Candidate, wish: Wish, freed: int, profitable_only: bool) -> Decision:
+    def exact(reason: str) -> Decision:
+        return Decision(c.name, c.matmuls, c.parameters, "exact", reason)
+
     if wish.method == "exact":
-        return Decision(c.name, c.parameters, "exact", KEPT)
-    rank = min(c.width, -(-wish.rank_of(c.width) // c.rank_multiple) * c.rank_multiple)
+        return exact(KEPT)
+    rank = _rank(c, wish)
     extra = c.flops_at(rank) - c.flops
-    freed = c.x_bytes - c.payload_bytes(rank) if c.frees else 0
-    if profitable_only and extra >= 0 and freed <= 0:
-        return Decision(
-            c.name,
-            c.parameters,
-            "exact",
-            f"{wish.method} at rank {rank} of {c.width} would cost {extra / max(c.flops, 1):+.0%} FLOPs and free no bytes",
-        )
-    in_forward = freed > 0
-    reason = (
-        f"z is saved in place of x: {freed} bytes freed"
-        if in_forward
-        else "projected in the backward, where x is at no cost: saves FLOPs"
-    )
+    if profitable_only and extra >= 0 and not freed:
+        cost = f"{extra / max(c.flops, 1):+.0%} FLOPs"
+        return exact(f"{wish.method} at rank {rank} of {c.width} would cost {cost} and free no bytes")
     return Decision(
         c.name,
+        c.matmuls,
         c.parameters,
         wish.method,
-        reason,
+        f"z is stored in place of x: {freed} bytes freed" if freed else "projected in the backward, where x is at no cost",
         width=c.width,
         rank=rank,
         scale=wish.scale,
-        project_in="forward" if in_forward else "backward",
+        project_in="forward" if freed else "backward",
         extra_flops=extra,
     )

@@ -14,20 +14,23 @@ ProjectIn = Literal["forward", "backward"]
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A tensor x that at least one weight-gradient contraction reads.
+    """A tensor x that weight-gradient contractions read from the same side, with the same wish.
 
-    name: graph node of x. parameters: paths of the weights whose gradients read x. groups, tokens, width: its shape at
-    the traced size. outs: out-features M of each contraction. x_bytes: its storage. element_size: bytes of one element.
-    frees: whether dropping the contractions' need of x frees its storage (the exact cut saves x, and only they read it).
+    name: graph node of x. matmuls: nodes of the contractions. parameters: paths of the weights whose gradients they are.
+    groups, tokens, width: the shape of x at the traced size. outs: out-features M of each contraction. root: the node that
+    allocated the storage of x; x_bytes: that storage. element_size: bytes of one element. frees: whether the storage goes
+    if every contraction that reads any part of it is projected (the exact cut saves it, and nothing else reads it).
     rank_multiple: the kernel that contracts takes only multiples of this (grouped matmul: rows of 16 bytes).
     """
 
     name: str
+    matmuls: tuple[str, ...]
     parameters: tuple[str, ...]
     groups: int
     tokens: int
     width: int
     outs: tuple[int, ...]
+    root: str
     x_bytes: int
     element_size: int
     frees: bool
@@ -52,11 +55,13 @@ class Candidate:
 class Decision:
     """What happens to one candidate.
 
-    method: ``exact`` or a projection. project_in: where z = x P is computed: ``forward`` (z is saved in place of x) or
-    ``backward`` (x is there anyway or is rebuilt for free: z costs no bytes, and the weight gradient fewer FLOPs).
+    site: graph node of x. matmuls: the contractions it is about (no matmul is in two decisions). method: ``exact`` or a
+    projection. project_in: where z = x P is computed: ``forward`` (z is saved in place of x) or ``backward`` (x is there
+    anyway or is rebuilt for free: z costs no bytes, and the weight gradient fewer FLOPs).
     """
 
     site: str
+    matmuls: tuple[str, ...]
     parameters: tuple[str, ...]
     method: str
     reason: str
@@ -82,7 +87,7 @@ class Plan:
         return tuple(d for d in self.decisions if d.projects)
 
     def to_dict(self) -> dict[str, Any]:
-        decisions = [{**asdict(d), "parameters": list(d.parameters)} for d in self.decisions]
+        decisions = [{**asdict(d), "parameters": list(d.parameters), "matmuls": list(d.matmuls)} for d in self.decisions]
         return {"schema_version": SCHEMA_VERSION, "decisions": decisions}
 
     @property

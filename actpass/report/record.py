@@ -249,14 +249,15 @@ def _with_decision(row: SiteRow, d: Decision, done: Rewritten, after: dict[str, 
     if not d.projects or d.rank is None:
         return row if d.method == "exact" and d.reason == KEPT else replace(row, reason=f"{row.reason}; {d.reason}")
     in_forward = d.project_in == "forward"
+    stored = after.get(done.payloads[d], 0) if in_forward else 0
     return replace(
         row,
         form="project" if in_forward else row.form,
-        method=d.method,
-        rank=d.rank,
-        bytes_after=after.get(done.payloads[d], 0) if in_forward else row.bytes_after,
-        unbiased=d.scale == "unbiased",
-        relative_variance=PROJECTIONS[d.method].relative_variance(d.width, d.rank),
+        method=d.method if row.method in (None, d.method) else f"{row.method}, {d.method}",
+        rank=max(d.rank, row.rank or 0),
+        bytes_after=row.bytes_after + stored,
+        unbiased=row.unbiased and d.scale == "unbiased",
+        relative_variance=max(row.relative_variance, PROJECTIONS[d.method].relative_variance(d.width, d.rank)),
         extra_flops=row.extra_flops + d.extra_flops,
         reason=d.reason if in_forward else f"{row.reason}; {d.reason}",
     )

@@ -45,7 +45,8 @@ def region_key(gm: fx.GraphModule, example_inputs: Sequence[Any], inputs: GraphI
         repr(config),
         torch.__version__,
         source_hash(),
-        repr((torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"), torch.get_default_dtype())),
+        repr([(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]),
+        repr((torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())),
         repr((functorch_config.activation_memory_budget, functorch_config.ban_recompute_materialized_backward)),
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -53,7 +54,7 @@ def region_key(gm: fx.GraphModule, example_inputs: Sequence[Any], inputs: GraphI
 
 def _metadata(x: Any) -> str:
     if isinstance(x, torch.Tensor):
-        return f"{tuple(x.shape)} {x.dtype} {x.device} {x.requires_grad} {type(x).__name__}"
+        return f"{tuple(x.shape)} {tuple(x.stride())} {x.dtype} {x.device} {x.requires_grad} {type(x).__name__}"
     return repr(x)
 
 

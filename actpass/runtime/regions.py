@@ -16,7 +16,7 @@ class Region:
     """One compiled graph.
 
     positions: which of its arguments are parameters. parameters: every parameter it ever ran with (one graph may serve
-    several modules). follows: for a region without parameters (a loss behind a graph break), the region that ran before.
+    several modules), by id. follows: for a region without parameters (a loss behind a graph break), the region that ran before.
     frame: Dynamo's number for the code that was compiled; a recompilation has the same. called: when it ran last.
     """
 
@@ -24,9 +24,8 @@ class Region:
     positions: tuple[int, ...]
     frame: int | None = None
     called: int = 0
-    parameters: weakref.WeakSet[torch.Tensor] = field(default_factory=weakref.WeakSet)
+    parameters: weakref.WeakValueDictionary[int, torch.Tensor] = field(default_factory=weakref.WeakValueDictionary)
     follows: Region | None = None
-    _seen: int | None = None
 
     def note(self, args: tuple[Any, ...]) -> None:
         """Remember whose call this is (cheap when it is the same module's again)."""
@@ -37,9 +36,9 @@ class Region:
             self.follows = _last
             return
         _last = self
-        if id(args[self.positions[0]]) != self._seen:
-            self._seen = id(args[self.positions[0]])
-            self.parameters.update(args[i] for i in self.positions)
+        first = args[self.positions[0]]
+        if self.parameters.get(id(first)) is not first:
+            self.parameters.update((id(args[i]), args[i]) for i in self.positions)
 
 
 _regions: list[Region] = []
@@ -49,6 +48,8 @@ _last: Region | None = None
 
 
 def register(region: Region) -> None:
+    """Add a region, and forget those whose parameters are all gone."""
+    _regions[:] = [r for r in _regions if r.parameters or not r.called or (r.follows is not None and r.follows.parameters)]
     _regions.append(region)
 
 
@@ -67,14 +68,14 @@ def regions_of(model: torch.nn.Module) -> list[Region]:
     the region's record holds.
     """
     own = {id(p) for p in model.parameters()}
-    found = {r for r in _regions if any(id(p) in own for p in r.parameters)}
-    if not found:
+    found = {r for r in _regions if own & set(r.parameters.keys())}
+    if not found and any(type(p).__name__ == "DTensor" for p in (q.data for q in model.parameters())):
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         found = {r for r in _regions if r.record.parameters and _fits(r.record, shapes)}
     latest: dict[Any, Region] = {}
     for region in sorted(_regions, key=lambda r: r.called):
         if region in found:
-            latest[region.frame, frozenset(map(id, region.parameters))] = region
+            latest[frozenset(region.parameters.keys())] = region
     for region in sorted(_regions, key=lambda r: r.called):
         if not region.positions and region.follows in latest.values():
             latest[region.frame, id(region.follows)] = region
