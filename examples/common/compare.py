@@ -105,9 +105,7 @@ def _summarize(label: str, metrics: Metrics | None, baseline: Metrics | None) ->
     }
 
 
-HEADER = (
-    "| | saved for backward | as reported | peak | step | to Inductor | first step | training loss | validation loss |"
-)
+HEADER = "| | saved for backward | as reported | peak | step | to Inductor | first step | training loss | validation loss |"
 NOTES = f"""\
 Saved for backward: bytes alive between forward and backward, measured (the 4 of the loss with
 them); as reported: by `actpass.report`. Peak: bytes above parameters and optimizer state, gradients

@@ -173,9 +173,7 @@ def _as_batch(windows: Tensor) -> tuple[Tensor, Tensor]:
     return ids, ids.clone()
 
 
-def load_text(
-    source: str, tokenizer: Tokenizer, batch_size: int, seq_len: int, seed: int, max_bytes: int
-) -> TextBatches:
+def load_text(source: str, tokenizer: Tokenizer, batch_size: int, seq_len: int, seed: int, max_bytes: int) -> TextBatches:
     """Read, encode and split `source`; the last 5 % of the stream are held out for validation."""
     tokens = encode_documents(read_documents(find_files(source), max_bytes), tokenizer)
     windows = tokens[: len(tokens) // seq_len * seq_len].view(-1, seq_len)

@@ -68,8 +68,7 @@ def load_config(model: str, seq_len: int, vocab_size: int = 0) -> PretrainedConf
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and seq_len > limit:
         raise UsageError(
-            f"--seq-len {seq_len} is more than the {limit} positions of model {model!r} "
-            "(max_position_embeddings in its config)"
+            f"--seq-len {seq_len} is more than the {limit} positions of model {model!r} (max_position_embeddings in its config)"
         )
     return config
 
