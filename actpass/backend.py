@@ -23,6 +23,7 @@ from actpass._torch import (
     compile_fx,
     current_frame,
     detect_fake_mode,
+    functorch_config,
     list_mode_options,
     torch_is_tested,
 )
@@ -133,6 +134,9 @@ class Partitioner(CustomPartitionerFn):
     inputs: GraphInputs
     nonce: str
     source: str = field(default_factory=records.source_hash)
+    donated: bool = field(default_factory=lambda: functorch_config.donated_buffer)
+    """Inductor's graph cache does not key on it: a backward that overwrites what it read would be found again after the
+    user turned donation off for `retain_graph=True`, and its second run would give wrong gradients (torch 2.13)."""
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
@@ -142,7 +146,7 @@ class Partitioner(CustomPartitionerFn):
         return compiled.forward, compiled.backward
 
     def uuid(self) -> Any:
-        return (self.source, self.nonce, repr(self.config), repr(self.inputs))
+        return (self.source, self.nonce, self.donated, repr(self.config), repr(self.inputs))
 
 
 def _inductor_options(config: Config) -> dict[str, Any]:
