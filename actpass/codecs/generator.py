@@ -5,9 +5,11 @@ shift or multiply on int64 tensors that hold 32-bit values; multipliers are belo
 and there is no overflow for a compiler to reinterpret. Eager, Inductor's C++ and Triton, CPU and CUDA, any process and
 any rank give the same bits.
 
-The mixer is the xorshift-multiply finaliser of MurmurHash3 (A. Appleby, 2011) in the form of C. Wellons' "hash-prospector"
-search (2018), with multipliers of our choosing that keep below 2^31. One keyed round is not enough (neighbouring rows
-correlate); two are, see ``tests/test_generator.py``.
+The mixer is this project's own: five rounds of multiply, keep the middle 32 bits, xor a round key. The usual
+``x ^ (x >> k)`` is avoided because Inductor inlines an expression once per use: every such fold doubles the code it
+generates (two rounds of MurmurHash3's finaliser took a minute to compile), while here each value is used once and the
+whole generator fuses into whatever reads it. Four rounds are not enough (consecutive differences show), five are; see
+``tests/test_generator.py``.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ from __future__ import annotations
 import torch
 
 _MASK32 = 0xFFFFFFFF
-_M1 = 0x7FEB352D
-_M2 = 0x45D9F3B5
 _MASK64 = 0xFFFFFFFFFFFFFFFF
+_MULTIPLIERS = (0x7FEB352D, 0x45D9F3B5, 0x6C50B47D, 0x5A9FB1C3, 0x7B1DCDAF)  # odd, below 2^31
+_KEY_SHIFTS = (0, 31, 16, 8, 24)  # which 32 of the key's 63 bits each round sees
 
 
 def step_seed(base_seed: int, draw: int) -> int:
@@ -28,29 +30,21 @@ def step_seed(base_seed: int, draw: int) -> int:
     return (z ^ (z >> 31)) >> 1
 
 
-def mix32(x: torch.Tensor) -> torch.Tensor:
-    """A bijection on 32-bit values held in int64."""
-    x = x ^ (x >> 16)
-    x = (x * _M1) & _MASK32
-    x = x ^ (x >> 15)
-    x = (x * _M2) & _MASK32
-    return x ^ (x >> 16)
-
-
 def stream(width: int, code: int) -> int:
-    """The sequence for a basis of ``width``. code: in [0, 64), different for each method; `normals` takes six in a row."""
+    """The sequence for a basis of ``width``. code: in [0, 64), different for each use."""
     return width * 64 + code
 
 
 def bits32(key: torch.Tensor, stream: int, count: int) -> torch.Tensor:
-    """``count`` uniform 32-bit numbers, int64 of shape (count,).
+    """``count`` uniform 32-bit numbers, int64 of shape (count,); count <= 2^32.
 
-    key: 0-d int64, the step's seed. stream: which of the key's independent sequences, any int in [0, 2^32).
+    key: 0-d int64 >= 0, the step's seed. stream: which of the key's independent sequences, any int >= 0.
     """
-    counter = torch.arange(count, dtype=torch.int64, device=key.device)
-    low = mix32((key & _MASK32) ^ stream)
-    high = mix32(((key >> 32) & _MASK32) ^ low)
-    return mix32(mix32((counter + low) & _MASK32) ^ high)
+    x = torch.arange(count, dtype=torch.int64, device=key.device)
+    for i, (multiplier, shift) in enumerate(zip(_MULTIPLIERS, _KEY_SHIFTS, strict=True)):
+        round_key = ((key >> shift) ^ step_seed(stream, i)) & _MASK32
+        x = (((x ^ round_key) * multiplier) >> 15) & _MASK32
+    return x
 
 
 def signs(key: torch.Tensor, stream: int, count: int) -> torch.Tensor:
@@ -65,10 +59,8 @@ def normals(key: torch.Tensor, stream: int, count: int) -> torch.Tensor:
     are exact integers; Box-Muller is not used because log and cos differ in the last bit between back ends. Excess
     kurtosis -0.1, range +-6.
     """
-    total = torch.zeros((), dtype=torch.int64, device=key.device)
-    for i in range(6):
-        h = bits32(key, stream + i, count)
-        total = total + (h & 0xFFFF) + (h >> 16)
+    h = bits32(key, stream, 6 * count).view(6, count)
+    total = ((h & 0xFFFF) + (h >> 16)).sum(0)
     mean = 12 * 0xFFFF // 2
     std = (2.0**32 - 1.0) ** 0.5  # twelve 16-bit uniforms, each of variance (2^32 - 1) / 12
     return (total - mean).to(torch.float32) * (1.0 / std)
