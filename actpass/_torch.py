@@ -29,6 +29,7 @@ from torch._inductor.codecache import cache_dir as inductor_cache_dir  # records
 from torch._inductor.compile_fx import compile_fx  # Inductor
 from torch._inductor.custom_graph_pass import CustomPartitionerFn  # picklable, so the caches key on it
 from torch._inductor.decomposition import select_decomp_table  # codecs are traced with Inductor's own table
+from torch._ops import OpOverload  # an operator's namespace tells torch's own from a user's
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "CustomPartitionerFn",
     "FakeTensor",
     "FakeTensorMode",
+    "OpOverload",
     "compile_fx",
     "current_frame",
     "detect_fake_mode",

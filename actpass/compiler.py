@@ -3,9 +3,10 @@
 This is the only file that knows all rooms::
 
     read      joint graph -> contractions, cuts               graph/, partition
-    choose    candidates + options -> Plan                    plan/
+    choose    contractions, tensors that cross -> Plan        plan/
     rewrite   Plan -> joint graph                             rewrite
     cut       upstream min-cut                                partition
+    swap      what crosses -> low-bit codes                   saved, swap
     verify    what must not have changed has not              verify
     describe  cuts + plan -> Record                           report/
 """
@@ -21,15 +22,17 @@ from torch import fx
 
 from actpass import verify
 from actpass._torch import fx_graph_cse
-from actpass.config import Config, Treatment
+from actpass.config import Config
 from actpass.errors import ActpassError, ActpassWarning, BudgetError, GraphUnsupported
 from actpass.graph import Contraction, Finding, GraphInputs, Joint, classify_uses, find_contractions
 from actpass.graph.copying import copy_module
 from actpass.graph.joint import storage_root, value
-from actpass.partition import Cut, Setting, cut
-from actpass.plan import Candidate, Plan, choose
+from actpass.partition import Cut, Cuts, Setting, cut
+from actpass.plan import PRECISIONS, Candidate, Plan, Precision, SavedTensor, Storage, choose, choose_storage
 from actpass.report.record import Record, describe, describe_fallback
 from actpass.rewrite import Rewritten, rewrite
+from actpass.saved import find_saved
+from actpass.swap import layout_of, swap
 
 BUDGETS = tuple(i / 20 for i in range(20))
 """Upstream `activation_memory_budget` levels, from re-running everything upward, for when free recomputation is not enough."""
@@ -80,37 +83,42 @@ def _prepare(gm: fx.GraphModule, inputs: GraphInputs, partition_kwargs: Mapping[
 
 def _compile(joint: Joint, joint_inputs: Sequence[object], config: Config, kwargs: Mapping[str, Any], default: Cut) -> Compiled:
     finding = find_contractions(joint)
-    setting, exact = _exact_cut(joint, joint_inputs, config, kwargs, default)
-    plan = choose(_candidates(joint, finding, exact, config), _wish(config), profitable_only=config.profitable_only)
-    if not plan.projections:
-        return _exactly(joint, finding, plan, default, exact, config)
+    setting, precision, exact = _exact_cut(joint, joint_inputs, config, kwargs, default, finding)
+    plan = choose(_candidates(joint, finding, exact, config), config.treatment_of_any, profitable_only=config.profitable_only)
+    off: str | None = None
+    changed, done, final = joint, Rewritten(), exact
+    if plan.projections:
+        try:
+            changed, done, final = _project(joint, joint_inputs, kwargs, setting, finding, plan, exact)
+        except GraphUnsupported as error:
+            off, plan = f"the projections of this region are off: {error}", Plan()
+    storages = _storages(changed, final, finding, config, precision)
     try:
-        return _projected(joint, joint_inputs, kwargs, setting, finding, plan, default, exact, config)
+        swapped = _swap(changed, final, storages)
     except GraphUnsupported as error:
-        reason = f"the projections of this region are off: {error}"
-        warnings.warn(f"actpass: {reason}", ActpassWarning, stacklevel=2)
-        compiled = _exactly(joint, finding, Plan(()), default, exact, config)
-        return replace(compiled, record=replace(compiled.record, active=False, inactive_because=reason))
+        off = f"{off + '; ' if off else ''}the low-bit forms of this region are off: {error}"
+        storages, swapped = (), final
+    if off is not None:
+        warnings.warn(f"actpass: {off}", ActpassWarning, stacklevel=2)
+    plan = replace(plan, storages=storages)
+    cuts = Cuts(default, exact, final, swapped)
+    record = describe(joint, finding, plan, cuts, done, config)
+    if off is not None:
+        record = replace(record, active=False, inactive_because=off)
+    stages = {"joint": joint.gm, "rewritten": changed.gm, "forward": swapped.forward, "backward": swapped.backward}
+    return Compiled(swapped.forward, swapped.backward, record, stages)
 
 
-def _exactly(joint: Joint, finding: Finding, plan: Plan, default: Cut, exact: Cut, config: Config) -> Compiled:
-    record = describe(joint, finding, plan, default, exact, exact, Rewritten(), config)
-    return Compiled(
-        exact.forward, exact.backward, record, {"joint": joint.gm, "forward": exact.forward, "backward": exact.backward}
-    )
-
-
-def _projected(
+def _project(
     joint: Joint,
     joint_inputs: Sequence[object],
     kwargs: Mapping[str, Any],
     setting: Setting,
     finding: Finding,
     plan: Plan,
-    default: Cut,
     exact: Cut,
-    config: Config,
-) -> Compiled:
+) -> tuple[Joint, Rewritten, Cut]:
+    """The joint graph with the planned weight gradients formed through projections, what was done, and its cut."""
     nodes = {n.name: n for n in joint.gm.graph.nodes}
     roots = {d.site: storage_root(nodes[d.site]).name for d in plan.decisions}
     changed = Joint(copy_module(joint.gm)[0], joint.inputs, joint.num_fwd_outputs, joint.static)
@@ -118,52 +126,75 @@ def _projected(
     verify.only_planned_gradients_changed(changed, plan, done)
     final = cut(changed, joint_inputs, kwargs, setting)
     verify.crosses_as_planned(final, exact, plan, done, roots)
-    return Compiled(
-        final.forward,
-        final.backward,
-        describe(joint, finding, plan, default, exact, final, done, config),
-        {"joint": joint.gm, "rewritten": changed.gm, "forward": final.forward, "backward": final.backward},
-    )
+    return changed, done, final
+
+
+def _storages(joint: Joint, cut: Cut, finding: Finding, config: Config, precision: Precision) -> tuple[Storage, ...]:
+    """In which form everything that crosses ``cut`` is stored."""
+    weights = {c.node: c.parameters for c in finding.contractions}
+    nodes = {n.name: n for n in cut.forward.graph.nodes}
+
+    def stored_bytes(tensor: SavedTensor, codec: str, group: int | None) -> int | None:
+        layout = layout_of(value(nodes[tensor.node]), codec, group)
+        return layout.nbytes if layout is not None else None
+
+    tensors = find_saved(cut, joint, weights, config.smallest)
+    return choose_storage(tensors, config.treatment_of_any, stored_bytes, precision)
+
+
+def _swap(joint: Joint, cut: Cut, storages: tuple[Storage, ...]) -> Cut:
+    coded = [s for s in storages if s.coded]
+    if not coded:
+        return cut
+    swapped, inserted = swap(cut, coded, joint.num_fwd_outputs)
+    verify.stored_as_planned(cut, swapped, storages, inserted, joint.num_fwd_outputs)
+    return swapped
 
 
 def _exact_cut(
-    joint: Joint, joint_inputs: Sequence[object], config: Config, kwargs: Mapping[str, Any], default: Cut
-) -> tuple[Setting, Cut]:
-    """The cut with everything exact: free recomputation, and if the budget asks for less, upstream's knapsack below it."""
+    joint: Joint, joint_inputs: Sequence[object], config: Config, kwargs: Mapping[str, Any], default: Cut, finding: Finding
+) -> tuple[Setting, Precision, Cut]:
+    """Where to cut, and how much precision ``auto`` may give up: the first that meets the budget of exact storage, 8 bits, the
+    fewest bits, and then of what upstream's knapsack re-runs with the fewest bits.
+
+    Bytes are counted as they will be stored.
+    """
+
+    def stored(c: Cut, precision: Precision) -> int:
+        return sum(s.stored_bytes for s in _storages(joint, c, finding, config, precision))
+
     budget = config.memory_budget
     if budget == 1.0:
-        return Setting(rebuild=False), default
+        return Setting(rebuild=False), "exact", default
     setting = Setting(rebuild=True)
     free = cut(joint, joint_inputs, kwargs, setting)
-    if free.saved_bytes > default.saved_bytes:
+    if stored(free, "auto") > stored(default, "auto"):
         setting, free = Setting(rebuild=False), default
-    if budget is None or free.saved_bytes <= budget * default.saved_bytes:
-        return setting, free
-    found: tuple[Setting, Cut] | None = None
-    least, low, high = free.saved_bytes, 0, len(BUDGETS) - 1
+    if budget is None:
+        return setting, "auto", free
+    least = default.saved_bytes
+    for precision in PRECISIONS:
+        least = min(least, stored(free, precision))
+        if least <= budget * default.saved_bytes:
+            return setting, precision, free
+    found: tuple[Setting, Precision, Cut] | None = None
+    low, high = 0, len(BUDGETS) - 1
     while low <= high:  # the highest level, so the least re-run, that fits
         level = (low + high) // 2
         setting = Setting(rebuild=True, activation_memory_budget=BUDGETS[level])
         less = cut(joint, joint_inputs, kwargs, setting)
-        least = min(least, less.saved_bytes)
-        if less.saved_bytes <= budget * default.saved_bytes:
-            found, low = (setting, less), level + 1
+        least = min(least, stored(less, "auto"))
+        if stored(less, "auto") <= budget * default.saved_bytes:
+            found, low = (setting, "auto", less), level + 1
         else:
             high = level - 1
     if found is not None:
         return found
     raise BudgetError(
         f"memory_budget={budget} asks to save {budget * default.saved_bytes:.0f} of the {default.saved_bytes} bytes that "
-        f"Inductor's default saves for backward. The least that exact recomputation reaches here is {least} bytes: use "
-        f"memory_budget={least / max(default.saved_bytes, 1) + 0.005:.2f} or more."
+        f"Inductor's default saves for backward. The least that method={config.treatment.method!r} reaches here is {least} "
+        f"bytes: use memory_budget={least / max(default.saved_bytes, 1) + 0.005:.2f} or more."
     )
-
-
-def _wish(config: Config):
-    def wish(parameters: tuple[str, ...]) -> Treatment:
-        return config.treatment_of(parameters)[0]
-
-    return wish
 
 
 def _candidates(joint: Joint, finding: Finding, exact: Cut, config: Config) -> list[Candidate]:

@@ -10,37 +10,66 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from actpass.codecs import PROJECTIONS
+from actpass.codecs import PROJECTIONS, QUANTIZERS
 from actpass.errors import BudgetError, OptionError
 
 Rank = int | float
 Scale = Literal["unbiased", "none"]
-METHODS = ("exact", *PROJECTIONS)
+Rounding = Literal["stochastic", "nearest"]
+AUTO = "auto"
+METHODS = (AUTO, "exact", *PROJECTIONS, *QUANTIZERS)
 KEEP = "keep"
+DEFAULT_RANK = 0.25
+AUTO_PROJECTION = "haar"
+"""What ``method="auto"`` projects with when it is given a rank: the least variance of all without statistics."""
 
 
 @dataclass(frozen=True, slots=True)
 class Treatment:
-    """What is wanted for one contraction site: a projection method and its parameters, or ``exact``.
+    """What is wanted for a layer.
 
     method: one of `METHODS`. rank: an int R in [1, N], or a float in (0, 1], a fraction of the width N (at least 1
     direction). scale: ``unbiased`` (E[P P^T] = I) or ``none`` (E[P^T P] = I, for an optimizer that runs in the subspace).
+    quantize: with a projection, the low-bit form of all that is stored, its payloads with it. group: elements that share a
+    scale (None: the form's own choice). rounding, rotate: of low-bit forms.
     """
 
-    method: str = "exact"
-    rank: Rank = 0.25
+    method: str = AUTO
+    rank: Rank | None = None
     scale: Scale = "unbiased"
+    quantize: str | None = None
+    group: int | None = None
+    rounding: Rounding = "stochastic"
+    rotate: bool = False
+
+    @property
+    def projection(self) -> str | None:
+        """How weight gradients are formed; None: exactly."""
+        if self.method == AUTO:
+            return None if self.rank is None else AUTO_PROJECTION
+        return self.method if self.method in PROJECTIONS else None
+
+    @property
+    def codec(self) -> str | None:
+        """In which form saved tensors are stored; None: as they are, ``auto``: the policy chooses."""
+        return self.method if self.method == AUTO or self.method in QUANTIZERS else self.quantize
+
+    @property
+    def draws(self) -> bool:
+        """Whether it takes random numbers."""
+        return self.projection is not None or (self.codec is not None and self.rounding == "stochastic")
 
     def rank_of(self, width: int) -> int:
         """The rank in directions for a feature axis of ``width``; `OptionError` if an integer rank exceeds it."""
-        if isinstance(self.rank, float):
-            return max(1, round(self.rank * width))
-        if self.rank > width:
+        rank = DEFAULT_RANK if self.rank is None else self.rank
+        if isinstance(rank, float):
+            return max(1, round(rank * width))
+        if rank > width:
             raise OptionError(
-                f"rank={self.rank} is larger than the width {width} of a compressed tensor. Allowed: an int in [1, N], or "
+                f"rank={rank} is larger than the width {width} of a compressed tensor. Allowed: an int in [1, N], or "
                 f"a float in (0, 1] (a fraction of N). Use rank=0.25, say, or an override for the layer."
             )
-        return self.rank
+        return rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +82,14 @@ class Config:
     refresh_interval: int = 1
     seed: int = 0
     profitable_only: bool = True
+    smallest: int = 16384
     mode: str | None = None
     inductor: tuple[tuple[str, Any], ...] = ()
 
     @property
     def needs_seed(self) -> bool:
-        """Whether any site may draw a basis, and so whether the region takes the step's seed as an input."""
-        return any(t.method != "exact" for t in (self.treatment, *(t for _, t in self.overrides)))
+        """Whether any tensor may need random numbers, and so whether the region takes the step's seed as an input."""
+        return any(t.draws for t in (self.treatment, *(t for _, t in self.overrides)))
 
     def treatment_of(self, paths: tuple[str, ...]) -> tuple[Treatment, str | None]:
         """The treatment for a parameter known under ``paths``, and the override pattern that decided, if any.
@@ -70,6 +100,9 @@ class Config:
             if any(matches(pattern, path) for path in paths):
                 return treatment, pattern
         return self.treatment, None
+
+    def treatment_of_any(self, paths: tuple[str, ...]) -> Treatment:
+        return self.treatment_of(paths)[0]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -86,8 +119,8 @@ def matches(pattern: str, path: str) -> bool:
 def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> Config:
     """Check ``options`` and turn them into a `Config`. Raises `OptionError` or `BudgetError`."""
     given = dict(options or {})
-    _known("option", given, (*_PARSERS, "method", "rank", "scale"))
-    treatment = _treatment({k: given.pop(k) for k in ("method", "rank", "scale") if k in given}, Treatment(), "")
+    _known("option", given, (*_PARSERS, *_TREATMENT))
+    treatment = _treatment({k: given.pop(k) for k in _TREATMENT if k in given}, Treatment(), "")
     config = Config(treatment=treatment, mode=mode)
     for name, value in given.items():
         if name == "overrides":
@@ -106,16 +139,40 @@ def _known(what: str, given: Mapping[str, Any], allowed: tuple[str, ...]) -> Non
 
 
 def _treatment(given: Mapping[str, Any], base: Treatment, where: str) -> Treatment:
-    _known(f"option{where}", given, ("method", "rank", "scale"))
-    method = given.get("method", base.method)
-    if method not in METHODS:
-        near = difflib.get_close_matches(str(method), METHODS, n=1)
+    _known(f"option{where}", given, _TREATMENT)
+    method = _one_of("method", given.get("method", base.method), METHODS, where)
+    quantize = given.get("quantize", base.quantize)
+    if quantize is not None:
+        quantize = _one_of("quantize", quantize, tuple(QUANTIZERS), where)
+    if given.get("quantize") is not None and method not in PROJECTIONS:
+        raise OptionError(
+            f"quantize={quantize!r}{where} goes with a projection ({', '.join(PROJECTIONS)}), not with method={method!r}. Use "
+            f"method={quantize!r} for low-bit forms alone."
+        )
+    rank = given.get("rank", base.rank)
+    group = given.get("group", base.group)
+    if group is not None and (isinstance(group, bool) or not isinstance(group, int) or not 8 <= group <= 4096):
+        raise OptionError(f"group={group!r}{where} is not usable. Allowed: an int in [8, 4096], or None.")
+    rotate = given.get("rotate", base.rotate)
+    if not isinstance(rotate, bool):
+        raise OptionError(f"rotate={rotate!r}{where} is not usable. Allowed: True or False.")
+    return Treatment(
+        method,
+        None if rank is None else _rank(rank, where),
+        _one_of("scale", given.get("scale", base.scale), ("unbiased", "none"), where),
+        quantize if method in PROJECTIONS else None,
+        group,
+        _one_of("rounding", given.get("rounding", base.rounding), ("stochastic", "nearest"), where),
+        rotate,
+    )
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...], where: str) -> Any:
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise OptionError(f"unknown method {method!r}{where}.{hint} Known: {', '.join(METHODS)}.")
-    scale = given.get("scale", base.scale)
-    if scale not in ("unbiased", "none"):
-        raise OptionError(f"scale={scale!r}{where} is not known. Allowed: 'unbiased', 'none'.")
-    return Treatment(method, _rank(given.get("rank", base.rank), where), scale)
+        raise OptionError(f"unknown {name} {value!r}{where}.{hint} Known: {', '.join(allowed)}.")
+    return value
 
 
 def _rank(rank: Any, where: str) -> Rank:
@@ -195,12 +252,14 @@ def _memory_budget(name: str, value: Any) -> float:
     return float(value)
 
 
+_TREATMENT = ("method", "rank", "scale", "quantize", "group", "rounding", "rotate")
 _PARSERS = {
     "overrides": None,
     "memory_budget": _memory_budget,
     "refresh_interval": _integer(1, 2**31),
     "seed": _integer(0, 2**63 - 1),
     "profitable_only": _boolean,
+    "smallest": _integer(0, 2**62),
     "mode": _mode,
     "inductor": _inductor,
 }

@@ -22,12 +22,14 @@ from actpass.graph.joint import CASTS, Joint, is_view, storage_root, tensor_byte
 class Saved:
     """A tensor that crosses from forward to backward.
 
-    name: the node that crosses. root: the node that allocated its storage. nbytes: bytes of that storage, 0 if another
-    crossing tensor shows the same storage and was counted. user_visible: whether the caller holds the storage as well.
+    name: the node that crosses. root: the node that allocated its storage. holder: the node whose memory is kept alive: the
+    root, or the tensor itself where it is a part that is computed on its own. nbytes: bytes of that memory, 0 if another
+    crossing tensor shows it and was counted. user_visible: whether the caller holds the storage as well.
     """
 
     name: str
     root: str
+    holder: str
     nbytes: int
     user_visible: bool
 
@@ -50,6 +52,17 @@ class Cut:
     @property
     def roots(self) -> frozenset[str]:
         return frozenset(s.root for s in self.saved)
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """The cuts of one region: Inductor's default, the one with everything exact, the one after the contractions were rewritten,
+    and that with what crosses it in its stored form."""
+
+    default: Cut
+    exact: Cut
+    final: Cut
+    swapped: Cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +126,7 @@ def _saved(forward: fx.GraphModule, num_fwd_outputs: int, seed: fx.Node | None) 
         holder = root if _shows_all(node, root) or _is_realised(root) else node
         nbytes = 0 if holder in counted else tensor_bytes(holder)
         counted.add(holder)
-        saved.append(Saved(node.name, root.name, nbytes, root in visible))
+        saved.append(Saved(node.name, root.name, holder.name, nbytes, root in visible))
     return tuple(saved)
 
 

@@ -66,7 +66,7 @@ def _basis(joint: Joint, bases: dict[Any, fx.Node], decision: Decision, x: fx.No
             return projection.basis(seed, width, rank, unbiased=decision.scale == "unbiased", dtype=val.dtype)
 
         last = joint.gm.graph.find_nodes(op="placeholder")[-1]
-        bases[key] = splice(joint.gm.graph, draw, [seed], after=last, like=seed, done=done)
+        bases[key] = splice(joint.gm.graph, draw, [seed], after=last, like=seed, inserted=done.inserted)
     return bases[key]
 
 
@@ -75,7 +75,7 @@ def _payload(joint: Joint, x: fx.Node, basis: fx.Node, decision: Decision, left:
         return encode(x.transpose(-1, -2) if left else x, basis)
 
     before = set(done.inserted)
-    z = splice(joint.gm.graph, project, [x, basis], after=x, like=x, done=done)
+    z = splice(joint.gm.graph, project, [x, basis], after=x, like=x, inserted=done.inserted)
     if decision.project_in == "backward":
         for node in done.inserted - before:
             node.meta["partitioner_tag"] = BACKWARD_ONLY
@@ -98,7 +98,7 @@ def _replace(joint: Joint, matmul: fx.Node, z: fx.Node, basis: fx.Node, contract
             return others[0] + contract(product(*factors), basis, left=contraction.left)
         return contract(product(*factors, *others), basis, left=contraction.left)
 
-    new = splice(joint.gm.graph, gradient, [z, dy, basis, *others], after=matmul, like=matmul, done=done)
+    new = splice(joint.gm.graph, gradient, [z, dy, basis, *others], after=matmul, like=matmul, inserted=done.inserted)
     old = value(matmul)
     if value(new).shape != old.shape or value(new).dtype != old.dtype:
         raise GraphUnsupported(f"{matmul.name}: {tuple(value(new).shape)} in place of {tuple(old.shape)}")
@@ -107,16 +107,18 @@ def _replace(joint: Joint, matmul: fx.Node, z: fx.Node, basis: fx.Node, contract
 
 def splice(
     graph: fx.Graph,
-    function: Callable[..., torch.Tensor],
+    function: Callable[..., Any],
     arguments: Sequence[Any],
     *,
     after: fx.Node,
     like: fx.Node,
-    done: Rewritten,
-) -> fx.Node:
-    """Insert ``function(*arguments)`` behind ``after`` and every argument; returns the node of its result.
+    inserted: set[fx.Node],
+) -> Any:
+    """Insert ``function(*arguments)`` behind ``after`` and every argument; returns the node of its result, or the nodes of
+    its results if it returns a tuple.
 
     like: the node whose provenance (module, line, stream annotations) and forward/backward tag the new nodes take over.
+    inserted: receives the new nodes.
     """
     tensors = [a for a in arguments if isinstance(a, fx.Node)]
     mode = detect_fake_mode([value(a) for a in tensors])
@@ -129,18 +131,16 @@ def splice(
     provenance = {k: v for k, v in like.meta.items() if k not in ("val", "tensor_meta", "desc", "recompute")}
     environment: dict[fx.Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), arguments, strict=True))
     position = max((after, *tensors))
-    result: Any = None
     for node in traced.graph.nodes:
         if node.op == "placeholder":
             continue
         if node.op == "output":
-            result = environment[node.args[0]]
-            break
+            return fx.map_arg(node.args[0], lambda n: environment[n])
         if node.op == "get_attr":
             raise GraphUnsupported(f"the codec holds a constant tensor ({node.target}); build it from the seed instead")
         with graph.inserting_after(position):
             position = graph.node_copy(node, lambda n: environment[n])
         position.meta = {**provenance, **{k: node.meta[k] for k in ("val", "tensor_meta") if k in node.meta}}
         environment[node] = position
-        done.inserted.add(position)
-    return result
+        inserted.add(position)
+    raise AssertionError("a traced graph ends in an output")

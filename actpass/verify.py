@@ -9,7 +9,7 @@ from torch import fx
 from actpass.errors import GraphUnsupported
 from actpass.graph import Joint
 from actpass.partition import Cut
-from actpass.plan import Plan
+from actpass.plan import Plan, Storage
 from actpass.rewrite import Rewritten
 
 
@@ -44,6 +44,30 @@ def crosses_as_planned(rewritten_cut: Cut, exact_cut: Cut, plan: Plan, done: Rew
         raise GraphUnsupported(
             f"{rewritten_cut.saved_bytes} bytes cross, more than the {exact_cut.saved_bytes} of the exact cut"
         )
+
+
+def stored_as_planned(
+    cut: Cut, swapped: Cut, storages: tuple[Storage, ...], inserted: set[fx.Node], num_fwd_outputs: int
+) -> None:
+    """The forward's own outputs read no inserted node and are the same nodes; no coded memory crosses as it was; and what
+    crosses has the bytes that the plan says."""
+    outputs, was = (_outputs(c.forward)[:num_fwd_outputs] for c in (swapped, cut))
+    touched = inserted & _ancestors(n for n in outputs if isinstance(n, fx.Node))
+    if touched or [str(n) for n in outputs] != [str(n) for n in was]:
+        raise GraphUnsupported("the low-bit forms reached an output of the forward")
+    coded = {s.root for s in storages if s.coded}
+    left = {s.root for s in storages if not s.coded}
+    both = {s.root for s in swapped.saved} & (coded - left)
+    if both:
+        raise GraphUnsupported(f"{min(both)} still crosses, beside its codes")
+    planned = sum(s.stored_bytes for s in storages)
+    if swapped.saved_bytes != planned:
+        raise GraphUnsupported(f"{swapped.saved_bytes} bytes cross, not the {planned} that the plan says")
+
+
+def _outputs(gm: fx.GraphModule) -> list[object]:
+    (out,) = gm.graph.find_nodes(op="output")
+    return list(out.args[0])
 
 
 def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:

@@ -1,14 +1,20 @@
 """The maths of the forms: pure tensor functions, one published method a file.
 
 A codec is traced with ``make_fx`` and spliced into the joint graph; nobody writes FX for one. A new seeded projection is
-one file with a `SeededProjection` and one entry in `PROJECTIONS`.
+one file with a `SeededProjection` and one entry in `PROJECTIONS`; a new low-bit form a `Quantizer` and one in `QUANTIZERS`.
 """
 
 from __future__ import annotations
 
+import torch
+
+from actpass.codecs.float8 import Float8
 from actpass.codecs.gaussian import Gaussian
+from actpass.codecs.groups import Groups
 from actpass.codecs.haar import Haar
+from actpass.codecs.integer import Integer
 from actpass.codecs.projection import SeededProjection, contract, decode, encode
+from actpass.codecs.quantizer import Quantizer
 from actpass.codecs.rademacher import Rademacher
 from actpass.codecs.sparse import Sparse
 from actpass.codecs.srht import Srht
@@ -16,4 +22,16 @@ from actpass.codecs.srht import Srht
 PROJECTIONS: dict[str, SeededProjection] = {p.name: p for p in (Gaussian(), Rademacher(), Sparse(), Haar(), Srht())}
 """Seeded projections by the name that ``options={"method": ...}`` takes."""
 
-__all__ = ["PROJECTIONS", "SeededProjection", "contract", "decode", "encode"]
+QUANTIZERS: dict[str, Quantizer] = {
+    q.name: q
+    for q in (
+        Integer(8, 255, 64),
+        Integer(4, 15, 32),
+        Integer(2, 4, 32),
+        Float8("fp8", torch.float8_e4m3fn, 64),
+        Float8("fp8_e5m2", torch.float8_e5m2, 64),
+    )
+}
+"""Low-bit forms by the name that ``options={"method": ...}`` takes."""
+
+__all__ = ["PROJECTIONS", "QUANTIZERS", "Groups", "Quantizer", "SeededProjection", "contract", "decode", "encode"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -139,6 +140,14 @@ def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
     entries = list(stack.values())
     return clean_path(entries[-1][0]) if entries else ""
+
+
+_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
+
+
+def fold_indices(path: str) -> str:
+    """``layers.3.mlp`` -> ``layers.*.mlp``: the same for layers that repeat."""
+    return _INDEX.sub("*", path)
 
 
 def source_line(node: fx.Node) -> str:

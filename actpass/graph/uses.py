@@ -49,7 +49,8 @@ _LINEAR_ARGUMENT = {
     "_flash_attention_backward": 4,
     "_efficient_attention_backward": 5,
 }
-"""Fused attention backward -> position of `out`. It enters as rowsum(dO * O) only, so the gradient is linear in it."""
+"""Fused attention backward -> position of `out`. It enters as rowsum(dO * O) only, and dO, the first argument, enters
+linearly, so the gradient has the degrees of both together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +69,13 @@ def classify_uses(tensor: fx.Node, contractions: Iterable[str]) -> tuple[tuple[U
     names = frozenset(contractions)
     uses = tuple(
         Use(str(user.target), "contraction" if user.name in names else _kind({user: _degree(user, {via: 1.0})}))
-        for user, via in _consumers(tensor)
+        for user, via in consumers(tensor)
     )
     linear = all(u.kind != "nonlinear" for u in uses) and _max_degree({tensor: 1.0}) <= 1.0
     return uses, linear
 
 
-def _consumers(tensor: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+def consumers(tensor: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
     """(consumer, the view or cast of ``tensor`` that it reads), through views and casts."""
     found: list[tuple[fx.Node, fx.Node]] = []
     todo = [tensor]
@@ -133,6 +134,6 @@ def _degree(node: fx.Node, degrees: dict[fx.Node, float]) -> float:
     if getattr(target, "__name__", "") == "getitem":
         return of(args[0])
     position = _LINEAR_ARGUMENT.get(getattr(target, "_opname", ""))
-    if position is not None and not any(of(a) for i, a in enumerate(args) if i != position):
-        return of(args[position])
+    if position is not None and not any(of(a) for i, a in enumerate(args) if i not in (0, position)):
+        return of(args[0]) + of(args[position])
     return math.inf

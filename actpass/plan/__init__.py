@@ -1,6 +1,18 @@
 """Sites + options -> Plan. Plain data: no FX, and no torch at run time."""
 
-from actpass.plan.policy import KEPT, choose
-from actpass.plan.types import Candidate, Decision, Plan
+from actpass.plan.policy import KEPT, PRECISIONS, Precision, choose, choose_storage
+from actpass.plan.types import KEEP, Candidate, Decision, Plan, SavedTensor, Storage
 
-__all__ = ["KEPT", "Candidate", "Decision", "Plan", "choose"]
+__all__ = [
+    "KEEP",
+    "KEPT",
+    "PRECISIONS",
+    "Candidate",
+    "Decision",
+    "Plan",
+    "Precision",
+    "SavedTensor",
+    "Storage",
+    "choose",
+    "choose_storage",
+]

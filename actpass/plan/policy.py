@@ -1,22 +1,37 @@
-"""A policy is one function (candidates, wishes) -> Plan."""
+"""A policy is one function (facts, wishes) -> part of a Plan."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import Literal, Protocol
 
-from actpass.plan.types import Candidate, Decision, Plan
+from actpass.plan.types import KEEP, Candidate, Decision, Plan, SavedTensor, Storage
 
 KEPT = "kept exact, as asked"
+AUTO = "auto"
+Precision = Literal["exact", "int8", "auto"]
+PRECISIONS: tuple[Precision, ...] = ("exact", "int8", "auto")
+"""How much ``method="auto"`` may give up: nothing, 8 bits for everything, or what `AUTO_CODECS` says."""
+
+AUTO_CODECS = {"contraction": "int4", "linear": "int4", "nonlinear": "int4"}
+"""The fewest bits that showed no effect on the loss, by the most delicate use of a tensor."""
 
 
 class Wish(Protocol):
     """What the user asked for one tensor (`config.Treatment`)."""
 
     @property
-    def method(self) -> str: ...
+    def projection(self) -> str | None: ...
+    @property
+    def codec(self) -> str | None: ...
     @property
     def scale(self) -> str: ...
+    @property
+    def group(self) -> int | None: ...
+    @property
+    def rounding(self) -> str: ...
+    @property
+    def rotate(self) -> bool: ...
     def rank_of(self, width: int) -> int: ...
 
 
@@ -37,7 +52,7 @@ def choose(
 
 def _freed_bytes(members: list[tuple[Candidate, Wish]]) -> int:
     """Bytes that go if the payloads of all ``members`` are stored in place of the storage that they share; 0 if it stays."""
-    if not all(c.frees and wish.method != "exact" for c, wish in members):
+    if not all(c.frees and wish.projection is not None for c, wish in members):
         return 0
     payloads = sum(c.payload_bytes(_rank(c, wish)) for c, wish in members)
     return max(0, members[0][0].x_bytes - payloads)
@@ -51,18 +66,18 @@ def _decide(c: Candidate, wish: Wish, freed: int, profitable_only: bool) -> Deci
     def exact(reason: str) -> Decision:
         return Decision(c.name, c.matmuls, c.parameters, "exact", reason)
 
-    if wish.method == "exact":
+    if wish.projection is None:
         return exact(KEPT)
     rank = _rank(c, wish)
     extra = c.flops_at(rank) - c.flops
     if profitable_only and extra >= 0 and not freed:
         cost = f"{extra / max(c.flops, 1):+.0%} FLOPs"
-        return exact(f"{wish.method} at rank {rank} of {c.width} would cost {cost} and free no bytes")
+        return exact(f"{wish.projection} at rank {rank} of {c.width} would cost {cost} and free no bytes")
     return Decision(
         c.name,
         c.matmuls,
         c.parameters,
-        wish.method,
+        wish.projection,
         f"z is stored in place of x: {freed} bytes freed" if freed else "projected in the backward, where x is at no cost",
         width=c.width,
         rank=rank,
@@ -70,3 +85,56 @@ def _decide(c: Candidate, wish: Wish, freed: int, profitable_only: bool) -> Deci
         project_in="forward" if freed else "backward",
         extra_flops=extra,
     )
+
+
+def choose_storage(
+    tensors: Iterable[SavedTensor],
+    wish_for: Callable[[tuple[str, ...]], Wish],
+    stored_bytes: Callable[[SavedTensor, str, int | None], int | None],
+    precision: Precision = "auto",
+) -> tuple[Storage, ...]:
+    """The form in which everything that crosses is stored: as wished, where that is possible and smaller.
+
+    stored_bytes: (tensor, codec, group size) -> bytes, None if it can't be divided. precision: what ``auto`` may give up.
+    """
+    return tuple(_store(t, wish_for(t.paths), stored_bytes, precision) for t in tensors)
+
+
+def _store(
+    t: SavedTensor, wish: Wish, stored_bytes: Callable[[SavedTensor, str, int | None], int | None], precision: Precision
+) -> Storage:
+    def keep(reason: str) -> Storage:
+        return Storage(t.node, t.crossing, t.root, KEEP, reason, t.nbytes, t.nbytes)
+
+    codec = _auto_codec(t, precision) if wish.codec == AUTO else wish.codec
+    if t.obstacle is not None:
+        return keep(t.obstacle)
+    if codec is None:
+        return keep("exact, and within the budget" if wish.codec == AUTO else KEPT)
+    size = stored_bytes(t, codec, wish.group)
+    if size is None:
+        return keep("can't be divided into groups at symbolic sizes")
+    if size >= t.nbytes:
+        return keep(f"would take {size} bytes in {codec}")
+    return Storage(
+        t.node,
+        t.crossing,
+        t.root,
+        codec,
+        f"uses: {', '.join(t.kinds)}",
+        t.nbytes,
+        size,
+        unbiased=t.linear and wish.rounding == "stochastic",
+        group=wish.group,
+        rounding=wish.rounding,
+        rotate=wish.rotate,
+        stream=t.stream,
+    )
+
+
+def _auto_codec(t: SavedTensor, precision: Precision) -> str | None:
+    if precision == "exact":
+        return None
+    if precision == "int8":
+        return "int8"
+    return "int8" if any(AUTO_CODECS[k] == "int8" for k in t.kinds) else "int4"

@@ -7,7 +7,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+KEEP = "keep"
 
 ProjectIn = Literal["forward", "backward"]
 
@@ -77,10 +78,62 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """One decision for every candidate of a region, in graph order."""
+class SavedTensor:
+    """One memory that is kept alive from forward to backward.
 
-    decisions: tuple[Decision, ...]
+    node: the node to store in another form, the only crossing one or the one that all others are views of. crossing: the
+    nodes that cross. root: the node that allocated the memory. nbytes: of the memory. kinds: the kinds of its uses in the
+    backward, sorted. linear: whether the backward is linear in it as a whole, so that an unbiased form keeps the gradient
+    unbiased. paths: the module whose forward made it, and the weights whose gradients contract with it. stream: the random
+    sequence for its rounding: another one for each tensor of a layer, the same in layers that repeat, whose kernels are
+    then the same code and are compiled once. obstacle: why it can only be kept as it is, or None.
+    """
+
+    node: str
+    crossing: tuple[str, ...]
+    root: str
+    nbytes: int
+    kinds: tuple[str, ...]
+    linear: bool
+    paths: tuple[str, ...]
+    stream: int
+    obstacle: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """How one memory that crosses from forward to backward is stored.
+
+    node: the graph node that is stored. crossing: the nodes that cross, views of it. root: the node that allocated the
+    memory. codec: ``keep`` or a low-bit form. group: elements that share a scale (None: the form's own choice). rounding:
+    ``stochastic`` or ``nearest``. rotate: Hadamard rotation inside the group. stream: the random sequence for rounding.
+    nbytes, stored_bytes: of the memory as it is, and as it is stored. unbiased: whether the gradient's expectation is exact.
+    """
+
+    node: str
+    crossing: tuple[str, ...]
+    root: str
+    codec: str
+    reason: str
+    nbytes: int
+    stored_bytes: int
+    unbiased: bool = True
+    group: int | None = None
+    rounding: str = "stochastic"
+    rotate: bool = False
+    stream: int = 0
+
+    @property
+    def coded(self) -> bool:
+        return self.codec != KEEP
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One decision for every candidate of a region and one storage for everything that crosses, in graph order."""
+
+    decisions: tuple[Decision, ...] = ()
+    storages: tuple[Storage, ...] = ()
 
     @property
     def projections(self) -> tuple[Decision, ...]:
@@ -88,7 +141,12 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         decisions = [{**asdict(d), "parameters": list(d.parameters), "matmuls": list(d.matmuls)} for d in self.decisions]
-        return {"schema_version": SCHEMA_VERSION, "decisions": decisions}
+        storages = [{**asdict(s), "crossing": list(s.crossing)} for s in self.storages]
+        return {"schema_version": SCHEMA_VERSION, "decisions": decisions, "storages": storages}
+
+    @property
+    def coded(self) -> tuple[Storage, ...]:
+        return tuple(s for s in self.storages if s.coded)
 
     @property
     def hash(self) -> str:

@@ -12,24 +12,24 @@ from torch import fx
 
 from actpass._torch import size_hint
 from actpass.codecs import PROJECTIONS
-from actpass.config import Config
+from actpass.config import Config, matches
 from actpass.graph import Finding, Joint, Use, classify_uses, count_matmuls
 from actpass.graph.cost import is_attention, is_matmul
 from actpass.graph.joint import module_path, source_line, storage_root
-from actpass.partition import Cut, Saved
-from actpass.plan import KEPT, Decision, Plan
+from actpass.partition import Cut, Cuts, Saved
+from actpass.plan import KEPT, Decision, Plan, Storage
 from actpass.rewrite import Rewritten
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
 class SiteRow:
     """A tensor that Inductor's default saves, or that is saved now, or that a weight gradient reads.
 
-    form: ``keep`` (stored as it is), ``recompute`` (not stored, rebuilt exactly), ``project`` (its projection is stored),
-    ``input`` (an input of the region, never saved), ``state`` (a basis or the seed). method, rank: how the weight gradients
-    that read it are formed; None: exactly. bytes_before: under Inductor's default cut. bytes_after: now. unbiased: whether
+    form: ``keep`` (stored as it is), ``quantize`` (stored in few bits), ``recompute`` (not stored, rebuilt from what is),
+    ``project`` (its projection is stored), ``input`` (an input of the region, never saved), ``state`` (a basis or the seed). method, rank: how the weight gradients
+    that read it are formed; None: exactly. codec: the low-bit form in which it (or its projection) is stored. bytes_before: under Inductor's default cut. bytes_after: now. unbiased: whether
     the expected gradient is the exact one.
     relative_variance: of each weight gradient's estimate, in closed form; 0 if exact. extra_flops: in the backward's
     matmuls against exact weight gradients (negative: saved).
@@ -46,6 +46,7 @@ class SiteRow:
     form: str
     method: str | None
     rank: int | None
+    codec: str | None
     bytes_before: int
     bytes_after: int
     unbiased: bool
@@ -110,43 +111,37 @@ class Record:
         return cls(**fields)
 
 
-def describe(
-    joint: Joint,
-    finding: Finding,
-    plan: Plan,
-    default: Cut,
-    exact: Cut,
-    final: Cut,
-    done: Rewritten,
-    config: Config,
-) -> Record:
+def describe(joint: Joint, finding: Finding, plan: Plan, cuts: Cuts, done: Rewritten, config: Config) -> Record:
     """The record of a region that was compiled by plan."""
     nodes = {n.name: n for n in joint.gm.graph.nodes}
     root_of = {d.site: storage_root(nodes[d.site]).name for d in plan.decisions}
-    before, after = _by_root(default.saved), _by_root(final.saved)
+    before, crossing, stored = _by_root(cuts.default.saved), _by_root(cuts.final.saved), _stored(cuts.final, plan)
     contractions = [c.node for c in finding.contractions]
     rows: dict[str, SiteRow] = {}
-    for root in [n for n in nodes if n in before or n in after or n in root_of.values()]:
-        uses = _uses(root, final if root in after else default, contractions)
-        form, reason = _form(joint, nodes[root], root in after, uses, final)
-        rows[root] = replace(_row(nodes[root], before.get(root, 0), after.get(root, 0), uses), form=form, reason=reason)
+    for root in [n for n in nodes if n in before or n in crossing or n in root_of.values()]:
+        uses = _uses(root, cuts.final if root in crossing else cuts.default, contractions)
+        form, reason = _form(joint, nodes[root], root in crossing, uses, cuts.final)
+        rows[root] = replace(_row(nodes[root], before.get(root, 0), stored.get(root, 0), uses), form=form, reason=reason)
     for decision in plan.decisions:
         root = root_of[decision.site]
-        rows[root] = _with_decision(rows[root], decision, done, after)
-    payloads = set(done.payloads.values())
-    for saved in final.saved:
+        rows[root] = _with_decision(rows[root], decision, done, stored)
+    payloads = {z: root_of[d.site] for d, z in done.payloads.items()}
+    for saved in cuts.final.saved:
         if saved.root not in nodes and saved.root not in payloads:
-            rows[saved.root] = _state_row(saved, final)
+            rows[saved.root] = _state_row(saved, cuts.final)
+    for storage in plan.storages:
+        root = payloads.get(storage.root, storage.root)
+        rows[root] = _with_storage(rows[root], storage)
     return Record(
         active=True,
         inactive_because=None,
         method=config.treatment.method,
         sites=tuple(rows.values()),
-        totals=_totals(default, final),
+        totals=_totals(cuts.default, cuts.swapped),
         plan=plan.to_dict(),
         plan_hash=plan.hash,
         left_alone=finding.left_alone,
-        notes=tuple(_notes(plan, exact, final, config, finding)),
+        notes=tuple(_notes(plan, rows.values(), cuts, config, finding)),
         parameters=_parameters(joint),
     )
 
@@ -166,8 +161,8 @@ def describe_fallback(joint: Joint, default: Cut, config: Config, reason: str) -
         method=config.treatment.method,
         sites=tuple(rows),
         totals=_totals(default, default),
-        plan=Plan(()).to_dict(),
-        plan_hash=Plan(()).hash,
+        plan=Plan().to_dict(),
+        plan_hash=Plan().hash,
         parameters=_parameters(joint),
     )
 
@@ -176,6 +171,14 @@ def _by_root(saved: Iterable[Saved]) -> dict[str, int]:
     total: dict[str, int] = {}
     for s in saved:
         total[s.root] = total.get(s.root, 0) + s.nbytes
+    return total
+
+
+def _stored(final: Cut, plan: Plan) -> dict[str, int]:
+    """Bytes by root, as they are stored."""
+    total = _by_root(final.saved)
+    for s in plan.coded:
+        total[s.root] += s.stored_bytes - s.nbytes
     return total
 
 
@@ -201,6 +204,7 @@ def _row(node: fx.Node, bytes_before: int, bytes_after: int, uses: tuple[Use, ..
         form="keep",
         method=None,
         rank=None,
+        codec=None,
         bytes_before=bytes_before,
         bytes_after=bytes_after,
         unbiased=True,
@@ -244,6 +248,22 @@ def _why_kept(root: str, uses: tuple[Use, ...], cut: Cut) -> str:
     return f"rebuilding it would not be free; uses: {', '.join(kinds)}" if kinds else "rebuilding it would not be free"
 
 
+def _with_storage(row: SiteRow, s: Storage) -> SiteRow:
+    """``row`` with the form in which (a part of) it is stored. Reasons of one tensor's parts are told once."""
+    if not s.coded:
+        known = s.reason in row.reason or s.reason == KEPT
+        return row if known or row.form in ("state", "input") else replace(row, reason=f"{row.reason}; kept: {s.reason}")
+    biased = "" if s.unbiased else "; biased"
+    reason = f"stored in {s.codec}, {s.rounding} rounding; {s.reason}{biased}"
+    return replace(
+        row,
+        form="quantize" if row.form == "keep" else row.form,
+        codec=s.codec if row.codec in (None, s.codec) else f"{row.codec}, {s.codec}",
+        unbiased=row.unbiased and s.unbiased,
+        reason=reason if row.form == "keep" else row.reason if reason in row.reason else f"{row.reason}; {reason}",
+    )
+
+
 def _with_decision(row: SiteRow, d: Decision, done: Rewritten, after: dict[str, int]) -> SiteRow:
     row = replace(row, parameters=row.parameters + d.parameters, kind="linear input" if row.kind == "pointwise" else row.kind)
     if not d.projects or d.rank is None:
@@ -282,24 +302,25 @@ def _totals(default: Cut, final: Cut) -> Totals:
     )
 
 
-def _notes(plan: Plan, exact: Cut, final: Cut, config: Config, finding: Finding) -> Iterable[str]:
-    used = {config.treatment_of(c.parameters)[1] for c in finding.contractions}
+def _notes(plan: Plan, sites: Iterable[SiteRow], cuts: Cuts, config: Config, finding: Finding) -> Iterable[str]:
+    read = [c.parameters for c in finding.contractions]
+    used = {config.treatment_of(paths)[1] for paths in read}
     for pattern, _ in config.overrides:
-        if pattern not in used:
+        if pattern not in used and not any(matches(pattern, s.module) for s in sites):
             yield f"override {pattern!r} decided no site of this region"
-    if config.needs_seed and not plan.projections:
+    if not plan.projections and any(config.treatment_of(paths)[0].projection for paths in read or [()]):
         yield f"no site is projected: {_first_reason(plan, finding)}"
-    returned = sum(s.nbytes for s in exact.saved if s.user_visible)
+    returned = sum(s.nbytes for s in cuts.exact.saved if s.user_visible)
     if returned:
         yield (
             f"{returned} of the saved bytes are storage that the model also returns (logits): return only the loss to let "
             "the backward free them"
         )
 
-    if final.kept_input_bytes:
+    if cuts.final.kept_input_bytes:
         yield (
-            f"{final.kept_input_bytes} bytes of activations that another region computed are read by this region's backward, "
-            "too; as inputs they are not counted above"
+            f"{cuts.final.kept_input_bytes} bytes of activations that another region computed are read by this region's "
+            "backward, too; as inputs they are not counted above"
         )
 
 

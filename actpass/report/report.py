@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
+from actpass.graph.joint import fold_indices
 from actpass.report.record import SCHEMA_VERSION, Record, SiteRow, Totals
-
-_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
 
 
 @dataclass(frozen=True)
@@ -76,10 +74,11 @@ class Report:
         if len(off) == len(self.regions):
             return f"inactive, because {off[0]}"
         projected = sum(s.method is not None for r in self.regions for s in r.sites)
+        coded = sum(s.codec is not None for r in self.regions for s in r.sites)
         recomputed = sum(s.form == "recompute" and s.bytes_before > 0 for r in self.regions for s in r.sites)
         partly = f"; {len(off)} of {len(self.regions)} regions inactive, because {off[0]}" if off else ""
         return (
-            f"active, method={self.regions[0].method}: {recomputed} saved tensors rebuilt instead, "
+            f"active, method={self.regions[0].method}: {recomputed} saved tensors rebuilt instead, {coded} stored in few bits, "
             f"{projected} contracted through a projection{partly}"
         )
 
@@ -114,13 +113,14 @@ def _folded(sites: Iterable[SiteRow]) -> list[tuple[SiteRow, int]]:
     groups: dict[Any, list[SiteRow]] = {}
     for s in sites:
         key = (
-            _INDEX.sub("*", s.module),
+            fold_indices(s.module),
             s.op,
             s.shape,
             s.dtype,
             s.form,
             s.method,
             s.rank,
+            s.codec,
             s.bytes_before,
             s.bytes_after,
             s.source,
@@ -132,19 +132,19 @@ def _folded(sites: Iterable[SiteRow]) -> list[tuple[SiteRow, int]]:
 def _fold_left_alone(rows: Iterable[tuple[str, str, str]]) -> list[tuple[tuple[str, str, str], int]]:
     groups: dict[tuple[str, str], list[tuple[str, str, str]]] = {}
     for row in rows:
-        groups.setdefault((_INDEX.sub("*", row[1]), row[2]), []).append(row)
+        groups.setdefault((fold_indices(row[1]), row[2]), []).append(row)
     return [((found[0][0], key[0] if len(found) > 1 else found[0][1], key[1]), len(found)) for key, found in groups.items()]
 
 
 def _cells(row: SiteRow, count: int) -> tuple[str, ...]:
-    module = _INDEX.sub("*", row.module) if count > 1 else row.module
+    module = fold_indices(row.module) if count > 1 else row.module
     how = "exact" if row.method is None else f"{row.method} {row.rank}"
     return (
         f"{row.kind}{_times(count)}",
         module or "-",
         "x".join(map(str, row.shape)),
         row.dtype,
-        row.form,
+        row.form if row.codec is None else f"{row.form} {row.codec}",
         how if row.parameters else "-",
         _mb(row.bytes_before * count),
         _mb(row.bytes_after * count),

@@ -1,0 +1,89 @@
+"""How a tensor is laid out for a group-wise low-bit code: which elements share a scale, which share a byte.
+
+Shapes: a tensor is first seen in the order of its memory, as (..., D). G elements that lie next to each other along D share
+one scale: scales have the shape (..., D/G). For codes below a byte, K elements share one: not neighbours, but elements that
+lie K-th parts of one axis (`axis`) apart, so that packing and unpacking read and write whole contiguous rows and a
+compiler can vectorise them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """shape: the tensor as it is coded, (..., D); may hold symbolic sizes. group: G, divides D. axis, pieces: `axis` of
+    ``shape`` is split in ``pieces`` (K) parts whose elements share a byte. padding: zeros behind the last element."""
+
+    shape: tuple[Any, ...]
+    group: int
+    axis: int
+    pieces: int
+    padding: int
+
+    @classmethod
+    def of(cls, shape: Sequence[Any], group: int, pieces: int) -> Groups | None:
+        """The layout for a tensor whose memory has ``shape``, with groups of nearly ``group``. None where sizes are symbolic
+        and no axis can be divided without knowing them."""
+        merged = tuple(shape) or (1,)
+        while (size := _near_divisor(merged[-1], group)) is None and len(merged) > 1 and isinstance(merged[-2], int):
+            merged = (*merged[:-2], merged[-2] * merged[-1])
+        if size is not None:
+            for axis, length in enumerate(merged):
+                if isinstance(length, int) and length % pieces == 0:
+                    return cls(merged, size, axis, pieces, 0)
+            if len(merged) > 1 and all(isinstance(s, int) for s in merged[:-1]) and math.prod(merged[:-1]) % pieces == 0:
+                return cls((math.prod(merged[:-1]), merged[-1]), size, 0, pieces, 0)
+        if not all(isinstance(s, int) for s in merged):
+            return None
+        count = math.prod(merged)
+        rows = -(-count // (group * pieces)) * pieces
+        return cls((rows, group), group, 0, pieces, rows * group - count)
+
+    @property
+    def packed_shape(self) -> tuple[Any, ...]:
+        return tuple(s // self.pieces if i == self.axis else s for i, s in enumerate(self.shape))
+
+    def view(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` (any shape, in the order of its memory) as ``self.shape``."""
+        if self.padding:
+            x = torch.nn.functional.pad(x.reshape(-1), (0, self.padding))
+        return x.reshape(self.shape)
+
+    def restore(self, x: torch.Tensor, shape: Sequence[Any]) -> torch.Tensor:
+        """The inverse of `view`."""
+        if self.padding:
+            x = x.reshape(-1)[: math.prod(shape)]
+        return x.reshape(tuple(shape))
+
+    def split(self, x: torch.Tensor) -> torch.Tensor:
+        """(K, *packed_shape): the elements of each byte along a new first axis."""
+        length = self.packed_shape[self.axis]
+        return x.unflatten(self.axis, (self.pieces, length)).movedim(self.axis, 0)
+
+    def join(self, x: torch.Tensor) -> torch.Tensor:
+        """The inverse of `split`."""
+        return x.movedim(0, self.axis).flatten(self.axis, self.axis + 1)
+
+    def grouped(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., D/G, G)."""
+        return x.unflatten(-1, (self.shape[-1] // self.group, self.group))
+
+    def spread(self, scale: torch.Tensor) -> torch.Tensor:
+        """(..., D/G) -> (..., D): each group's scale at each of its elements."""
+        return scale.unsqueeze(-1).expand(*scale.shape, self.group).flatten(-2)
+
+
+def _near_divisor(width: Any, group: int) -> int | None:
+    """The divisor of ``width`` nearest to ``group`` by ratio, within a factor of two; multiples of 16, a vector register or a
+    warp's half, come first. None if there is none."""
+    if not isinstance(width, int):
+        return None
+    found = [d for d in range(-(-group // 2), 2 * group + 1) if width % d == 0]
+    return min(found, key=lambda d: (d % 16 != 0, abs(math.log(d / group)), d), default=None)

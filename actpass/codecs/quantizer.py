@@ -1,0 +1,126 @@
+"""Low-bit forms: what all of them share.
+
+A tensor is stored as codes of a few bits and one bfloat16 scale for each group of G elements. Sources: group-wise
+stochastic rounding of saved activations is Chen et al., "ActNN: Reducing training memory footprint via 2-bit activation
+compressed training", ICML 2021, arXiv 2104.14129, and Liu et al., "GACT", ICML 2022, arXiv 2206.11357; here with a scale but no
+offset, from a counter-based generator.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from actpass._torch import size_hint
+from actpass.codecs.generator import bits32
+from actpass.codecs.groups import Groups
+from actpass.codecs.hadamard import orthogonal
+
+_SMALLEST_SCALE = 2.0**-120
+"""Groups whose largest magnitude is below about 1e-36 are stored as zeros: their scale has no finite inverse."""
+
+
+class Quantizer(ABC):
+    """``bits`` a code and 16 / G bits of scale an element: N (bits / 8 + 2 / G) bytes for N elements.
+
+    Stochastic rounding: E[x_hat] = x, each element independently. ``nearest``: at most half a step off, biased. A NaN or an
+    infinity makes its whole group NaN or infinite, never a number. About 25 pointwise operations an element to encode, 5 to
+    decode; ``rotate`` adds a product with a (G, G) matrix to each.
+
+    name: what ``options={"method": ...}`` takes. bits: of one code; codes below a byte are packed. group: the group size G
+    that is used where none is asked for.
+    """
+
+    name: str
+    bits: int
+    group: int
+
+    @property
+    def pieces(self) -> int:
+        """K, codes in a byte."""
+        return max(1, 8 // self.bits)
+
+    @property
+    @abstractmethod
+    def largest(self) -> float:
+        """The largest magnitude, in steps of the scale, that a code expresses."""
+
+    @abstractmethod
+    def round(self, steps: torch.Tensor, uniform: torch.Tensor | None) -> torch.Tensor:
+        """Values in [-largest, largest] -> codes. uniform: in (0, 1), for stochastic rounding; None: to nearest."""
+
+    @abstractmethod
+    def pack(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes (K, ...) -> payload (...), one byte an element."""
+
+    @abstractmethod
+    def unpack(self, payload: torch.Tensor) -> torch.Tensor:
+        """Payload (...) -> values in steps of the scale, float32 (K, ...)."""
+
+    def encode(
+        self, x: torch.Tensor, groups: Groups, key: torch.Tensor | None, stream: int, *, rotate: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(codes (*groups.packed_shape), scales (..., D/G) in bfloat16).
+
+        x: any shape, in the order of its memory. key: 0-d int64 for stochastic rounding, None for nearest. stream: which of the
+        key's sequences. rotate: multiply each group by a fixed orthogonal (Hadamard) matrix first, which spreads outliers.
+        """
+        values = groups.view(x).to(torch.float32)
+        if rotate:
+            values = _rotated(values, groups, back=False)
+        scale = _round_up(groups.grouped(values).abs().amax(-1) * (1.0 / self.largest))
+        inverse = torch.where(scale >= _SMALLEST_SCALE, 1.0 / scale, 0.0)
+        uniform = None if key is None else self._uniform(key, stream, groups)
+        codes = self.round(groups.split(values * groups.spread(inverse)), uniform)
+        return self.pack(codes), scale.to(torch.bfloat16)
+
+    def decode(
+        self,
+        payload: torch.Tensor,
+        scale: torch.Tensor,
+        groups: Groups,
+        shape: Sequence[Any],
+        dtype: torch.dtype,
+        *,
+        rotate: bool = False,
+    ) -> torch.Tensor:
+        """x_hat of ``shape`` and ``dtype``."""
+        values = groups.join(self.unpack(payload)) * groups.spread(scale.to(torch.float32))
+        if rotate:
+            values = _rotated(values, groups, back=True)
+        return groups.restore(values, shape).to(dtype)
+
+    def _uniform(self, key: torch.Tensor, stream: int, groups: Groups) -> torch.Tensor:
+        """Uniform numbers in (0, 1), float32 (K, *packed_shape): one 32-bit hash a byte of payload, 32/K bits an element."""
+        hashes = bits32(key, stream, math.prod(groups.packed_shape)).view(1, *groups.packed_shape)
+        width = 32 // self.pieces
+        bits = min(24, width)  # a float32 holds 24
+        shifts = by_piece(self.pieces, width, hashes) + (width - bits)
+        parts = (hashes >> shifts) & (2**bits - 1)
+        return parts.to(torch.float32) * 2.0**-bits + 2.0 ** -(bits + 1)
+
+    def payload_bytes(self, groups: Groups) -> int:
+        """Bytes of codes and scales; at the traced shape if sizes are symbolic."""
+        count = math.prod(size_hint(s) for s in groups.shape)
+        return count // self.pieces + 2 * (count // groups.group)
+
+
+def by_piece(pieces: int, width: int, like: torch.Tensor) -> torch.Tensor:
+    """Bit offsets 0, width, 2 width, ... of the K pieces, (K, 1, ...) to broadcast against ``like`` (1, ...)."""
+    offsets = torch.arange(pieces, dtype=like.dtype, device=like.device) * width
+    return offsets.view(pieces, *(1 for _ in like.shape[1:]))
+
+
+def _round_up(x: torch.Tensor) -> torch.Tensor:
+    """The next bfloat16 number at or above ``x`` >= 0, as float32. By integers: compilers drop a cast there and back."""
+    bits = x.view(torch.int32)
+    return torch.where(bits >= 0x7F800000, bits, bits + 0xFFFF).bitwise_and(-0x10000).view(torch.float32)
+
+
+def _rotated(x: torch.Tensor, groups: Groups, *, back: bool) -> torch.Tensor:
+    matrix_GG = orthogonal(groups.group, x.device) * groups.group**-0.5
+    return torch.matmul(groups.grouped(x), matrix_GG.t() if back else matrix_GG).flatten(-2)

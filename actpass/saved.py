@@ -1,0 +1,174 @@
+"""The tensors that cross a cut, as things that can be stored in another form: what shows one memory, what the backward does
+with it, and what stands in the way of storing it in few bits."""
+
+from __future__ import annotations
+
+import operator
+import zlib
+from collections.abc import Mapping
+
+import torch
+from torch import fx
+
+from actpass._torch import OpOverload, size_hint
+from actpass.graph.cost import is_attention, is_matmul
+from actpass.graph.joint import CASTS, Joint, fold_indices, is_view, module_path, tensor_bytes, value
+from actpass.graph.uses import classify_uses, consumers
+from actpass.partition import Cut, Saved
+from actpass.plan import SavedTensor
+
+aten = torch.ops.aten
+
+_STREAMS = 1 << 40
+"""Where the random sequences for rounding begin, beyond those of the bases."""
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_REDUCTIONS = ("sum", "mean", "amax", "amin", "var", "var_mean", "std", "logsumexp", "linalg_vector_norm", "max", "min", "prod")
+_TORCH_NAMESPACES = ("aten", "prims")
+
+
+def find_saved(cut: Cut, joint: Joint, contractions: Mapping[str, tuple[str, ...]], smallest: int) -> list[SavedTensor]:
+    """Every memory that crosses ``cut``, in the order of the forward's outputs.
+
+    contractions: weight-gradient matmul -> paths of the weights. smallest: bytes below which a tensor stays as it is.
+    """
+    by_holder: dict[str, list[Saved]] = {}
+    for s in cut.saved:
+        by_holder.setdefault(s.holder, []).append(s)
+    reading = _Reading(cut, joint, contractions, smallest)
+    return [reading.tensor(holder, members) for holder, members in by_holder.items()]
+
+
+class _Reading:
+    def __init__(self, cut: Cut, joint: Joint, contractions: Mapping[str, tuple[str, ...]], smallest: int) -> None:
+        self.contractions, self.smallest, self.seed = contractions, smallest, cut.seed
+        self.forward = {n.name: n for n in cut.forward.graph.nodes}
+        self.backward = {n.name: n for n in cut.backward.graph.find_nodes(op="placeholder")}
+        self.learned = self._reach({n.name for n in joint.parameter_path})
+        self.data = {n.name for n in joint.activations}
+        self.seen: dict[tuple[str, str], int] = {}
+
+    def _reach(self, start: set[str]) -> set[str]:
+        reached = set(start)
+        for node in self.forward.values():
+            if any(a.name in reached for a in node.all_input_nodes):
+                reached.add(node.name)
+        return reached
+
+    def tensor(self, holder: str, members: list[Saved]) -> SavedTensor:
+        names = tuple(m.name for m in members)
+        node = self.forward[names[0] if len(names) == 1 else holder]
+        arrived = [self.backward[n] for n in names if n in self.backward]
+        read = [classify_uses(n, self.contractions) for n in arrived]
+        root = self.forward[members[0].root]
+        weights = [path for n in arrived for user, _ in consumers(n) for path in self.contractions.get(user.name, ())]
+        return SavedTensor(
+            node=node.name,
+            crossing=names,
+            root=root.name,
+            nbytes=sum(m.nbytes for m in members),
+            kinds=tuple(sorted({u.kind for uses, _ in read for u in uses})),
+            linear=bool(read) and all(linear for _, linear in read),
+            paths=tuple(dict.fromkeys((module_path(root), *weights))),
+            stream=self._stream(root),
+            obstacle=self._obstacle(node, members),
+        )
+
+    def _stream(self, root: fx.Node) -> int:
+        made_by = (module_path(root), str(root.target))
+        ordinal = self.seen[made_by] = self.seen.get(made_by, -1) + 1
+        return _STREAMS + zlib.crc32(f"{fold_indices(made_by[0])} {made_by[1]} {ordinal}".encode())
+
+    def _obstacle(self, node: fx.Node, members: list[Saved]) -> str | None:
+        val = value(node)
+        if members[0].root == self.seed:
+            return "the step's seed"
+        if val.dtype not in _FLOATS:
+            return f"{str(val.dtype).removeprefix('torch.')}: only floating point has a low-bit form"
+        if any(m.user_visible for m in members):
+            return "also returned to the caller, who keeps it alive"
+        if node.name not in self.learned:
+            return "depends on no parameter: a mask, a table or an input's statistics"
+        if _is_statistic(node):
+            return "a statistic of each row"
+        if self._may_be_masked(node):
+            return "may hold the -inf of a mask"
+        if tensor_bytes(node) < self.smallest:
+            return f"smaller than {self.smallest} bytes"
+        foreign = sorted({u for m in members for u in _foreign_users(self.backward.get(m.name))})
+        if foreign:
+            return f"read by {foreign[0]}, which is not one of torch's own operators"
+        if len(members) > 1 and any(not self._is_shown_by(node, self.forward[m.name]) for m in members):
+            return "its views depend on sizes that only the forward knows"
+        return None
+
+    def _is_shown_by(self, node: fx.Node, view: fx.Node) -> bool:
+        """Whether ``view`` is reached from ``node`` by views whose arguments are plain numbers."""
+        while view is not node:
+            if len(view.all_input_nodes) != 1:
+                return False
+            view = view.all_input_nodes[0]
+        return True
+
+    def _may_be_masked(self, node: fx.Node) -> bool:
+        """Whether a mask may have written -inf: a choice between tensors, or attention scores with a tensor added that no
+        parameter enters."""
+        todo, seen = [node], {node}
+        while todo:
+            current = todo.pop()
+            if current.target in (aten.where.self, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+                return True
+            sources = [a for a in current.all_input_nodes if a.name in self.learned]
+            added = [a for a in current.all_input_nodes if a.name not in self.learned]
+            if current.target in (aten.add.Tensor, aten.sub.Tensor) and added and any(self._is_score(a) for a in sources):
+                return True
+            if _is_pointwise(current) and current.target is not aten.exp.default:  # exp(-inf) is an ordinary zero
+                new = [a for a in sources if a not in seen]
+                seen.update(new)
+                todo.extend(new)
+        return False
+
+    def _is_score(self, node: fx.Node) -> bool:
+        """Whether ``node`` is, but for pointwise operators, a product of two activations."""
+        todo, seen = [node], {node}
+        while todo:
+            current = todo.pop()
+            if is_matmul(current) and sum(a.name in self.data for a in current.all_input_nodes) > 1:
+                return True
+            if _is_pointwise(current):
+                new = [a for a in current.all_input_nodes if a not in seen]
+                seen.update(new)
+                todo.extend(new)
+        return False
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.pointwise in tags or is_view(node) or node.target in CASTS or node.target is aten.clone.default
+
+
+def _is_statistic(node: fx.Node) -> bool:
+    """Whether ``node`` holds one number for each row of something larger: a reduction, or pointwise operators behind one; any
+    output of fused attention but the first."""
+    val = value(node)
+    if val.dim() and size_hint(val.shape[-1]) == 1:
+        return True
+    while _is_pointwise(node):
+        inputs = [a for a in node.all_input_nodes if tensor_bytes(a) and value(a).numel() == val.numel()]
+        if len(inputs) != 1:
+            return False
+        node = inputs[0]
+    if node.target is operator.getitem:
+        source = node.all_input_nodes[0]
+        return (is_attention(source) and node.args[1] != 0) or _is_reduction(source)
+    return _is_reduction(node)
+
+
+def _is_reduction(node: fx.Node) -> bool:
+    return getattr(node.target, "_opname", "") in _REDUCTIONS
+
+
+def _foreign_users(tensor: fx.Node | None) -> set[str]:
+    """Operators outside torch's own that read ``tensor``, through views and casts."""
+    targets = [user.target for user, _ in consumers(tensor)] if tensor is not None else []
+    overloads = [t for t in targets if isinstance(t, OpOverload)]
+    return {str(t) for t in overloads if t.namespace not in _TORCH_NAMESPACES}
