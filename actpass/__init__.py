@@ -4,7 +4,8 @@
 backward is stored. See `actpass.backend.actcomp` for the options.
 """
 
-from actpass.api import explain, load_state_dict, register_with_accelerate, report, state_dict, step
+from actpass.api import audit, explain, load_state_dict, register_with_accelerate, report, state_dict, step
+from actpass.audit import Audit
 from actpass.errors import (
     ActpassError,
     ActpassWarning,
@@ -20,12 +21,14 @@ __version__ = "0.1.0"
 __all__ = [
     "ActpassError",
     "ActpassWarning",
+    "Audit",
     "BudgetError",
     "OptionError",
     "Report",
     "ReportError",
     "StateError",
     "__version__",
+    "audit",
     "explain",
     "load_state_dict",
     "register_with_accelerate",

@@ -29,6 +29,7 @@ from torch._inductor.codecache import cache_dir as inductor_cache_dir  # records
 from torch._inductor.compile_fx import compile_fx  # Inductor
 from torch._inductor.custom_graph_pass import CustomPartitionerFn  # picklable, so the caches key on it
 from torch._inductor.decomposition import select_decomp_table  # codecs are traced with Inductor's own table
+from torch._inductor.utils import run_and_get_code  # tests read the generated code
 from torch._ops import OpOverload  # an operator's namespace tells torch's own from a user's
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -51,6 +52,7 @@ __all__ = [
     "list_mode_options",
     "min_cut_rematerialization_partition",
     "plain_input_index",
+    "run_and_get_code",
     "select_decomp_table",
     "size_hint",
     "torch_is_tested",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from actpass.audit import Audit, audit_model
+from actpass.config import parse
 from actpass.errors import ReportError
 from actpass.explain import explain_model
 from actpass.report import Report
@@ -33,6 +35,38 @@ def explain(model: torch.nn.Module, *inputs: Any, options: Mapping[str, Any] | N
     put back. The report's ``saved_bytes_eager`` is known here. Raises `OptionError` / `BudgetError` on bad options.
     """
     return explain_model(_module(model, "explain"), inputs, kwargs, options).report
+
+
+def audit(
+    model: torch.nn.Module,
+    batch: Any,
+    *,
+    options: Mapping[str, Any] | None = None,
+    seeds: int = 8,
+    optimizer: torch.optim.Optimizer | None = None,
+    loss: Callable[[Any], torch.Tensor] | None = None,
+) -> Audit:
+    """The gradient of one batch under ``options`` against the exact one, from the same joint graph, per parameter.
+
+    batch: what the model's forward takes: a dict of keyword arguments, a tuple of positional ones, or one tensor. options: as
+    for ``torch.compile``; None takes those that the model was compiled with (or the defaults). seeds: how many draws; at least
+    2 for bias z-scores. optimizer: its Adam state gives the preconditioned direction; without state it is the gradient's sign.
+    loss: from what the model returns to a scalar; default: the output, or its ``.loss``.
+
+    Graphs are interpreted, not compiled: 1 + seeds forwards and backwards at the memory of the exact form, and one more set
+    of gradients. Parameters' ``.grad``, buffers and random state are put back. Raises `OptionError`.
+    """
+    if options is None:
+        found = regions_of(_module(model, "audit"))
+        config = found[0].config if found else parse(None)
+    else:
+        config = parse(options)
+    inputs, kwargs = (), {}
+    if isinstance(batch, Mapping):
+        kwargs = dict(batch)
+    else:
+        inputs = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+    return audit_model(_module(model, "audit"), inputs, kwargs, config, seeds, optimizer, loss)
 
 
 def step() -> None:

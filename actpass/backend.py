@@ -50,14 +50,22 @@ def actcomp(
 
     Options (all optional):
 
-    - ``method``: ``"exact"`` (default: only what can be rebuilt for free is dropped), or a projection of the weight
-      gradients' inputs: ``"gaussian"``, ``"rademacher"``, ``"sparse"``, ``"haar"``, ``"srht"``.
-    - ``rank``: an int (directions), or a float in (0, 1] (a fraction of the width; default 0.25).
+    - ``method``: ``"auto"`` (default: what can be rebuilt for free is dropped, the rest is stored in as few bits as showed no
+      effect), ``"exact"`` (only what is free), a low-bit form for all that is stored: ``"int8"``, ``"int4"``, ``"int2"``,
+      ``"fp8"``, ``"fp8_e5m2"``, or a projection of the weight gradients' inputs: ``"gaussian"``, ``"rademacher"``,
+      ``"sparse"``, ``"haar"``, ``"srht"``.
+    - ``rank``: of projections: an int (directions), or a float in (0, 1] (a fraction of the width; default 0.25). With
+      ``auto`` a rank asks for weight gradients through `haar`, for fewer FLOPs; without one they are exact.
+    - ``quantize``: with a projection, the low-bit form of what is stored (default: none).
+    - ``rounding``: of low-bit forms, ``"stochastic"`` (default, unbiased) or ``"nearest"``. ``group``: elements that share a
+      scale (default: the form's own, 32 or 64). ``rotate``: True spreads outliers by a Hadamard rotation of each group.
+    - ``smallest``: bytes below which a tensor is stored as it is (default 16384).
     - ``scale``: ``"unbiased"`` (default) or ``"none"`` (orthonormal scaling, for an optimizer inside a fixed subspace).
     - ``refresh_interval``: optimizer steps for which a basis stays (default 1).
     - ``seed``: base seed of all bases (default 0).
     - ``memory_budget``: float in [0, 1], the fraction of the bytes that Inductor's default would save for backward.
-    - ``overrides``: ``{"lm_head": "keep", "layers.*.mlp": {"method": "srht", "rank": 64}}``, by module path.
+    - ``overrides``: ``{"lm_head": "keep", "layers.*.mlp": {"method": "srht", "rank": 64}}``, by module path: of the weight for
+      projections, of the module that made a tensor or the weight whose gradient reads it for low-bit forms.
     - ``profitable_only``: True (default) leaves a tensor exact where projecting it costs FLOPs and frees no bytes.
     - ``mode``, ``inductor``: a torch.compile mode, and a dict of Inductor's own options.
 
@@ -91,7 +99,7 @@ def compile_region(
     if record is None:  # no backward: nothing to save, nothing to report, no seed to draw
         return _with_unused_seed(fn, device) if config.needs_seed else fn
     positions = tuple(i for i, path in enumerate(plain.paths) if path is not None)
-    region = regions.Region(record, positions, current_frame())
+    region = regions.Region(record, config, positions, current_frame())
     regions.register(region)
     return _with_seed(fn, region, config, device) if config.needs_seed else _plain(fn, region)
 

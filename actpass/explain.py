@@ -3,8 +3,7 @@ as they are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +17,7 @@ from actpass.compiler import Compiled
 from actpass.config import Config, parse
 from actpass.graph import GraphInputs
 from actpass.graph.copying import copy_module
+from actpass.interpret import untouched
 from actpass.report import Report
 
 
@@ -44,7 +44,7 @@ def explain_model(
 
     model = getattr(model, "_orig_mod", model)
     eager: int | None = None
-    with torch.enable_grad(), _untouched(model):
+    with torch.enable_grad(), untouched(model):
         dynamo.optimize(backend)(model.forward)(*inputs, **kwargs)  # a compile of its own, gone with this call
         if len(compiled) == 1:
             eager = _saved_bytes_eager(model, inputs, kwargs)
@@ -53,18 +53,6 @@ def explain_model(
         records[0] = replace(records[0], totals=replace(records[0].totals, saved_bytes_eager=eager))
     why = None if records else "no part of this model has both a forward and a backward that Dynamo can trace"
     return Explanation(Report(tuple(records), why), tuple(compiled))
-
-
-@contextmanager
-def _untouched(model: torch.nn.Module) -> Iterator[None]:
-    """Put buffers (running statistics) and random state back as they were."""
-    before = {name: b.detach().clone() for name, b in model.named_buffers()}
-    with torch.random.fork_rng(enabled=True):
-        yield
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            if name in before:
-                buffer.copy_(before[name])
 
 
 def _analyse(gm: fx.GraphModule, example_inputs: list[Any], config: Config) -> Compiled | None:

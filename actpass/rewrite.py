@@ -6,7 +6,7 @@ decompositions and copies the nodes in, so every inserted node carries a real fa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,24 +113,35 @@ def splice(
     after: fx.Node,
     like: fx.Node,
     inserted: set[fx.Node],
+    traces: dict[Any, fx.GraphModule] | None = None,
+    key: Hashable = None,
 ) -> Any:
     """Insert ``function(*arguments)`` behind ``after`` and every argument; returns the node of its result, or the nodes of
     its results if it returns a tuple.
 
     like: the node whose provenance (module, line, stream annotations) and forward/backward tag the new nodes take over.
-    inserted: receives the new nodes.
+    inserted: receives the new nodes. traces: graphs of functions that were traced before, by ``key``: layers that repeat are
+    traced once; the key says all that the traced graph depends on.
     """
     tensors = [a for a in arguments if isinstance(a, fx.Node)]
     mode = detect_fake_mode([value(a) for a in tensors])
     if mode is None:
         raise GraphUnsupported("the joint graph carries no fake values")
+    traces = {} if traces is None else traces
     with mode, torch.no_grad():
-        traced = make_fx(function, decomposition_table=select_decomp_table())(
-            *(value(a) if isinstance(a, fx.Node) else a for a in arguments)
-        )
+        if key not in traces:
+            values = [value(a) if isinstance(a, fx.Node) else a for a in arguments]
+            traces[key] = make_fx(function, decomposition_table=select_decomp_table())(*values)
+        return _insert(graph, traces[key], arguments, max((after, *tensors)), like, inserted)
+
+
+def _insert(
+    graph: fx.Graph, traced: fx.GraphModule, arguments: Sequence[Any], position: fx.Node, like: fx.Node, inserted: set[fx.Node]
+) -> Any:
+    """Copy ``traced`` behind ``position``. Every new node gets a fake value of its own, from running it: values that are shared
+    would pass for one memory."""
     provenance = {k: v for k, v in like.meta.items() if k not in ("val", "tensor_meta", "desc", "recompute")}
     environment: dict[fx.Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), arguments, strict=True))
-    position = max((after, *tensors))
     for node in traced.graph.nodes:
         if node.op == "placeholder":
             continue
@@ -140,7 +151,8 @@ def splice(
             raise GraphUnsupported(f"the codec holds a constant tensor ({node.target}); build it from the seed instead")
         with graph.inserting_after(position):
             position = graph.node_copy(node, lambda n: environment[n])
-        position.meta = {**provenance, **{k: node.meta[k] for k in ("val", "tensor_meta") if k in node.meta}}
+        args, kwargs = fx.map_arg((position.args, position.kwargs), lambda n: n.meta["val"])
+        position.meta = {**provenance, "val": position.target(*args, **kwargs)}
         environment[node] = position
         inserted.add(position)
     raise AssertionError("a traced graph ends in an output")

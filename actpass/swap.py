@@ -56,15 +56,16 @@ def swap(cut: Cut, storages: Sequence[Storage], num_fwd_outputs: int) -> tuple[C
     behind = {old.name: new for old, new in to_backward.items()}
     inserted: set[fx.Node] = set()
     payloads: dict[str, tuple[fx.Node, ...]] = {}
+    traces: dict[Any, fx.GraphModule] = {}
     for storage in storages:
         x = before[storage.node]
         layout = layout_of(value(x), storage.codec, storage.group)
         if layout is None:
             raise GraphUnsupported(f"{storage.node} can't be divided into groups at symbolic sizes")
-        codes = _encode(forward.graph, x, before.get(cut.seed or ""), layout, storage, inserted)
+        codes = _encode(forward.graph, x, before.get(cut.seed or ""), layout, storage, inserted, traces)
         arrived = _receive(backward.graph, behind[storage.crossing[0]], codes)
         shown = [(behind[name], before[name]) for name in storage.crossing]
-        _decode(backward.graph, x, shown, arrived, layout, storage, inserted)
+        _decode(backward.graph, x, shown, arrived, layout, storage, inserted, traces)
         payloads |= {name: codes if name == storage.crossing[0] else () for name in storage.crossing}
     _return_payloads(forward.graph, num_fwd_outputs, payloads)
     for module in (forward, backward):
@@ -79,7 +80,13 @@ def _saved(code: fx.Node) -> Saved:
 
 
 def _encode(
-    graph: fx.Graph, x: fx.Node, seed: fx.Node | None, layout: Layout, storage: Storage, inserted: set[fx.Node]
+    graph: fx.Graph,
+    x: fx.Node,
+    seed: fx.Node | None,
+    layout: Layout,
+    storage: Storage,
+    inserted: set[fx.Node],
+    traces: dict[Any, fx.GraphModule],
 ) -> tuple[fx.Node, fx.Node]:
     codec = QUANTIZERS[storage.codec]
     stochastic = storage.rounding == "stochastic"
@@ -90,7 +97,16 @@ def _encode(
         key_or_none = key[0] if key else None
         return codec.encode(x.permute(layout.order), layout.groups, key_or_none, storage.stream, rotate=storage.rotate)
 
-    return splice(graph, encode, [x, seed] if stochastic else [x], after=x, like=x, inserted=inserted)
+    arguments = [x, seed] if stochastic else [x]
+    key = ("encode", *_signature(x, storage))
+    return splice(graph, encode, arguments, after=x, like=x, inserted=inserted, traces=traces, key=key)
+
+
+def _signature(x: fx.Node, storage: Storage) -> tuple[Any, ...]:
+    """All that the traced codec of a tensor depends on."""
+    val = value(x)
+    how = (storage.codec, storage.group, storage.rounding, storage.rotate, storage.stream)
+    return (*how, val.dtype, val.device, str(tuple(val.shape)), str(tuple(val.stride())))
 
 
 def _receive(graph: fx.Graph, first: fx.Node, codes: Sequence[fx.Node]) -> list[fx.Node]:
@@ -113,6 +129,7 @@ def _decode(
     layout: Layout,
     storage: Storage,
     inserted: set[fx.Node],
+    traces: dict[Any, fx.GraphModule],
 ) -> None:
     """Decode in front of the first use. shown: (input of the backward to replace, the view of ``x`` that it is)."""
     codec, dtype = QUANTIZERS[storage.codec], value(x).dtype
@@ -122,7 +139,8 @@ def _decode(
         return stored.permute(layout.inverse)
 
     first = min(user for placeholder, _ in shown for user in placeholder.users)
-    decoded = splice(graph, decode, codes, after=first.prev, like=first, inserted=inserted)
+    key = ("decode", *_signature(x, storage))
+    decoded = splice(graph, decode, codes, after=first.prev, like=first, inserted=inserted, traces=traces, key=key)
     for placeholder, view in shown:
         placeholder.replace_all_uses_with(_views(graph, view, x, decoded, inserted))
         graph.erase_node(placeholder)

@@ -11,21 +11,11 @@ from torch import fx
 from actpass._torch import compile_fx, functorch_config
 from actpass.backend import compile_region
 from actpass.config import parse
+from actpass.interpret import interpret
 from actpass.report import Report
 
 EPS = torch.finfo(torch.float32).eps
 Grads = dict[str, torch.Tensor]
-
-
-def interpret(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[[list[Any]], Any]:
-    """An inner compiler that generates no code: runs the partitioned graph node by node. Boxed: it empties its argument
-    list, as Inductor's code does."""
-
-    def run(args: list[Any]) -> Any:
-        return fx.Interpreter(gm).boxed_run(args)
-
-    run._boxed_call = True  # pyright: ignore[reportFunctionMemberAccess]
-    return run
 
 
 def eager_actcomp(options: Mapping[str, Any] | None = None, **more: Any) -> Callable[..., Any]:

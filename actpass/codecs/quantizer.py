@@ -73,7 +73,8 @@ class Quantizer(ABC):
         if rotate:
             values = _rotated(values, groups, back=False)
         scale = _round_up(groups.grouped(values).abs().amax(-1) * (1.0 / self.largest))
-        inverse = torch.where(scale >= _SMALLEST_SCALE, 1.0 / scale, 0.0)
+        scale = torch.where(scale < _SMALLEST_SCALE, 0.0, scale)
+        inverse = torch.where(scale > 0.0, 1.0 / scale, 0.0)
         uniform = None if key is None else self._uniform(key, stream, groups)
         codes = self.round(groups.split(values * groups.spread(inverse)), uniform)
         return self.pack(codes), scale.to(torch.bfloat16)

@@ -28,11 +28,11 @@ class SiteRow:
     """A tensor that Inductor's default saves, or that is saved now, or that a weight gradient reads.
 
     form: ``keep`` (stored as it is), ``quantize`` (stored in few bits), ``recompute`` (not stored, rebuilt from what is),
-    ``project`` (its projection is stored), ``input`` (an input of the region, never saved), ``state`` (a basis or the seed). method, rank: how the weight gradients
-    that read it are formed; None: exactly. codec: the low-bit form in which it (or its projection) is stored. bytes_before: under Inductor's default cut. bytes_after: now. unbiased: whether
-    the expected gradient is the exact one.
-    relative_variance: of each weight gradient's estimate, in closed form; 0 if exact. extra_flops: in the backward's
-    matmuls against exact weight gradients (negative: saved).
+    ``project`` (its projection is stored), ``input`` (an input of the region, never saved), ``state`` (a basis or the
+    seed). method, rank: how the weight gradients that read it are formed; None: exactly. codec: the low-bit form in which
+    it (or its projection) is stored. bytes_before: under Inductor's default cut. bytes_after: now. unbiased: whether the
+    expected gradient is the exact one. relative_variance: of each weight gradient's estimate, in closed form; 0 if exact.
+    extra_flops: in the backward's matmuls against exact weight gradients (negative: saved).
     """
 
     name: str

@@ -86,7 +86,7 @@ class Report:
 def _region_lines(region: Record) -> Iterator[str]:
     header = ("tensor", "module", "shape", "dtype", "form", "weight grad", "before", "after", "unbiased", "why")
     rows = [header, *(_cells(row, count) for row, count in _folded(region.sites))]
-    yield from _table(rows)
+    yield from table(rows)
     for kind, before, after in _subtotals(region.sites):
         yield f"  {kind:<16} {_mb(before):>10} -> {_mb(after):>10}"
     for (_, parameter, reason), count in _fold_left_alone(region.left_alone):
@@ -166,7 +166,8 @@ def _subtotals(sites: Iterable[SiteRow]) -> list[tuple[str, int, int]]:
     return [(kind, b, a) for kind, (b, a) in sorted(sums.items(), key=lambda item: -item[1][0])]
 
 
-def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
+def table(rows: list[tuple[str, ...]]) -> Iterator[str]:
+    """Columns padded to their widest cell."""
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     for row in rows:
         yield "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()

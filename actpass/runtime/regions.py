@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from actpass.config import Config
 from actpass.report import Record
 
 
@@ -15,12 +16,14 @@ from actpass.report import Record
 class Region:
     """One compiled graph.
 
-    positions: which of its arguments are parameters. parameters: every parameter it ever ran with (one graph may serve
-    several modules), by id. follows: for a region without parameters (a loss behind a graph break), the region that ran before.
-    frame: Dynamo's number for the code that was compiled; a recompilation has the same. called: when it ran last.
+    config: the options it was compiled with. positions: which of its arguments are parameters. parameters: every parameter it
+    ever ran with (one graph may serve several modules), by id. follows: for a region without parameters (a loss behind a
+    graph break), the region that ran before. frame: Dynamo's number for the code that was compiled; a recompilation has the
+    same. called: when it ran last.
     """
 
     record: Record
+    config: Config
     positions: tuple[int, ...]
     frame: int | None = None
     called: int = 0

@@ -1,0 +1,33 @@
+"""Running a model through the pass without generating code, for what asks questions and does not train: `explain`, `audit`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+
+
+def interpret(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[[list[Any]], Any]:
+    """An inner compiler that generates no code: runs the partitioned graph node by node. Boxed: it empties its argument
+    list, as Inductor's code does."""
+
+    def run(args: list[Any]) -> Any:
+        return fx.Interpreter(gm).boxed_run(args)
+
+    run._boxed_call = True  # pyright: ignore[reportFunctionMemberAccess]
+    return run
+
+
+@contextmanager
+def untouched(model: torch.nn.Module) -> Iterator[None]:
+    """Put buffers (running statistics) and random state back as they were."""
+    before = {name: b.detach().clone() for name, b in model.named_buffers()}
+    with torch.random.fork_rng(enabled=True):
+        yield
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name in before:
+                buffer.copy_(before[name])
