@@ -13,14 +13,13 @@ from torch import fx
 
 from actpass._torch import compile_fx, dynamo, functorch_config
 from actpass.backend import device_of, run_passes
-from actpass.codecs.generator import step_seed
+from actpass.codecs.generator import round_keys, step_seed
 from actpass.config import Config, Treatment
 from actpass.errors import OptionError
 from actpass.graph import GraphInputs
 from actpass.graph.joint import fold_indices
 from actpass.interpret import interpret, untouched
 from actpass.report.report import table
-from actpass.runtime.clock import seed_tensor
 
 Gradients = dict[str, torch.Tensor]
 
@@ -216,7 +215,7 @@ class _Step:
             plain = GraphInputs.of(gm, example_inputs)
             with functorch_config.patch(enable_autograd_cache=False):
                 _, fn = run_passes(gm, example_inputs, config, plain, device, "", compile_fx, inner_compile=interpret)
-            return (lambda *args: fn(*args, seed_tensor(seed, device))) if config.needs_seed else fn
+            return (lambda *args: fn(*args, round_keys(seed, device))) if config.needs_seed else fn
 
         forward = dynamo.optimize(backend)(self.model.forward)
 

@@ -27,7 +27,7 @@ from actpass._torch import (
     list_mode_options,
     torch_is_tested,
 )
-from actpass.codecs.generator import step_seed
+from actpass.codecs.generator import round_keys, step_seed
 from actpass.compiler import Compiled, compile_joint
 from actpass.config import Config, parse
 from actpass.errors import ActpassWarning
@@ -177,7 +177,7 @@ def _append_seed(gm: fx.GraphModule, example_inputs: Sequence[Any], device: torc
     with clone.graph.inserting_after(placeholders[-1]) if placeholders else clone.graph.inserting_before():
         seed = clone.graph.placeholder("actpass_seed")
     mode = detect_fake_mode([n.meta.get("example_value") for n in gm.graph.nodes] + list(example_inputs))
-    real = clock.seed_tensor(0, device)
+    real = round_keys(0, device)
     seed.meta["example_value"] = mode.from_tensor(real, static_shapes=True) if mode is not None else real
     seed._dynamo_source = ConstantSource("actpass_seed")  # pyright: ignore[reportAttributeAccessIssue]
     clone.recompile()
@@ -190,14 +190,14 @@ def _with_seed(fn: Callable[..., Any], region: regions.Region, config: Config, d
     def run(*args: Any) -> Any:
         region.note(args)
         draw = clock.CLOCK.read() // config.refresh_interval
-        return fn(*args, clock.seed_tensor(step_seed(config.seed, draw), device))
+        return fn(*args, round_keys(step_seed(config.seed, draw), device))
 
     return run
 
 
 def _with_unused_seed(fn: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
-        return fn(*args, clock.seed_tensor(0, device))
+        return fn(*args, round_keys(0, device))
 
     return run
 

@@ -7,13 +7,13 @@ import sys
 
 import torch
 
-from actpass.codecs.generator import bits32, normals, permutation, signs, step_seed
+from actpass.codecs.generator import bits32, normals, permutation, round_keys, signs, step_seed
 
 COUNT = 1 << 16
 
 
 def key(draw: int = 0) -> torch.Tensor:
-    return torch.tensor(step_seed(0, draw))
+    return round_keys(step_seed(0, draw))
 
 
 def test_bits32_fill_the_range_evenly():
@@ -49,15 +49,15 @@ def test_bits32_consecutive_numbers_differ_without_pattern():
 def test_bits32_every_key_bit_changes_half_of_the_output():
     u = bits32(key(), 4, 1 << 12)
     for bit in range(63):
-        changed = u ^ bits32(key() ^ (1 << bit), 4, 1 << 12)
+        changed = u ^ bits32(round_keys(step_seed(0, 0) ^ (1 << bit)), 4, 1 << 12)
         share = torch.stack([(changed >> b) & 1 for b in range(32)]).double().mean(1)
         assert (share - 0.5).abs().max() < 5 * 0.5 / (1 << 12) ** 0.5, bit
 
 
 def test_streams_draws_and_base_seeds_are_independent():
     reference = signs(key(0), 1, COUNT)
-    others = [signs(key(0), 2, COUNT), signs(key(1), 1, COUNT), signs(torch.tensor(step_seed(1, 0)), 1, COUNT)]
-    others.append(signs(key(0) + (1 << 32), 1, COUNT))  # 2^32 apart is another stream, too
+    others = [signs(key(0), 2, COUNT), signs(key(1), 1, COUNT), signs(round_keys(step_seed(1, 0)), 1, COUNT)]
+    others.append(signs(round_keys(step_seed(0, 0) + (1 << 32)), 1, COUNT))  # 2^32 apart is another stream, too
     for other in others:
         assert (reference * other).mean().abs() < 5 / COUNT**0.5
 
@@ -101,8 +101,8 @@ def test_generator_is_bit_identical_under_inductor():
 
 def test_generator_is_the_same_in_another_process():
     code = (
-        "import torch; from actpass.codecs.generator import bits32, step_seed;"
-        "print(int(bits32(torch.tensor(step_seed(5, 7)), 11, 1000).sum()))"
+        "import torch; from actpass.codecs.generator import bits32, round_keys, step_seed;"
+        "print(int(bits32(round_keys(step_seed(5, 7)), 11, 1000).sum()))"
     )
     runs = {
         subprocess.run(
@@ -110,4 +110,4 @@ def test_generator_is_the_same_in_another_process():
         ).stdout
         for seed in ("1", "2")
     }
-    assert runs == {f"{int(bits32(torch.tensor(step_seed(5, 7)), 11, 1000).sum())}\n"}
+    assert runs == {f"{int(bits32(round_keys(step_seed(5, 7)), 11, 1000).sum())}\n"}

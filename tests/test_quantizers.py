@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from actpass._torch import run_and_get_code
 from actpass.codecs import QUANTIZERS, Groups
 from actpass.codecs.float8 import Float8
-from actpass.codecs.generator import step_seed
+from actpass.codecs.generator import round_keys, step_seed
 from actpass.codecs.integer import Integer
 
 SEEDS = 256
@@ -28,7 +28,7 @@ def groups_of(name: str, shape: tuple[int, ...], group: int | None = None) -> Gr
 
 def round_trip(name: str, x: torch.Tensor, seed: int | None, *, group: int | None = None, rotate: bool = False) -> torch.Tensor:
     codec, groups = QUANTIZERS[name], groups_of(name, tuple(x.shape), group)
-    key = None if seed is None else torch.tensor(step_seed(0, seed))
+    key = None if seed is None else round_keys(step_seed(0, seed))
     payload = codec.encode(x, groups, key, 7, rotate=rotate)
     assert sum(t.numel() * t.element_size() for t in payload) == codec.payload_bytes(groups)
     return codec.decode(*payload, groups, x.shape, x.dtype, rotate=rotate)
@@ -131,9 +131,11 @@ def test_any_shape_and_finite_value_comes_back_finite_and_near(name: str, data: 
 
 
 @codecs
-def test_zeros_and_denormals_become_zero(name: str):
+def test_zeros_and_denormals_stay_tiny(name: str):
     for value in (0.0, 1e-40, -1e-38):
-        assert not round_trip(name, torch.full((3, 64), value), 0).any()
+        got = round_trip(name, torch.full((3, 64), value), 0)
+        assert got.abs().max() < 1e-36
+        assert value or name == "int2" or not got.any()  # int2 has no code for zero
 
 
 @pytest.mark.parametrize("name", ["int8", "int4", "fp8", "fp8_e5m2"])
@@ -201,7 +203,7 @@ def test_inductor_fuses_both_ways_without_a_full_size_intermediate(name: str):
         sigmoid = torch.sigmoid(x)
         return dy * sigmoid * (1 + x * (1 - sigmoid))
 
-    key = torch.tensor(step_seed(0, 0))
+    key = round_keys(step_seed(0, 0))
     arguments = (torch.randn(tokens, 96), torch.randn(96, width), key)
     (y, codes, scale), (code,) = run_and_get_code(torch.compile(forward), *arguments)
     assert _full_size_buffers(code, tokens * width) <= 2  # x and silu(x)

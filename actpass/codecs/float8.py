@@ -35,8 +35,7 @@ class Float8(Quantizer):
         info = torch.finfo(self.dtype)  # eps: one unit in the last place of 1.0; smallest_normal: where subnormals begin
         power = (steps.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)  # the power of two below |steps|
         ulp = power.clamp_min(info.smallest_normal) * info.eps
-        rounded = torch.floor(steps / ulp + uniform) * ulp
-        return rounded.clamp(-info.max, info.max).to(self.dtype)
+        return (torch.floor(steps / ulp + uniform) * ulp).to(self.dtype)
 
     def pack(self, codes: torch.Tensor) -> torch.Tensor:
         return codes[0]

@@ -14,12 +14,15 @@ whole generator fuses into whatever reads it. Four rounds are not enough (consec
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
-_MULTIPLIERS = (0x7FEB352D, 0x45D9F3B5, 0x6C50B47D, 0x5A9FB1C3, 0x7B1DCDAF)  # odd, below 2^31
-_KEY_SHIFTS = (0, 31, 16, 8, 24)  # which 32 of the key's 63 bits each round sees
+_MULTIPLIERS = (0x73BFB65F, 0x75083DBB, 0x551650D7, 0x56251B4D, 0x7B1DCDAF)  # odd, below 2^31
+_SHIFTS = (14, 17, 14, 17, 15)
+_KEY_SHIFTS = (0, 31, 16, 8, 24)  # which 32 of the seed's 63 bits each round sees
 
 
 def step_seed(base_seed: int, draw: int) -> int:
@@ -30,6 +33,18 @@ def step_seed(base_seed: int, draw: int) -> int:
     return (z ^ (z >> 31)) >> 1
 
 
+def round_keys(seed: int, device: torch.device | None = None) -> torch.Tensor:
+    """The key that all functions below take: int64 (5,), what each round of the mixer sees of a 63-bit seed. A fresh tensor,
+    filled on the device: no copy from the host, no synchronisation."""
+    device = torch.device("cpu") if device is None else device
+    return (torch.full((len(_KEY_SHIFTS),), seed, dtype=torch.int64, device=device) >> _key_shifts(device)) & _MASK32
+
+
+@cache
+def _key_shifts(device: torch.device) -> torch.Tensor:
+    return torch.tensor(_KEY_SHIFTS, device=device)
+
+
 def stream(width: int, code: int) -> int:
     """The sequence for a basis of ``width``. code: in [0, 64), different for each use."""
     return width * 64 + code
@@ -38,12 +53,13 @@ def stream(width: int, code: int) -> int:
 def bits32(key: torch.Tensor, stream: int, count: int) -> torch.Tensor:
     """``count`` uniform 32-bit numbers, int64 of shape (count,); count <= 2^32.
 
-    key: 0-d int64 >= 0, the step's seed. stream: which of the key's independent sequences, any int >= 0.
+    key: `round_keys` of the step's seed. stream: which of the key's independent sequences, any int >= 0.
     """
-    x = torch.arange(count, dtype=torch.int64, device=key.device)
-    for i, (multiplier, shift) in enumerate(zip(_MULTIPLIERS, _KEY_SHIFTS, strict=True)):
-        round_key = ((key >> shift) ^ step_seed(stream, i)) & _MASK32
-        x = (((x ^ round_key) * multiplier) >> 15) & _MASK32
+    x = torch.arange(count, dtype=torch.int64, device=key.device) ^ (step_seed(stream, 0) & _MASK32)
+    for i, (multiplier, shift) in enumerate(zip(_MULTIPLIERS, _SHIFTS, strict=True)):
+        if i == 2:
+            x = x ^ (step_seed(stream, 1) & _MASK32)
+        x = (((x ^ key[i]) * multiplier) >> shift) & _MASK32
     return x
 
 

@@ -24,7 +24,7 @@ class SeededProjection(ABC):
 
     @abstractmethod
     def draw(self, key: torch.Tensor, width: int, rank: int) -> torch.Tensor:
-        """The basis (N, R) in float32 with E[P P^T] = I. key: 0-d int64 on the device where the basis is wanted."""
+        """The basis (N, R) in float32 with E[P P^T] = I. key: `round_keys` on the device where it is wanted."""
 
     @abstractmethod
     def relative_variance(self, width: int, rank: int) -> float:

@@ -20,8 +20,10 @@ from actpass.codecs.generator import bits32
 from actpass.codecs.groups import Groups
 from actpass.codecs.hadamard import orthogonal
 
+_MARGIN = 1.01
+"""The scale is rounded down to bfloat16, by up to 2^-7: with it every value lies strictly inside the range of the codes."""
 _SMALLEST_SCALE = 2.0**-120
-"""Groups whose largest magnitude is below about 1e-36 are stored as zeros: their scale has no finite inverse."""
+"""Groups whose largest magnitude is below about 1e-36 keep this scale, which has a finite inverse."""
 
 
 class Quantizer(ABC):
@@ -45,13 +47,18 @@ class Quantizer(ABC):
         return max(1, 8 // self.bits)
 
     @property
+    def random_bits(self) -> int:
+        """Of a uniform number: 16 are exact beside a code of 8 bits in float32, where 24 would round up to the next."""
+        return min(16, 32 // self.pieces)
+
+    @property
     @abstractmethod
     def largest(self) -> float:
         """The largest magnitude, in steps of the scale, that a code expresses."""
 
     @abstractmethod
     def round(self, steps: torch.Tensor, uniform: torch.Tensor | None) -> torch.Tensor:
-        """Values in [-largest, largest] -> codes. uniform: in (0, 1), for stochastic rounding; None: to nearest."""
+        """Values in (-largest, largest) -> codes. uniform: in [0, 1), for stochastic rounding; None: to nearest."""
 
     @abstractmethod
     def pack(self, codes: torch.Tensor) -> torch.Tensor:
@@ -66,17 +73,15 @@ class Quantizer(ABC):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(codes (*groups.packed_shape), scales (..., D/G) in bfloat16).
 
-        x: any shape, in the order of its memory. key: 0-d int64 for stochastic rounding, None for nearest. stream: which of the
-        key's sequences. rotate: multiply each group by a fixed orthogonal (Hadamard) matrix first, which spreads outliers.
+        x: any shape, in the order of its memory. key: `round_keys` for stochastic rounding, None for nearest. stream: which of
+        the key's sequences. rotate: multiply each group by a fixed orthogonal (Hadamard) matrix first, which spreads outliers.
         """
         values = groups.view(x).to(torch.float32)
         if rotate:
             values = _rotated(values, groups, back=False)
-        scale = _round_up(groups.grouped(values).abs().amax(-1) * (1.0 / self.largest))
-        scale = torch.where(scale < _SMALLEST_SCALE, 0.0, scale)
-        inverse = torch.where(scale > 0.0, 1.0 / scale, 0.0)
+        scale = _bfloat16(groups.grouped(values).abs().amax(-1) * (_MARGIN / self.largest))
         uniform = None if key is None else self._uniform(key, stream, groups)
-        codes = self.round(groups.split(values * groups.spread(inverse)), uniform)
+        codes = self.round(groups.split(values * groups.spread(1.0 / scale)), uniform)
         return self.pack(codes), scale.to(torch.bfloat16)
 
     def decode(
@@ -96,13 +101,11 @@ class Quantizer(ABC):
         return groups.restore(values, shape).to(dtype)
 
     def _uniform(self, key: torch.Tensor, stream: int, groups: Groups) -> torch.Tensor:
-        """Uniform numbers in (0, 1), float32 (K, *packed_shape): one 32-bit hash a byte of payload, 32/K bits an element."""
+        """Uniform numbers in [0, 1), float32 (K, *packed_shape): one 32-bit hash a byte of payload."""
         hashes = bits32(key, stream, math.prod(groups.packed_shape)).view(1, *groups.packed_shape)
-        width = 32 // self.pieces
-        bits = min(24, width)  # a float32 holds 24
-        shifts = by_piece(self.pieces, width, hashes) + (width - bits)
-        parts = (hashes >> shifts) & (2**bits - 1)
-        return parts.to(torch.float32) * 2.0**-bits + 2.0 ** -(bits + 1)
+        width, bits = 32 // self.pieces, self.random_bits
+        parts = hashes >> (by_piece(self.pieces, width, hashes) + (width - bits))
+        return (parts & (2**bits - 1)).to(torch.float32) * 2.0**-bits
 
     def payload_bytes(self, groups: Groups) -> int:
         """Bytes of codes and scales; at the traced shape if sizes are symbolic."""
@@ -116,10 +119,9 @@ def by_piece(pieces: int, width: int, like: torch.Tensor) -> torch.Tensor:
     return offsets.view(pieces, *(1 for _ in like.shape[1:]))
 
 
-def _round_up(x: torch.Tensor) -> torch.Tensor:
-    """The next bfloat16 number at or above ``x`` >= 0, as float32. By integers: compilers drop a cast there and back."""
-    bits = x.view(torch.int32)
-    return torch.where(bits >= 0x7F800000, bits, bits + 0xFFFF).bitwise_and(-0x10000).view(torch.float32)
+def _bfloat16(x: torch.Tensor) -> torch.Tensor:
+    """``x`` rounded towards zero to bfloat16, as float32. By its bits: compilers drop a cast there and back."""
+    return (x.view(torch.int32) & -0x10000).view(torch.float32).clamp_min(_SMALLEST_SCALE)
 
 
 def _rotated(x: torch.Tensor, groups: Groups, *, back: bool) -> torch.Tensor:

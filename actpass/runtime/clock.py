@@ -6,7 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from actpass.errors import StateError
@@ -59,9 +58,3 @@ def start() -> None:
     global _hook
     if _hook is None:
         _hook = register_optimizer_step_post_hook(lambda *_: CLOCK.advance())
-
-
-def seed_tensor(seed: int, device: torch.device) -> torch.Tensor:
-    """The step's seed as the compiled graph takes it: a fresh 0-d int64 tensor for each forward, so that the backward of an
-    earlier forward still finds its own. Filled on the device: no copy from the host, no synchronisation."""
-    return torch.full((), seed, dtype=torch.int64, device=device)
