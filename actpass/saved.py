@@ -19,8 +19,6 @@ from actpass.plan import SavedTensor
 
 aten = torch.ops.aten
 
-_STREAMS = 1 << 40
-"""Where the random sequences for rounding begin, beyond those of the bases."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _REDUCTIONS = ("sum", "mean", "amax", "amin", "var", "var_mean", "std", "logsumexp", "linalg_vector_norm", "max", "min", "prod")
 _TORCH_NAMESPACES = ("aten", "prims")
@@ -76,7 +74,7 @@ class _Reading:
     def _stream(self, root: fx.Node) -> int:
         made_by = (module_path(root), str(root.target))
         ordinal = self.seen[made_by] = self.seen.get(made_by, -1) + 1
-        return _STREAMS + zlib.crc32(f"{fold_indices(made_by[0])} {made_by[1]} {ordinal}".encode())
+        return zlib.crc32(f"{fold_indices(made_by[0])} {made_by[1]} {ordinal}".encode())
 
     def _obstacle(self, node: fx.Node, members: list[Saved]) -> str | None:
         val = value(node)

@@ -15,6 +15,7 @@ from torch import fx
 
 from actpass._torch import size_hint
 from actpass.codecs import QUANTIZERS, Groups
+from actpass.codecs.generator import rounding_noise
 from actpass.errors import GraphUnsupported
 from actpass.graph.copying import copy_module
 from actpass.graph.joint import tensor_bytes, value
@@ -57,12 +58,15 @@ def swap(cut: Cut, storages: Sequence[Storage], num_fwd_outputs: int) -> tuple[C
     inserted: set[fx.Node] = set()
     payloads: dict[str, tuple[fx.Node, ...]] = {}
     traces: dict[Any, fx.GraphModule] = {}
+    noises: dict[Any, tuple[fx.Node, fx.Node]] = {}
+    seed = before.get(cut.seed or "")
     for storage in storages:
         x = before[storage.node]
         layout = layout_of(value(x), storage.codec, storage.group)
         if layout is None:
             raise GraphUnsupported(f"{storage.node} can't be divided into groups at symbolic sizes")
-        codes = _encode(forward.graph, x, before.get(cut.seed or ""), layout, storage, inserted, traces)
+        noise = _noise(forward.graph, seed, layout.groups, noises, inserted) if storage.rounding == "stochastic" else None
+        codes = _encode(forward.graph, x, noise, layout, storage, inserted, traces)
         arrived = _receive(backward.graph, behind[storage.crossing[0]], codes)
         shown = [(behind[name], before[name]) for name in storage.crossing]
         _decode(backward.graph, x, shown, arrived, layout, storage, inserted, traces)
@@ -79,27 +83,40 @@ def _saved(code: fx.Node) -> Saved:
     return Saved(code.name, code.name, code.name, tensor_bytes(code), user_visible=False)
 
 
+def _noise(
+    graph: fx.Graph, seed: fx.Node | None, groups: Groups, noises: dict[Any, tuple[fx.Node, fx.Node]], inserted: set[fx.Node]
+) -> tuple[fx.Node, fx.Node]:
+    """The random numbers for rounding, shared by all tensors of a shape."""
+    if seed is None:
+        raise GraphUnsupported("the step's seed did not arrive in the forward graph")
+    rows, columns = groups.rows, groups.columns
+    if (str(rows), columns) not in noises:
+        last = graph.find_nodes(op="placeholder")[-1]
+
+        def draw(seed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return rounding_noise(seed, rows, columns)
+
+        noises[str(rows), columns] = splice(graph, draw, [seed], after=last, like=seed, inserted=inserted)
+    return noises[str(rows), columns]
+
+
 def _encode(
     graph: fx.Graph,
     x: fx.Node,
-    seed: fx.Node | None,
+    noise: tuple[fx.Node, fx.Node] | None,
     layout: Layout,
     storage: Storage,
     inserted: set[fx.Node],
     traces: dict[Any, fx.GraphModule],
 ) -> tuple[fx.Node, fx.Node]:
     codec = QUANTIZERS[storage.codec]
-    stochastic = storage.rounding == "stochastic"
-    if stochastic and seed is None:
-        raise GraphUnsupported("the step's seed did not arrive in the forward graph")
 
-    def encode(x: torch.Tensor, *key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        key_or_none = key[0] if key else None
-        return codec.encode(x.permute(layout.order), layout.groups, key_or_none, storage.stream, rotate=storage.rotate)
+    def encode(x: torch.Tensor, *noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        numbers = (noise[0], noise[1]) if noise else None
+        return codec.encode(x.permute(layout.order), layout.groups, numbers, storage.stream, rotate=storage.rotate)
 
-    arguments = [x, seed] if stochastic else [x]
     key = ("encode", *_signature(x, storage))
-    return splice(graph, encode, arguments, after=x, like=x, inserted=inserted, traces=traces, key=key)
+    return splice(graph, encode, [x, *(noise or ())], after=x, like=x, inserted=inserted, traces=traces, key=key)
 
 
 def _signature(x: fx.Node, storage: Storage) -> tuple[Any, ...]:

@@ -14,14 +14,18 @@ whole generator fuses into whatever reads it. Four rounds are not enough (consec
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 
 _MASK32 = 0xFFFFFFFF
+_MASK31 = 0x7FFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 _MULTIPLIERS = (0x73BFB65F, 0x75083DBB, 0x551650D7, 0x56251B4D, 0x7B1DCDAF)  # odd, below 2^31
 _SHIFTS = (14, 17, 14, 17, 15)
+_NOISE = 1 << 40
+"""The sequence that `rounding_noise` takes, beyond those of the bases."""
 _KEY_SHIFTS = (0, 31, 16, 8, 24)  # which 32 of the seed's 63 bits each round sees
 
 
@@ -86,3 +90,30 @@ def permutation(key: torch.Tensor, stream: int, count: int) -> torch.Tensor:
     """A random permutation of range(count), int64: the order of random keys, made unique by the index (count < 2^21)."""
     index = torch.arange(count, dtype=torch.int64, device=key.device)
     return torch.sort((bits32(key, stream, count) << 21) | index).values & ((1 << 21) - 1)
+
+
+def rounding_noise(key: torch.Tensor, rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random numbers for rounding a (rows, width) tensor: int64 (rows,) and (width,), below 2^31. See `uniforms`.
+
+    Each is a sum of eight 28-bit hashes: a sum over eight, because Inductor writes it to memory and then reads it, where
+    it would compute a hash again at every element.
+    """
+    total = (bits32(key, _NOISE, 8 * (rows + width)) >> 4).view(8, rows + width).sum(0)
+    return total[:rows], total[rows:]
+
+
+def uniforms(
+    noise: tuple[torch.Tensor, torch.Tensor], stream: int, shape: Sequence[int], pieces: int, bits: int
+) -> torch.Tensor:
+    """Uniform numbers in [0, 1) with ``bits`` bits, float32 (pieces, *shape), for ``shape`` (..., width).
+
+    The middle bits of the product of a number of the row and one of the column, each with a constant of the ``stream`` mixed
+    in: every number is uniform, any two are independent, which is what an unbiased sum of known variance needs, at two
+    loads and a multiplication an element.
+    """
+    row = (noise[0] ^ (step_seed(stream, 2) & _MASK31)).view(1, *shape[:-1], 1)
+    column = (noise[1] ^ (step_seed(stream, 3) & _MASK31)).view(*(1 for _ in shape), -1)
+    shifts = torch.arange(pieces, dtype=torch.int64, device=row.device).view(pieces, *(1 for _ in shape))
+    lowest = 47 - bits if pieces == 1 else 15
+    parts = ((row * column) >> (shifts * bits + lowest)) & (2**bits - 1)
+    return parts.to(torch.float32) * 2.0**-bits

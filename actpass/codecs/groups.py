@@ -50,6 +50,14 @@ class Groups:
     def packed_shape(self) -> tuple[Any, ...]:
         return tuple(s // self.pieces if i == self.axis else s for i, s in enumerate(self.shape))
 
+    @property
+    def rows(self) -> Any:
+        return math.prod(self.packed_shape[:-1])
+
+    @property
+    def columns(self) -> Any:
+        return self.packed_shape[-1]
+
     def view(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` (any shape, in the order of its memory) as ``self.shape``."""
         if self.padding:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from actpass.codecs.quantizer import Quantizer, by_piece
+from actpass.codecs.quantizer import Quantizer
 
 
 @dataclass(frozen=True)
@@ -31,18 +31,24 @@ class Integer(Quantizer):
 
     def round(self, steps: torch.Tensor, uniform: torch.Tensor | None) -> torch.Tensor:
         up = 0.5 if uniform is None else uniform + 2.0 ** -(self.random_bits + 1)
-        return (steps + self.largest + up).to(torch.int32)  # truncates; nothing here is negative
+        return torch.floor(steps + self.largest + up)  # in [0, levels - 1] as it is, for the scale has a margin
 
     def pack(self, codes: torch.Tensor) -> torch.Tensor:
-        packed = codes[0]
-        if self.pieces > 1:  # a NaN makes any integer, which must not reach its neighbours' bits
-            packed = packed & (2**self.bits - 1)
-        for i in range(1, self.pieces):
-            packed = packed | ((codes[i] & (2**self.bits - 1)) << (i * self.bits))
-        return packed.to(torch.uint8)
+        if self.pieces == 1:
+            return codes[0].to(torch.uint8)
+        # In floating point, where conversions from and to bytes are fast on a CPU, and as a sum, which uses ``codes`` once:
+        # Inductor writes to memory what is used twice. A NaN must not reach its neighbours' bits.
+        codes = torch.where(codes >= 0.0, codes, 0.0)
+        return (codes * self._units(codes.device, codes.dim())).sum(0).to(torch.uint8)
 
     def unpack(self, payload: torch.Tensor) -> torch.Tensor:
-        codes = payload.to(torch.int32).unsqueeze(0)
+        codes = payload.to(torch.float32).unsqueeze(0)
         if self.pieces > 1:
-            codes = (codes >> by_piece(self.pieces, self.bits, codes)) & (2**self.bits - 1)
-        return codes.to(torch.float32) - self.largest
+            upper = torch.floor(codes / self._units(codes.device, codes.dim()))
+            codes = upper - torch.floor(upper * 2.0**-self.bits) * 2.0**self.bits
+        return codes - self.largest
+
+    def _units(self, device: torch.device, dims: int) -> torch.Tensor:
+        """What a one in each piece of a byte is worth, (K, 1, ...), float32."""
+        shifts = torch.arange(self.pieces, dtype=torch.int64, device=device) * self.bits
+        return (1 << shifts).to(torch.float32).view(self.pieces, *(1 for _ in range(dims - 1)))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from actpass._torch import size_hint
-from actpass.codecs.generator import bits32
+from actpass.codecs.generator import uniforms
 from actpass.codecs.groups import Groups
 from actpass.codecs.hadamard import orthogonal
 
@@ -24,6 +24,9 @@ _MARGIN = 1.01
 """The scale is rounded down to bfloat16, by up to 2^-7: with it every value lies strictly inside the range of the codes."""
 _SMALLEST_SCALE = 2.0**-120
 """Groups whose largest magnitude is below about 1e-36 keep this scale, which has a finite inverse."""
+
+
+Noise = tuple[torch.Tensor, torch.Tensor]
 
 
 class Quantizer(ABC):
@@ -69,18 +72,24 @@ class Quantizer(ABC):
         """Payload (...) -> values in steps of the scale, float32 (K, ...)."""
 
     def encode(
-        self, x: torch.Tensor, groups: Groups, key: torch.Tensor | None, stream: int, *, rotate: bool = False
+        self, x: torch.Tensor, groups: Groups, noise: Noise | None, stream: int, *, rotate: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(codes (*groups.packed_shape), scales (..., D/G) in bfloat16).
 
-        x: any shape, in the order of its memory. key: `round_keys` for stochastic rounding, None for nearest. stream: which of
-        the key's sequences. rotate: multiply each group by a fixed orthogonal (Hadamard) matrix first, which spreads outliers.
+        x: any shape, in the order of its memory. noise: `rounding_noise` of (`groups.rows`, `groups.columns`) for stochastic
+        rounding, None for nearest. stream: what tells tensors that share the noise apart. rotate: multiply each group by
+        a fixed orthogonal (Hadamard) matrix first, which spreads outliers.
+
+        The order of operations is for the compiler: each value is used once, and an element's code is below thirty
+        operations, beyond which Inductor would write a full-size intermediate.
         """
         values = groups.view(x).to(torch.float32)
         if rotate:
             values = _rotated(values, groups, back=False)
-        scale = _bfloat16(groups.grouped(values).abs().amax(-1) * (_MARGIN / self.largest))
-        uniform = None if key is None else self._uniform(key, stream, groups)
+        scale = groups.grouped(_bfloat16(values.abs() * (_MARGIN / self.largest))).amax(-1)
+        uniform = None
+        if noise is not None:
+            uniform = uniforms(noise, stream, groups.packed_shape, self.pieces, self.random_bits)
         codes = self.round(groups.split(values * groups.spread(1.0 / scale)), uniform)
         return self.pack(codes), scale.to(torch.bfloat16)
 
@@ -100,27 +109,15 @@ class Quantizer(ABC):
             values = _rotated(values, groups, back=True)
         return groups.restore(values, shape).to(dtype)
 
-    def _uniform(self, key: torch.Tensor, stream: int, groups: Groups) -> torch.Tensor:
-        """Uniform numbers in [0, 1), float32 (K, *packed_shape): one 32-bit hash a byte of payload."""
-        hashes = bits32(key, stream, math.prod(groups.packed_shape)).view(1, *groups.packed_shape)
-        width, bits = 32 // self.pieces, self.random_bits
-        parts = hashes >> (by_piece(self.pieces, width, hashes) + (width - bits))
-        return (parts & (2**bits - 1)).to(torch.float32) * 2.0**-bits
-
     def payload_bytes(self, groups: Groups) -> int:
         """Bytes of codes and scales; at the traced shape if sizes are symbolic."""
         count = math.prod(size_hint(s) for s in groups.shape)
         return count // self.pieces + 2 * (count // groups.group)
 
 
-def by_piece(pieces: int, width: int, like: torch.Tensor) -> torch.Tensor:
-    """Bit offsets 0, width, 2 width, ... of the K pieces, (K, 1, ...) to broadcast against ``like`` (1, ...)."""
-    offsets = torch.arange(pieces, dtype=like.dtype, device=like.device) * width
-    return offsets.view(pieces, *(1 for _ in like.shape[1:]))
-
-
 def _bfloat16(x: torch.Tensor) -> torch.Tensor:
-    """``x`` rounded towards zero to bfloat16, as float32. By its bits: compilers drop a cast there and back."""
+    """``x`` rounded towards zero to bfloat16, as float32; at least `_SMALLEST_SCALE`. By its bits: compilers drop a cast there
+    and back."""
     return (x.view(torch.int32) & -0x10000).view(torch.float32).clamp_min(_SMALLEST_SCALE)
 
 
