@@ -102,18 +102,17 @@ def rounding_noise(key: torch.Tensor, rows: int, width: int) -> tuple[torch.Tens
     return total[:rows], total[rows:]
 
 
-def uniforms(
-    noise: tuple[torch.Tensor, torch.Tensor], stream: int, shape: Sequence[int], pieces: int, bits: int
-) -> torch.Tensor:
-    """Uniform numbers in [0, 1) with ``bits`` bits, float32 (pieces, *shape), for ``shape`` (..., width).
+def uniforms(noise: tuple[torch.Tensor, torch.Tensor], stream: int, shape: Sequence[int], bits: int) -> torch.Tensor:
+    """Uniform numbers in [0, 1) with ``bits`` bits, float32 of ``shape`` (pieces, ..., groups, group): (pieces, rows, width).
 
     The middle bits of the product of a number of the row and one of the column, each with a constant of the ``stream`` mixed
     in: every number is uniform, any two are independent, which is what an unbiased sum of known variance needs, at two
-    loads and a multiplication an element.
+    loads and a multiplication an element. The pieces take different bits of one product.
     """
-    row = (noise[0] ^ (step_seed(stream, 2) & _MASK31)).view(1, *shape[:-1], 1)
-    column = (noise[1] ^ (step_seed(stream, 3) & _MASK31)).view(*(1 for _ in shape), -1)
-    shifts = torch.arange(pieces, dtype=torch.int64, device=row.device).view(pieces, *(1 for _ in shape))
+    pieces, *rows, groups, group = shape
+    row = (noise[0] ^ (step_seed(stream, 2) & _MASK31)).view(1, *rows, 1, 1)
+    column = (noise[1] ^ (step_seed(stream, 3) & _MASK31)).view(1, *(1 for _ in rows), groups, group)
+    shifts = torch.arange(pieces, dtype=torch.int64, device=row.device).view(pieces, *(1 for _ in shape[1:]))
     lowest = 47 - bits if pieces == 1 else 15
     parts = ((row * column) >> (shifts * bits + lowest)) & (2**bits - 1)
     return parts.to(torch.float32) * 2.0**-bits

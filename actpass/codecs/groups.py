@@ -36,7 +36,8 @@ class Groups:
             merged = (*merged[:-2], merged[-2] * merged[-1])
         if size is not None:
             for axis, length in enumerate(merged):
-                if isinstance(length, int) and length % pieces == 0:
+                units = length // size if axis == len(merged) - 1 else length  # groups stay whole
+                if isinstance(units, int) and units % pieces == 0:
                     return cls(merged, size, axis, pieces, 0)
             if len(merged) > 1 and all(isinstance(s, int) for s in merged[:-1]) and math.prod(merged[:-1]) % pieces == 0:
                 return cls((math.prod(merged[:-1]), merged[-1]), size, 0, pieces, 0)
@@ -70,18 +71,17 @@ class Groups:
             x = x.reshape(-1)[: math.prod(shape)]
         return x.reshape(tuple(shape))
 
-    def split(self, x: torch.Tensor) -> torch.Tensor:
-        """(K, *packed_shape): the elements of each byte along a new first axis."""
-        length = self.packed_shape[self.axis]
-        return x.unflatten(self.axis, (self.pieces, length)).movedim(self.axis, 0)
-
-    def join(self, x: torch.Tensor) -> torch.Tensor:
-        """The inverse of `split`."""
-        return x.movedim(0, self.axis).flatten(self.axis, self.axis + 1)
-
     def grouped(self, x: torch.Tensor) -> torch.Tensor:
         """(..., D) -> (..., D/G, G)."""
         return x.unflatten(-1, (self.shape[-1] // self.group, self.group))
+
+    def split(self, x: torch.Tensor) -> torch.Tensor:
+        """Grouped -> (K, ...): the elements of each byte along a new first axis."""
+        return x.unflatten(self.axis, (self.pieces, x.shape[self.axis] // self.pieces)).movedim(self.axis, 0)
+
+    def join(self, x: torch.Tensor) -> torch.Tensor:
+        """(K, *packed_shape) -> (..., D)."""
+        return x.movedim(0, self.axis).flatten(self.axis, self.axis + 1)
 
     def spread(self, scale: torch.Tensor) -> torch.Tensor:
         """(..., D/G) -> (..., D): each group's scale at each of its elements."""

@@ -83,15 +83,14 @@ class Quantizer(ABC):
         The order of operations is for the compiler: each value is used once, and an element's code is below thirty
         operations, beyond which Inductor would write a full-size intermediate.
         """
-        values = groups.view(x).to(torch.float32)
+        values = groups.grouped(groups.view(x).to(torch.float32))
         if rotate:
-            values = _rotated(values, groups, back=False)
-        scale = groups.grouped(_bfloat16(values.abs() * (_MARGIN / self.largest))).amax(-1)
-        uniform = None
-        if noise is not None:
-            uniform = uniforms(noise, stream, groups.packed_shape, self.pieces, self.random_bits)
-        codes = self.round(groups.split(values * groups.spread(1.0 / scale)), uniform)
-        return self.pack(codes), scale.to(torch.bfloat16)
+            values = torch.matmul(values, _rotation(groups, x.device))
+        scale = _bfloat16(values.abs() * (_MARGIN / self.largest)).amax(-1, keepdim=True)
+        steps = groups.split(values * (1.0 / scale))
+        uniform = None if noise is None else uniforms(noise, stream, steps.shape, self.random_bits)
+        payload = self.pack(self.round(steps, uniform)).reshape(groups.packed_shape)
+        return payload, scale.squeeze(-1).to(torch.bfloat16)
 
     def decode(
         self,
@@ -106,7 +105,7 @@ class Quantizer(ABC):
         """x_hat of ``shape`` and ``dtype``."""
         values = groups.join(self.unpack(payload)) * groups.spread(scale.to(torch.float32))
         if rotate:
-            values = _rotated(values, groups, back=True)
+            values = torch.matmul(groups.grouped(values), _rotation(groups, values.device).t()).flatten(-2)
         return groups.restore(values, shape).to(dtype)
 
     def payload_bytes(self, groups: Groups) -> int:
@@ -121,6 +120,5 @@ def _bfloat16(x: torch.Tensor) -> torch.Tensor:
     return (x.view(torch.int32) & -0x10000).view(torch.float32).clamp_min(_SMALLEST_SCALE)
 
 
-def _rotated(x: torch.Tensor, groups: Groups, *, back: bool) -> torch.Tensor:
-    matrix_GG = orthogonal(groups.group, x.device) * groups.group**-0.5
-    return torch.matmul(groups.grouped(x), matrix_GG.t() if back else matrix_GG).flatten(-2)
+def _rotation(groups: Groups, device: torch.device) -> torch.Tensor:
+    return orthogonal(groups.group, device) * groups.group**-0.5
