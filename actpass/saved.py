@@ -25,12 +25,12 @@ _TORCH_NAMESPACES = ("aten", "prims")
 
 
 def find_saved(cut: Cut, joint: Joint, contractions: Mapping[str, tuple[str, ...]], smallest: int) -> list[SavedTensor]:
-    """Every memory that crosses ``cut``, in the order of the forward's outputs.
+    """Every memory that crosses ``cut`` but the seed's, in the order of the forward's outputs.
 
     contractions: weight-gradient matmul -> paths of the weights. smallest: bytes below which a tensor stays as it is.
     """
     by_holder: dict[str, list[Saved]] = {}
-    for s in cut.saved:
+    for s in (s for s in cut.saved if s.root != cut.seed):
         by_holder.setdefault(s.holder, []).append(s)
     reading = _Reading(cut, joint, contractions, smallest)
     return [reading.tensor(holder, members) for holder, members in by_holder.items()]
@@ -38,7 +38,7 @@ def find_saved(cut: Cut, joint: Joint, contractions: Mapping[str, tuple[str, ...
 
 class _Reading:
     def __init__(self, cut: Cut, joint: Joint, contractions: Mapping[str, tuple[str, ...]], smallest: int) -> None:
-        self.contractions, self.smallest, self.seed = contractions, smallest, cut.seed
+        self.contractions, self.smallest = contractions, smallest
         self.forward = {n.name: n for n in cut.forward.graph.nodes}
         self.backward = {n.name: n for n in cut.backward.graph.find_nodes(op="placeholder")}
         self.learned = self._reach({n.name for n in joint.parameter_path})
@@ -78,8 +78,6 @@ class _Reading:
 
     def _obstacle(self, node: fx.Node, members: list[Saved]) -> str | None:
         val = value(node)
-        if members[0].root == self.seed:
-            return "the step's seed"
         if val.dtype not in _FLOATS:
             return f"{str(val.dtype).removeprefix('torch.')}: only floating point has a low-bit form"
         if any(m.user_visible for m in members):

@@ -6,6 +6,7 @@ nothing that is inserted here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,6 +35,12 @@ class Layout:
     groups: Groups
     nbytes: int
 
+    def seen_from(self, tensor: torch.Tensor) -> Layout:
+        """The same with symbolic sizes taken from the shape of ``tensor``: a traced function knows no others."""
+        known = {str(s): s for s in tensor.shape}
+        groups = replace(self.groups, shape=tuple(known.get(str(s), s) for s in self.groups.shape))
+        return replace(self, shape=tuple(known.get(str(s), s) for s in self.shape), groups=groups)
+
     @property
     def inverse(self) -> tuple[int, ...]:
         return tuple(self.order.index(i) for i in range(len(self.order)))
@@ -45,7 +52,10 @@ def layout_of(tensor: torch.Tensor, codec: str, group: int | None) -> Layout | N
     order = tuple(sorted(range(tensor.dim()), key=lambda i: (-size_hint(tensor.stride(i)), i)))
     shape = tuple(tensor.shape[i] for i in order)
     groups = Groups.of(shape, group or quantizer.group, quantizer.pieces)
-    return Layout(order, shape, groups, quantizer.payload_bytes(groups)) if groups is not None else None
+    if groups is None:
+        return None
+    count = math.prod(size_hint(s) for s in groups.shape)
+    return Layout(order, shape, groups, quantizer.payload_bytes(count, groups.group))
 
 
 def swap(cut: Cut, storages: Sequence[Storage], num_fwd_outputs: int) -> tuple[Cut, set[fx.Node]]:
@@ -65,7 +75,7 @@ def swap(cut: Cut, storages: Sequence[Storage], num_fwd_outputs: int) -> tuple[C
         layout = layout_of(value(x), storage.codec, storage.group)
         if layout is None:
             raise GraphUnsupported(f"{storage.node} can't be divided into groups at symbolic sizes")
-        noise = _noise(forward.graph, seed, layout.groups, noises, inserted) if storage.rounding == "stochastic" else None
+        noise = _noise(forward.graph, seed, x, layout, noises, inserted) if storage.rounding == "stochastic" else None
         codes = _encode(forward.graph, x, noise, layout, storage, inserted, traces)
         arrived = _receive(backward.graph, behind[storage.crossing[0]], codes)
         shown = [(behind[name], before[name]) for name in storage.crossing]
@@ -84,20 +94,27 @@ def _saved(code: fx.Node) -> Saved:
 
 
 def _noise(
-    graph: fx.Graph, seed: fx.Node | None, groups: Groups, noises: dict[Any, tuple[fx.Node, fx.Node]], inserted: set[fx.Node]
+    graph: fx.Graph,
+    seed: fx.Node | None,
+    x: fx.Node,
+    layout: Layout,
+    noises: dict[Any, tuple[fx.Node, fx.Node]],
+    inserted: set[fx.Node],
 ) -> tuple[fx.Node, fx.Node]:
     """The random numbers for rounding, shared by all tensors of a shape."""
     if seed is None:
         raise GraphUnsupported("the step's seed did not arrive in the forward graph")
-    rows, columns = groups.rows, groups.columns
-    if (str(rows), columns) not in noises:
-        last = graph.find_nodes(op="placeholder")[-1]
+    key = (str(layout.groups.rows), layout.groups.columns)
+    static = isinstance(layout.groups.rows, int)
 
-        def draw(seed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return rounding_noise(seed, rows, columns)
+    def draw(seed: torch.Tensor, *x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        groups = layout.seen_from(x[0]).groups if x else layout.groups
+        return rounding_noise(seed, groups.rows, groups.columns)
 
-        noises[str(rows), columns] = splice(graph, draw, [seed], after=last, like=seed, inserted=inserted)
-    return noises[str(rows), columns]
+    if key not in noises:
+        arguments = [seed] if static else [seed, x]
+        noises[key] = splice(graph, draw, arguments, after=seed if static else x, like=seed, inserted=inserted)
+    return noises[key]
 
 
 def _encode(
@@ -113,7 +130,8 @@ def _encode(
 
     def encode(x: torch.Tensor, *noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         numbers = (noise[0], noise[1]) if noise else None
-        return codec.encode(x.permute(layout.order), layout.groups, numbers, storage.stream, rotate=storage.rotate)
+        groups = layout.seen_from(x).groups
+        return codec.encode(x.permute(layout.order), groups, numbers, storage.stream, rotate=storage.rotate)
 
     key = ("encode", *_signature(x, storage))
     return splice(graph, encode, [x, *(noise or ())], after=x, like=x, inserted=inserted, traces=traces, key=key)
@@ -152,7 +170,8 @@ def _decode(
     codec, dtype = QUANTIZERS[storage.codec], value(x).dtype
 
     def decode(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        stored = codec.decode(codes, scale, layout.groups, layout.shape, dtype, rotate=storage.rotate)
+        seen = layout.seen_from(codes)
+        stored = codec.decode(codes, scale, seen.groups, seen.shape, dtype, rotate=storage.rotate)
         return stored.permute(layout.inverse)
 
     first = min(user for placeholder, _ in shown for user in placeholder.users)

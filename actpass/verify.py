@@ -60,7 +60,7 @@ def stored_as_planned(
     both = {s.root for s in swapped.saved} & (coded - left)
     if both:
         raise GraphUnsupported(f"{min(both)} still crosses, beside its codes")
-    planned = sum(s.stored_bytes for s in storages)
+    planned = sum(s.stored_bytes for s in storages) + sum(s.nbytes for s in cut.saved if s.root == cut.seed)
     if swapped.saved_bytes != planned:
         raise GraphUnsupported(f"{swapped.saved_bytes} bytes cross, not the {planned} that the plan says")
 

@@ -11,10 +11,13 @@ from actpass import BudgetError, OptionError
 from actpass.config import Treatment, matches, parse
 
 
-def test_options_default_to_exact_recomputation():
+def test_options_default_to_auto():
     config = parse(None)
-    assert config.treatment.method == "exact"
-    assert not config.needs_seed
+    assert (config.treatment.method, config.treatment.codec, config.treatment.projection) == ("auto", "auto", None)
+    assert config.needs_seed  # for stochastic rounding
+    assert not parse({"method": "exact"}).needs_seed
+    assert not parse({"method": "int8", "rounding": "nearest"}).needs_seed
+    assert parse({"rank": 0.25}).treatment.projection == "haar"
 
 
 def test_options_overrides_refine_by_path_and_the_last_match_wins():
@@ -54,7 +57,14 @@ def test_override_patterns_match_whole_path_segments(pattern: str, path: str, ex
         ({"rank": math.nan}, r"rank=nan is outside"),
         ({"rank": "half"}, r"rank='half' is not a number"),
         ({"rank": True}, r"rank=True is not a number"),
-        ({"scale": "biased"}, r"scale='biased' is not known. Allowed: 'unbiased', 'none'"),
+        ({"method": "int3"}, r"unknown method 'int3'. Did you mean .*Known: auto, exact, .*int4"),
+        ({"quantize": "int4"}, r"quantize='int4' goes with a projection.*Use method='int4'"),
+        ({"method": "haar", "quantize": "int5"}, r"unknown quantize 'int5'"),
+        ({"group": 4}, r"group=4 is not usable. Allowed: an int in \[8, 4096\]"),
+        ({"rounding": "up"}, r"unknown rounding 'up'. Known: stochastic, nearest"),
+        ({"rotate": 1}, r"rotate=1 is not usable"),
+        ({"smallest": -1}, r"smallest=-1 is not usable"),
+        ({"scale": "biased"}, r"unknown scale 'biased'. Did you mean 'unbiased'\? Known: unbiased, none"),
         ({"refresh_interval": 0}, r"refresh_interval=0 is not usable. Allowed: an int in \[1, "),
         ({"seed": -1}, r"seed=-1 is not usable"),
         ({"profitable_only": 1}, r"profitable_only=1 is not usable"),

@@ -35,7 +35,7 @@ def noise_of(groups: Groups, seed: int | None) -> tuple[torch.Tensor, torch.Tens
 def round_trip(name: str, x: torch.Tensor, seed: int | None, *, group: int | None = None, rotate: bool = False) -> torch.Tensor:
     codec, groups = QUANTIZERS[name], groups_of(name, tuple(x.shape), group)
     payload = codec.encode(x, groups, noise_of(groups, seed), 7, rotate=rotate)
-    assert sum(t.numel() * t.element_size() for t in payload) == codec.payload_bytes(groups)
+    assert sum(t.numel() * t.element_size() for t in payload) == codec.payload_bytes(math.prod(groups.shape), groups.group)
     return codec.decode(*payload, groups, x.shape, x.dtype, rotate=rotate)
 
 

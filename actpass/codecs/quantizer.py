@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from actpass._torch import size_hint
 from actpass.codecs.generator import uniforms
 from actpass.codecs.groups import Groups
 from actpass.codecs.hadamard import orthogonal
@@ -108,10 +107,9 @@ class Quantizer(ABC):
             values = torch.matmul(groups.grouped(values), _rotation(groups, values.device).t()).flatten(-2)
         return groups.restore(values, shape).to(dtype)
 
-    def payload_bytes(self, groups: Groups) -> int:
-        """Bytes of codes and scales; at the traced shape if sizes are symbolic."""
-        count = math.prod(size_hint(s) for s in groups.shape)
-        return count // self.pieces + 2 * (count // groups.group)
+    def payload_bytes(self, count: int, group: int) -> int:
+        """Bytes of the codes and scales of ``count`` elements (padding included) in groups of ``group``."""
+        return count // self.pieces + 2 * (count // group)
 
 
 def _bfloat16(x: torch.Tensor) -> torch.Tensor:
