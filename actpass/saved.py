@@ -21,6 +21,28 @@ aten = torch.ops.aten
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _REDUCTIONS = ("sum", "mean", "amax", "amin", "var", "var_mean", "std", "logsumexp", "linalg_vector_norm", "max", "min", "prod")
+_KEEPS_ZERO = {
+    aten.mul.Tensor,
+    aten.mul.Scalar,
+    aten.neg.default,
+    aten.abs.default,
+    aten.pow.Tensor_Scalar,
+    aten.clone.default,
+    aten.add.Scalar,
+}
+_UNBOUNDED = {
+    aten.reciprocal.default,
+    aten.rsqrt.default,
+    aten.sqrt.default,
+    aten.log.default,
+    aten.log2.default,
+    aten.log10.default,
+    aten.log1p.default,
+    aten.asin.default,
+    aten.acos.default,
+    aten.atanh.default,
+    aten.acosh.default,
+}
 _TORCH_NAMESPACES = ("aten", "prims")
 
 
@@ -93,6 +115,9 @@ class _Reading:
         foreign = sorted({u for m in members for u in _foreign_users(self.backward.get(m.name))})
         if foreign:
             return f"read by {foreign[0]}, which is not one of torch's own operators"
+        fragile = next((op for m in members if (op := _fragile_use(self.backward.get(m.name)))), None)
+        if fragile is not None:
+            return f"read by {fragile}, which has no bound near zero"
         if len(members) > 1 and any(not self._is_shown_by(node, self.forward[m.name]) for m in members):
             return "its views depend on sizes that only the forward knows"
         return None
@@ -168,3 +193,27 @@ def _foreign_users(tensor: fx.Node | None) -> set[str]:
     targets = [user.target for user, _ in consumers(tensor)] if tensor is not None else []
     overloads = [t for t in targets if isinstance(t, OpOverload)]
     return {str(t) for t in overloads if t.namespace not in _TORCH_NAMESPACES}
+
+
+def _fragile_use(tensor: fx.Node | None) -> str | None:
+    """An operator that divides by ``tensor``, or takes a root or a logarithm of it: where a small value is stored as zero, or
+    one at the edge of the domain as one beyond, the gradient would be infinite or NaN. Behind an addition of a tensor, a
+    reduction or a bounded function the zero is gone."""
+    todo = [tensor] if tensor is not None else []
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        for user in node.users:
+            divides = user.target is aten.div.Tensor and user.args[1] is node
+            inverts = user.target is aten.pow.Tensor_Scalar and not _is_whole(user.args[1])
+            if divides or inverts or user.target in _UNBOUNDED:
+                return str(user.target)
+            adds_number = user.target is aten.add.Tensor and not isinstance(user.args[1], fx.Node)
+            if (user.target in _KEEPS_ZERO or adds_number or is_view(user) or user.target in CASTS) and user not in seen:
+                seen.add(user)
+                todo.append(user)
+    return None
+
+
+def _is_whole(exponent: object) -> bool:
+    return isinstance(exponent, int | float) and exponent >= 0 and float(exponent).is_integer()

@@ -8,7 +8,6 @@ offset, from a counter-based generator.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
