@@ -172,7 +172,7 @@ def make_backend(settings: Settings) -> Backend:
     """The backend with the options that were given; actcomp's own defaults for the others."""
     options = {name: getattr(settings, name) for name in COMPRESSION if name != "override"}
     options |= {
-        "method": settings.method or "exact",
+        "method": settings.method,
         "overrides": dict(map(parse_override, settings.override)) or None,
         "seed": settings.seed,
     }
@@ -292,13 +292,14 @@ def comparison_rows(settings: Settings) -> list[Row]:
     uncompressed: dict[str, Any] = dict.fromkeys(COMPRESSION) | {"override": ()}
     settings = replace(settings, compare=False, out=Settings().out)
     plain = replace(settings, **uncompressed)
-    method = "haar" if settings.method in (None, "exact") else settings.method
+    method = "haar" if settings.method in (None, "auto", "exact") else settings.method
     rank = settings.rank or 0.25
     variants = {
         "eager": replace(plain, backend="eager"),
         BASELINE: replace(plain, backend="inductor"),
         "Inductor, full recompute": replace(plain, backend="inductor", inductor_budget=0.0),
         "actcomp exact": replace(plain, method="exact"),
+        "actcomp auto": replace(plain, method="auto"),
         f"actcomp {method} {rank}": replace(settings, method=method, rank=rank),
     }
     return [Row(label, to_arguments(row, Settings())) for label, row in variants.items()]

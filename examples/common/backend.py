@@ -14,7 +14,10 @@ from torch import nn
 from . import UsageError
 
 BACKENDS = ("eager", "inductor", "actcomp")
-METHODS = ("exact", "gaussian", "rademacher", "sparse", "haar", "srht")
+METHODS = (
+    *("auto", "exact", "int8", "int4", "int2", "fp8", "fp8_e5m2"),
+    *("gaussian", "rademacher", "sparse", "haar", "srht"),
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,7 +89,7 @@ def add_backend_options(group: Group) -> None:
         metavar="X",
         help="inductor: its activation_memory_budget, from 0 (recompute all) to 1",
     )
-    add("--method", choices=METHODS, help="actcomp: form of what is saved for backward (exact)")
+    add("--method", choices=METHODS, help="actcomp: form of what is saved for backward (auto)")
     add("--rank", type=rank, help="actcomp: of a projection, integer or fraction of the width")
     add("--scale", choices=("unbiased", "none"), help="actcomp: of a projection")
     add(
@@ -123,7 +123,7 @@ def add_output_options(group: Group) -> None:
     add(
         "--compare",
         action="store_true",
-        help="run eager, Inductor, Inductor with full recompute, actcomp exact, and actcomp with "
+        help="run eager, Inductor, Inductor with full recompute, actcomp exact and auto, and actcomp with "
         "--method and --rank (haar, 0.25), each from the same weights on the same batches",
     )
     add("--out", metavar="DIR", help="--compare: where its table and picture go")
