@@ -2,8 +2,8 @@
 
     python tools/check_exactness.py [--json FILE] [--models mlp llama-mini] [--ranks 0.25 1.0]
 
-For each model, dtype, method and rank: loss, forward outputs and the gradient of every input, against the step compiled
-with ``method="exact"`` (bit-equal) and against plain Inductor (bit-equal, or the largest relative difference).
+For each model, dtype, method and rank: loss, forward outputs and (of projections) the gradient of every input, against the step
+compiled with ``method="exact"`` (bit-equal) and against plain Inductor (bit-equal, or the largest relative difference).
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from torch import nn
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 METHODS = ("gaussian", "rademacher", "sparse", "haar", "srht")
+LOW_BIT = ("auto", "int8", "int4", "int2", "fp8", "fp8_e5m2")
+"""Here gradients may change; loss and outputs may not."""
 
 
 class MLP(nn.Module):
@@ -123,6 +125,10 @@ def rows(models: list[str], dtypes: list[str], methods: list[str], ranks: list[f
             inductor, exact = run(model, x), run_actcomp(model, x, method="exact")
             yield compare(name, dtype, "exact", 1.0, exact, exact, inductor)
             for method in methods:
+                if method in LOW_BIT:
+                    ours = run_actcomp(model, x, method=method, smallest=0)
+                    yield compare(name, dtype, method, 1.0, ours, exact, inductor)
+                    continue
                 for rank in ranks:
                     ours = run_actcomp(model, x, method=method, rank=rank, profitable_only=False)
                     yield compare(name, dtype, method, rank, ours, exact, inductor)
@@ -150,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=(*METHODS, *LOW_BIT), default=[*METHODS, *LOW_BIT])
     parser.add_argument("--ranks", nargs="+", type=float, default=[0.25])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
