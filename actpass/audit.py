@@ -74,7 +74,11 @@ def _cells(folded: str, members: Sequence[ParameterAudit]) -> tuple[str, ...]:
         f"{max(p.error for p in members):.2e}",
         f"{min(p.cosine for p in members):.4f}",
         f"{min(p.preconditioned_cosine for p in members):.4f}",
-        "-" if z is None else f"{z:.1f}{' BIASED' if z > 4 else ''}",
+        "NOT FINITE"
+        if any(math.isnan(p.error) for p in members)
+        else "-"
+        if z is None
+        else f"{z:.1f}{' BIASED' if z > 4 else ''}",
     )
 
 
@@ -100,7 +104,7 @@ def audit_model(
         for name, gradient in gradients(draw).items():
             sums[name].add(gradient, exact[name], direction(name, gradient), direction(name, exact[name]))
     found = [s.finish(name, exact[name]) for name, s in sums.items()]
-    found.sort(key=lambda p: (p.preconditioned_cosine, p.name))
+    found.sort(key=lambda p: (not math.isnan(p.error), p.preconditioned_cosine, p.name))  # what is broken comes first
     return Audit(tuple(found), "sign" if direction is _sign else "Adam", seeds)
 
 

@@ -3,19 +3,22 @@ with it, and what stands in the way of storing it in few bits."""
 
 from __future__ import annotations
 
+import math
 import operator
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from actpass._torch import OpOverload, size_hint
 from actpass.graph.cost import is_attention, is_matmul
 from actpass.graph.joint import CASTS, Joint, fold_indices, is_view, module_path, tensor_bytes, value
 from actpass.graph.uses import classify_uses, consumers
 from actpass.partition import Cut, Saved
-from actpass.plan import SavedTensor
+from actpass.plan import EXPONENTIAL, SavedTensor
 
 aten = torch.ops.aten
 
@@ -43,6 +46,17 @@ _UNBOUNDED = {
     aten.atanh.default,
     aten.acosh.default,
 }
+_STEPS = {
+    aten.eq.Tensor,
+    aten.ne.Tensor,
+    aten.floor.default,
+    aten.ceil.default,
+    aten.round.default,
+    aten.trunc.default,
+}
+_BOUNDED = {aten.exp.default, aten.sigmoid.default, aten.tanh.default}
+_HUGE = 1e8
+"""Numbers in a model's code beyond this are masks."""
 _TORCH_NAMESPACES = ("aten", "prims")
 
 
@@ -65,12 +79,23 @@ class _Reading:
         self.backward = {n.name: n for n in cut.backward.graph.find_nodes(op="placeholder")}
         self.learned = self._reach({n.name for n in joint.parameter_path})
         self.data = {n.name for n in joint.activations}
+        self.infinite = self._infinite()
         self.seen: dict[tuple[str, str], int] = {}
 
     def _reach(self, start: set[str]) -> set[str]:
         reached = set(start)
         for node in self.forward.values():
             if any(a.name in reached for a in node.all_input_nodes):
+                reached.add(node.name)
+        return reached
+
+    def _infinite(self) -> set[str]:
+        """Values that an infinite or huge number in the code may have reached: masks, whatever operator writes them."""
+        reached: set[str] = set()
+        for node in self.forward.values():
+            literal = any(_is_huge(a) for a in pytree.tree_leaves((node.args, dict(node.kwargs))))
+            tainted = literal or any(a.name in reached for a in node.all_input_nodes)
+            if tainted and node.target not in _BOUNDED and not is_attention(node) and not _is_reduction(node):
                 reached.add(node.name)
         return reached
 
@@ -86,12 +111,15 @@ class _Reading:
             crossing=names,
             root=root.name,
             nbytes=sum(m.nbytes for m in members),
-            kinds=tuple(sorted({u.kind for uses, _ in read for u in uses})),
+            kinds=tuple(sorted({*(u.kind for uses, _ in read for u in uses), *self._exponential(arrived)})),
             linear=bool(read) and all(linear for _, linear in read),
             paths=tuple(dict.fromkeys((module_path(root), *weights))),
             stream=self._stream(root),
             obstacle=self._obstacle(node, members),
         )
+
+    def _exponential(self, arrived: list[fx.Node]) -> list[str]:
+        return [EXPONENTIAL] if any(_reaches(n, _passes_to_exp, {aten.exp.default, aten.exp2.default}) for n in arrived) else []
 
     def _stream(self, root: fx.Node) -> int:
         made_by = (module_path(root), str(root.target))
@@ -108,7 +136,7 @@ class _Reading:
             return "depends on no parameter: a mask, a table or an input's statistics"
         if _is_statistic(node):
             return "a statistic of each row"
-        if self._may_be_masked(node):
+        if node.name in self.infinite or self._may_be_masked(node):
             return "may hold the -inf of a mask"
         if tensor_bytes(node) < self.smallest:
             return f"smaller than {self.smallest} bytes"
@@ -117,7 +145,7 @@ class _Reading:
             return f"read by {foreign[0]}, which is not one of torch's own operators"
         fragile = next((op for m in members if (op := _fragile_use(self.backward.get(m.name)))), None)
         if fragile is not None:
-            return f"read by {fragile}, which has no bound near zero"
+            return f"read by {fragile}, which a small error can throw far off"
         if len(members) > 1 and any(not self._is_shown_by(node, self.forward[m.name]) for m in members):
             return "its views depend on sizes that only the forward knows"
         return None
@@ -141,6 +169,8 @@ class _Reading:
             sources = [a for a in current.all_input_nodes if a.name in self.learned]
             added = [a for a in current.all_input_nodes if a.name not in self.learned]
             if current.target in (aten.add.Tensor, aten.sub.Tensor) and added and any(self._is_score(a) for a in sources):
+                return True
+            if current.target in (aten.addmm.default, aten.baddbmm.default) and current.args[0] in added:
                 return True
             if _is_pointwise(current) and current.target is not aten.exp.default:  # exp(-inf) is an ordinary zero
                 new = [a for a in sources if a not in seen]
@@ -196,17 +226,15 @@ def _foreign_users(tensor: fx.Node | None) -> set[str]:
 
 
 def _fragile_use(tensor: fx.Node | None) -> str | None:
-    """An operator that divides by ``tensor``, or takes a root or a logarithm of it: where a small value is stored as zero, or
-    one at the edge of the domain as one beyond, the gradient would be infinite or NaN. Behind an addition of a tensor, a
-    reduction or a bounded function the zero is gone."""
+    """An operator that a small error in ``tensor`` can throw far off: what divides by it, takes a root or a logarithm of it
+    (behind an addition of a tensor, a reduction or a bounded function a zero is gone), compares it for equality with the
+    exact maximum, makes an index of it, or factors it as a matrix."""
     todo = [tensor] if tensor is not None else []
     seen = set(todo)
     while todo:
         node = todo.pop()
         for user in node.users:
-            divides = user.target is aten.div.Tensor and user.args[1] is node
-            inverts = user.target is aten.pow.Tensor_Scalar and not _is_whole(user.args[1])
-            if divides or inverts or user.target in _UNBOUNDED:
+            if _is_fragile(user, node):
                 return str(user.target)
             adds_number = user.target is aten.add.Tensor and not isinstance(user.args[1], fx.Node)
             if (user.target in _KEEPS_ZERO or adds_number or is_view(user) or user.target in CASTS) and user not in seen:
@@ -215,5 +243,36 @@ def _fragile_use(tensor: fx.Node | None) -> str | None:
     return None
 
 
+def _is_fragile(user: fx.Node, node: fx.Node) -> bool:
+    target = user.target
+    if target in _UNBOUNDED or target in _STEPS or getattr(target, "_opname", "").startswith(("linalg_", "_linalg")):
+        return True
+    if target is aten.div.Tensor:
+        return user.args[1] is node
+    if target is aten.pow.Tensor_Scalar:
+        return not _is_whole(user.args[1])
+    return target in CASTS and not value(user).dtype.is_floating_point and value(user).dtype is not torch.bool
+
+
 def _is_whole(exponent: object) -> bool:
     return isinstance(exponent, int | float) and exponent >= 0 and float(exponent).is_integer()
+
+
+def _passes_to_exp(user: fx.Node) -> bool:
+    return user.target in (_KEEPS_ZERO | CASTS | {aten.sub.Tensor, aten.add.Tensor, aten.div.Tensor}) or is_view(user)
+
+
+def _reaches(node: fx.Node, passes: Callable[[fx.Node], bool], targets: set[Any]) -> bool:
+    todo, seen = [node], {node}
+    while todo:
+        for user in todo.pop().users:
+            if user.target in targets:
+                return True
+            if passes(user) and user not in seen:
+                seen.add(user)
+                todo.append(user)
+    return False
+
+
+def _is_huge(argument: object) -> bool:
+    return isinstance(argument, float) and (math.isinf(argument) or abs(argument) >= _HUGE)

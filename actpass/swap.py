@@ -69,13 +69,17 @@ def swap(cut: Cut, storages: Sequence[Storage], num_fwd_outputs: int) -> tuple[C
     payloads: dict[str, tuple[fx.Node, ...]] = {}
     traces: dict[Any, fx.GraphModule] = {}
     noises: dict[Any, tuple[fx.Node, fx.Node]] = {}
+    ordinals: dict[int, int] = {}
     seed = before.get(cut.seed or "")
     for storage in storages:
         x = before[storage.node]
         layout = layout_of(value(x), storage.codec, storage.group)
         if layout is None:
             raise GraphUnsupported(f"{storage.node} can't be divided into groups at symbolic sizes")
-        noise = _noise(forward.graph, seed, x, layout, noises, inserted) if storage.rounding == "stochastic" else None
+        ordinal = ordinals[storage.stream] = ordinals.get(storage.stream, -1) + 1
+        noise = None
+        if storage.rounding == "stochastic":
+            noise = _noise(forward.graph, seed, x, layout, ordinal, noises, inserted)
         codes = _encode(forward.graph, x, noise, layout, storage, inserted, traces)
         arrived = _receive(backward.graph, behind[storage.crossing[0]], codes)
         shown = [(behind[name], before[name]) for name in storage.crossing]
@@ -98,18 +102,20 @@ def _noise(
     seed: fx.Node | None,
     x: fx.Node,
     layout: Layout,
+    ordinal: int,
     noises: dict[Any, tuple[fx.Node, fx.Node]],
     inserted: set[fx.Node],
 ) -> tuple[fx.Node, fx.Node]:
-    """The random numbers for rounding, shared by all tensors of a shape."""
+    """The random numbers for rounding, shared by the tensors of a shape in a layer. ordinal: of the layer among those that
+    repeat; another one has other numbers, in a buffer of its own, so that its kernels are the same code."""
     if seed is None:
         raise GraphUnsupported("the step's seed did not arrive in the forward graph")
-    key = (str(layout.groups.rows), layout.groups.columns)
+    key = (str(layout.groups.rows), layout.groups.columns, ordinal)
     static = isinstance(layout.groups.rows, int)
 
     def draw(seed: torch.Tensor, *x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         groups = layout.seen_from(x[0]).groups if x else layout.groups
-        return rounding_noise(seed, groups.rows, groups.columns)
+        return rounding_noise(seed, groups.rows, groups.columns, ordinal)
 
     if key not in noises:
         arguments = [seed] if static else [seed, x]

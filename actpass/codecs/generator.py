@@ -92,13 +92,14 @@ def permutation(key: torch.Tensor, stream: int, count: int) -> torch.Tensor:
     return torch.sort((bits32(key, stream, count) << 21) | index).values & ((1 << 21) - 1)
 
 
-def rounding_noise(key: torch.Tensor, rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+def rounding_noise(key: torch.Tensor, rows: int, width: int, ordinal: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Random numbers for rounding a (rows, width) tensor: int64 (rows,) and (width,), below 2^31. See `uniforms`.
+    ordinal: which of many such sets.
 
     Each is a sum of eight 28-bit hashes: a sum over eight, because Inductor writes it to memory and then reads it, where
     it would compute a hash again at every element.
     """
-    total = (bits32(key, _NOISE, 8 * (rows + width)) >> 4).view(8, rows + width).sum(0)
+    total = (bits32(key, _NOISE + ordinal, 8 * (rows + width)) >> 4).view(8, rows + width).sum(0)
     return total[:rows], total[rows:]
 
 

@@ -104,6 +104,8 @@ class Quantizer(ABC):
         values = groups.join(self.unpack(payload)) * groups.spread(scale.to(torch.float32))
         if rotate:
             values = torch.matmul(groups.grouped(values), _rotation(groups, values.device).t()).flatten(-2)
+        if dtype == torch.float16:  # a code may lie 1 % beyond the largest value, and float16 ends at 65504
+            values = torch.where(values.isfinite(), values.clamp(-65504.0, 65504.0), values)
         return groups.restore(values, shape).to(dtype)
 
     def payload_bytes(self, count: int, group: int) -> int:

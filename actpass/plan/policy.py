@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Literal, Protocol
 
-from actpass.plan.types import KEEP, Candidate, Decision, Plan, SavedTensor, Storage
+from actpass.plan.types import EXPONENTIAL, KEEP, Candidate, Decision, Plan, SavedTensor, Storage
 
 KEPT = "kept exact, as asked"
 AUTO = "auto"
@@ -13,8 +13,8 @@ Precision = Literal["exact", "int8", "auto"]
 PRECISIONS: tuple[Precision, ...] = ("exact", "int8", "auto")
 """How much ``method="auto"`` may give up: nothing, 8 bits for everything, or what `AUTO_CODECS` says."""
 
-AUTO_CODECS = {"contraction": "int4", "linear": "int4", "nonlinear": "int4"}
-"""The fewest bits that showed no effect on the loss, by the most delicate use of a tensor."""
+AUTO_CODECS: dict[str, str | None] = {"contraction": "int4", "linear": "int4", "nonlinear": "int4", EXPONENTIAL: None}
+"""The fewest bits that showed no effect on the loss, by the use of a tensor; None: as it is. The most delicate use counts."""
 
 
 class Wish(Protocol):
@@ -109,6 +109,8 @@ def _store(
     codec = _auto_codec(t, precision) if wish.codec == AUTO else wish.codec
     if t.obstacle is not None:
         return keep(t.obstacle)
+    if codec is None and EXPONENTIAL in t.kinds and wish.codec == AUTO:
+        return keep("exponentiated in the backward: its error would become a factor")
     if codec is None:
         return keep("exact, and within the budget" if wish.codec == AUTO else KEPT)
     size = stored_bytes(t, codec, wish.group)
@@ -133,8 +135,7 @@ def _store(
 
 
 def _auto_codec(t: SavedTensor, precision: Precision) -> str | None:
-    if precision == "exact":
+    codecs = {AUTO_CODECS[k] for k in t.kinds}
+    if precision == "exact" or None in codecs:
         return None
-    if precision == "int8":
-        return "int8"
-    return "int8" if any(AUTO_CODECS[k] == "int8" for k in t.kinds) else "int4"
+    return "int8" if precision == "int8" or "int8" in codecs else "int4"

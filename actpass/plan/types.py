@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 SCHEMA_VERSION = 2
 KEEP = "keep"
+EXPONENTIAL = "exponential"
+"""The kind of a tensor that the backward exponentiates (logits): its absolute error becomes a factor."""
 
 ProjectIn = Literal["forward", "backward"]
 
