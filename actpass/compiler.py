@@ -154,8 +154,8 @@ def _swap(joint: Joint, cut: Cut, storages: tuple[Storage, ...]) -> Cut:
 def _exact_cut(
     joint: Joint, joint_inputs: Sequence[object], config: Config, kwargs: Mapping[str, Any], default: Cut, finding: Finding
 ) -> tuple[Setting, Precision, Cut]:
-    """Where to cut, and how much precision ``auto`` may give up: the first that meets the budget of exact storage, 8 bits, the
-    fewest bits, and then of what upstream's knapsack re-runs with the fewest bits.
+    """Where to cut, and how much precision ``auto`` may give up: the first of `PRECISIONS` that meets the budget on the cut that
+    re-runs nothing dear, and then the fewest bits with the least that upstream's knapsack re-runs.
 
     Bytes are counted as they will be stored.
     """
@@ -183,9 +183,10 @@ def _exact_cut(
         level = (low + high) // 2
         setting = Setting(rebuild=True, activation_memory_budget=BUDGETS[level])
         less = cut(joint, joint_inputs, kwargs, setting)
-        least = min(least, stored(less, "auto"))
-        if stored(less, "auto") <= budget * default.saved_bytes:
-            found, low = (setting, "auto", less), level + 1
+        size = stored(less, PRECISIONS[-1])
+        least = min(least, size)
+        if size <= budget * default.saved_bytes:
+            found, low = (setting, PRECISIONS[-1], less), level + 1
         else:
             high = level - 1
     if found is not None:

@@ -63,7 +63,7 @@ def test_forward_is_bit_equal_and_fewer_bytes_cross(method: str):
     exact_bytes = actpass.report(model).saved_bytes
     loss, _ = run(model, inputs, method=method)
     assert torch.equal(loss, want_loss)
-    bits = {"int8": 8.5, "fp8": 8.5, "fp8_e5m2": 8.5, "int4": 4.5, "auto": 4.5, "int2": 2.5}[method]
+    bits = {"int8": 8.5, "fp8": 8.5, "fp8_e5m2": 8.5, "int4": 4.5, "auto": 8.5, "int2": 2.5}[method]
     assert actpass.report(model).saved_bytes < exact_bytes * (bits / 32 + 0.05)  # and statistics
 
 
@@ -240,6 +240,82 @@ def test_what_is_divided_by_is_left_alone(function: Any, method: str):
     assert torch.isfinite(model.weight.grad).all()
 
 
+class Scatter(nn.Module):
+    """A top-k gate: -inf is written by scatter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.g = nn.Linear(32, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = self.g(x)
+        top, index = scores.topk(2, -1)
+        return (torch.full_like(scores, -math.inf).scatter_(-1, index, top).softmax(-1) * torch.linspace(-1, 1, 64)).sum()
+
+
+class Padded(Scatter):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = F.pad(self.g(x) @ self.g(x).transpose(0, 1), (0, 8), value=-math.inf)
+        return (scores.softmax(-1) * torch.linspace(-1, 1, scores.shape[-1])).sum()
+
+
+class MaxPooled(Scatter):
+    """The backward of amax compares its exact input with the maximum."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (F.gelu(self.g(x)).amax(0) * torch.linspace(-1, 1, 64)).sum()
+
+
+class Biased(Scatter):
+    """One huge entry of a mask inside a matmul's addend would take the precision of its group."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mask = (torch.arange(64) % 16 == 0).float() * -1e8
+        return torch.addmm(mask.expand(x.shape[0], 64), x, self.g.weight.T).log_softmax(-1)[:, 3].sum()
+
+
+@pytest.mark.parametrize("build", [Scatter, Padded, MaxPooled, Biased])
+@pytest.mark.parametrize("budget", [None, 1.0])
+def test_what_a_small_error_would_throw_far_off_is_left_alone(build: Any, budget: float | None):
+    torch.manual_seed(0)
+    model, x = build(), {"x": torch.randn(48, 32)}
+    more = {} if budget is None else {"memory_budget": budget}
+    _, want = run(model, x, method="exact", **more)
+    _, grads = run(model, x, method="int8", **more)
+    assert_close(grads, want, 0.05)
+
+
+def test_auto_keeps_what_the_backward_exponentiates():
+    model, inputs = models.llama()
+    run(model, inputs)
+    assert any("exponentiated" in reason for reason in kept(model))
+    run(model, inputs, method="int4")
+    assert not any("exponentiated" in reason for reason in kept(model))
+
+
+def test_repeated_layers_round_by_different_numbers():
+    """Their product is unbiased only if their errors are independent."""
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.Linear(16, 32) for _ in range(3))
+    for layer in layers:
+        with torch.no_grad():
+            layer.weight.mul_(0.3)
+            layer.bias.fill_(0.6)
+
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (self.layers[0](x) * self.layers[1](x) * self.layers[2](x) * torch.linspace(0.5, 1, 32)).sum()
+
+    model = Product()
+    options = {**SMALL, "method": "int2"}
+    found = actpass.audit(model, torch.randn(64, 16), options=options, seeds=48)
+    assert all(p.bias_z is not None and p.bias_z < 4 for p in found.parameters), str(found)
+
+
 # ---------------------------------------------------------------------------------------------------------------- graphs
 
 
@@ -339,17 +415,17 @@ def test_projection_and_low_bits_together():
 def test_memory_budget_chooses_the_least_that_fits():
     model, inputs = models.transformer()
     used, ratio = [], []
-    for budget in (1.0, 0.75, 0.3, 0.13):
+    for budget in (1.0, 0.75, 0.3, 0.25):
         run(model, inputs, memory_budget=budget)
         report = actpass.report(model)
         assert report.saved_bytes <= budget * report.totals.saved_bytes_default
         used.append({s["codec"] for s in storages(model)})
         ratio.append(report.saved_bytes / report.totals.saved_bytes_default)
-    assert used == [{"keep"}, {"keep"}, {"keep", "int8"}, {"keep", "int4"}]
+    assert used == [{"keep"}, {"keep"}, {"keep", "int8"}, {"keep", "int8", "int4"}]
     assert ratio == sorted(ratio, reverse=True)
-    run(model, inputs, memory_budget=0.08)  # below: something is run again, and the rest is in few bits
+    run(model, inputs, memory_budget=0.2)  # below: something is run again, and the rest is in 4 bits
     report = actpass.report(model)
-    assert report.saved_bytes <= 0.08 * report.totals.saved_bytes_default
+    assert report.saved_bytes <= 0.2 * report.totals.saved_bytes_default
     assert report.totals.extra_matmuls + report.totals.extra_attention > 0
 
 

@@ -9,12 +9,13 @@ from actpass.plan.types import EXPONENTIAL, KEEP, Candidate, Decision, Plan, Sav
 
 KEPT = "kept exact, as asked"
 AUTO = "auto"
-Precision = Literal["exact", "int8", "auto"]
-PRECISIONS: tuple[Precision, ...] = ("exact", "int8", "auto")
-"""How much ``method="auto"`` may give up: nothing, 8 bits for everything, or what `AUTO_CODECS` says."""
+Precision = Literal["exact", "int8", "auto", "int4"]
+PRECISIONS: tuple[Precision, ...] = ("exact", "int8", "auto", "int4")
+"""How much ``method="auto"`` may give up, most exact first: nothing, 8 bits for everything, what `AUTO_CODECS` says (without a
+budget), 4 bits for everything (only a budget that asks for it)."""
 
-AUTO_CODECS: dict[str, str | None] = {"contraction": "int4", "linear": "int4", "nonlinear": "int4", EXPONENTIAL: None}
-"""The fewest bits that showed no effect on the loss, by the use of a tensor; None: as it is. The most delicate use counts."""
+AUTO_CODECS: dict[str, str | None] = {"contraction": "int4", "linear": "int4", "nonlinear": "int8", EXPONENTIAL: None}
+"""The form by the use of a tensor; None: as it is. The most delicate use counts."""
 
 
 class Wish(Protocol):
@@ -138,4 +139,6 @@ def _auto_codec(t: SavedTensor, precision: Precision) -> str | None:
     codecs = {AUTO_CODECS[k] for k in t.kinds}
     if precision == "exact" or None in codecs:
         return None
-    return "int8" if precision == "int8" or "int8" in codecs else "int4"
+    if precision != "auto":
+        return precision
+    return "int8" if "int8" in codecs else "int4"
