@@ -214,11 +214,11 @@ class _Step:
         config = replace(config, inductor=(*config.inductor, ("fallback_random", True)))  # seeds mean nothing to an interpreter
         seed = config.seed
 
-        def backend(gm: fx.GraphModule, example_inputs: list[Any], **_: Any) -> Any:
+        def backend(gm: fx.GraphModule, example_inputs: list[Any], **more: Any) -> Any:
             device = device_of(example_inputs)
             plain = GraphInputs.of(gm, example_inputs)
             with functorch_config.patch(enable_autograd_cache=False):
-                _, fn = run_passes(gm, example_inputs, config, plain, device, "", compile_fx, inner_compile=interpret)
+                fn = run_passes(gm, example_inputs, config, plain, device, "", compile_fx, inner_compile=interpret)[1]
             return (lambda *args: fn(*args, round_keys(seed, device))) if config.needs_seed else fn
 
         forward = dynamo.optimize(backend)(self.model.forward)

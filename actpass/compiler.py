@@ -154,8 +154,8 @@ def _swap(joint: Joint, cut: Cut, storages: tuple[Storage, ...]) -> Cut:
 def _exact_cut(
     joint: Joint, joint_inputs: Sequence[object], config: Config, kwargs: Mapping[str, Any], default: Cut, finding: Finding
 ) -> tuple[Setting, Precision, Cut]:
-    """Where to cut, and how much precision ``auto`` may give up: the first of `PRECISIONS` that meets the budget on the cut that
-    re-runs nothing dear, and then the fewest bits with the least that upstream's knapsack re-runs.
+    """Where to cut, and how much precision ``auto`` may give up: the first of `PRECISIONS` that meets the budget on the cut
+    that re-runs no matmul, and then the fewest bits with the least that upstream's knapsack re-runs.
 
     Bytes are counted as they will be stored.
     """
@@ -183,10 +183,11 @@ def _exact_cut(
         level = (low + high) // 2
         setting = Setting(rebuild=True, activation_memory_budget=BUDGETS[level])
         less = cut(joint, joint_inputs, kwargs, setting)
-        size = stored(less, PRECISIONS[-1])
+        size = stored(less, "int4")
         least = min(least, size)
         if size <= budget * default.saved_bytes:
-            found, low = (setting, PRECISIONS[-1], less), level + 1
+            found = (setting, "int4", less)
+            low = level + 1
         else:
             high = level - 1
     if found is not None:

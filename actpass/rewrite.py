@@ -152,7 +152,8 @@ def _insert(
         with graph.inserting_after(position):
             position = graph.node_copy(node, lambda n: environment[n])
         args, kwargs = fx.map_arg((position.args, position.kwargs), lambda n: n.meta["val"])
-        position.meta = {**provenance, "val": position.target(*args, **kwargs)}
+        target: Any = position.target
+        position.meta = {**provenance, "val": target(*args, **kwargs)}
         environment[node] = position
         inserted.add(position)
     raise AssertionError("a traced graph ends in an output")

@@ -201,7 +201,7 @@ def _is_statistic(node: fx.Node) -> bool:
     """Whether ``node`` holds one number for each row of something larger: a reduction, or pointwise operators behind one; any
     output of fused attention but the first."""
     val = value(node)
-    if val.dim() and size_hint(val.shape[-1]) == 1:
+    if val.dim() > 0 and size_hint(val.shape[-1]) == 1:
         return True
     while _is_pointwise(node):
         inputs = [a for a in node.all_input_nodes if tensor_bytes(a) and value(a).numel() == val.numel()]
@@ -210,7 +210,7 @@ def _is_statistic(node: fx.Node) -> bool:
         node = inputs[0]
     if node.target is operator.getitem:
         source = node.all_input_nodes[0]
-        return (is_attention(source) and node.args[1] != 0) or _is_reduction(source)
+        return _is_reduction(source) or (is_attention(source) and bool(node.args[1] != 0))
     return _is_reduction(node)
 
 
@@ -251,7 +251,10 @@ def _is_fragile(user: fx.Node, node: fx.Node) -> bool:
         return user.args[1] is node
     if target is aten.pow.Tensor_Scalar:
         return not _is_whole(user.args[1])
-    return target in CASTS and not value(user).dtype.is_floating_point and value(user).dtype is not torch.bool
+    if target not in CASTS:
+        return False
+    dtype = value(user).dtype
+    return dtype is not torch.bool and not dtype.is_floating_point
 
 
 def _is_whole(exponent: object) -> bool:

@@ -16,14 +16,19 @@ _EXPONENT_BITS = 0x7F800000
 
 @dataclass(frozen=True)
 class Float8(Quantizer):
-    """``dtype``: `torch.float8_e4m3fn` or `torch.float8_e5m2`. Each group is scaled so that its largest magnitude is the
-    format's. Stochastic rounding to a neighbour in the format, subnormal numbers included: variance ulp^2 f (1 - f).
+    """label: its name. ``dtype``: `torch.float8_e4m3fn` or `torch.float8_e5m2`. Each group is scaled so that its largest
+    magnitude is the format's. Stochastic rounding to a neighbour in the format, subnormal numbers included: variance ulp^2
+    f (1 - f).
     """
 
-    name: str
+    label: str
     dtype: torch.dtype
     group: int
     bits: int = 8
+
+    @property
+    def name(self) -> str:
+        return self.label
 
     @property
     def largest(self) -> float:

@@ -38,9 +38,12 @@ class Quantizer(ABC):
     that is used where none is asked for.
     """
 
-    name: str
     bits: int
     group: int
+
+    @property
+    @abstractmethod
+    def name(self) -> str: ...
 
     @property
     def pieces(self) -> int:
