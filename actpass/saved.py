@@ -6,8 +6,7 @@ from __future__ import annotations
 import math
 import operator
 import zlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import fx
@@ -119,7 +118,7 @@ class _Reading:
         )
 
     def _exponential(self, arrived: list[fx.Node]) -> list[str]:
-        return [EXPONENTIAL] if any(_reaches(n, _passes_to_exp, {aten.exp.default, aten.exp2.default}) for n in arrived) else []
+        return [EXPONENTIAL] if any(_is_exponentiated(n) for n in arrived) else []
 
     def _stream(self, root: fx.Node) -> int:
         made_by = (module_path(root), str(root.target))
@@ -236,8 +235,7 @@ def _fragile_use(tensor: fx.Node | None) -> str | None:
         for user in node.users:
             if _is_fragile(user, node):
                 return str(user.target)
-            adds_number = user.target is aten.add.Tensor and not isinstance(user.args[1], fx.Node)
-            if (user.target in _KEEPS_ZERO or adds_number or is_view(user) or user.target in CASTS) and user not in seen:
+            if (user.target in _KEEPS_ZERO or _adds_number(user) or is_view(user) or user.target in CASTS) and user not in seen:
                 seen.add(user)
                 todo.append(user)
     return None
@@ -261,20 +259,22 @@ def _is_whole(exponent: object) -> bool:
     return isinstance(exponent, int | float) and exponent >= 0 and float(exponent).is_integer()
 
 
-def _passes_to_exp(user: fx.Node) -> bool:
-    return user.target in (_KEEPS_ZERO | CASTS | {aten.sub.Tensor, aten.add.Tensor, aten.div.Tensor}) or is_view(user)
-
-
-def _reaches(node: fx.Node, passes: Callable[[fx.Node], bool], targets: set[Any]) -> bool:
-    todo, seen = [node], {node}
+def _is_exponentiated(tensor: fx.Node) -> bool:
+    """Whether the backward takes exp of ``tensor``; but for a sigmoid's, which adds one to it and is bounded."""
+    todo, seen = [tensor], {tensor}
     while todo:
         for user in todo.pop().users:
-            if user.target in targets:
+            if user.target in (aten.exp.default, aten.exp2.default) and not all(_adds_number(u) for u in user.users):
                 return True
-            if passes(user) and user not in seen:
+            passes = user.target in (_KEEPS_ZERO | CASTS | {aten.sub.Tensor, aten.add.Tensor, aten.div.Tensor}) or is_view(user)
+            if passes and user not in seen:
                 seen.add(user)
                 todo.append(user)
     return False
+
+
+def _adds_number(node: fx.Node) -> bool:
+    return node.target is aten.add.Tensor and not isinstance(node.args[1], fx.Node)
 
 
 def _is_huge(argument: object) -> bool:

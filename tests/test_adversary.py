@@ -136,7 +136,7 @@ def test_part_of_a_storage_is_not_freed_while_another_part_is_read(overrides: di
     step(function, model, inputs)
     report = actpass.report(model)
     assert report.active
-    assert report.saved_bytes <= report.totals.saved_bytes_default + 8  # the seed
+    assert report.saved_bytes <= report.totals.saved_bytes_default + 40  # the seed
     assert sum(s.bytes_after for r in report.regions for s in r.sites) == report.saved_bytes
     alive = measure(lambda: function(**inputs))
     assert alive.kept_bytes - 4 == report.saved_bytes  # the loss
