@@ -227,20 +227,22 @@ def test_what_a_custom_operator_saves_is_left_alone():
 
 @pytest.mark.parametrize(
     "function",
-    [lambda y: y.exp().sqrt(), lambda y: 1 / (y * y + 1e-4).sqrt(), lambda y: (y * y + 1e-4).log(), lambda y: y.abs() ** 0.5],
+    [lambda y: 1 / (y * y + 1e-4).sqrt(), lambda y: (y * y + 1e-4).log(), lambda y: y.abs() ** 0.5],
 )
 @pytest.mark.parametrize("method", ["int8", "int2"])
 def test_what_is_divided_by_is_left_alone(function: Any, method: str):
     """A small value that is stored as zero would make an infinite gradient."""
     torch.manual_seed(0)
-    model = nn.Linear(24, 64)
-    options = {**SMALL, "method": method}
-    compiled = torch.compile(
-        lambda x: (function(model(x) * 3) * torch.linspace(-1, 1, 64)).sum(), backend=eager_actcomp(options)
-    )
-    compiled(torch.randn(64, 24)).backward()
-    assert model.weight.grad is not None
-    assert torch.isfinite(model.weight.grad).all()
+    model, x = nn.Linear(24, 64), torch.randn(64, 24)
+
+    def gradient(**options: Any) -> torch.Tensor:
+        model.zero_grad()
+        weights = torch.linspace(-1, 1, 64)
+        torch.compile(lambda x: (function(model(x) * 3) * weights).sum(), backend=eager_actcomp(options))(x).backward()
+        assert model.weight.grad is not None
+        return model.weight.grad.clone()
+
+    assert torch.equal(gradient(method=method, **SMALL), gradient(method="exact"))
 
 
 class Scatter(nn.Module):
