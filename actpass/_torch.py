@@ -24,6 +24,7 @@ from torch._guards import (
     CompileContext,  # which frame is being compiled: a recompilation supersedes
     detect_fake_mode,  # the fake mode in which the joint graph's values live
 )
+from torch._higher_order_ops import invoke_subgraph  # a function that Inductor compiles once and the graph calls often
 from torch._inductor import list_mode_options  # mode="reduce-overhead" -> Inductor options
 from torch._inductor.codecache import cache_dir as inductor_cache_dir  # records live beside Inductor's own cache
 from torch._inductor.compile_fx import compile_fx  # Inductor
@@ -49,6 +50,7 @@ __all__ = [
     "get_default_op_list",
     "inductor_cache_dir",
     "inductor_config",
+    "invoke_subgraph",
     "list_mode_options",
     "min_cut_rematerialization_partition",
     "plain_input_index",

@@ -31,7 +31,7 @@ class Treatment:
     method: one of `METHODS`. rank: an int R in [1, N], or a float in (0, 1], a fraction of the width N (at least 1
     direction). scale: ``unbiased`` (E[P P^T] = I) or ``none`` (E[P^T P] = I, for an optimizer that runs in the subspace).
     quantize: with a projection, the low-bit form of all that is stored, its payloads with it. group: elements that share a
-    scale (None: the form's own choice). rounding, rotate: of low-bit forms.
+    scale (None: the form's own choice). rounding, rotate: of low-bit forms. named: whether an override asks for it by module.
     """
 
     method: str = AUTO
@@ -41,6 +41,7 @@ class Treatment:
     group: int | None = None
     rounding: Rounding = "stochastic"
     rotate: bool = False
+    named: bool = False
 
     @property
     def projection(self) -> str | None:
@@ -198,11 +199,11 @@ def _overrides(value: Any, base: Treatment) -> tuple[tuple[str, Treatment], ...]
 def _override(pattern: Any, value: Any, base: Treatment) -> Treatment:
     where = f" in overrides[{pattern!r}]"
     if value == KEEP:
-        return replace(base, method="exact")
+        return replace(base, method="exact", named=True)
     if isinstance(value, str):
-        return _treatment({"method": value}, base, where)
+        return replace(_treatment({"method": value}, base, where), named=True)
     if isinstance(value, Mapping):
-        return _treatment(value, base, where)
+        return replace(_treatment(value, base, where), named=True)
     raise OptionError(f"{value!r}{where} is not usable. Allowed: 'keep', a method name, or a dict with method and rank.")
 
 

@@ -6,6 +6,7 @@ decompositions and copies the nodes in, so every inserted node carries a real fa
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from actpass._torch import detect_fake_mode, select_decomp_table
+from actpass._torch import FakeTensorMode, detect_fake_mode, invoke_subgraph, select_decomp_table
 from actpass.codecs import PROJECTIONS, contract, encode
 from actpass.errors import GraphUnsupported
 from actpass.graph import Contraction, Joint
@@ -124,15 +125,71 @@ def splice(
     traced once; the key says all that the traced graph depends on.
     """
     tensors = [a for a in arguments if isinstance(a, fx.Node)]
+    mode = _mode(tensors)
+    with mode, torch.no_grad():
+        traced = _trace(function, arguments, {} if traces is None else traces, key)
+        return _insert(graph, traced, arguments, max((after, *tensors)), like, inserted)
+
+
+def call(
+    module: fx.GraphModule,
+    function: Callable[..., Any],
+    arguments: Sequence[fx.Node],
+    *,
+    after: fx.Node,
+    like: fx.Node,
+    inserted: set[fx.Node],
+    traces: dict[Any, fx.GraphModule],
+    key: Hashable,
+) -> tuple[fx.Node, ...]:
+    """As `splice`, for a ``function`` that returns a tuple, but it stays a graph of its own that is called: Inductor makes
+    its code once for all calls of a ``key``, and fuses it with nothing around it."""
+    position = max((after, *arguments))
+    provenance = _provenance(like)
+    with _mode(arguments), torch.no_grad():
+        traced = _trace(function, arguments, traces, key)
+        (returned,) = traced.graph.find_nodes(op="output")
+        values = [_fresh(value(n)) for n in returned.args[0]]
+    name = f"actpass_{list(traces).index(key)}"
+    module.add_submodule(name, traced)
+    made: list[fx.Node] = []
+
+    def insert(op: str, target: Any, args: tuple[Any, ...], val: Any) -> fx.Node:
+        with module.graph.inserting_after(made[-1] if made else position):
+            node = module.graph.create_node(op, target, args)
+        node.meta = {**provenance, "val": val} if val is not None else dict(provenance)
+        made.append(node)
+        return node
+
+    graph = insert("get_attr", name, (), None)
+    whole = insert("call_function", invoke_subgraph, (graph, name, *arguments), tuple(values))
+    results = tuple(insert("call_function", operator.getitem, (whole, i), v) for i, v in enumerate(values))
+    inserted.update(made)
+    return results
+
+
+def _fresh(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+
+
+def _mode(tensors: Sequence[fx.Node]) -> FakeTensorMode:
     mode = detect_fake_mode([value(a) for a in tensors])
     if mode is None:
         raise GraphUnsupported("the joint graph carries no fake values")
-    traces = {} if traces is None else traces
-    with mode, torch.no_grad():
-        if key not in traces:
-            values = [value(a) if isinstance(a, fx.Node) else a for a in arguments]
-            traces[key] = make_fx(function, decomposition_table=select_decomp_table())(*values)
-        return _insert(graph, traces[key], arguments, max((after, *tensors)), like, inserted)
+    return mode
+
+
+def _trace(
+    function: Callable[..., Any], arguments: Sequence[Any], traces: dict[Any, fx.GraphModule], key: Hashable
+) -> fx.GraphModule:
+    if key not in traces:
+        values = [value(a) if isinstance(a, fx.Node) else a for a in arguments]
+        traces[key] = make_fx(function, decomposition_table=select_decomp_table())(*values)
+    return traces[key]
+
+
+def _provenance(like: fx.Node) -> dict[str, Any]:
+    return {k: v for k, v in like.meta.items() if k not in ("val", "tensor_meta", "desc", "recompute")}
 
 
 def _insert(
@@ -140,7 +197,7 @@ def _insert(
 ) -> Any:
     """Copy ``traced`` behind ``position``. Every new node gets a fake value of its own, from running it: values that are shared
     would pass for one memory."""
-    provenance = {k: v for k, v in like.meta.items() if k not in ("val", "tensor_meta", "desc", "recompute")}
+    provenance = _provenance(like)
     environment: dict[fx.Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), arguments, strict=True))
     for node in traced.graph.nodes:
         if node.op == "placeholder":

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import operator
-import zlib
 from collections.abc import Mapping
 
 import torch
@@ -14,7 +13,8 @@ from torch.utils import _pytree as pytree
 
 from actpass._torch import OpOverload, size_hint
 from actpass.graph.cost import is_attention, is_matmul
-from actpass.graph.joint import CASTS, Joint, fold_indices, is_view, module_path, tensor_bytes, value
+from actpass.graph.joint import CASTS, Joint, is_view, module_path, tensor_bytes, value
+from actpass.graph.ops import is_pointwise, is_reduction
 from actpass.graph.uses import classify_uses, consumers
 from actpass.partition import Cut, Saved
 from actpass.plan import EXPONENTIAL, SavedTensor
@@ -22,7 +22,6 @@ from actpass.plan import EXPONENTIAL, SavedTensor
 aten = torch.ops.aten
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_REDUCTIONS = ("sum", "mean", "amax", "amin", "var", "var_mean", "std", "logsumexp", "linalg_vector_norm", "max", "min", "prod")
 _KEEPS_ZERO = {
     aten.mul.Tensor,
     aten.mul.Scalar,
@@ -79,7 +78,6 @@ class _Reading:
         self.learned = self._reach({n.name for n in joint.parameter_path})
         self.data = {n.name for n in joint.activations}
         self.infinite = self._infinite()
-        self.seen: dict[tuple[str, str], int] = {}
 
     def _reach(self, start: set[str]) -> set[str]:
         reached = set(start)
@@ -94,7 +92,7 @@ class _Reading:
         for node in self.forward.values():
             literal = any(_is_huge(a) for a in pytree.tree_leaves((node.args, dict(node.kwargs))))
             tainted = literal or any(a.name in reached for a in node.all_input_nodes)
-            if tainted and node.target not in _BOUNDED and not is_attention(node) and not _is_reduction(node):
+            if tainted and node.target not in _BOUNDED and not is_attention(node) and not is_reduction(node):
                 reached.add(node.name)
         return reached
 
@@ -113,17 +111,11 @@ class _Reading:
             kinds=tuple(sorted({*(u.kind for uses, _ in read for u in uses), *self._exponential(arrived)})),
             linear=bool(read) and all(linear for _, linear in read),
             paths=tuple(dict.fromkeys((module_path(root), *weights))),
-            stream=self._stream(root),
             obstacle=self._obstacle(node, members),
         )
 
     def _exponential(self, arrived: list[fx.Node]) -> list[str]:
         return [EXPONENTIAL] if any(_is_exponentiated(n) for n in arrived) else []
-
-    def _stream(self, root: fx.Node) -> int:
-        made_by = (module_path(root), str(root.target))
-        ordinal = self.seen[made_by] = self.seen.get(made_by, -1) + 1
-        return zlib.crc32(f"{fold_indices(made_by[0])} {made_by[1]} {ordinal}".encode())
 
     def _obstacle(self, node: fx.Node, members: list[Saved]) -> str | None:
         val = value(node)
@@ -171,7 +163,7 @@ class _Reading:
                 return True
             if current.target in (aten.addmm.default, aten.baddbmm.default) and current.args[0] in added:
                 return True
-            if _is_pointwise(current) and current.target is not aten.exp.default:  # exp(-inf) is an ordinary zero
+            if is_pointwise(current) and current.target is not aten.exp.default:  # exp(-inf) is an ordinary zero
                 new = [a for a in sources if a not in seen]
                 seen.update(new)
                 todo.extend(new)
@@ -184,16 +176,11 @@ class _Reading:
             current = todo.pop()
             if is_matmul(current) and sum(a.name in self.data for a in current.all_input_nodes) > 1:
                 return True
-            if _is_pointwise(current):
+            if is_pointwise(current):
                 new = [a for a in current.all_input_nodes if a not in seen]
                 seen.update(new)
                 todo.extend(new)
         return False
-
-
-def _is_pointwise(node: fx.Node) -> bool:
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.pointwise in tags or is_view(node) or node.target in CASTS or node.target is aten.clone.default
 
 
 def _is_statistic(node: fx.Node) -> bool:
@@ -202,19 +189,15 @@ def _is_statistic(node: fx.Node) -> bool:
     val = value(node)
     if val.dim() > 0 and size_hint(val.shape[-1]) == 1:
         return True
-    while _is_pointwise(node):
+    while is_pointwise(node):
         inputs = [a for a in node.all_input_nodes if tensor_bytes(a) and value(a).numel() == val.numel()]
         if len(inputs) != 1:
             return False
         node = inputs[0]
     if node.target is operator.getitem:
         source = node.all_input_nodes[0]
-        return _is_reduction(source) or (is_attention(source) and bool(node.args[1] != 0))
-    return _is_reduction(node)
-
-
-def _is_reduction(node: fx.Node) -> bool:
-    return getattr(node.target, "_opname", "") in _REDUCTIONS
+        return is_reduction(source) or (is_attention(source) and bool(node.args[1] != 0))
+    return is_reduction(node)
 
 
 def _foreign_users(tensor: fx.Node | None) -> set[str]:

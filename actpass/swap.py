@@ -16,13 +16,15 @@ from torch import fx
 
 from actpass._torch import size_hint
 from actpass.codecs import QUANTIZERS, Groups
-from actpass.codecs.generator import rounding_noise
+from actpass.codecs.generator import rounding_keys, rounding_noise
 from actpass.errors import GraphUnsupported
 from actpass.graph.copying import copy_module
 from actpass.graph.joint import tensor_bytes, value
+from actpass.graph.ops import is_pointwise, is_reduced_by_row
+from actpass.graph.uses import consumers
 from actpass.partition import Cut, Saved
 from actpass.plan import Storage
-from actpass.rewrite import splice
+from actpass.rewrite import call, splice
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,22 +70,16 @@ def swap(cut: Cut, storages: Sequence[Storage], num_fwd_outputs: int) -> tuple[C
     inserted: set[fx.Node] = set()
     payloads: dict[str, tuple[fx.Node, ...]] = {}
     traces: dict[Any, fx.GraphModule] = {}
-    noises: dict[Any, tuple[fx.Node, fx.Node]] = {}
-    ordinals: dict[int, int] = {}
-    seed = before.get(cut.seed or "")
+    keys = _keys(forward.graph, before.get(cut.seed or ""), storages, inserted)
     for storage in storages:
         x = before[storage.node]
         layout = layout_of(value(x), storage.codec, storage.group)
         if layout is None:
             raise GraphUnsupported(f"{storage.node} can't be divided into groups at symbolic sizes")
-        ordinal = ordinals[storage.stream] = ordinals.get(storage.stream, -1) + 1
-        noise = None
-        if storage.rounding == "stochastic":
-            noise = _noise(forward.graph, seed, x, layout, ordinal, noises, inserted)
-        codes = _encode(forward.graph, x, noise, layout, storage, inserted, traces)
+        codes = _encode(forward, x, keys.get(storage), layout, storage, inserted, traces)
         arrived = _receive(backward.graph, behind[storage.crossing[0]], codes)
         shown = [(behind[name], before[name]) for name in storage.crossing]
-        _decode(backward.graph, x, shown, arrived, layout, storage, inserted, traces)
+        _decode(backward, x, shown, arrived, layout, storage, inserted, traces)
         payloads |= {name: codes if name == storage.crossing[0] else () for name in storage.crossing}
     _return_payloads(forward.graph, num_fwd_outputs, payloads)
     for module in (forward, backward):
@@ -97,57 +93,59 @@ def _saved(code: fx.Node) -> Saved:
     return Saved(code.name, code.name, code.name, tensor_bytes(code), user_visible=False)
 
 
-def _noise(
-    graph: fx.Graph,
-    seed: fx.Node | None,
-    x: fx.Node,
-    layout: Layout,
-    ordinal: int,
-    noises: dict[Any, tuple[fx.Node, fx.Node]],
-    inserted: set[fx.Node],
-) -> tuple[fx.Node, fx.Node]:
-    """The random numbers for rounding, shared by the tensors of a shape in a layer. ordinal: of the layer among those that
-    repeat; another one has other numbers, in a buffer of its own, so that its kernels are the same code."""
+def _keys(
+    graph: fx.Graph, seed: fx.Node | None, storages: Sequence[Storage], inserted: set[fx.Node]
+) -> dict[Storage, fx.Node]:
+    """The key of the random numbers for each tensor that is rounded stochastically."""
+    drawn = [s for s in storages if s.rounding == "stochastic"]
+    if not drawn:
+        return {}
     if seed is None:
         raise GraphUnsupported("the step's seed did not arrive in the forward graph")
-    key = (str(layout.groups.rows), layout.groups.columns, ordinal)
-    static = isinstance(layout.groups.rows, int)
 
-    def draw(seed: torch.Tensor, *x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        groups = layout.seen_from(x[0]).groups if x else layout.groups
-        return rounding_noise(seed, groups.rows, groups.columns, ordinal)
+    def draw(seed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return rounding_keys(seed, len(drawn)).unbind()
 
-    if key not in noises:
-        arguments = [seed] if static else [seed, x]
-        noises[key] = splice(graph, draw, arguments, after=seed if static else x, like=seed, inserted=inserted)
-    return noises[key]
+    keys = splice(graph, draw, [seed], after=seed, like=seed, inserted=inserted)
+    return dict(zip(drawn, keys, strict=True))
 
 
 def _encode(
-    graph: fx.Graph,
+    module: fx.GraphModule,
     x: fx.Node,
-    noise: tuple[fx.Node, fx.Node] | None,
+    key: fx.Node | None,
     layout: Layout,
     storage: Storage,
     inserted: set[fx.Node],
     traces: dict[Any, fx.GraphModule],
 ) -> tuple[fx.Node, fx.Node]:
+    """Encode where ``x`` is made, by a function that all tensors of one size share: not fused with what comes later, which
+    would keep ``x`` alive until then."""
     codec = QUANTIZERS[storage.codec]
 
-    def encode(x: torch.Tensor, *noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        numbers = (noise[0], noise[1]) if noise else None
+    def flatten(x: torch.Tensor) -> torch.Tensor:
         groups = layout.seen_from(x).groups
-        return codec.encode(x.permute(layout.order), groups, numbers, storage.stream, rotate=storage.rotate)
+        return x.permute(layout.order).reshape(-1 if groups.padding else groups.shape)
 
-    key = ("encode", *_signature(x, storage))
-    return splice(graph, encode, [x, *(noise or ())], after=x, like=x, inserted=inserted, traces=traces, key=key)
+    def encode(x: torch.Tensor, *key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        groups = layout.seen_from(x).groups
+        noise = rounding_noise(key[0], groups.rows, groups.columns) if key else None
+        return codec.encode(x if is_flat else flatten(x), groups, noise, rotate=storage.rotate)
+
+    # A view of a tensor in any other order would make Inductor copy what it has not yet decided to keep in that order.
+    is_flat, arrangement = layout.order == tuple(range(len(layout.order))), str(layout)
+    if is_flat:
+        key_ = ("flatten", arrangement)
+        x = splice(module.graph, flatten, [x], after=x, like=x, inserted=inserted, traces=traces, key=key_)
+    arguments = [x] if key is None else [x, key]
+    signature = ("encode", is_flat or arrangement, *_signature(x, layout, storage))
+    return call(module, encode, arguments, after=x, like=x, inserted=inserted, traces=traces, key=signature)
 
 
-def _signature(x: fx.Node, storage: Storage) -> tuple[Any, ...]:
+def _signature(x: fx.Node, layout: Layout, storage: Storage) -> tuple[Any, ...]:
     """All that the traced codec of a tensor depends on."""
     val = value(x)
-    how = (storage.codec, storage.group, storage.rounding, storage.rotate, storage.stream)
-    return (*how, val.dtype, val.device, str(tuple(val.shape)), str(tuple(val.stride())))
+    return (storage.codec, storage.rounding, storage.rotate, str(layout.groups), val.dtype, val.device)
 
 
 def _receive(graph: fx.Graph, first: fx.Node, codes: Sequence[fx.Node]) -> list[fx.Node]:
@@ -163,7 +161,7 @@ def _receive(graph: fx.Graph, first: fx.Node, codes: Sequence[fx.Node]) -> list[
 
 
 def _decode(
-    graph: fx.Graph,
+    module: fx.GraphModule,
     x: fx.Node,
     shown: Sequence[tuple[fx.Node, fx.Node]],
     codes: Sequence[fx.Node],
@@ -172,20 +170,46 @@ def _decode(
     inserted: set[fx.Node],
     traces: dict[Any, fx.GraphModule],
 ) -> None:
-    """Decode in front of the first use. shown: (input of the backward to replace, the view of ``x`` that it is)."""
+    """Decode in front of the first use: inside the kernel that uses it, or where several kernels or a library's read it, once.
+    shown: (input of the backward to replace, the view of ``x`` that it is)."""
     codec, dtype = QUANTIZERS[storage.codec], value(x).dtype
 
-    def decode(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def decode(codes: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor]:
         seen = layout.seen_from(codes)
-        stored = codec.decode(codes, scale, seen.groups, seen.shape, dtype, rotate=storage.rotate)
-        return stored.permute(layout.inverse)
+        shape = seen.shape if seen.groups.padding else seen.groups.shape
+        return (codec.decode(codes, scale, seen.groups, shape, dtype, rotate=storage.rotate),)
+
+    def unflatten(x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(layout.seen_from(x).shape).permute(layout.inverse)
 
     first = min(user for placeholder, _ in shown for user in placeholder.users)
-    key = ("decode", *_signature(x, storage))
-    decoded = splice(graph, decode, codes, after=first.prev, like=first, inserted=inserted, traces=traces, key=key)
+    where: dict[str, Any] = {"after": first.prev, "like": first, "inserted": inserted, "traces": traces}
+    key = ("decode", *_signature(x, layout, storage), layout.groups.padding and layout.shape)
+    if all(_is_read_by_one_kernel(placeholder) for placeholder, _ in shown):
+        (flat,) = splice(module.graph, decode, codes, key=key, **where)
+    else:
+        (flat,) = call(module, decode, codes, key=key, **where)
+    decoded = splice(module.graph, unflatten, [flat], key=("unflatten", str(layout)), **where)
     for placeholder, view in shown:
-        placeholder.replace_all_uses_with(_views(graph, view, x, decoded, inserted))
-        graph.erase_node(placeholder)
+        placeholder.replace_all_uses_with(_views(module.graph, view, x, decoded, inserted))
+        module.graph.erase_node(placeholder)
+
+
+def _is_read_by_one_kernel(tensor: fx.Node) -> bool:
+    """Whether all that reads ``tensor`` is pointwise, and no row of what comes of it is reduced: a norm's backward reads its
+    input in several loops, and a library's kernel reads it from memory."""
+    todo = [user for user, _ in consumers(tensor)]
+    if not all(map(is_pointwise, todo)):
+        return False
+    seen = set(todo)
+    while todo:
+        for user in todo.pop().users:
+            if is_reduced_by_row(user):
+                return False
+            if is_pointwise(user) and user not in seen:
+                seen.add(user)
+                todo.append(user)
+    return True
 
 
 def _views(graph: fx.Graph, view: fx.Node, x: fx.Node, new: fx.Node, inserted: set[fx.Node]) -> fx.Node:

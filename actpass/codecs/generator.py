@@ -20,12 +20,11 @@ from functools import cache
 import torch
 
 _MASK32 = 0xFFFFFFFF
-_MASK31 = 0x7FFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 _MULTIPLIERS = (0x73BFB65F, 0x75083DBB, 0x551650D7, 0x56251B4D, 0x7B1DCDAF)  # odd, below 2^31
 _SHIFTS = (14, 17, 14, 17, 15)
-_NOISE = 1 << 40
-"""The sequence that `rounding_noise` takes, beyond those of the bases."""
+_ROUNDING = 1 << 40
+"""The sequence of `rounding_keys` and `rounding_noise`, beyond those of the bases."""
 _KEY_SHIFTS = (0, 31, 16, 8, 24)  # which 32 of the seed's 63 bits each round sees
 
 
@@ -92,27 +91,33 @@ def permutation(key: torch.Tensor, stream: int, count: int) -> torch.Tensor:
     return torch.sort((bits32(key, stream, count) << 21) | index).values & ((1 << 21) - 1)
 
 
-def rounding_noise(key: torch.Tensor, rows: int, width: int, ordinal: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def rounding_keys(key: torch.Tensor, count: int) -> torch.Tensor:
+    """``count`` independent keys, one for each tensor that is rounded in a step: int64 (count, 8). Rows of 64 bytes, so that
+    each is aligned as a tensor of its own; the functions here read the first five numbers."""
+    return bits32(key, _ROUNDING, 8 * count).view(count, 8)
+
+
+def rounding_noise(key: torch.Tensor, rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Random numbers for rounding a (rows, width) tensor: int64 (rows,) and (width,), below 2^31. See `uniforms`.
-    ordinal: which of many such sets.
+    key: one of `rounding_keys`.
 
     Each is a sum of eight 28-bit hashes: a sum over eight, because Inductor writes it to memory and then reads it, where
     it would compute a hash again at every element.
     """
-    total = (bits32(key, _NOISE + ordinal, 8 * (rows + width)) >> 4).view(8, rows + width).sum(0)
+    total = (bits32(key, _ROUNDING, 8 * (rows + width)) >> 4).view(8, rows + width).sum(0)
     return total[:rows], total[rows:]
 
 
-def uniforms(noise: tuple[torch.Tensor, torch.Tensor], stream: int, shape: Sequence[int], bits: int) -> torch.Tensor:
+def uniforms(noise: tuple[torch.Tensor, torch.Tensor], shape: Sequence[int], bits: int) -> torch.Tensor:
     """Uniform numbers in [0, 1) with ``bits`` bits, float32 of ``shape`` (pieces, ..., groups, group): (pieces, rows, width).
 
-    The middle bits of the product of a number of the row and one of the column, each with a constant of the ``stream`` mixed
-    in: every number is uniform, any two are independent, which is what an unbiased sum of known variance needs, at two
-    loads and a multiplication an element. The pieces take different bits of one product.
+    The middle bits of the product of a number of the row and one of the column: every number is uniform, any two are
+    independent, which is what an unbiased sum of known variance needs, at two loads and a multiplication an element. The
+    pieces take different bits of one product.
     """
     pieces, *rows, groups, group = shape
-    row = (noise[0] ^ (step_seed(stream, 2) & _MASK31)).view(1, *rows, 1, 1)
-    column = (noise[1] ^ (step_seed(stream, 3) & _MASK31)).view(1, *(1 for _ in rows), groups, group)
+    row = noise[0].view(1, *rows, 1, 1)
+    column = noise[1].view(1, *(1 for _ in rows), groups, group)
     shifts = torch.arange(pieces, dtype=torch.int64, device=row.device).view(pieces, *(1 for _ in shape[1:]))
     lowest = 47 - bits if pieces == 1 else 15
     parts = ((row * column) >> (shifts * bits + lowest)) & (2**bits - 1)

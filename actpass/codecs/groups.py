@@ -15,11 +15,15 @@ from typing import Any
 
 import torch
 
+_NARROW = 512
+"""Trailing axes are merged until a row has this many elements, and where sizes are known all others, too: tensors of one size
+then share one code, however they are seen (a query as (B, S, H, D), the residual stream as (B S, H D))."""
+
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """shape: the tensor as it is coded, (..., D); may hold symbolic sizes. group: G, divides D. axis, pieces: `axis` of
-    ``shape`` is split in ``pieces`` (K) parts whose elements share a byte. padding: zeros behind the last element."""
+    """shape: the tensor as it is coded, (rows, D), or (..., D) where sizes are symbolic. group: G, divides D. axis, pieces:
+    `axis` of ``shape`` is split in ``pieces`` (K) parts whose elements share a byte. padding: zeros behind the last element."""
 
     shape: tuple[Any, ...]
     group: int
@@ -31,19 +35,20 @@ class Groups:
     def of(cls, shape: Sequence[Any], group: int, pieces: int) -> Groups | None:
         """The layout for a tensor whose memory has ``shape``, with groups of nearly ``group``. None where sizes are symbolic
         and no axis can be divided without knowing them."""
-        merged = tuple(shape) or (1,)
-        while (size := _near_divisor(merged[-1], group)) is None and len(merged) > 1 and isinstance(merged[-2], int):
-            merged = (*merged[:-2], merged[-2] * merged[-1])
-        if size is not None:
-            for axis, length in enumerate(merged):
+        *leading, columns = shape or (1,)
+        known = all(isinstance(s, int) for s in (*leading, columns))
+        if isinstance(columns, int):
+            while leading and isinstance(leading[-1], int) and (columns < _NARROW or _near_divisor(columns, group) is None):
+                columns *= leading.pop()
+            merged = (math.prod(leading), columns) if known else (*leading, columns)
+            size = _near_divisor(columns, group)
+            for axis, length in enumerate(merged if size is not None else ()):
                 units = length // size if axis == len(merged) - 1 else length  # groups stay whole
                 if isinstance(units, int) and units % pieces == 0:
                     return cls(merged, size, axis, pieces, 0)
-            if len(merged) > 1 and all(isinstance(s, int) for s in merged[:-1]) and math.prod(merged[:-1]) % pieces == 0:
-                return cls((math.prod(merged[:-1]), merged[-1]), size, 0, pieces, 0)
-        if not all(isinstance(s, int) for s in merged):
+        if not known:
             return None
-        count = math.prod(merged)
+        count = math.prod(shape)
         rows = -(-count // (group * pieces)) * pieces
         return cls((rows, group), group, 0, pieces, rows * group - count)
 
@@ -88,10 +93,8 @@ class Groups:
         return scale.unsqueeze(-1).expand(*scale.shape, self.group).flatten(-2)
 
 
-def _near_divisor(width: Any, group: int) -> int | None:
+def _near_divisor(width: int, group: int) -> int | None:
     """The divisor of ``width`` nearest to ``group`` by ratio, within a factor of two; multiples of 16, a vector register or a
     warp's half, come first. None if there is none."""
-    if not isinstance(width, int):
-        return None
     found = [d for d in range(-(-group // 2), 2 * group + 1) if width % d == 0]
     return min(found, key=lambda d: (d % 16 != 0, abs(math.log(d / group)), d), default=None)

@@ -42,11 +42,11 @@ class Integer(Quantizer):
         return (codes * self._units(codes.device, codes.dim())).sum(0).to(torch.uint8)
 
     def unpack(self, payload: torch.Tensor) -> torch.Tensor:
-        codes = payload.to(torch.float32).unsqueeze(0)
+        codes = payload.unsqueeze(0)
         if self.pieces > 1:
-            upper = torch.floor(codes / self._units(codes.device, codes.dim()))
-            codes = upper - torch.floor(upper * 2.0**-self.bits) * 2.0**self.bits
-        return codes - self.largest
+            shifts = torch.arange(self.pieces, dtype=torch.uint8, device=codes.device) * self.bits
+            codes = (codes >> shifts.view(self.pieces, *(1 for _ in payload.shape))) & (2**self.bits - 1)
+        return codes.to(torch.float32) - self.largest
 
     def _units(self, device: torch.device, dims: int) -> torch.Tensor:
         """What a one in each piece of a byte is worth, (K, 1, ...), float32."""

@@ -73,13 +73,13 @@ class Quantizer(ABC):
         """Payload (...) -> values in steps of the scale, float32 (K, ...)."""
 
     def encode(
-        self, x: torch.Tensor, groups: Groups, noise: Noise | None, stream: int, *, rotate: bool = False
+        self, x: torch.Tensor, groups: Groups, noise: Noise | None, *, rotate: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(codes (*groups.packed_shape), scales (..., D/G) in bfloat16).
 
         x: any shape, in the order of its memory. noise: `rounding_noise` of (`groups.rows`, `groups.columns`) for stochastic
-        rounding, None for nearest. stream: what tells tensors that share the noise apart. rotate: multiply each group by
-        a fixed orthogonal (Hadamard) matrix first, which spreads outliers.
+        rounding, None for nearest. rotate: multiply each group by a fixed orthogonal (Hadamard) matrix first, which
+        spreads outliers.
 
         The order of operations is for the compiler: each value is used once, and few operations stand between the loads and
         the payload, because Inductor writes a full-size intermediate where an expression grows too long (50 operations on a
@@ -90,7 +90,7 @@ class Quantizer(ABC):
             values = torch.matmul(values, _rotation(groups, x.device))
         scale = _bfloat16(values.abs() * (_MARGIN / self.largest)).amax(-1, keepdim=True)
         steps = groups.split(values * (1.0 / scale))
-        uniform = None if noise is None else uniforms(noise, stream, steps.shape, self.random_bits)
+        uniform = None if noise is None else uniforms(noise, steps.shape, self.random_bits)
         payload = self.pack(self.round(steps, uniform)).reshape(groups.packed_shape)
         return payload, scale.squeeze(-1).to(torch.bfloat16)
 

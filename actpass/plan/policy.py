@@ -14,8 +14,8 @@ PRECISIONS: tuple[Precision, ...] = ("exact", "int8", "auto", "int4")
 """How much ``method="auto"`` may give up, most exact first: nothing, 8 bits for everything, what `AUTO_CODECS` says (without a
 budget), 4 bits for everything (only a budget that asks for it)."""
 
-AUTO_CODECS: dict[str, str | None] = {"contraction": "int4", "linear": "int4", "nonlinear": "int8", EXPONENTIAL: None}
-"""The form by the use of a tensor; None: as it is. The most delicate use counts."""
+AUTO_CODECS = {"contraction": "int4", "linear": "int4", "nonlinear": "int8", EXPONENTIAL: "int8"}
+"""The form by the use of a tensor. The most delicate use counts."""
 
 
 class Wish(Protocol):
@@ -33,6 +33,8 @@ class Wish(Protocol):
     def rounding(self) -> str: ...
     @property
     def rotate(self) -> bool: ...
+    @property
+    def named(self) -> bool: ...
     def rank_of(self, width: int) -> int: ...
 
 
@@ -110,8 +112,8 @@ def _store(
     codec = _auto_codec(t, precision) if wish.codec == AUTO else wish.codec
     if t.obstacle is not None:
         return keep(t.obstacle)
-    if codec is None and EXPONENTIAL in t.kinds and wish.codec == AUTO:
-        return keep("exponentiated in the backward: its error would become a factor")
+    if EXPONENTIAL in t.kinds and wish.codec is not None and not wish.named:
+        return keep("exponentiated in the backward, where its error becomes a factor; an override may ask for a form")
     if codec is None:
         return keep("exact, and within the budget" if wish.codec == AUTO else KEPT)
     size = stored_bytes(t, codec, wish.group)
@@ -131,13 +133,12 @@ def _store(
         group=wish.group,
         rounding=wish.rounding,
         rotate=wish.rotate,
-        stream=t.stream,
     )
 
 
 def _auto_codec(t: SavedTensor, precision: Precision) -> str | None:
     codecs = {AUTO_CODECS[k] for k in t.kinds}
-    if precision == "exact" or None in codecs:
+    if precision == "exact":
         return None
     if precision != "auto":
         return precision

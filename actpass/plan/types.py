@@ -86,9 +86,8 @@ class SavedTensor:
     node: the node to store in another form, the only crossing one or the one that all others are views of. crossing: the
     nodes that cross. root: the node that allocated the memory. nbytes: of the memory. kinds: the kinds of its uses in the
     backward, sorted. linear: whether the backward is linear in it as a whole, so that an unbiased form keeps the gradient
-    unbiased. paths: the module whose forward made it, and the weights whose gradients contract with it. stream: the random
-    sequence for its rounding: another one for each tensor of a layer, the same in layers that repeat, whose kernels are
-    then the same code and are compiled once. obstacle: why it can only be kept as it is, or None.
+    unbiased. paths: the module whose forward made it, and the weights whose gradients contract with it. obstacle: why it can
+    only be kept as it is, or None.
     """
 
     node: str
@@ -98,7 +97,6 @@ class SavedTensor:
     kinds: tuple[str, ...]
     linear: bool
     paths: tuple[str, ...]
-    stream: int
     obstacle: str | None
 
 
@@ -108,7 +106,7 @@ class Storage:
 
     node: the graph node that is stored. crossing: the nodes that cross, views of it. root: the node that allocated the
     memory. codec: ``keep`` or a low-bit form. group: elements that share a scale (None: the form's own choice). rounding:
-    ``stochastic`` or ``nearest``. rotate: Hadamard rotation inside the group. stream: the random sequence for rounding.
+    ``stochastic`` or ``nearest``. rotate: Hadamard rotation inside the group.
     nbytes, stored_bytes: of the memory as it is, and as it is stored. unbiased: whether the gradient's expectation is exact.
     """
 
@@ -123,7 +121,6 @@ class Storage:
     group: int | None = None
     rounding: str = "stochastic"
     rotate: bool = False
-    stream: int = 0
 
     @property
     def coded(self) -> bool:

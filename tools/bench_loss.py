@@ -1,0 +1,229 @@
+"""What a form costs in loss: the same model trained on the same text from the same weights, exactly and compressed.
+
+    python tools/bench_loss.py --model llama-mini --train valid.txt --evaluate test.txt --steps 1000 --seeds 0 1 2 \\
+        --rows inductor actcomp:int4 --json out.json
+    python tools/bench_loss.py --model stories260K.bin --tokenizer tok512.bin --train input.txt --steps 300 --lr 5e-4
+
+Models: llama-mini (of WORKLOADS, with a vocabulary of bytes), gpt2-mini, bert-mini (masked), all without dropout and with
+random weights; or a file of llama2.c, continued. Without --evaluate the last tenth of the text is held out. A seed draws the
+weights and the order of the data; every row of a seed sees the same. Losses are nats a token on the held-out text. One JSON
+object a run, then a table with the mean and the spread over the seeds, and the gap to the first row, seed by seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from arguments import positive_int
+from bench_rows import ROW_FORMS, RowSpec, compiled, parse_row
+from llama2c import Tokenizer, load_model
+from torch import Tensor
+from workloads import WORKLOADS, LossOnly, UsageError, Workload, build_config, build_model
+
+import actpass
+from actpass.runtime.clock import CLOCK
+
+BYTES = 256
+MASK = 256
+VOCABULARY = 260
+MASKED = 0.15
+IGNORE = -100
+_SMALL = {"vocab_size": VOCABULARY, "bos_token_id": 257, "eos_token_id": 258, "pad_token_id": 259}
+MODELS = {
+    "llama-mini": Workload("llama-mini", "llama", {**WORKLOADS["llama-mini"].fields, **_SMALL}),
+    "gpt2-mini": Workload("gpt2-mini", "gpt2", {**_SMALL, "n_embd": 192, "n_layer": 4, "n_head": 6, "n_positions": 512}),
+    "bert-mini": Workload(
+        "bert-mini",
+        "bert",
+        {**_SMALL, "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 6},
+        "masked-lm",
+    ),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama-mini", help=f"{', '.join(MODELS)}, or a .bin file of llama2.c")
+    parser.add_argument("--tokenizer", type=Path, metavar="BIN", help="of a llama2.c model")
+    parser.add_argument("--train", type=Path, required=True, metavar="TXT")
+    parser.add_argument("--evaluate", type=Path, metavar="TXT", help="default: the last tenth of --train")
+    parser.add_argument("--steps", type=positive_int, default=1000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--batch", type=positive_int, default=16)
+    parser.add_argument("--seq", type=positive_int, default=128)
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak; 5 %% warm-up, then a cosine to a tenth")
+    parser.add_argument("--eval-batches", type=positive_int, default=64)
+    parser.add_argument("--threads", type=positive_int, help="of torch")
+    parser.add_argument("--rows", type=parse_row, nargs="+", metavar="ROW", help=ROW_FORMS)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    given = parser.parse_args()
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    specs = given.rows or [parse_row(t) for t in ("actcomp:exact", "actcomp:int4")]
+    what = {k: Path(v).name if k in _FILES and v else v for k, v in vars(given).items() if k not in _NOT_THE_RUN}
+    runs = earlier(given.json, what)
+    try:
+        for seed in given.seeds:
+            for spec in specs:
+                if not any((r["row"], r["seed"]) == (spec.label, seed) for r in runs):
+                    runs.append(run(given, spec, seed))
+                    save(given.json, what, runs, specs)
+    except UsageError as error:
+        parser.error(str(error))
+    save(given.json, what, runs, specs)
+    print(table(summary(runs, [s.label for s in specs])))
+    return 0
+
+
+_NOT_THE_RUN = ("rows", "json", "seeds", "threads")
+_FILES = ("model", "tokenizer", "train", "evaluate")
+
+
+def earlier(file: Path | None, what: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs that ``file`` holds of the same settings: a run that is there is not run again."""
+    if file is None or not file.exists():
+        return []
+    found = json.loads(file.read_text())
+    if found["what"] != what:
+        raise SystemExit(f"{file} holds runs of other settings ({found['what']}). Give another --json.")
+    return found["runs"]
+
+
+def save(file: Path | None, what: dict[str, Any], runs: list[dict[str, Any]], specs: list[RowSpec]) -> None:
+    if file is not None:
+        data = {"torch": torch.__version__, "what": what, "rows": summary(runs, [s.label for s in specs]), "runs": runs}
+        file.write_text(json.dumps(data, indent=1) + "\n")
+
+
+class Text:
+    """Windows of token ids; a batch is a function of (seed, number)."""
+
+    def __init__(self, tokens: Tensor, batch: int, seq: int, masked: bool) -> None:
+        self.windows = tokens[: len(tokens) // seq * seq].view(-1, seq)
+        self.batch, self.masked = batch, masked
+        if len(self.windows) < batch:
+            raise UsageError(f"the text has {len(tokens)} tokens; a batch of {batch} x {seq} needs {batch * seq}.")
+
+    def training(self, seed: int) -> Iterator[dict[str, Tensor]]:
+        draw = torch.Generator().manual_seed(seed)
+        while True:
+            order = torch.randperm(len(self.windows), generator=draw)
+            for rows in order[: len(order) // self.batch * self.batch].view(-1, self.batch):
+                yield self.inputs(self.windows[rows], draw)
+
+    def held_out(self, count: int) -> Iterator[dict[str, Tensor]]:
+        draw = torch.Generator().manual_seed(0)
+        available = len(self.windows) // self.batch
+        for i in range(min(count, available)):
+            start = i * available // min(count, available) * self.batch
+            yield self.inputs(self.windows[start : start + self.batch], draw)
+
+    def inputs(self, ids: Tensor, draw: torch.Generator) -> dict[str, Tensor]:
+        if not self.masked:
+            return {"input_ids": ids, "labels": ids}
+        hidden = torch.rand(ids.shape, generator=draw) < MASKED
+        return {"input_ids": ids.masked_fill(hidden, MASK), "labels": ids.masked_fill(~hidden, IGNORE)}
+
+
+def texts(given: argparse.Namespace) -> tuple[Text, Text]:
+    def read(path: Path) -> Tensor:
+        text = path.read_text(encoding="utf-8")
+        if given.tokenizer:
+            return torch.tensor(Tokenizer.load(given.tokenizer).encode(text))
+        return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
+
+    train = read(given.train)
+    split = len(train) * 9 // 10
+    parts = (train, read(given.evaluate)) if given.evaluate else (train[:split], train[split:])
+    masked = given.model in MODELS and MODELS[given.model].head == "masked-lm"
+    first, second = (Text(tokens, given.batch, given.seq, masked) for tokens in parts)
+    return first, second
+
+
+def model_of(given: argparse.Namespace, seed: int) -> LossOnly:
+    torch.manual_seed(seed)
+    if given.model in MODELS:
+        workload = MODELS[given.model]
+        return build_model(build_config(workload, given.seq, dropout=0.0), workload.head, torch.float32)
+    return LossOnly(load_model(Path(given.model))).train()
+
+
+def run(given: argparse.Namespace, spec: RowSpec, seed: int) -> dict[str, Any]:
+    """Train one row from one seed."""
+    torch.compiler.reset()
+    CLOCK.steps = 0
+    train, held_out = texts(given)
+    model = model_of(given, seed)
+    options = {**spec.options, "seed": seed} if spec.kind == "actcomp" else spec.options
+    call = compiled(RowSpec(spec.label, spec.kind, spec.budget, options), model, VOCABULARY)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=given.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, given.steps))
+    began = time.perf_counter()
+    losses = []
+    for step, batch in zip(range(given.steps), train.training(seed), strict=False):
+        loss = call(**batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        if step % 100 == 99:
+            print(f"{spec.label} seed {seed} step {step + 1}: {statistics.fmean(losses[-100:]):.4f}", file=sys.stderr, flush=True)
+    model.eval()
+    with torch.no_grad():
+        found = [model(**batch).item() for batch in held_out.held_out(given.eval_batches)]
+    result = {
+        "row": spec.label, "seed": seed, "loss": statistics.fmean(found), "training_loss": statistics.fmean(losses[-100:]),
+        "finite": all(map(math.isfinite, losses)), "seconds": round(time.perf_counter() - began, 1),
+        "saved_bytes": actpass.report(model).saved_bytes if spec.kind == "actcomp" else None,
+    }  # fmt: skip
+    print(json.dumps(result), flush=True)
+    return result
+
+
+def rate(step: int, steps: int) -> float:
+    warm_up = max(1, steps // 20)
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+
+def summary(runs: list[dict[str, Any]], labels: list[str]) -> list[dict[str, Any]]:
+    """Mean and spread of each row, and its gap to the first row: mean and spread of the seeds' own ratios."""
+    by = {(r["row"], r["seed"]): r["loss"] for r in runs}
+    rows = []
+    for label in labels:
+        losses = [loss for (row, _), loss in by.items() if row == label]
+        if not losses:
+            continue
+        gaps = [loss / by[labels[0], seed] - 1 for (row, seed), loss in by.items() if row == label]
+        spread = [statistics.stdev(x) if len(x) > 1 else None for x in (losses, gaps)]
+        rows.append(
+            {"row": label, "loss": statistics.fmean(losses), "spread": spread[0], "gap": statistics.fmean(gaps), "gap_spread": spread[1]}
+        )
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    def number(x: float | None, form: str) -> str:
+        return "-" if x is None else format(x, form)
+
+    lines = ["| | loss | spread | gap | its spread |", "|---|---:|---:|---:|---:|"]
+    for r in rows:
+        cells = (number(r["loss"], ".4f"), number(r["spread"], ".4f"), number(r["gap"], "+.2%"), number(r["gap_spread"], ".2%"))
+        lines.append(f"| {r['row']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
