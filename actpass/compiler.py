@@ -2,6 +2,7 @@
 
 This is the only file that knows all rooms::
 
+    chunk     logits and loss -> pieces of rows               chunking
     read      joint graph -> contractions, cuts               graph/, partition
     choose    contractions, tensors that cross -> Plan        plan/
     rewrite   Plan -> joint graph                             rewrite
@@ -22,6 +23,7 @@ from torch import fx
 
 from actpass import verify
 from actpass._torch import fx_graph_cse
+from actpass.chunking import chunk
 from actpass.config import Config
 from actpass.errors import ActpassError, ActpassWarning, BudgetError, GraphUnsupported
 from actpass.graph import Contraction, Finding, GraphInputs, Joint, classify_uses, find_contractions
@@ -82,8 +84,16 @@ def _prepare(gm: fx.GraphModule, inputs: GraphInputs, partition_kwargs: Mapping[
 
 
 def _compile(joint: Joint, joint_inputs: Sequence[object], config: Config, kwargs: Mapping[str, Any], default: Cut) -> Compiled:
+    whole, chunked, why_whole = joint, None, None
+    if config.chunk_loss and config.memory_budget != 1.0:
+        try:
+            chunked = chunk(joint, default.saved_bytes)
+        except GraphUnsupported as error:
+            why_whole = str(error)
+    if chunked is not None:
+        joint = chunked.joint
     finding = find_contractions(joint)
-    setting, precision, exact = _exact_cut(joint, joint_inputs, config, kwargs, default, finding)
+    setting, precision, exact = _exact_cut(joint, joint_inputs, config, kwargs, default, finding, chunked is not None)
     plan = choose(_candidates(joint, finding, exact, config), config.treatment_of_any, profitable_only=config.profitable_only)
     off: str | None = None
     changed, done, final = joint, Rewritten(), exact
@@ -102,7 +112,7 @@ def _compile(joint: Joint, joint_inputs: Sequence[object], config: Config, kwarg
         warnings.warn(f"actpass: {off}", ActpassWarning, stacklevel=2)
     plan = replace(plan, storages=storages)
     cuts = Cuts(default, exact, final, swapped)
-    record = describe(joint, finding, plan, cuts, done, config)
+    record = describe(whole, joint, finding, plan, cuts, done, config, chunked, why_whole)
     if off is not None:
         record = replace(record, active=False, inactive_because=off)
     stages = {"joint": joint.gm, "rewritten": changed.gm, "forward": swapped.forward, "backward": swapped.backward}
@@ -152,7 +162,13 @@ def _swap(joint: Joint, cut: Cut, storages: tuple[Storage, ...]) -> Cut:
 
 
 def _exact_cut(
-    joint: Joint, joint_inputs: Sequence[object], config: Config, kwargs: Mapping[str, Any], default: Cut, finding: Finding
+    joint: Joint,
+    joint_inputs: Sequence[object],
+    config: Config,
+    kwargs: Mapping[str, Any],
+    default: Cut,
+    finding: Finding,
+    is_chunked: bool,
 ) -> tuple[Setting, Precision, Cut]:
     """Where to cut, and how much precision ``auto`` may give up: the first of `PRECISIONS` that meets the budget on the cut
     that re-runs no matmul, and then the fewest bits with the least that upstream's knapsack re-runs.
@@ -168,7 +184,7 @@ def _exact_cut(
         return Setting(rebuild=False), "exact", default
     setting = Setting(rebuild=True)
     free = cut(joint, joint_inputs, kwargs, setting)
-    if stored(free, "auto") > stored(default, "auto"):
+    if not is_chunked and stored(free, "auto") > stored(default, "auto"):
         setting, free = Setting(rebuild=False), default
     if budget is None:
         return setting, "auto", free

@@ -84,6 +84,7 @@ class Config:
     seed: int = 0
     profitable_only: bool = True
     smallest: int = 16384
+    chunk_loss: bool = True
     mode: str | None = None
     inductor: tuple[tuple[str, Any], ...] = ()
 
@@ -261,6 +262,7 @@ _PARSERS = {
     "seed": _integer(0, 2**63 - 1),
     "profitable_only": _boolean,
     "smallest": _integer(0, 2**62),
+    "chunk_loss": _boolean,
     "mode": _mode,
     "inductor": _inductor,
 }

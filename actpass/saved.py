@@ -11,13 +11,13 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from actpass._torch import OpOverload, size_hint
+from actpass._torch import OpOverload, invoke_subgraph, size_hint
 from actpass.graph.cost import is_attention, is_matmul
 from actpass.graph.joint import CASTS, Joint, is_view, module_path, tensor_bytes, value
 from actpass.graph.ops import is_pointwise, is_reduction
 from actpass.graph.uses import classify_uses, consumers
 from actpass.partition import Cut, Saved
-from actpass.plan import EXPONENTIAL, SavedTensor
+from actpass.plan import EXPONENTIAL, SCORE, SavedTensor
 
 aten = torch.ops.aten
 
@@ -108,14 +108,11 @@ class _Reading:
             crossing=names,
             root=root.name,
             nbytes=sum(m.nbytes for m in members),
-            kinds=tuple(sorted({*(u.kind for uses, _ in read for u in uses), *self._exponential(arrived)})),
+            kinds=tuple(sorted({*(u.kind for uses, _ in read for u in uses), *_exponential(arrived)})),
             linear=bool(read) and all(linear for _, linear in read),
             paths=tuple(dict.fromkeys((module_path(root), *weights))),
             obstacle=self._obstacle(node, members),
         )
-
-    def _exponential(self, arrived: list[fx.Node]) -> list[str]:
-        return [EXPONENTIAL] if any(_is_exponentiated(n) for n in arrived) else []
 
     def _obstacle(self, node: fx.Node, members: list[Saved]) -> str | None:
         val = value(node)
@@ -125,6 +122,8 @@ class _Reading:
             return "also returned to the caller, who keeps it alive"
         if node.name not in self.learned:
             return "depends on no parameter: a mask, a table or an input's statistics"
+        if _is_early_gradient(node):
+            return "a gradient, formed in the forward with the loss"
         if _is_statistic(node):
             return "a statistic of each row"
         if node.name in self.infinite or self._may_be_masked(node):
@@ -183,6 +182,13 @@ class _Reading:
         return False
 
 
+def _is_early_gradient(node: fx.Node) -> bool:
+    """Whether ``node`` came out of a piece of the loss (`actpass.chunking`), perhaps joined or scaled since."""
+    while node.target is aten.cat.default or (is_pointwise(node) and len(node.all_input_nodes) == 1):
+        node = node.all_input_nodes[0]
+    return node.target is operator.getitem and node.all_input_nodes[0].target is invoke_subgraph
+
+
 def _is_statistic(node: fx.Node) -> bool:
     """Whether ``node`` holds one number for each row of something larger: a reduction, or pointwise operators behind one; any
     output of fused attention but the first."""
@@ -198,6 +204,27 @@ def _is_statistic(node: fx.Node) -> bool:
         source = node.all_input_nodes[0]
         return is_reduction(source) or (is_attention(source) and bool(node.args[1] != 0))
     return is_reduction(node)
+
+
+def _exponential(arrived: list[fx.Node]) -> set[str]:
+    kinds = {EXPONENTIAL: _is_exponentiated, SCORE: _is_score_factor}
+    return {kind for kind, applies in kinds.items() if any(map(applies, arrived))}
+
+
+def _is_score_factor(tensor: fx.Node) -> bool:
+    """Whether a fused attention's backward forms its scores from ``tensor``: as its q or k, arguments 1 and 2, behind views,
+    copies and rotations."""
+    todo, seen = [tensor], {tensor}
+    while todo:
+        node = todo.pop()
+        for user in node.users:
+            if is_attention(user):
+                if node in user.args[1:3]:
+                    return True
+            elif is_pointwise(user) and user not in seen:
+                seen.add(user)
+                todo.append(user)
+    return False
 
 
 def _foreign_users(tensor: fx.Node | None) -> set[str]:

@@ -93,9 +93,7 @@ def _saved(code: fx.Node) -> Saved:
     return Saved(code.name, code.name, code.name, tensor_bytes(code), user_visible=False)
 
 
-def _keys(
-    graph: fx.Graph, seed: fx.Node | None, storages: Sequence[Storage], inserted: set[fx.Node]
-) -> dict[Storage, fx.Node]:
+def _keys(graph: fx.Graph, seed: fx.Node | None, storages: Sequence[Storage], inserted: set[fx.Node]) -> dict[Storage, fx.Node]:
     """The key of the random numbers for each tensor that is rounded stochastically."""
     drawn = [s for s in storages if s.rounding == "stochastic"]
     if not drawn:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import actpass
-from actpass._torch import functorch_config
+from actpass._torch import functorch_config, invoke_subgraph
 from actpass.explain import explain_model
 from actpass.measure import measure
 from actpass.runtime.clock import CLOCK
@@ -125,16 +125,18 @@ def test_seeds_change_the_rounding_and_only_with_an_optimizer_step():
     assert any(not torch.equal(other[n], first[n]) for n in first)
 
 
-def test_tensors_of_a_layer_have_streams_of_their_own_and_repeated_layers_share_them():
-    """Shared streams keep the kernels of repeated layers the same code; the numbers differ by layer all the same."""
-    model, inputs = models.transformer(layers=3)
-    run(model, inputs, method="int4")
-    streams: dict[int, list[str]] = {}
-    for s in storages(model):
-        if s["codec"] != "keep":
-            streams.setdefault(s["stream"], []).append(s["node"])
-    assert len(streams) >= 6
-    assert max(len(nodes) for nodes in streams.values()) == 3
+def test_tensors_of_one_size_share_the_code_that_encodes_them():
+    """So that an Inductor compile of many layers costs no more code than of one; their random numbers differ all the same."""
+    calls, functions = [], []
+    for layers in (1, 4):
+        model, inputs = models.transformer(layers=layers)
+        (region,) = explain_model(model, (), inputs, {**SMALL, "method": "int4"}).regions
+        nodes = [n for n in region.forward.graph.nodes if n.target is invoke_subgraph]
+        calls.append(len(nodes))
+        functions.append({n.args[1] for n in nodes})
+        assert len({n.args[3] for n in nodes}) == len(nodes)  # a key for each
+    assert functions[0] == functions[1]
+    assert calls[1] > 3 * calls[0]
 
 
 # ---------------------------------------------------------------------------------------------------------- left alone
@@ -290,7 +292,7 @@ def test_what_a_small_error_would_throw_far_off_is_left_alone(build: Any, budget
     assert_close(grads, want, 0.05)
 
 
-def test_auto_keeps_what_the_backward_exponentiates():
+def test_what_the_backward_exponentiates_is_kept_unless_an_override_names_it():
     """Logits, but not the input of a sigmoid."""
 
     class Classifier(nn.Module):
@@ -303,10 +305,11 @@ def test_auto_keeps_what_the_backward_exponentiates():
 
     torch.manual_seed(0)
     model, inputs = Classifier(), {"x": torch.randn(64, 24), "y": torch.randint(0, 32, (64,))}
-    run(model, inputs)
-    assert [reason for reason in kept(model) if "exponentiated" in reason]
-    assert len(coded(model)) == 1
-    run(model, inputs, method="int4")
+    for method in ("auto", "int4"):
+        run(model, inputs, method=method)
+        assert [reason for reason in kept(model) if "exponentiated" in reason]
+        assert len(coded(model)) == 1
+    run(model, inputs, method="int4", overrides={"head": "int8"})
     assert len(coded(model)) == 2
 
 

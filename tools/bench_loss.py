@@ -178,7 +178,9 @@ def run(given: argparse.Namespace, spec: RowSpec, seed: int) -> dict[str, Any]:
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
         if step % 100 == 99:
-            print(f"{spec.label} seed {seed} step {step + 1}: {statistics.fmean(losses[-100:]):.4f}", file=sys.stderr, flush=True)
+            print(
+                f"{spec.label} seed {seed} step {step + 1}: {statistics.fmean(losses[-100:]):.4f}", file=sys.stderr, flush=True
+            )
     model.eval()
     with torch.no_grad():
         found = [model(**batch).item() for batch in held_out.held_out(given.eval_batches)]
@@ -209,7 +211,13 @@ def summary(runs: list[dict[str, Any]], labels: list[str]) -> list[dict[str, Any
         gaps = [loss / by[labels[0], seed] - 1 for (row, seed), loss in by.items() if row == label]
         spread = [statistics.stdev(x) if len(x) > 1 else None for x in (losses, gaps)]
         rows.append(
-            {"row": label, "loss": statistics.fmean(losses), "spread": spread[0], "gap": statistics.fmean(gaps), "gap_spread": spread[1]}
+            {
+                "row": label,
+                "loss": statistics.fmean(losses),
+                "spread": spread[0],
+                "gap": statistics.fmean(gaps),
+                "gap_spread": spread[1],
+            }
         )
     return rows
 

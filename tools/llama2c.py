@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         ids = {piece: i for i, piece in enumerate(self.pieces) if i >= 3 and not piece.startswith(b"<0x")}
 
-        @lru_cache(maxsize=None)
+        @cache
         def word(text: str) -> tuple[int, ...]:
             tokens: list[int] = []
             for character in text:

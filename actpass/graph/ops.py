@@ -9,7 +9,21 @@ from actpass.graph.joint import CASTS, is_view
 
 aten = torch.ops.aten
 
-_REDUCTIONS = ("sum", "mean", "amax", "amin", "var", "var_mean", "std", "logsumexp", "linalg_vector_norm", "max", "min", "prod")
+_REDUCTIONS = (
+    "sum",
+    "mean",
+    "amax",
+    "amin",
+    "var",
+    "var_mean",
+    "std",
+    "logsumexp",
+    "linalg_vector_norm",
+    "max",
+    "min",
+    "prod",
+    "any",
+)
 
 
 def is_pointwise(node: fx.Node) -> bool:

@@ -1,13 +1,14 @@
 """Sites + options -> Plan. Plain data: no FX, and no torch at run time."""
 
 from actpass.plan.policy import KEPT, PRECISIONS, Precision, choose, choose_storage
-from actpass.plan.types import EXPONENTIAL, KEEP, Candidate, Decision, Plan, SavedTensor, Storage
+from actpass.plan.types import EXPONENTIAL, KEEP, SCORE, Candidate, Decision, Plan, SavedTensor, Storage
 
 __all__ = [
     "EXPONENTIAL",
     "KEEP",
     "KEPT",
     "PRECISIONS",
+    "SCORE",
     "Candidate",
     "Decision",
     "Plan",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Literal, Protocol
 
-from actpass.plan.types import EXPONENTIAL, KEEP, Candidate, Decision, Plan, SavedTensor, Storage
+from actpass.plan.types import EXPONENTIAL, KEEP, SCORE, Candidate, Decision, Plan, SavedTensor, Storage
 
 KEPT = "kept exact, as asked"
 AUTO = "auto"
@@ -14,8 +14,12 @@ PRECISIONS: tuple[Precision, ...] = ("exact", "int8", "auto", "int4")
 """How much ``method="auto"`` may give up, most exact first: nothing, 8 bits for everything, what `AUTO_CODECS` says (without a
 budget), 4 bits for everything (only a budget that asks for it)."""
 
-AUTO_CODECS = {"contraction": "int4", "linear": "int4", "nonlinear": "int8", EXPONENTIAL: "int8"}
+AUTO_CODECS = {"contraction": "int4", "linear": "int4", "nonlinear": "int8", EXPONENTIAL: "int8", SCORE: "int8"}
 """The form by the use of a tensor. The most delicate use counts."""
+SCORE_CODEC = "int8"
+"""The form of a query or key where one of less precision is asked for, but not by an override: at 4 bits (of integer or of
+float8's significand) the rows of exp(q k - logsumexp) no longer sum to one, and gradients on a trained Llama are off by
+several times their size, at 8 by a few per cent (tools/results/loss)."""
 
 
 class Wish(Protocol):
@@ -116,6 +120,8 @@ def _store(
         return keep("exponentiated in the backward, where its error becomes a factor; an override may ask for a form")
     if codec is None:
         return keep("exact, and within the budget" if wish.codec == AUTO else KEPT)
+    if SCORE in t.kinds and not wish.named:
+        codec = SCORE_CODEC
     size = stored_bytes(t, codec, wish.group)
     if size is None:
         return keep("can't be divided into groups at symbolic sizes")

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 SCHEMA_VERSION = 2
 KEEP = "keep"
+SCORE = "score"
+"""The kind of a query or key: a fused attention's backward exponentiates their product, less a statistic of the exact one."""
 EXPONENTIAL = "exponential"
 """The kind of a tensor that the backward exponentiates (logits): its absolute error becomes a factor."""
 

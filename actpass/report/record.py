@@ -3,7 +3,7 @@ on a cache hit, when neither the pass nor the partitioner runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from actpass._torch import size_hint
+from actpass.chunking import Chunked
 from actpass.codecs import PROJECTIONS
 from actpass.config import Config, matches
 from actpass.graph import Finding, Joint, Use, classify_uses, count_matmuls
@@ -28,11 +29,11 @@ class SiteRow:
     """A tensor that Inductor's default saves, or that is saved now, or that a weight gradient reads.
 
     form: ``keep`` (stored as it is), ``quantize`` (stored in few bits), ``recompute`` (not stored, rebuilt from what is),
-    ``project`` (its projection is stored), ``input`` (an input of the region, never saved), ``state`` (a basis or the
-    seed). method, rank: how the weight gradients that read it are formed; None: exactly. codec: the low-bit form in which
-    it (or its projection) is stored. bytes_before: under Inductor's default cut. bytes_after: now. unbiased: whether the
-    expected gradient is the exact one. relative_variance: of each weight gradient's estimate, in closed form; 0 if exact.
-    extra_flops: in the backward's matmuls against exact weight gradients (negative: saved).
+    ``project`` (its projection is stored), ``chunk`` (never formed whole), ``input`` (an input of the region, never saved),
+    ``state`` (a basis or the seed). method, rank: how the weight gradients that read it are formed; None: exactly. codec:
+    the low-bit form in which it (or its projection) is stored. bytes_before: under Inductor's default cut. bytes_after:
+    now. unbiased: whether the expected gradient is the exact one. relative_variance: of each weight gradient's estimate, in
+    closed form; 0 if exact. extra_flops: in the backward's matmuls against exact weight gradients (negative: saved).
     """
 
     name: str
@@ -111,9 +112,21 @@ class Record:
         return cls(**fields)
 
 
-def describe(joint: Joint, finding: Finding, plan: Plan, cuts: Cuts, done: Rewritten, config: Config) -> Record:
-    """The record of a region that was compiled by plan."""
-    nodes = {n.name: n for n in joint.gm.graph.nodes}
+def describe(
+    whole: Joint,
+    joint: Joint,
+    finding: Finding,
+    plan: Plan,
+    cuts: Cuts,
+    done: Rewritten,
+    config: Config,
+    chunked: Chunked | None = None,
+    why_whole: str | None = None,
+) -> Record:
+    """The record of a region that was compiled by plan. whole: the joint graph that Inductor's default was cut from. joint:
+    the one that was planned, perhaps with its loss in pieces. why_whole: why it is not."""
+    now = {n.name: n for n in joint.gm.graph.nodes}
+    nodes = {**{n.name: n for n in whole.gm.graph.nodes}, **now}
     root_of = {d.site: storage_root(nodes[d.site]).name for d in plan.decisions}
     before, crossing, stored = _by_root(cuts.default.saved), _by_root(cuts.final.saved), _stored(cuts.final, plan)
     contractions = [c.node for c in finding.contractions]
@@ -121,6 +134,8 @@ def describe(joint: Joint, finding: Finding, plan: Plan, cuts: Cuts, done: Rewri
     for root in [n for n in nodes if n in before or n in crossing or n in root_of.values()]:
         uses = _uses(root, cuts.final if root in crossing else cuts.default, contractions)
         form, reason = _form(joint, nodes[root], root in crossing, uses, cuts.final)
+        if root not in now:
+            form, reason = "chunk", "never formed: the loss and its gradients are formed in pieces of rows"
         rows[root] = replace(_row(nodes[root], before.get(root, 0), stored.get(root, 0), uses), form=form, reason=reason)
     for decision in plan.decisions:
         root = root_of[decision.site]
@@ -141,7 +156,7 @@ def describe(joint: Joint, finding: Finding, plan: Plan, cuts: Cuts, done: Rewri
         plan=plan.to_dict(),
         plan_hash=plan.hash,
         left_alone=finding.left_alone,
-        notes=tuple(_notes(plan, rows.values(), cuts, config, finding)),
+        notes=(*_loss_notes(chunked, why_whole), *_notes(plan, rows.values(), cuts, config, finding)),
         parameters=_parameters(joint),
     )
 
@@ -300,6 +315,13 @@ def _totals(default: Cut, final: Cut) -> Totals:
         extra_matmuls=ours.extra_matmuls,
         extra_attention=ours.extra_attention,
     )
+
+
+def _loss_notes(chunked: Chunked | None, why_whole: str | None) -> Iterator[str]:
+    if chunked is not None:
+        yield f"the loss is formed in {chunked.pieces} pieces; {chunked.logits_bytes} bytes of logits never exist at once"
+    if why_whole is not None:
+        yield f"the loss is formed whole: {why_whole}"
 
 
 def _notes(plan: Plan, sites: Iterable[SiteRow], cuts: Cuts, config: Config, finding: Finding) -> Iterable[str]:

@@ -1,0 +1,198 @@
+"""The loss in pieces of rows: the same loss and gradients, and no tensor as large as the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import actpass
+from actpass._torch import invoke_subgraph
+from actpass.explain import explain_model
+from actpass.measure import measure
+
+from .helpers import EPS, Grads, eager_actcomp, error, grads_of, step
+
+TOKENS, WIDTH, WORDS = 300, 24, 500  # 300 rows in pieces of 112: the last is smaller
+
+
+class Head(nn.Module):
+    """An embedding, a hidden layer, a head, and a loss of the logits and the labels."""
+
+    def __init__(self, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], tied: bool = False, bias: bool = True):
+        super().__init__()
+        self.embed, self.hidden = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, WORDS, bias=bias)
+        if tied:
+            self.head.weight = self.embed.weight
+        self.loss = loss
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.loss(self.head(torch.tanh(self.hidden(self.embed(x)))), y)
+
+
+def flat(logits: torch.Tensor, y: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten(), **kwargs)
+
+
+LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "mean": flat,
+    "sum": lambda z, y: flat(z, y, reduction="sum"),
+    "none": lambda z, y: flat(z, y, reduction="none").square().mean(),
+    "smoothed": lambda z, y: flat(z, y, label_smoothing=0.1),
+    "weighted": lambda z, y: flat(z, y, weight=torch.linspace(0.5, 1, WORDS)),
+    "ignored": lambda z, y: flat(z, y.masked_fill(y % 3 == 0, -100)),
+    "float32": lambda z, y: flat(z.float(), y),
+    "z-loss": lambda z, y: flat(z, y) + 1e-2 * z.logsumexp(-1).square().mean(),
+    "capped": lambda z, y: flat(30 * torch.tanh(z / 30), y),
+    "divergence": lambda z, y: F.kl_div(z.log_softmax(-1), F.one_hot(y, WORDS).float() + 1e-3, reduction="batchmean"),
+    "scaled": lambda z, y: 1024 * flat(z, y),
+}
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    return {name: torch.randint(0, WORDS, (4, TOKENS // 4), generator=draw) for name in ("x", "y")}
+
+
+def run(model: nn.Module, **options: Any) -> tuple[torch.Tensor, Grads]:
+    return step(torch.compile(model, backend=eager_actcomp({"method": "exact", **options})), model, inputs())
+
+
+def notes(model: nn.Module) -> str:
+    return " ".join(note for region in actpass.report(model).regions for note in region.notes)
+
+
+def compare(model: nn.Module, tolerance: float) -> None:
+    want_loss, want = run(model, chunk_loss=False)
+    loss, grads = run(model)
+    assert "pieces" in notes(model), notes(model)
+    torch.testing.assert_close(loss, want_loss, rtol=tolerance, atol=0)
+    for name in want:
+        assert error(grads[name], want[name]) < tolerance, name
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_and_gradients_are_those_of_the_whole(name: str):
+    torch.manual_seed(0)
+    compare(Head(LOSSES[name]), 300 * EPS)  # sums of 300 rows in another order
+
+
+@pytest.mark.parametrize(("tied", "bias"), [(True, False), (False, False), (True, True)])
+def test_tied_weights_and_biases(tied: bool, bias: bool):
+    torch.manual_seed(0)
+    compare(Head(flat, tied, bias), 300 * EPS)
+
+
+def test_half_precision_weights_accumulate_in_float32():
+    """Against float64 the pieces are not worse than the whole, whose one matmul accumulates in float32, too."""
+    torch.manual_seed(0)
+    model = Head(LOSSES["float32"])
+    exact = Head(LOSSES["mean"]).double()
+    exact.load_state_dict(model.bfloat16().state_dict())
+    step(exact, exact, inputs())
+    reference = grads_of(exact)
+    _, whole = run(model, chunk_loss=False)
+    _, pieces = run(model)
+    assert "pieces" in notes(model)
+    for name in reference:
+        assert error(pieces[name], reference[name]) < 1.2 * error(whole[name], reference[name]) + 2**-9, name
+
+
+def test_autocast():
+    torch.manual_seed(0)
+    model = Head(flat)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        compare(model, 2**-6)
+
+
+def test_low_bit_forms_leave_the_early_gradient_alone():
+    torch.manual_seed(0)
+    model = Head(flat)
+    _, want = run(model)
+    _, grads = run(model, method="int4", smallest=0)
+    assert torch.equal(grads["head.bias"], want["head.bias"])
+    storages = [s for region in actpass.report(model).regions for s in region.plan["storages"]]
+    assert any("formed in the forward" in s["reason"] for s in storages)
+    assert any(s["codec"] == "int4" for s in storages)
+
+
+@pytest.mark.parametrize("budget", [0.02, 0.1])
+def test_a_small_budget_does_not_run_the_pieces_again(budget: float):
+    torch.manual_seed(0)
+    model = Head(flat)
+    _, want = run(model, chunk_loss=False)
+    (region,) = explain_model(model, (), inputs(), {"method": "exact"}).regions
+    assert not any(n.target is invoke_subgraph for n in region.backward.graph.nodes)
+    try:
+        _, grads = run(model, memory_budget=budget)
+    except Exception as found:
+        assert "memory_budget" in str(found)  # what the loss formed early is more
+    else:
+        for name in want:
+            assert error(grads[name], want[name]) < 300 * EPS, name
+
+
+class Returns(Head):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> Any:
+        logits = self.head(self.hidden(self.embed(x)))
+        return flat(logits, y), logits
+
+
+class BetweenRows(Head):
+    """The logits of one row enter the loss of another."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        logits = self.head(self.hidden(self.embed(x)))
+        return (logits - logits.mean((0, 1), keepdim=True)).logsumexp(-1).square().mean()
+
+
+class OfTheLoss(Head):
+    """A gradient that depends on all rows' loss."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return flat(self.head(self.hidden(self.embed(x))), y).exp()
+
+
+@pytest.mark.parametrize("build", [BetweenRows, OfTheLoss])
+def test_what_needs_all_rows_is_left_whole_with_its_reason(build: Any):
+    torch.manual_seed(0)
+    model = build(flat)
+    want_loss, want = run(model, chunk_loss=False)
+    loss, grads = run(model)
+    assert torch.equal(loss, want_loss)
+    assert all(error(grads[n], want[n]) < 64 * EPS for n in want)
+    assert build is OfTheLoss or "formed whole" in notes(model)
+
+
+def test_returned_logits_and_symbolic_rows_are_left_whole_with_their_reason():
+    torch.manual_seed(0)
+    model = Returns(flat)
+    torch.compile(model, backend=eager_actcomp({"method": "exact"}))(**inputs())[0].backward()
+    assert "returned to the caller" in notes(model)
+    model = Head(flat)
+    torch.compile(model, backend=eager_actcomp({"method": "exact"}), dynamic=True)(**inputs()).backward()
+    assert "symbolic" in notes(model)
+
+
+def test_the_budget_of_one_is_inductors_own():
+    torch.manual_seed(0)
+    model = Head(flat)
+    run(model, memory_budget=1.0)
+    assert "pieces" not in notes(model)
+
+
+def test_compiled_it_needs_less_memory():
+    """By Inductor: the logits and their gradient are 2 x 600 kB, a piece of them 2 x 224 kB."""
+    torch.manual_seed(0)
+    model = Head(flat)
+    peak = {}
+    for chunk_loss in (False, True):
+        function = torch.compile(model, backend="actcomp", options={"method": "exact", "chunk_loss": chunk_loss})
+        loss, grads = step(function, model, inputs())
+        peak[chunk_loss] = measure(lambda f=function: f(**inputs()).backward()).peak_bytes
+    assert peak[True] < 0.75 * peak[False]
