@@ -6,6 +6,7 @@ decompositions and copies the nodes in, so every inserted node carries a real fa
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -150,8 +151,7 @@ def call(
         traced = _trace(function, arguments, traces, key)
         (returned,) = traced.graph.find_nodes(op="output")
         values = [_fresh(value(n)) for n in returned.args[0]]
-    name = f"actpass_{list(traces).index(key)}"
-    module.add_submodule(name, traced)
+    name = _submodule(module, traced)
     made: list[fx.Node] = []
 
     def insert(op: str, target: Any, args: tuple[Any, ...], val: Any) -> fx.Node:
@@ -166,6 +166,17 @@ def call(
     results = tuple(insert("call_function", operator.getitem, (whole, i), v) for i, v in enumerate(values))
     inserted.update(made)
     return results
+
+
+def _submodule(module: fx.GraphModule, part: fx.GraphModule) -> str:
+    """The name of ``part`` inside ``module``; adds it under a new one."""
+    children = dict(module.named_children())
+    known = next((name for name, child in children.items() if child is part), None)
+    if known is not None:
+        return known
+    name = next(n for n in (f"actpass_{i}" for i in itertools.count()) if n not in children)
+    module.add_submodule(name, part)
+    return name
 
 
 def _fresh(x: torch.Tensor) -> torch.Tensor:

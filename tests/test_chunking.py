@@ -121,20 +121,16 @@ def test_low_bit_forms_leave_the_early_gradient_alone():
     assert any(s["codec"] == "int4" for s in storages)
 
 
-@pytest.mark.parametrize("budget", [0.02, 0.1])
+@pytest.mark.parametrize("budget", [0.15, 0.3])
 def test_a_small_budget_does_not_run_the_pieces_again(budget: float):
     torch.manual_seed(0)
     model = Head(flat)
     _, want = run(model, chunk_loss=False)
     (region,) = explain_model(model, (), inputs(), {"method": "exact"}).regions
     assert not any(n.target is invoke_subgraph for n in region.backward.graph.nodes)
-    try:
-        _, grads = run(model, memory_budget=budget)
-    except Exception as found:
-        assert "memory_budget" in str(found)  # what the loss formed early is more
-    else:
-        for name in want:
-            assert error(grads[name], want[name]) < 300 * EPS, name
+    _, grads = run(model, memory_budget=budget)
+    for name in want:
+        assert error(grads[name], want[name]) < 300 * EPS, name
 
 
 class Returns(Head):
@@ -187,12 +183,12 @@ def test_the_budget_of_one_is_inductors_own():
 
 
 def test_compiled_it_needs_less_memory():
-    """By Inductor: the logits and their gradient are 2 x 600 kB, a piece of them 2 x 224 kB."""
+    """By Inductor: logits of 2.4 MB, in pieces of 240 kB."""
     torch.manual_seed(0)
-    model = Head(flat)
+    model, batch = Head(flat), {name: x.repeat(1, 4) for name, x in inputs().items()}
     peak = {}
     for chunk_loss in (False, True):
         function = torch.compile(model, backend="actcomp", options={"method": "exact", "chunk_loss": chunk_loss})
-        loss, grads = step(function, model, inputs())
-        peak[chunk_loss] = measure(lambda f=function: f(**inputs()).backward()).peak_bytes
-    assert peak[True] < 0.75 * peak[False]
+        step(function, model, batch)
+        peak[chunk_loss] = measure(lambda f=function: f(**batch).backward()).peak_bytes
+    assert peak[True] < 0.5 * peak[False]

@@ -210,15 +210,8 @@ def summary(runs: list[dict[str, Any]], labels: list[str]) -> list[dict[str, Any
             continue
         gaps = [loss / by[labels[0], seed] - 1 for (row, seed), loss in by.items() if row == label]
         spread = [statistics.stdev(x) if len(x) > 1 else None for x in (losses, gaps)]
-        rows.append(
-            {
-                "row": label,
-                "loss": statistics.fmean(losses),
-                "spread": spread[0],
-                "gap": statistics.fmean(gaps),
-                "gap_spread": spread[1],
-            }
-        )
+        mean, gap = statistics.fmean(losses), statistics.fmean(gaps)
+        rows.append({"row": label, "loss": mean, "spread": spread[0], "gap": gap, "gap_spread": spread[1]})
     return rows
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ class Tokenizer:
                 piece = character.encode()
                 tokens.extend([ids[piece]] if piece in ids else [b + _FIRST_BYTE for b in piece])
             while True:
-                merged = [ids.get(self.pieces[a] + self.pieces[b], -1) for a, b in zip(tokens, tokens[1:], strict=False)]
+                merged = [ids.get(self.pieces[a] + self.pieces[b], -1) for a, b in pairwise(tokens)]
                 best = max((i for i, m in enumerate(merged) if m >= 0), key=lambda i: self.scores[merged[i]], default=None)
                 if best is None:
                     return tuple(tokens)
