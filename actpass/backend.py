@@ -57,8 +57,10 @@ def actcomp(
     - ``rank``: of projections: an int (directions), or a float in (0, 1] (a fraction of the width; default 0.25). With
       ``auto`` a rank asks for weight gradients through `haar`, for fewer FLOPs; without one they are exact.
     - ``quantize``: with a projection, the low-bit form of what is stored (default: none).
-    - ``rounding``: of low-bit forms, ``"stochastic"`` (default, unbiased) or ``"nearest"``. ``group``: elements that share a
-      scale (default: the form's own, 32 or 64). ``rotate``: True spreads outliers by a Hadamard rotation of each group.
+    - ``rounding``: of low-bit forms, ``"stochastic"`` (unbiased), ``"nearest"`` (half the variance or less), or ``"auto"``
+      (default): stochastic where the backward is linear in the tensor, so that the gradient stays unbiased, else nearest.
+    - ``group``: elements that share a scale (default: the form's own, 32 or 64). ``rotate``: True spreads outliers by a
+      Hadamard rotation of each group.
     - ``smallest``: bytes below which a tensor is stored as it is (default 16384).
     - ``chunk_loss``: True (default) forms large logits, the loss and the head's gradients in pieces of rows; see
       `actpass.chunking`.

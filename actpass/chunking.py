@@ -30,7 +30,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from actpass.errors import GraphUnsupported
 from actpass.graph import Joint
 from actpass.graph.copying import copy_module
-from actpass.graph.cost import is_matmul
+from actpass.graph.cost import is_attention, is_matmul
 from actpass.graph.joint import CASTS, is_view, storage_root, tensor_bytes, value
 from actpass.graph.ops import is_pointwise, is_reduction
 from actpass.rewrite import call, splice
@@ -80,13 +80,19 @@ def chunk(joint: Joint, saved_bytes: int) -> Chunked | None:
 
 
 def _find_head(joint: Joint, saved_bytes: int) -> fx.Node | None:
-    """The matmul of an activation and a weight with the largest output, if that is wider than its input and weighs."""
+    """The matmul of an activation and a weight with the largest output, if no other matmul follows in the forward, it is wider
+    than its input, and it weighs."""
     found: fx.Node | None = None
+    forward = [n for n in joint.gm.graph.nodes if n not in joint.backward]
+    multiplied = {n for n in forward if is_matmul(n) or is_attention(n)}
+    hidden = _reach({a for n in multiplied for a in n.all_input_nodes}, lambda n: n.all_input_nodes)
     for node in joint.gm.graph.nodes:
         if node.target not in (aten.mm.default, aten.addmm.default) or node not in joint.activations:
             continue
         x, weight = node.args[-2:]
         if weight in joint.activations or x not in joint.activations or value(node).shape[1] <= 2 * value(x).shape[1]:
+            continue
+        if node in hidden:
             continue
         if found is None or tensor_bytes(node) > tensor_bytes(found):
             found = node

@@ -15,8 +15,8 @@ from actpass.errors import BudgetError, OptionError
 
 Rank = int | float
 Scale = Literal["unbiased", "none"]
-Rounding = Literal["stochastic", "nearest"]
 AUTO = "auto"
+ROUNDINGS = (AUTO, "stochastic", "nearest")
 METHODS = (AUTO, "exact", *PROJECTIONS, *QUANTIZERS)
 KEEP = "keep"
 DEFAULT_RANK = 0.25
@@ -39,7 +39,7 @@ class Treatment:
     scale: Scale = "unbiased"
     quantize: str | None = None
     group: int | None = None
-    rounding: Rounding = "stochastic"
+    rounding: str = AUTO
     rotate: bool = False
     named: bool = False
 
@@ -58,7 +58,7 @@ class Treatment:
     @property
     def draws(self) -> bool:
         """Whether it takes random numbers."""
-        return self.projection is not None or (self.codec is not None and self.rounding == "stochastic")
+        return self.projection is not None or (self.codec is not None and self.rounding != "nearest")
 
     def rank_of(self, width: int) -> int:
         """The rank in directions for a feature axis of ``width``; `OptionError` if an integer rank exceeds it."""
@@ -164,7 +164,7 @@ def _treatment(given: Mapping[str, Any], base: Treatment, where: str) -> Treatme
         _one_of("scale", given.get("scale", base.scale), ("unbiased", "none"), where),
         quantize if method in PROJECTIONS else None,
         group,
-        _one_of("rounding", given.get("rounding", base.rounding), ("stochastic", "nearest"), where),
+        _one_of("rounding", given.get("rounding", base.rounding), ROUNDINGS, where),
         rotate,
     )
 

@@ -270,10 +270,14 @@ def _is_whole(exponent: object) -> bool:
 
 
 def _is_exponentiated(tensor: fx.Node) -> bool:
-    """Whether the backward takes exp of ``tensor``; but for a sigmoid's, which adds one to it and is bounded."""
+    """Whether the backward takes exp of ``tensor``; but for a sigmoid's, which adds one to it and is bounded, and for that of
+    a square, a Gaussian's (GELU)."""
     todo, seen = [tensor], {tensor}
     while todo:
-        for user in todo.pop().users:
+        node = todo.pop()
+        for user in node.users:
+            if user.target is aten.pow.Tensor_Scalar or user.args[:2] == (node, node):
+                continue
             if user.target in (aten.exp.default, aten.exp2.default) and not all(_adds_number(u) for u in user.users):
                 return True
             passes = user.target in (_KEEPS_ZERO | CASTS | {aten.sub.Tensor, aten.add.Tensor, aten.div.Tensor}) or is_view(user)

@@ -24,9 +24,9 @@ def test_options_overrides_refine_by_path_and_the_last_match_wins():
     config = parse(
         {"method": "haar", "rank": 0.5, "overrides": {"mlp": {"rank": 8}, "mlp.down_proj": "keep", "lm_head": "srht"}}
     )
-    assert config.treatment_of(("layers.0.mlp.up_proj.weight",))[0] == Treatment("haar", 8)
+    assert config.treatment_of(("layers.0.mlp.up_proj.weight",))[0] == Treatment("haar", 8, named=True)
     assert config.treatment_of(("layers.0.mlp.down_proj.weight",))[0].method == "exact"
-    assert config.treatment_of(("lm_head.weight",))[0] == Treatment("srht", 0.5)
+    assert config.treatment_of(("lm_head.weight",))[0] == Treatment("srht", 0.5, named=True)
     assert config.treatment_of(("layers.0.attn.q.weight",))[0] == Treatment("haar", 0.5)
 
 
@@ -61,7 +61,7 @@ def test_override_patterns_match_whole_path_segments(pattern: str, path: str, ex
         ({"quantize": "int4"}, r"quantize='int4' goes with a projection.*Use method='int4'"),
         ({"method": "haar", "quantize": "int5"}, r"unknown quantize 'int5'"),
         ({"group": 4}, r"group=4 is not usable. Allowed: an int in \[8, 4096\]"),
-        ({"rounding": "up"}, r"unknown rounding 'up'. Known: stochastic, nearest"),
+        ({"rounding": "up"}, r"unknown rounding 'up'. Known: auto, stochastic, nearest"),
         ({"rotate": 1}, r"rotate=1 is not usable"),
         ({"smallest": -1}, r"smallest=-1 is not usable"),
         ({"scale": "biased"}, r"unknown scale 'biased'. Did you mean 'unbiased'\? Known: unbiased, none"),

@@ -63,7 +63,8 @@ def test_forward_is_bit_equal_and_fewer_bytes_cross(method: str):
     exact_bytes = actpass.report(model).saved_bytes
     loss, _ = run(model, inputs, method=method)
     assert torch.equal(loss, want_loss)
-    bits = {"int8": 8.5, "fp8": 8.5, "fp8_e5m2": 8.5, "int4": 4.5, "auto": 9.5, "int2": 2.5}[method]
+    bits = {"int8": 8.5, "fp8": 8.5, "fp8_e5m2": 8.5, "int4": 4.5, "auto": 8.5, "int2": 2.5}[method]
+    bits += 2 / 9 * (8.5 - bits)  # of nine tensors in a layer q and k take 8 bits at least
     assert actpass.report(model).saved_bytes < exact_bytes * (bits / 32 + 0.05)  # and statistics
 
 
@@ -116,7 +117,7 @@ def test_linear_uses_keep_the_gradient_unbiased_and_the_report_says_which_are():
 
 def test_seeds_change_the_rounding_and_only_with_an_optimizer_step():
     model, inputs = models.mlp()
-    function = torch.compile(model, backend=eager_actcomp({**SMALL, "method": "int4"}))
+    function = torch.compile(model, backend=eager_actcomp({**SMALL, "method": "int4", "rounding": "stochastic"}))
     _, first = step(function, model, inputs)
     _, again = step(function, model, inputs)
     assert_equal(again, first)
@@ -134,7 +135,8 @@ def test_tensors_of_one_size_share_the_code_that_encodes_them():
         nodes = [n for n in region.forward.graph.nodes if n.target is invoke_subgraph]
         calls.append(len(nodes))
         functions.append({n.args[1] for n in nodes})
-        assert len({n.args[3] for n in nodes}) == len(nodes)  # a key for each
+        keys = [n.args[3] for n in nodes if len(n.args) > 3]  # those that are rounded stochastically
+        assert len(set(keys)) == len(keys) > layers  # a key for each
     assert functions[0] == functions[1]
     assert calls[1] > 3 * calls[0]
 

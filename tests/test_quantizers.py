@@ -182,7 +182,8 @@ def test_other_floating_types_keep_their_type(dtype: torch.dtype):
     ("shape", "group", "expected"),
     [
         ((8, 1376), 32, ((8, 1376), 32, 0)),
-        ((7, 172), 32, ((7, 172), 43, 1)),  # 172 = 4 x 43: no power of two near; the rows are odd, the columns are split
+        ((7, 1024), 32, ((7, 1024), 32, 1)),  # the rows are odd: the columns are split
+        ((7, 172), 32, ((38, 32), 32, 0)),  # merged, and 43 groups of 28 don't halve: padded
         ((2, 16, 8, 8), 32, ((2, 1024), 32, 0)),  # narrow axes are merged, whatever they are
         ((3, 5), 32, ((2, 32), 32, 0)),  # nothing divides: padded
     ],

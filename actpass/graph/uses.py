@@ -41,16 +41,25 @@ _KEEPS_DEGREE = CASTS | {
 }
 _ADDS = {aten.add.Tensor, aten.sub.Tensor}
 _MULTIPLIES = {aten.mul.Tensor, aten.mm.default, aten.bmm.default, aten.dot.default, aten.mv.default}
-_LINEAR_ARGUMENT = {
-    "_scaled_dot_product_flash_attention_for_cpu_backward": 4,
-    "_scaled_dot_product_flash_attention_backward": 4,
-    "_scaled_dot_product_efficient_attention_backward": 5,
-    "_scaled_dot_product_cudnn_attention_backward": 4,
-    "_flash_attention_backward": 4,
-    "_efficient_attention_backward": 5,
+_LINEAR_ARGUMENTS = {
+    "_scaled_dot_product_flash_attention_for_cpu_backward": (3, 4),
+    "_scaled_dot_product_flash_attention_backward": (3, 4),
+    "_scaled_dot_product_efficient_attention_backward": (3, 5),
+    "_scaled_dot_product_cudnn_attention_backward": (3, 4),
+    "_flash_attention_backward": (3, 4),
+    "_efficient_attention_backward": (3, 5),
 }
-"""Fused attention backward -> position of `out`. It enters as rowsum(dO * O) only, and dO, the first argument, enters
-linearly, so the gradient has the degrees of both together."""
+"""Fused attention backward -> positions of `v` and `out`. They enter as dS = P * (dO v^T - rowsum(dO * out)) only, and dO, the
+first argument, enters linearly, so the gradient has the degrees of dO and of the higher of both together."""
+_WRITES = {
+    aten.index_put.default: (0, 2),
+    aten._unsafe_index_put.default: (0, 2),
+    aten._unsafe_masked_index_put_accumulate.default: (0, 3),
+    aten.scatter_add.default: (0, 3),
+    aten.scatter.src: (0, 3),
+    aten.index_add.default: (0, 3),
+}
+"""What writes values at places -> positions of what is written to and of the values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +142,10 @@ def _degree(node: fx.Node, degrees: dict[fx.Node, float]) -> float:
         return math.inf if of(args[1]) else of(args[0])
     if getattr(target, "__name__", "") == "getitem":
         return of(args[0])
-    position = _LINEAR_ARGUMENT.get(getattr(target, "_opname", ""))
-    if position is not None and not any(of(a) for i, a in enumerate(args) if i not in (0, position)):
-        return of(args[0]) + of(args[position])
+    places = _WRITES.get(target)
+    if places is not None and not any(of(a) for i, a in enumerate(args) if i not in places):
+        return max(of(args[i]) for i in places)
+    places = _LINEAR_ARGUMENTS.get(getattr(target, "_opname", ""))
+    if places is not None and not any(of(a) for i, a in enumerate(args) if i not in (0, *places)):
+        return of(args[0]) + max(of(args[i]) for i in places)
     return math.inf

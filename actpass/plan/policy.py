@@ -122,6 +122,7 @@ def _store(
         return keep("exact, and within the budget" if wish.codec == AUTO else KEPT)
     if SCORE in t.kinds and not wish.named:
         codec = SCORE_CODEC
+    rounding = wish.rounding if wish.rounding != AUTO else "stochastic" if t.linear else "nearest"
     size = stored_bytes(t, codec, wish.group)
     if size is None:
         return keep("can't be divided into groups at symbolic sizes")
@@ -135,9 +136,9 @@ def _store(
         f"uses: {', '.join(t.kinds)}",
         t.nbytes,
         size,
-        unbiased=t.linear and wish.rounding == "stochastic",
+        unbiased=t.linear and rounding == "stochastic",
         group=wish.group,
-        rounding=wish.rounding,
+        rounding=rounding,
         rotate=wish.rotate,
     )
 
