@@ -56,6 +56,7 @@ _BOUNDED = {aten.exp.default, aten.sigmoid.default, aten.tanh.default}
 _HUGE = 1e8
 """Numbers in a model's code beyond this are masks."""
 _TORCH_NAMESPACES = ("aten", "prims")
+EARLY_GRADIENT = "a gradient, formed in the forward with the loss"
 
 
 def find_saved(cut: Cut, joint: Joint, contractions: Mapping[str, tuple[str, ...]], smallest: int) -> list[SavedTensor]:
@@ -123,7 +124,7 @@ class _Reading:
         if node.name not in self.learned:
             return "depends on no parameter: a mask, a table or an input's statistics"
         if _is_early_gradient(node):
-            return "a gradient, formed in the forward with the loss"
+            return EARLY_GRADIENT
         if _is_statistic(node):
             return "a statistic of each row"
         if node.name in self.infinite or self._may_be_masked(node):

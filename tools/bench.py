@@ -22,7 +22,7 @@ import torch
 from arguments import positive_int, probability
 from bench_compile_time import measure_compile_times, work
 from bench_rows import ROW_FORMS, RowSpec, Setup, parse_row, run_rows
-from bench_tables import COMPILE_COLUMNS, COMPILE_NOTES, ROW_COLUMNS, add_ratios, header, markdown, row_notes
+from bench_tables import COMPILE_COLUMNS, COMPILE_NOTES, ROW_COLUMNS, add_ratios, finish, header, markdown, row_notes
 from torch._dynamo import config as dynamo_config
 from workloads import (
     DTYPES,
@@ -146,14 +146,6 @@ def compile_time(given: argparse.Namespace, specs: list[RowSpec]) -> int:
     results = measure_compile_times(specs, given.repeat)
     finish(given, {**head, "rows": results}, markdown(head, COMPILE_COLUMNS, results, COMPILE_NOTES))
     return 0
-
-
-def finish(given: argparse.Namespace, data: dict[str, Any], table: str) -> None:
-    print(f"\n{table}")
-    for path, text in ((given.json, json.dumps(data, indent=1) + "\n"), (given.markdown, table)):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from actpass import Report
 from actpass.explain import explain_model
 from actpass.graph.cost import count_matmuls
 from actpass.graph.joint import storage_root, tensor_bytes
+from actpass.saved import EARLY_GRADIENT
 
 OFF = {"method": "exact", "memory_budget": 1.0}
 _PADDINGS = (1, 4, 8)  # Inductor pads a matmul's width to a multiple of one of these
@@ -24,7 +25,7 @@ _PADDINGS = (1, 4, 8)  # Inductor pads a matmul's width to a multiple of one of 
 @dataclass(frozen=True, slots=True)
 class Counts:
     """saved_bytes_reported: what crosses into the backward, parameters and inputs excluded. logits_bytes: of it, tensors
-    whose last dimension is the vocabulary. None: not known for this kind of row."""
+    whose last dimension is the vocabulary, and the gradients that a loss in pieces forms early in their place. None: not known for this kind of row."""
 
     saved_bytes_reported: int | None = None
     logits_bytes: int | None = None
@@ -49,7 +50,7 @@ def counts_of_report(report: Report, vocab: int) -> Counts:
     sites = [site for region in report.regions for site in region.sites]
     return Counts(
         report.saved_bytes,
-        sum(site.bytes_after for site in sites if is_logits(site.shape, vocab)),
+        sum(site.bytes_after for site in sites if is_logits(site.shape, vocab) or EARLY_GRADIENT in site.reason),
         totals.backward_matmul_flops,
         totals.extra_matmuls,
         totals.extra_attention,
@@ -86,9 +87,10 @@ class BudgetCut(CustomPartitionerFn):
     one row from another's, and Dynamo from taking two rows for the same backend.
     """
 
+    label: str
     budget: float
     vocab: int
-    found: ClassVar[dict[float, list[Counts]]] = {}  # not a field: a partitioner is pickled into the compile cache's key
+    found: ClassVar[dict[str, list[Counts]]] = {}  # not a field: a partitioner is pickled into the compile cache's key
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
@@ -96,14 +98,14 @@ class BudgetCut(CustomPartitionerFn):
         with functorch_config.patch(activation_memory_budget=self.budget):
             forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
         counts = _counts_of_graphs(forward, backward, kwargs["num_fwd_outputs"], self.vocab)
-        self.found.setdefault(self.budget, []).append(counts)
+        self.found.setdefault(self.label, []).append(counts)
         return forward, backward
 
     def uuid(self) -> Any:
-        return ("actpass tools, budget cut", self.budget)
+        return ("actpass tools, budget cut", self.label)
 
     def counts(self) -> Counts:
-        return Counts.total(self.found.get(self.budget, []))
+        return Counts.total(self.found.get(self.label, []))
 
 
 def _counts_of_graphs(forward: fx.GraphModule, backward: fx.GraphModule, num_fwd_outputs: int, vocab: int) -> Counts:

@@ -3,9 +3,11 @@
     python tools/bench_loss.py --model llama-mini --train valid.txt --evaluate test.txt --steps 1000 --seeds 0 1 2 \\
         --rows inductor actcomp:int4 --json out.json
     python tools/bench_loss.py --model stories260K.bin --tokenizer tok512.bin --train input.txt --steps 300 --lr 5e-4
+    python tools/bench_loss.py --model MINILM_FOLDER --train valid.txt --evaluate test.txt --steps 300 --lr 2e-4 --seq 64
 
 Models: llama-mini (of WORKLOADS, with a vocabulary of bytes), gpt2-mini, bert-mini (masked), all without dropout and with
-random weights; or a file of llama2.c, continued. Without --evaluate the last tenth of the text is held out. A seed draws the
+random weights; or, continued from their weights, a file of llama2.c or a folder with a BERT of Hugging Face and its
+tokenizer (trained to fill in masked words; what its folder lacks of the head for that starts at random). Without --evaluate the last tenth of the text is held out. A seed draws the
 weights and the order of the data; every row of a seed sees the same. Losses are nats a token on the held-out text. One JSON
 object a run, then a table with the mean and the spread over the seeds, and the gap to the first row, seed by seed.
 """
@@ -33,7 +35,6 @@ import actpass
 from actpass.runtime.clock import CLOCK
 
 BYTES = 256
-MASK = 256
 VOCABULARY = 260
 MASKED = 0.15
 IGNORE = -100
@@ -52,7 +53,7 @@ MODELS = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="llama-mini", help=f"{', '.join(MODELS)}, or a .bin file of llama2.c")
+    parser.add_argument("--model", default="llama-mini", help=f"{', '.join(MODELS)}, a .bin file of llama2.c, or a folder")
     parser.add_argument("--tokenizer", type=Path, metavar="BIN", help="of a llama2.c model")
     parser.add_argument("--train", type=Path, required=True, metavar="TXT")
     parser.add_argument("--evaluate", type=Path, metavar="TXT", help="default: the last tenth of --train")
@@ -105,11 +106,11 @@ def save(file: Path | None, what: dict[str, Any], runs: list[dict[str, Any]], sp
 
 
 class Text:
-    """Windows of token ids; a batch is a function of (seed, number)."""
+    """Windows of token ids; a batch is a function of (seed, number). mask: what stands for a masked token, None: none is."""
 
-    def __init__(self, tokens: Tensor, batch: int, seq: int, masked: bool) -> None:
+    def __init__(self, tokens: Tensor, batch: int, seq: int, mask: int | None) -> None:
         self.windows = tokens[: len(tokens) // seq * seq].view(-1, seq)
-        self.batch, self.masked = batch, masked
+        self.batch, self.mask = batch, mask
         if len(self.windows) < batch:
             raise UsageError(f"the text has {len(tokens)} tokens; a batch of {batch} x {seq} needs {batch * seq}.")
 
@@ -128,15 +129,25 @@ class Text:
             yield self.inputs(self.windows[start : start + self.batch], draw)
 
     def inputs(self, ids: Tensor, draw: torch.Generator) -> dict[str, Tensor]:
-        if not self.masked:
+        if self.mask is None:
             return {"input_ids": ids, "labels": ids}
         hidden = torch.rand(ids.shape, generator=draw) < MASKED
-        return {"input_ids": ids.masked_fill(hidden, MASK), "labels": ids.masked_fill(~hidden, IGNORE)}
+        return {"input_ids": ids.masked_fill(hidden, self.mask), "labels": ids.masked_fill(~hidden, IGNORE)}
 
 
 def texts(given: argparse.Namespace) -> tuple[Text, Text]:
+    mask = BYTES if given.model in MODELS and MODELS[given.model].head == "masked-lm" else None
+    words = None
+    if Path(given.model).is_dir():
+        from transformers import AutoTokenizer
+
+        words = AutoTokenizer.from_pretrained(given.model)
+        mask = words.mask_token_id
+
     def read(path: Path) -> Tensor:
         text = path.read_text(encoding="utf-8")
+        if words is not None:
+            return torch.tensor(words(text, add_special_tokens=False)["input_ids"])
         if given.tokenizer:
             return torch.tensor(Tokenizer.load(given.tokenizer).encode(text))
         return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
@@ -144,8 +155,7 @@ def texts(given: argparse.Namespace) -> tuple[Text, Text]:
     train = read(given.train)
     split = len(train) * 9 // 10
     parts = (train, read(given.evaluate)) if given.evaluate else (train[:split], train[split:])
-    masked = given.model in MODELS and MODELS[given.model].head == "masked-lm"
-    first, second = (Text(tokens, given.batch, given.seq, masked) for tokens in parts)
+    first, second = (Text(tokens, given.batch, given.seq, mask) for tokens in parts)
     return first, second
 
 
@@ -154,6 +164,11 @@ def model_of(given: argparse.Namespace, seed: int) -> LossOnly:
     if given.model in MODELS:
         workload = MODELS[given.model]
         return build_model(build_config(workload, given.seq, dropout=0.0), workload.head, torch.float32)
+    if Path(given.model).is_dir():
+        from transformers import AutoModelForMaskedLM
+
+        off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        return LossOnly(AutoModelForMaskedLM.from_pretrained(given.model, **off)).train()
     return LossOnly(load_model(Path(given.model))).train()
 
 
@@ -177,6 +192,8 @@ def run(given: argparse.Namespace, spec: RowSpec, seed: int) -> dict[str, Any]:
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
+        if step == 0 and spec.kind == "actcomp":
+            check_active(model)
         if step % 100 == 99:
             print(
                 f"{spec.label} seed {seed} step {step + 1}: {statistics.fmean(losses[-100:]):.4f}", file=sys.stderr, flush=True
@@ -191,6 +208,13 @@ def run(given: argparse.Namespace, spec: RowSpec, seed: int) -> dict[str, Any]:
     }  # fmt: skip
     print(json.dumps(result), flush=True)
     return result
+
+
+def check_active(model: LossOnly) -> None:
+    """A row that is not compressed would compare nothing."""
+    inactive = [r.inactive_because for r in actpass.report(model).regions if not r.active]
+    if inactive:
+        raise SystemExit(f"actpass is not active: {inactive[0]}")
 
 
 def rate(step: int, steps: int) -> float:

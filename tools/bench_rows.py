@@ -25,13 +25,18 @@ from torch._inductor.utils import fresh_cache
 import actpass
 from actpass.measure import measure
 
-ROW_FORMS = "eager, inductor, inductor-budget=B, inductor-recompute, actcomp:METHOD[:RANK][,KEY=VALUE]"
+ROW_FORMS = "eager, inductor, inductor-budget=B, inductor-recompute, inductor-fp8, actcomp:METHOD[:RANK][,KEY=VALUE]"
+FP8_PASS = {
+    "quant_type": "torch.float8_e5m2", "size_in_mb": 0.0, "use_scaling": True,
+    "allowed_dtypes": "torch.float32;torch.bfloat16",
+}  # fmt: skip
+"""Inductor's own pass that stores saved tensors in float8, for tensors of any size."""
 Gradients = list[Tensor | None]
 
 
 @dataclass(frozen=True, slots=True)
 class RowSpec:
-    """label: as given on the command line. budget: Inductor's ``activation_memory_budget``. options: actpass's."""
+    """label: as given on the command line. budget: Inductor's ``activation_memory_budget``. options: the back end's own."""
 
     label: str
     kind: str
@@ -45,6 +50,8 @@ def parse_row(text: str) -> RowSpec:
         return RowSpec(text, text)
     if text == "inductor-recompute":
         return RowSpec(text, "inductor", 0.0)
+    if text == "inductor-fp8":
+        return RowSpec(text, "inductor", 1.0, {"post_grad_fusion_options": {"activation_quantization_aten_pass": FP8_PASS}})
     name, _, rest = text.partition(":")
     if name == "actcomp" and rest:
         form, *others = rest.split(",")
@@ -128,7 +135,7 @@ def compiled(spec: RowSpec, module: nn.Module, vocab: int) -> Callable[..., Tens
         return torch.compile(module, backend="actcomp", options=dict(spec.options))
     if spec.budget is None:
         return torch.compile(module)
-    return torch.compile(module, options={"custom_partitioner_fn": BudgetCut(spec.budget, vocab)})
+    return torch.compile(module, options={"custom_partitioner_fn": BudgetCut(spec.label, spec.budget, vocab), **spec.options})
 
 
 def run_rows(specs: Sequence[RowSpec], setup: Setup, steps: int, rounds: int, cache_root: str) -> list[dict[str, Any]]:
@@ -147,7 +154,7 @@ def run_rows(specs: Sequence[RowSpec], setup: Setup, steps: int, rounds: int, ca
             measure_row(row)
             rows[spec.label] = row
         except Exception as error:
-            failed[spec.label] = _reason(error)
+            failed[spec.label] = failure(error)
             _say(f"{spec.label} failed: {failed[spec.label]}")
     del reference
     _time_rows(rows, failed, steps, rounds)
@@ -231,7 +238,7 @@ def _counts(row: Row) -> Counts:
         return count_eager(lambda: row.forward(0), row.model, vocab)
     if row.spec.kind == "actcomp":
         return counts_of_report(actpass.report(row.model), vocab)
-    return Counts() if row.spec.budget is None else BudgetCut(row.spec.budget, vocab).counts()
+    return Counts() if row.spec.budget is None else BudgetCut(row.spec.label, row.spec.budget, vocab).counts()
 
 
 def _default_counts(setup: Setup) -> dict[str, Any]:
@@ -240,7 +247,7 @@ def _default_counts(setup: Setup) -> dict[str, Any]:
         with setup.precision():
             return count_default(setup.copy_model(), setup.batches[0], setup.vocab).to_dict()
     except Exception as error:
-        _say(f"counts of Inductor's default are missing: {_reason(error)}")
+        _say(f"counts of Inductor's default are missing: {failure(error)}")
         return {}
 
 
@@ -254,7 +261,7 @@ def _time_rows(rows: dict[str, Row], failed: dict[str, str], steps: int, rounds:
             try:
                 rows[label].round_step_s.append(time_round(rows[label], steps))
             except Exception as error:
-                failed[label] = _reason(error)
+                failed[label] = failure(error)
                 del rows[label]
 
 
@@ -278,7 +285,8 @@ def _result(spec: RowSpec, row: Row | None, failed: str | None) -> dict[str, Any
     return {"row": spec.label, "failed": None, **row.measured, "round_step_s": row.round_step_s}
 
 
-def _reason(error: Exception) -> str:
+def failure(error: Exception) -> str:
+    """The first line of what went wrong."""
     inner = getattr(error, "inner_exception", error)
     return f"{type(inner).__name__}: {str(inner).strip().partition(chr(10))[0]}"
 

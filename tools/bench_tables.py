@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
+import json
 import os
 import platform
 import shlex
@@ -135,7 +137,8 @@ ROW_NOTES = """\
 In brackets: ratio to `inductor`. Step: forward and backward{optimizer}, gradients cleared; the ratio is the median over
 interleaved rounds of the rounds' own ratios. Compile: first forward and backward, empty cache. Peak and saved: measured,
 above the level at the start of a step (resident: {resident:.1f} MB); saved is what a forward leaves alive, the loss with it.
-Reported: from the graph, without the loss. Gradient cosine and equal signs: of all gradients of the first step, against eager.
+Reported: from the graph, without the loss. Logits: also the gradients
+that a loss in pieces forms early in their place. Gradient cosine and equal signs: of all gradients of the first step, against eager.
 """
 COMPILE_NOTES = """\
 In brackets: ratio to `inductor`, median over the repeats. Until the first backward is done, in a fresh process; cold: empty
@@ -170,3 +173,12 @@ def _nearest_in_peak(done: Sequence[Result]) -> list[str]:
     ours = [r for r in done if r["row"].startswith("actcomp")]
     pairs = [(r, min(stock, key=lambda s: abs(s["peak_bytes"] - r["peak_bytes"]))) for r in ours if stock]
     return [f"Nearest stock budget in peak to `{r['row']}`: `{s['row']}`." for r, s in pairs]
+
+
+def finish(given: argparse.Namespace, data: Result, table: str) -> None:
+    """Print ``table``, and write the files that ``--json`` and ``--markdown`` name."""
+    print(f"\n{table}")
+    for path, text in ((given.json, json.dumps(data, indent=1) + "\n"), (given.markdown, table)):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
