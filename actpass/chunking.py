@@ -110,6 +110,7 @@ class _Region:
         if not all(isinstance(s, int) for s in value(head).shape):
             raise GraphUnsupported("the number of rows is symbolic")
         self.rows, self.columns = value(head).shape
+        self.hidden: Any = head.args[-2]
         self.wide = self._wide()
         whole = {storage_root(o) for o in joint.outputs if o is not None} & self.wide
         if whole:
@@ -170,14 +171,14 @@ class _Region:
 
     def _is_sum(self, node: fx.Node) -> bool:
         """Whether ``node`` adds up rows: it is accumulated over the pieces."""
+        args: Any = node.args
         if node.target is aten.mm.default:
-            left = node.args[0]
-            return value(left).shape[1] == self.rows and _transposed(left) is not None
+            return value(args[0]).shape[1] == self.rows and _transposed(args[0]) is not None
         if node.target is aten.sum.default and node.all_input_nodes[0] in self.wide:
             return True
         if node.target is aten.sum.dim_IntList and node.all_input_nodes[0] in self.wide:
             lead = self._lead(node.all_input_nodes[0])
-            return sorted(d % value(node.all_input_nodes[0]).dim() for d in node.args[1]) == list(range(lead))
+            return sorted(d % value(node.all_input_nodes[0]).dim() for d in args[1]) == list(range(lead))
         return False
 
     def _rows_of(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
@@ -210,45 +211,47 @@ class _Region:
     def _run(self, node: fx.Node, env: dict[fx.Node, Any], rows: int) -> Any:
         """``node`` on ``rows`` rows. env: what is known; an operand that is missing is noted as an input (and is None)."""
         target: Any = node.target
-        kwargs = dict(node.kwargs)
+        given: Any = node.args
+        kwargs: dict[str, Any] = dict(node.kwargs)
         known = not any(v is None for v in env.values())
         if node in self.sums:
             return self._run_sum(node, env, known)
         lead, trail = self._lead(node), self._trail(node)
         if target in (aten.mm.default, aten.addmm.default):
-            *bias, left, right = node.args
+            *bias, left, right = given
             args = [*(self._operand(b, node, env) for b in bias), self._rows_of(left, env), self._whole(right, env)]
         elif target in _RESHAPES:
-            x = self._rows_of(node.args[0], env)
+            x = self._rows_of(given[0], env)
             return x.reshape(rows, *trail) if known else None
         elif target is aten.full.default:
-            return torch.full((rows, *trail), node.args[1], **kwargs)
+            return torch.full((rows, *trail), given[1], **kwargs)
         elif target is aten.expand.default:
-            x = self._operand(node.args[0], node, env)
+            x = self._operand(given[0], node, env)
             return x.expand(rows, *trail) if known else None
         elif is_reduction(node):
-            source = node.args[0]
-            x, axes = self._rows_of(source, env), node.args[1] if len(node.args) > 1 else None
+            source = given[0]
+            x, axes = self._rows_of(source, env), given[1] if len(given) > 1 else None
             within = value(source).dim()
             if not isinstance(axes, list | tuple) or any(d % within < self._lead(source) for d in axes):
                 raise GraphUnsupported(f"{node.name} reduces over the rows before the gradients are formed")
-            args = [x, [d % within - self._lead(source) + 1 for d in axes], *node.args[2:]]
+            args = [x, [d % within - self._lead(source) + 1 for d in axes], *given[2:]]
         elif target in _ALONG_ROW:
-            x, axis, *rest = node.args
+            x, axis, *rest = given
             args = [self._rows_of(x, env), axis % value(node).dim() - lead + 1, *(self._operand(r, node, env) for r in rest)]
         elif is_pointwise(node) and not is_view(node):
             if target is aten.clone.default:
                 kwargs = {}
-            args = [self._operand(a, node, env) for a in node.args]
+            args = [self._operand(a, node, env) for a in given]
         else:
             raise GraphUnsupported(f"{target} can't be run on a part of the rows")
         return target(*args, **kwargs) if known and not any(v is None for v in env.values()) else None
 
     def _run_sum(self, node: fx.Node, env: dict[fx.Node, Any], known: bool) -> Any:
+        given: Any = node.args
         if node.target is not aten.mm.default:
-            x = self._rows_of(node.args[0], env)
+            x = self._rows_of(given[0], env)
             return (x.sum() if node.target is aten.sum.default else x.sum(0)) if known else None
-        left, right = _transposed(node.args[0]), node.args[1]
+        left, right = _transposed(given[0]), given[1]
         assert left is not None
         a, b = self._rows_of(left, env), self._rows_of(right, env)
         return torch.mm(a.t(), b) if a is not None and b is not None else None
@@ -265,7 +268,7 @@ class _Region:
         unit = self._with_unit_tangent()
         arguments = {n: unit.get(n, n) for n in (*self.row_inputs, *self.whole_inputs)}
         flat = {n: self._flatten(n, arguments[n]) for n in self.row_inputs}
-        sizes = _pieces(self.rows, value(self.head.args[-2]).shape[1])
+        sizes = _pieces(self.rows, value(self.hidden).shape[1])
         sums = [n for n in leaving if n in self.sums]
         totals: dict[fx.Node, fx.Node] = {n: self._zeros(n) for n in sums}
         parts: dict[fx.Node, list[fx.Node]] = {n: [] for n in leaving if n not in self.sums}
@@ -322,7 +325,7 @@ class _Region:
         def one(_: torch.Tensor) -> torch.Tensor:
             return torch.ones(tangent.shape, dtype=tangent.dtype, device=tangent.device)
 
-        unit = {self.tangent: self._insert(one, [self.head.args[-2]], self.head)}
+        unit = {self.tangent: self._insert(one, [self.hidden], self.head)}
         for node in [n for n in self.gm.graph.nodes if n in above and n is not self.tangent]:
             with self.gm.graph.inserting_after(self.last):
                 unit[node] = self.last = self.gm.graph.node_copy(node, lambda n: unit.get(n, n))
@@ -357,7 +360,7 @@ class _Region:
     def _zeros(self, node: fx.Node) -> fx.Node:
         val, shape = value(node), self._total_shape(node)
         dtype = torch.float32 if val.dtype.is_floating_point and val.element_size() < 4 else val.dtype
-        return self._insert(lambda _: torch.zeros(shape, dtype=dtype, device=val.device), [self.head.args[-2]], self.head)
+        return self._insert(lambda _: torch.zeros(shape, dtype=dtype, device=val.device), [self.hidden], self.head)
 
     def _total_shape(self, node: fx.Node) -> tuple[int, ...]:
         return self._trail(node.all_input_nodes[0]) if node.target is aten.sum.dim_IntList else tuple(value(node).shape)
@@ -400,8 +403,9 @@ def _pieces(rows: int, features: int) -> list[int]:
 
 def _transposed(node: Any) -> fx.Node | None:
     """What ``node`` is the transpose of."""
-    is_transpose = isinstance(node, fx.Node) and node.target in (aten.permute.default, aten.t.default)
-    return node.args[0] if is_transpose and value(node).dim() == 2 else None
+    if not isinstance(node, fx.Node) or node.target not in (aten.permute.default, aten.t.default) or value(node).dim() != 2:
+        return None
+    return node.all_input_nodes[0]
 
 
 def _is_homogeneous(node: fx.Node, tangible: set[fx.Node]) -> bool:
@@ -426,7 +430,7 @@ def _is_homogeneous(node: fx.Node, tangible: set[fx.Node]) -> bool:
 
 def _is_zero(node: Any) -> bool:
     if not isinstance(node, fx.Node):
-        return node == 0
+        return bool(node == 0)
     if node.target is aten.full.default:
-        return node.args[1] == 0
-    return node.target is aten.scalar_tensor.default and node.args[0] == 0
+        return bool(node.args[1] == 0)
+    return node.target is aten.scalar_tensor.default and bool(node.args[0] == 0)

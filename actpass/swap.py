@@ -116,7 +116,7 @@ def _encode(
     storage: Storage,
     inserted: set[fx.Node],
     traces: dict[Any, fx.GraphModule],
-) -> tuple[fx.Node, fx.Node]:
+) -> tuple[fx.Node, ...]:
     """Encode where ``x`` is made, by a function that all tensors of one size share: not fused with what comes later, which
     would keep ``x`` alive until then."""
     codec = QUANTIZERS[storage.codec]

@@ -25,7 +25,8 @@ _PADDINGS = (1, 4, 8)  # Inductor pads a matmul's width to a multiple of one of 
 @dataclass(frozen=True, slots=True)
 class Counts:
     """saved_bytes_reported: what crosses into the backward, parameters and inputs excluded. logits_bytes: of it, tensors
-    whose last dimension is the vocabulary, and the gradients that a loss in pieces forms early in their place. None: not known for this kind of row."""
+    whose last dimension is the vocabulary, and the gradients that a loss in pieces forms early in their place. None: not
+    known for this kind of row."""
 
     saved_bytes_reported: int | None = None
     logits_bytes: int | None = None

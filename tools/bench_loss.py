@@ -7,9 +7,10 @@
 
 Models: llama-mini (of WORKLOADS, with a vocabulary of bytes), gpt2-mini, bert-mini (masked), all without dropout and with
 random weights; or, continued from their weights, a file of llama2.c or a folder with a BERT of Hugging Face and its
-tokenizer (trained to fill in masked words; what its folder lacks of the head for that starts at random). Without --evaluate the last tenth of the text is held out. A seed draws the
-weights and the order of the data; every row of a seed sees the same. Losses are nats a token on the held-out text. One JSON
-object a run, then a table with the mean and the spread over the seeds, and the gap to the first row, seed by seed.
+tokenizer (trained to fill in masked words; what its folder lacks of the head for that starts at random). Without --evaluate
+the last tenth of the text is held out. A seed draws the weights that are random and the order of the data; every row of a
+seed sees the same. Losses are nats a token on the held-out text. One JSON object a run, then a table with the mean and the
+spread over the seeds, and the gap to the first row, seed by seed.
 """
 
 from __future__ import annotations

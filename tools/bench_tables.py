@@ -137,8 +137,8 @@ ROW_NOTES = """\
 In brackets: ratio to `inductor`. Step: forward and backward{optimizer}, gradients cleared; the ratio is the median over
 interleaved rounds of the rounds' own ratios. Compile: first forward and backward, empty cache. Peak and saved: measured,
 above the level at the start of a step (resident: {resident:.1f} MB); saved is what a forward leaves alive, the loss with it.
-Reported: from the graph, without the loss. Logits: also the gradients
-that a loss in pieces forms early in their place. Gradient cosine and equal signs: of all gradients of the first step, against eager.
+Reported: from the graph, without the loss. Logits: also the gradients that a loss in pieces forms early in their place.
+Gradient cosine and equal signs: of all gradients of the first step, against eager.
 """
 COMPILE_NOTES = """\
 In brackets: ratio to `inductor`, median over the repeats. Until the first backward is done, in a fresh process; cold: empty

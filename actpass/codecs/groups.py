@@ -42,10 +42,11 @@ class Groups:
                 columns *= leading.pop()
             merged = (math.prod(leading), columns) if known else (*leading, columns)
             size = _near_divisor(columns, group)
-            for axis, length in enumerate(merged if size is not None else ()):
-                units = length // size if axis == len(merged) - 1 else length  # groups stay whole
-                if isinstance(units, int) and units % pieces == 0:
-                    return cls(merged, size, axis, pieces, 0)
+            if size is not None:
+                units = (*merged[:-1], columns // size)  # groups stay whole
+                for axis, length in enumerate(units):
+                    if isinstance(length, int) and length % pieces == 0:
+                        return cls(merged, size, axis, pieces, 0)
         if not known:
             return None
         count = math.prod(shape)
