@@ -195,7 +195,11 @@ def _trace(
 ) -> fx.GraphModule:
     if key not in traces:
         values = [value(a) if isinstance(a, fx.Node) else a for a in arguments]
-        traces[key] = make_fx(function, decomposition_table=select_decomp_table())(*values)
+        traced = make_fx(function, decomposition_table=select_decomp_table())(*values)
+        for node in traced.graph.nodes:  # annotations are text here, which Inductor's cache can't take into a key
+            node.type = None
+        traced.recompile()
+        traces[key] = traced
     return traces[key]
 
 

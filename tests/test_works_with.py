@@ -476,6 +476,7 @@ def run(rank):
     model = torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.Tanh(), torch.nn.Linear(24, 8))
     scalar = {"cpp.simdlen": 1}  # with VEC_ISA_OK: else a cold cache first tries out this CPU, for ten seconds
     options = {"method": "rademacher", "rank": rank, "profitable_only": False, "inductor": scalar}
+    options |= {"quantize": "int4", "smallest": 0}  # both graphs then hold functions that they call
     torch.compile(model, backend="actcomp", options=options)(torch.randn(20, 16)).sum().backward()
     counters = dynamo.utils.counters["aot_autograd"]
     hits, misses = counters["autograd_cache_hit"], counters["autograd_cache_miss"]
@@ -499,6 +500,7 @@ def test_second_process_hits_the_cache_with_its_report_and_another_option_misses
     assert counts == [0, 1]
     assert report["active"]
     assert len(report["regions"][0]["sites"]) > 1
+    assert "int4" in {s["codec"] for s in report["regions"][0]["sites"]}
     hit, miss = process(4, 5)
     assert hit == [1, 0, report, gradient]
     assert miss[:2] == [0, 1]
