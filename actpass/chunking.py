@@ -71,8 +71,10 @@ def chunk(joint: Joint, saved_bytes: int) -> Chunked | None:
         return None
     copy, mapping = copy_module(joint.gm)
     changed = Joint(copy, joint.inputs, joint.num_fwd_outputs, joint.static)
-    region = _Region(changed, mapping[head])
-    pieces = region.split()
+    try:
+        pieces = _Region(changed, mapping[head]).split()
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise GraphUnsupported(f"it does not run on a part of the rows: {error}") from error
     copy.graph.eliminate_dead_code()
     copy.graph.lint()
     copy.recompile()
@@ -124,6 +126,9 @@ class _Region:
         self.row_inputs: list[fx.Node] = []
         self.whole_inputs: list[fx.Node] = []
         self.sums = [n for n in self.inside if self._is_sum(n)]
+        for node in self.sums:
+            if any(u in inside for u in node.users):
+                raise GraphUnsupported(f"{node.name}, a sum over the rows, is read before all rows are known")
 
     def _wide(self) -> set[fx.Node]:
         computed = {n for n in self.gm.graph.nodes if n.op == "call_function"}
@@ -237,6 +242,8 @@ class _Region:
             args = [x, [d % within - self._lead(source) + 1 for d in axes], *given[2:]]
         elif target in _ALONG_ROW:
             x, axis, *rest = given
+            if axis % value(node).dim() < lead:
+                raise GraphUnsupported(f"{node.name} picks from other rows")
             args = [self._rows_of(x, env), axis % value(node).dim() - lead + 1, *(self._operand(r, node, env) for r in rest)]
         elif is_pointwise(node) and not is_view(node):
             if target is aten.clone.default:

@@ -43,7 +43,21 @@ _UNBOUNDED = {
     aten.acos.default,
     aten.atanh.default,
     aten.acosh.default,
+    aten.erfinv.default,
+    aten.tan.default,
+    aten.lgamma.default,
+    aten.digamma.default,
 }
+_CLAMPS = {
+    aten.sub.Tensor,
+    aten.clamp.default,
+    aten.clamp_min.default,
+    aten.clamp_max.default,
+    aten.relu.default,
+    aten.maximum.default,
+    aten.minimum.default,
+}
+_EXPONENTIALS = {aten.exp.default, aten.exp2.default, aten.expm1.default, aten.cosh.default, aten.sinh.default, aten.pow.Scalar}
 _STEPS = {
     aten.eq.Tensor,
     aten.ne.Tensor,
@@ -238,15 +252,21 @@ def _foreign_users(tensor: fx.Node | None) -> set[str]:
 def _fragile_use(tensor: fx.Node | None) -> str | None:
     """An operator that a small error in ``tensor`` can throw far off: what divides by it, takes a root or a logarithm of it
     (behind an addition of a tensor, a reduction or a bounded function a zero is gone), compares it for equality with the
-    exact maximum, makes an index of it, or factors it as a matrix."""
-    todo = [tensor] if tensor is not None else []
+    exact maximum, makes an index of it, or factors it as a matrix. A comparison is found behind any pointwise operator."""
+    if tensor is None:
+        return None
+    stepped = next((n for n in _pointwise_below(tensor) if n.target in _STEPS), None)
+    if stepped is not None:
+        return str(stepped.target)
+    todo = [tensor]
     seen = set(todo)
     while todo:
         node = todo.pop()
         for user in node.users:
             if _is_fragile(user, node):
                 return str(user.target)
-            if (user.target in _KEEPS_ZERO or _adds_number(user) or is_view(user) or user.target in CASTS) and user not in seen:
+            passes = user.target in (_KEEPS_ZERO | _CLAMPS | CASTS) or _adds_number(user) or is_view(user)
+            if passes and user not in seen:
                 seen.add(user)
                 todo.append(user)
     return None
@@ -262,8 +282,7 @@ def _is_fragile(user: fx.Node, node: fx.Node) -> bool:
         return not _is_whole(user.args[1])
     if target not in CASTS:
         return False
-    dtype = value(user).dtype
-    return dtype is not torch.bool and not dtype.is_floating_point
+    return not value(user).dtype.is_floating_point
 
 
 def _is_whole(exponent: object) -> bool:
@@ -277,15 +296,35 @@ def _is_exponentiated(tensor: fx.Node) -> bool:
     while todo:
         node = todo.pop()
         for user in node.users:
-            if user.target is aten.pow.Tensor_Scalar or user.args[:2] == (node, node):
+            if _is_square(user, node) and all(_is_negated(u) for u in user.users):
                 continue
-            if user.target in (aten.exp.default, aten.exp2.default) and not all(_adds_number(u) for u in user.users):
+            if user.target in _EXPONENTIALS and not all(_adds_number(u) for u in user.users):
                 return True
             passes = user.target in (_KEEPS_ZERO | CASTS | {aten.sub.Tensor, aten.add.Tensor, aten.div.Tensor}) or is_view(user)
             if passes and user not in seen:
                 seen.add(user)
                 todo.append(user)
     return False
+
+
+def _is_square(user: fx.Node, node: fx.Node) -> bool:
+    squared = user.target is aten.pow.Tensor_Scalar and user.args[1] == 2
+    return squared or (user.target is aten.mul.Tensor and user.args[:2] == (node, node))
+
+
+def _is_negated(node: fx.Node) -> bool:
+    factor = node.args[1] if node.target in (aten.mul.Tensor, aten.mul.Scalar) else None
+    return node.target is aten.neg.default or (isinstance(factor, int | float) and factor < 0)
+
+
+def _pointwise_below(tensor: fx.Node) -> set[fx.Node]:
+    """All that is computed of ``tensor`` by pointwise operators alone."""
+    todo, found = [tensor], set()
+    while todo:
+        new = [u for u in todo.pop().users if (is_pointwise(u) or is_view(u)) and u not in found]
+        found.update(new)
+        todo.extend(new)
+    return found
 
 
 def _adds_number(node: fx.Node) -> bool:

@@ -147,6 +147,22 @@ class BetweenRows(Head):
         return (logits - logits.mean((0, 1), keepdim=True)).logsumexp(-1).square().mean()
 
 
+class SumsOfColumns(Head):
+    """Softmaxed columns are divided by their sums over the rows."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        q = self.head(self.hidden(self.embed(x))).flatten(0, 1).softmax(-1)
+        return F.nll_loss((q / q.sum(0, keepdim=True)).log(), y.flatten())
+
+
+class PicksRows(Head):
+    """Each row is multiplied by the first."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        logits = self.head(self.hidden(self.embed(x))).flatten(0, 1)
+        return F.cross_entropy(logits * logits.gather(0, torch.zeros_like(logits, dtype=torch.long)), y.flatten())
+
+
 class OfTheLoss(Head):
     """A gradient that depends on all rows' loss."""
 
@@ -154,7 +170,7 @@ class OfTheLoss(Head):
         return flat(self.head(self.hidden(self.embed(x))), y).exp()
 
 
-@pytest.mark.parametrize("build", [BetweenRows, OfTheLoss])
+@pytest.mark.parametrize("build", [BetweenRows, SumsOfColumns, PicksRows, OfTheLoss])
 def test_what_needs_all_rows_is_left_whole_with_its_reason(build: Any):
     torch.manual_seed(0)
     model = build(flat)

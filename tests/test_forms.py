@@ -231,7 +231,17 @@ def test_what_a_custom_operator_saves_is_left_alone():
 
 @pytest.mark.parametrize(
     "function",
-    [lambda y: 1 / (y * y + 1e-4).sqrt(), lambda y: (y * y + 1e-4).log(), lambda y: y.abs() ** 0.5],
+    [
+        lambda y: 1 / (y * y + 1e-4).sqrt(),
+        lambda y: (y * y + 1e-4).log(),
+        lambda y: y.abs() ** 0.5,
+        lambda y: y / (1 - y),
+        lambda y: (1 - y.clamp(-1, 1) ** 2 + 1e-6).log(),
+        lambda y: 1 / (y.relu() + 1e-2),
+        lambda y: (y.square() + y).cosh(),
+        lambda y: y.square().exp(),
+        lambda y: y.bool() * y.sin(),
+    ],
 )
 @pytest.mark.parametrize("method", ["int8", "int2"])
 def test_what_is_divided_by_is_left_alone(function: Any, method: str):
@@ -272,7 +282,7 @@ class MaxPooled(Scatter):
     """The backward of amax compares its exact input with the maximum."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (F.gelu(self.g(x)).amax(0) * torch.linspace(-1, 1, 64)).sum()
+        return ((F.gelu(self.g(x)).amax(0) + self.g(x).tanh().amax(0)) * torch.linspace(-1, 1, 64)).sum()
 
 
 class Biased(Scatter):

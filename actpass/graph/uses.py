@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from actpass.graph.joint import CASTS, is_view
+from actpass.graph.joint import CASTS, is_view, value
 
 aten = torch.ops.aten
 
@@ -132,6 +132,8 @@ def _degree(node: fx.Node, degrees: dict[fx.Node, float]) -> float:
 
     target: Any = node.target
     args = node.args
+    if target in CASTS and not value(node).dtype.is_floating_point:
+        return math.inf
     if is_view(node) or target in _ADDS or target in _KEEPS_DEGREE:
         return max(of(a) for a in args)
     if target is aten.where.self:
