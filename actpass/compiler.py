@@ -94,6 +94,10 @@ def _compile(joint: Joint, joint_inputs: Sequence[object], config: Config, kwarg
         joint = chunked.joint
     finding = find_contractions(joint)
     setting, precision, exact = _exact_cut(joint, joint_inputs, config, kwargs, default, finding, chunked is not None)
+    if chunked is not None and setting.activation_memory_budget is not None:
+        joint, chunked, why_whole = whole, None, "the budget runs operators again, and would run the pieces again, too"
+        finding = find_contractions(joint)
+        setting, precision, exact = _exact_cut(joint, joint_inputs, config, kwargs, default, finding, False)
     plan = choose(_candidates(joint, finding, exact, config), config.treatment_of_any, profitable_only=config.profitable_only)
     off: str | None = None
     changed, done, final = joint, Rewritten(), exact

@@ -121,13 +121,20 @@ def test_low_bit_forms_leave_the_early_gradient_alone():
     assert any(s["codec"] == "int4" for s in storages)
 
 
-@pytest.mark.parametrize("budget", [0.15, 0.3])
+def _called(gm: Any) -> list[Any]:
+    return [getattr(gm, n.args[1]) for n in gm.graph.nodes if n.target is invoke_subgraph]
+
+
+@pytest.mark.parametrize("budget", [0.02, 0.06, 0.15, 0.3])
 def test_a_small_budget_does_not_run_the_pieces_again(budget: float):
     torch.manual_seed(0)
     model = Head(flat)
     _, want = run(model, chunk_loss=False)
     (region,) = explain_model(model, (), inputs(), {"method": "exact"}).regions
     assert not any(n.target is invoke_subgraph for n in region.backward.graph.nodes)
+    (region,) = explain_model(model, (), inputs(), {"memory_budget": budget}).regions
+    pieces = [g for g in _called(region.backward) if any(n.target is torch.ops.aten.mm.default for n in g.graph.nodes)]
+    assert not pieces
     _, grads = run(model, memory_budget=budget)
     for name in want:
         assert error(grads[name], want[name]) < 300 * EPS, name
