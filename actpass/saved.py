@@ -308,7 +308,7 @@ def _is_exponentiated(tensor: fx.Node) -> bool:
 
 
 def _is_square(user: fx.Node, node: fx.Node) -> bool:
-    squared = user.target is aten.pow.Tensor_Scalar and user.args[1] == 2
+    squared = user.target is aten.pow.Tensor_Scalar and bool(user.args[1] == 2)
     return squared or (user.target is aten.mul.Tensor and user.args[:2] == (node, node))
 
 
