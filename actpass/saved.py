@@ -321,7 +321,7 @@ def _pointwise_below(tensor: fx.Node) -> set[fx.Node]:
     """All that is computed of ``tensor`` by pointwise operators alone."""
     todo, found = [tensor], set()
     while todo:
-        new = [u for u in todo.pop().users if (is_pointwise(u) or is_view(u)) and u not in found]
+        new = [u for u in todo.pop().users if is_pointwise(u) and u not in found]
         found.update(new)
         todo.extend(new)
     return found

@@ -16,11 +16,12 @@ everything (only a budget that asks for it)."""
 
 AUTO_CODECS = {"contraction": "int4", "linear": "int8", "nonlinear": "int8", EXPONENTIAL: "int8", SCORE: "int8"}
 """The form by the use of a tensor. The most delicate use counts. 4 bits where the error ends in one weight's gradient; where
-it goes on into all gradients below, 4 bits cost up to 0.7 % of the loss, even unbiased, and 8 nothing (tools/results/loss)."""
+it goes on into all gradients below, 4 bits cost up to 0.7 % of the loss, even unbiased, and 8 nothing (`mixed` and `auto` in
+tools/results/loss-*.json)."""
 SCORE_CODEC = "int8"
 """The form of a query or key where one of less precision is asked for, but not by an override: at 4 bits (of integer or of
 float8's significand) the rows of exp(q k - logsumexp) no longer sum to one, and gradients on a trained Llama are off by
-several times their size, at 8 by a few per cent (tools/results/loss)."""
+several times their size; `actpass.audit` shows it."""
 
 
 class Wish(Protocol):
@@ -147,4 +148,6 @@ def _store(
 def _auto_codec(t: SavedTensor, precision: Precision) -> str | None:
     if precision == "exact":
         return None
-    return precision if precision != "auto" else "int8" if "int8" in {AUTO_CODECS[k] for k in t.kinds} else "int4"
+    if precision != "auto":
+        return precision
+    return "int8" if any(AUTO_CODECS[k] == "int8" for k in t.kinds) else "int4"
