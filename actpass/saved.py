@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import fx
@@ -15,9 +16,9 @@ from actpass._torch import OpOverload, invoke_subgraph, size_hint
 from actpass.graph.cost import is_attention, is_matmul
 from actpass.graph.joint import CASTS, Joint, is_view, module_path, tensor_bytes, value
 from actpass.graph.ops import is_pointwise, is_reduction
-from actpass.graph.uses import classify_uses, consumers
+from actpass.graph.uses import SCORES_OF, classify_uses, consumers
 from actpass.partition import Cut, Saved
-from actpass.plan import EXPONENTIAL, SCORE, SavedTensor
+from actpass.plan import EXPONENTIAL, SCORE, SCORE_AGAIN, SavedTensor
 
 aten = torch.ops.aten
 
@@ -222,24 +223,33 @@ def _is_statistic(node: fx.Node) -> bool:
 
 
 def _exponential(arrived: list[fx.Node]) -> set[str]:
-    kinds = {EXPONENTIAL: _is_exponentiated, SCORE: _is_score_factor}
-    return {kind for kind, applies in kinds.items() if any(map(applies, arrived))}
+    kinds = {EXPONENTIAL} if any(map(_is_exponentiated, arrived)) else set()
+    return kinds.union(*map(_score_kinds, arrived))
 
 
-def _is_score_factor(tensor: fx.Node) -> bool:
-    """Whether a fused attention's backward forms its scores from ``tensor``: as its q or k, arguments 1 and 2, behind views,
-    copies and rotations."""
+def _score_kinds(tensor: fx.Node) -> set[str]:
+    """`SCORE` or `SCORE_AGAIN` where a fused attention's backward forms its scores from ``tensor``, as its q or k, behind
+    views, copies and rotations."""
+    found: set[str] = set()
     todo, seen = [tensor], {tensor}
     while todo:
         node = todo.pop()
         for user in node.users:
-            if is_attention(user):
-                if node in user.args[1:3]:
-                    return True
-            elif is_pointwise(user) and user not in seen:
+            queries, statistic = SCORES_OF.get(getattr(user.target, "_opname", str(user.target)), ((), None))
+            if any(user.args[i] is node for i in queries):
+                exact = statistic is None or not _is_formed_again(user.args[statistic])
+                found.add(SCORE if exact else SCORE_AGAIN)
+            if is_pointwise(user) and user not in seen:
                 seen.add(user)
                 todo.append(user)
-    return False
+    return found
+
+
+def _is_formed_again(statistic: Any) -> bool:
+    """Whether the backward computes ``statistic`` itself."""
+    while isinstance(statistic, fx.Node) and (is_view(statistic) or is_pointwise(statistic)):
+        statistic = statistic.all_input_nodes[0]
+    return isinstance(statistic, fx.Node) and statistic.op != "placeholder"
 
 
 def _foreign_users(tensor: fx.Node | None) -> set[str]:

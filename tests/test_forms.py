@@ -64,7 +64,7 @@ def test_forward_is_bit_equal_and_fewer_bytes_cross(method: str):
     loss, _ = run(model, inputs, method=method)
     assert torch.equal(loss, want_loss)
     bits = {"int8": 8.5, "fp8": 8.5, "fp8_e5m2": 8.5, "int4": 4.5, "auto": 8.5, "int2": 2.5}[method]
-    bits += 2 / 9 * (8.5 - bits)  # of nine tensors in a layer q and k take 8 bits at least
+    bits += 2 / 9 * (16.5 - bits)  # of nine tensors in a layer q and k take 16 bits
     assert actpass.report(model).saved_bytes < exact_bytes * (bits / 32 + 0.05)  # and statistics
 
 
@@ -356,9 +356,9 @@ def test_views_of_one_memory_are_stored_once():
     model, inputs = models.gpt2()
     run(model, inputs, method="int8")
     (qkv,) = [s for s in storages(model) if s["nbytes"] == 2 * 16 * 3 * 32 * 4]
-    assert qkv["codec"] == "int8"
+    assert qkv["codec"] == "int16"  # the most delicate use counts
     assert len(qkv["crossing"]) == 3
-    assert qkv["stored_bytes"] < qkv["nbytes"] / 3.5
+    assert qkv["stored_bytes"] < qkv["nbytes"] / 1.9
 
 
 def test_decoding_comes_right_before_the_first_use():
@@ -447,13 +447,13 @@ def test_projection_and_low_bits_together():
 def test_memory_budget_chooses_the_least_that_fits():
     model, inputs = models.transformer()
     used, ratio = [], []
-    for budget in (1.0, 0.75, 0.3, 0.18):
+    for budget in (1.0, 0.75, 0.35, 0.21):
         run(model, inputs, memory_budget=budget)
         report = actpass.report(model)
         assert report.saved_bytes <= budget * report.totals.saved_bytes_default
         used.append({s["codec"] for s in storages(model)})
         ratio.append(report.saved_bytes / report.totals.saved_bytes_default)
-    assert used[:3] == [{"keep"}, {"keep"}, {"keep", "int8"}]
+    assert used[:3] == [{"keep"}, {"keep"}, {"keep", "int8", "int16"}]
     assert "int4" in used[3]
     assert ratio == sorted(ratio, reverse=True)
 
@@ -469,3 +469,51 @@ def test_reported_bytes_are_alive_between_forward_and_backward(method: str):
     assert max(error(grads[n], want[n]) for n in want) < {"auto": 0.6, "int2": 6.0}[method]
     alive = measure(lambda: function(**inputs))
     assert alive.kept_bytes - alive.result.untyped_storage().nbytes() == actpass.report(model).saved_bytes
+
+
+# ------------------------------------------------------------------------------------------------------ fused attention
+
+
+class Sharp(nn.Module):
+    """Causal attention whose scores reach a few hundred, as they do in trained models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.out = nn.Linear(64, 192, bias=False), nn.Linear(64, 64, bias=False)
+        with torch.no_grad():
+            self.qkv.weight[:128] *= 12.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.unflatten(-1, (4, 16)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(y.transpose(1, 2).flatten(-2)).square().mean()
+
+
+def sharp() -> tuple[Sharp, dict[str, torch.Tensor]]:
+    x = torch.randn(4, 96, 64, generator=torch.Generator().manual_seed(1))
+    q, k, _ = Sharp().qkv(x).detach().chunk(3, -1)
+    assert float((q.unflatten(-1, (4, 16)) * k.unflatten(-1, (4, 16))).sum(-1).abs().max()) / 4 > 100
+    return Sharp(), {"x": x}
+
+
+def test_large_scores_do_not_throw_the_gradient_off():
+    """The backward forms exp(q k - logsumexp) with the exact logsumexp: at 8 bits rows would sum to anything but one."""
+    model, inputs = sharp()
+    _, want = run(model, inputs, method="exact")
+    for method, limit in (("auto", 0.05), ("int8", 0.05), ("int4", 0.5)):
+        _, grads = run(model, inputs, method=method)
+        assert error(grads["qkv.weight"], want["qkv.weight"]) < limit, method
+    by_kind = {s["reason"]: s["codec"] for s in storages(model)}
+    assert by_kind["uses: linear, nonlinear, score"] == "int16"
+    _, grads = run(model, inputs, method="int8", overrides={"*": "int8"})
+    assert error(grads["qkv.weight"], want["qkv.weight"]) > 0.2  # only where the module is named
+
+
+def test_queries_of_attention_that_is_run_again_take_8_bits():
+    model, inputs = sharp()
+    _, want = run(model, inputs, method="exact")
+    _, grads = run(model, inputs, method="auto", memory_budget=0.25)
+    assert actpass.report(model).regions[0].totals.extra_attention == 1
+    assert {s["codec"] for s in storages(model) if "score formed again" in s["reason"]} == {"int8"}
+    assert error(grads["qkv.weight"], want["qkv.weight"]) < 0.3

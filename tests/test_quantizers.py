@@ -100,10 +100,11 @@ def test_nearest_is_at_most_half_a_step_off_and_repeats(name: str, rotate: bool)
     got = round_trip(name, x, None, rotate=rotate)
     assert torch.equal(got, round_trip(name, x, None, rotate=rotate))
     if not rotate:
-        assert ((got - x).abs().double() <= step_of(name, x) * (0.5 + 1e-4)).all()
+        rounding = 2.0 ** (QUANTIZERS[name].bits - 24)  # of float32, in steps
+        assert ((got - x).abs().double() <= step_of(name, x) * (0.5 + 1e-4 + rounding)).all()
 
 
-@pytest.mark.parametrize("name", ["int8", "int4", "int2"])  # fp8 has the range as it is
+@pytest.mark.parametrize("name", ["int16", "int8", "int4", "int2"])  # fp8 has the range as it is
 def test_rotation_spreads_outliers(name: str):
     """One large element in each group takes the precision of its neighbours; rotated, it does not."""
     torch.manual_seed(0)
@@ -143,7 +144,7 @@ def test_zeros_and_denormals_stay_tiny(name: str):
         assert value or name == "int2" or not got.any()  # int2 has no code for zero
 
 
-@pytest.mark.parametrize("name", ["int8", "int4", "fp8", "fp8_e5m2"])
+@pytest.mark.parametrize("name", ["int16", "int8", "int4", "fp8", "fp8_e5m2"])
 def test_zero_among_others_stays_zero(name: str):
     x = torch.randn(16, 128)
     x[:, 1::2] = 0.0
@@ -162,12 +163,12 @@ def test_nan_and_inf_are_not_silenced_and_stay_in_their_group(name: str, bad: fl
     assert torch.isfinite(got[1, :32]).all()
 
 
-@pytest.mark.parametrize("name", ["int8", "int4", "int2"])
+@pytest.mark.parametrize("name", ["int16", "int8", "int4", "int2"])
 def test_codes_survive_packing(name: str):
     codec = QUANTIZERS[name]
     assert isinstance(codec, Integer)
-    codes = torch.randint(0, codec.levels, (codec.pieces, 5, 32)).float()
-    assert torch.equal(codec.unpack(codec.pack(codes)) + codec.largest, codes)
+    steps = torch.randint(0, codec.levels, (codec.pieces, 5, 32)).float() - codec.largest
+    assert torch.equal(codec.unpack(codec.pack(codec.round(steps, None))), steps)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -221,7 +222,7 @@ def test_inductor_fuses_both_ways_without_a_full_size_intermediate(name: str):
 
 
 def _wide_buffers(code: str, elements: int) -> int:
-    """Allocations of ``elements`` that are wider than a byte."""
+    """Allocations of ``elements`` that are not of codes."""
     found = re.findall(r"= empty_strided_\w+\(\(([\d, ]*)\), \([\d, ]*\), torch\.(\w+)\)", code)
     large = [dtype for size, dtype in found if math.prod(int(n) for n in size.split(",") if n.strip()) >= elements]
-    return sum(dtype not in ("uint8", "float8_e4m3fn", "float8_e5m2") for dtype in large)
+    return sum(dtype not in ("int16", "uint8", "float8_e4m3fn", "float8_e5m2") for dtype in large)

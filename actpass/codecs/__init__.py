@@ -25,6 +25,7 @@ PROJECTIONS: dict[str, SeededProjection] = {p.name: p for p in (Gaussian(), Rade
 QUANTIZERS: dict[str, Quantizer] = {
     q.name: q
     for q in (
+        Integer(16, 65535, 64),
         Integer(8, 255, 64),
         Integer(4, 15, 32),
         Integer(2, 4, 32),

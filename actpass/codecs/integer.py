@@ -1,4 +1,4 @@
-"""Integer codes of 8, 4 and 2 bits, symmetric about zero."""
+"""Integer codes of 16, 8, 4 and 2 bits, symmetric about zero."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from actpass.codecs.quantizer import Quantizer
 class Integer(Quantizer):
     """``levels`` evenly spaced values, from minus to plus the largest magnitude of the group (and a hundredth more).
 
-    8 and 4 bits take an odd number of levels (255, 15), so that zero is exact; 2 bits take all four: there a smaller step
+    16, 8 and 4 bits take an odd number of levels (65535, 255, 15), so that zero is exact; 2 bits take all four: there a smaller step
     is worth more. Stochastic rounding: variance step^2 f (1 - f) an element, f the distance to the level below in steps.
     """
 
@@ -31,9 +31,13 @@ class Integer(Quantizer):
 
     def round(self, steps: torch.Tensor, uniform: torch.Tensor | None) -> torch.Tensor:
         up = 0.5 if uniform is None else uniform + 2.0 ** -(self.random_bits + 1)
+        if self.bits == 16:  # signed: one bit more is left behind the point
+            return torch.floor(steps + up)
         return torch.floor(steps + self.largest + up)  # in [0, levels - 1] as it is, for the scale has a margin
 
     def pack(self, codes: torch.Tensor) -> torch.Tensor:
+        if self.bits == 16:
+            return codes[0].to(torch.int16)
         if self.pieces == 1:
             return codes[0].to(torch.uint8)
         # In floating point, where conversions from and to bytes are fast on a CPU, and as a sum, which uses ``codes`` once:
@@ -43,6 +47,8 @@ class Integer(Quantizer):
 
     def unpack(self, payload: torch.Tensor) -> torch.Tensor:
         codes = payload.unsqueeze(0)
+        if self.bits == 16:
+            return codes.to(torch.float32)
         if self.pieces > 1:
             shifts = torch.arange(self.pieces, dtype=torch.uint8, device=codes.device) * self.bits
             codes = (codes >> shifts.view(self.pieces, *(1 for _ in payload.shape))) & (2**self.bits - 1)

@@ -52,8 +52,8 @@ class Quantizer(ABC):
 
     @property
     def random_bits(self) -> int:
-        """Of a uniform number: 16 are exact beside a code of 8 bits in float32, where 24 would round up to the next."""
-        return min(16, 32 // self.pieces)
+        """Of a uniform number: as many as are exact beside a code in float32, where more would round up to the next."""
+        return min(16, 24 - self.bits, 32 // self.pieces)
 
     @property
     @abstractmethod
@@ -66,7 +66,7 @@ class Quantizer(ABC):
 
     @abstractmethod
     def pack(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes (K, ...) -> payload (...), one byte an element."""
+        """Codes (K, ...) -> payload (...), K codes an element."""
 
     @abstractmethod
     def unpack(self, payload: torch.Tensor) -> torch.Tensor:
@@ -114,7 +114,7 @@ class Quantizer(ABC):
 
     def payload_bytes(self, count: int, group: int) -> int:
         """Bytes of the codes and scales of ``count`` elements (padding included) in groups of ``group``."""
-        return count // self.pieces + 2 * (count // group)
+        return count * self.bits // 8 + 2 * (count // group)
 
 
 def _bfloat16(x: torch.Tensor) -> torch.Tensor:

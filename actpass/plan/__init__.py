@@ -1,7 +1,7 @@
 """Sites + options -> Plan. Plain data: no FX, and no torch at run time."""
 
 from actpass.plan.policy import KEPT, PRECISIONS, Precision, choose, choose_storage
-from actpass.plan.types import EXPONENTIAL, KEEP, SCORE, Candidate, Decision, Plan, SavedTensor, Storage
+from actpass.plan.types import EXPONENTIAL, KEEP, SCORE, SCORE_AGAIN, Candidate, Decision, Plan, SavedTensor, Storage
 
 __all__ = [
     "EXPONENTIAL",
@@ -9,6 +9,7 @@ __all__ = [
     "KEPT",
     "PRECISIONS",
     "SCORE",
+    "SCORE_AGAIN",
     "Candidate",
     "Decision",
     "Plan",

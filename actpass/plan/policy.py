@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Literal, Protocol
 
-from actpass.plan.types import EXPONENTIAL, KEEP, SCORE, Candidate, Decision, Plan, SavedTensor, Storage
+from actpass.plan.types import EXPONENTIAL, KEEP, SCORE, SCORE_AGAIN, Candidate, Decision, Plan, SavedTensor, Storage
 
 KEPT = "kept exact, as asked"
 AUTO = "auto"
@@ -14,14 +14,15 @@ PRECISIONS: tuple[Precision, ...] = ("exact", "auto", "int4")
 """How much ``method="auto"`` may give up, most exact first: nothing, what `AUTO_CODECS` says (without a budget), 4 bits for
 everything (only a budget that asks for it)."""
 
-AUTO_CODECS = {"contraction": "int4", "linear": "int8", "nonlinear": "int8", EXPONENTIAL: "int8", SCORE: "int8"}
-"""The form by the use of a tensor. The most delicate use counts. 4 bits where the error ends in one weight's gradient; where
+AUTO_CODECS = {"contraction": "int4"}
+"""The form of a tensor all of whose uses are here; any other takes 8 bits. 4 bits where the error ends in one weight's gradient; where
 it goes on into all gradients below, 4 bits cost up to 0.7 % of the loss, even unbiased, and 8 nothing (`mixed` and `auto` in
 tools/results/loss-*.json)."""
-SCORE_CODEC = "int8"
-"""The form of a query or key where one of less precision is asked for, but not by an override: at 4 bits (of integer or of
-float8's significand) the rows of exp(q k - logsumexp) no longer sum to one, and gradients on a trained Llama are off by
-several times their size; `actpass.audit` shows it."""
+SCORE_CODECS = {SCORE: "int16", SCORE_AGAIN: "int8"}
+"""The form of a query or key, whatever is asked for, unless an override names the module. The backward forms exp(q k -
+logsumexp) with the logsumexp of the exact ones: where scores are large (200 on a small pretrained Llama) an error of 8 bits
+makes rows sum to 8 in place of 1 and a gradient wrong by its own size, 4 bits by 10^30 times. Where attention is run again
+from what was stored, rows sum to one, and 8 bits are as good as anywhere."""
 
 
 class Wish(Protocol):
@@ -122,8 +123,8 @@ def _store(
         return keep("exponentiated in the backward, where its error becomes a factor; an override may ask for a form")
     if codec is None:
         return keep("exact, and within the budget" if wish.codec == AUTO else KEPT)
-    if SCORE in t.kinds and not wish.named:
-        codec = SCORE_CODEC
+    if not wish.named:
+        codec = next((form for kind, form in SCORE_CODECS.items() if kind in t.kinds), codec)
     rounding = wish.rounding if wish.rounding != AUTO else "stochastic" if t.linear else "nearest"
     size = stored_bytes(t, codec, wish.group)
     if size is None:
@@ -150,4 +151,4 @@ def _auto_codec(t: SavedTensor, precision: Precision) -> str | None:
         return None
     if precision != "auto":
         return precision
-    return "int8" if any(AUTO_CODECS[k] == "int8" for k in t.kinds) else "int4"
+    return "int4" if all(AUTO_CODECS.get(k) == "int4" for k in t.kinds) else "int8"

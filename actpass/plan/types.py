@@ -11,6 +11,8 @@ SCHEMA_VERSION = 2
 KEEP = "keep"
 SCORE = "score"
 """The kind of a query or key: a fused attention's backward exponentiates their product, less a statistic of the exact one."""
+SCORE_AGAIN = "score formed again"
+"""The kind of a query or key where the attention is run again in the backward: the statistic is that of what was stored."""
 EXPONENTIAL = "exponential"
 """The kind of a tensor that the backward exponentiates (logits): its absolute error becomes a factor."""
 
