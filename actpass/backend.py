@@ -52,8 +52,9 @@ def actcomp(
 
     - ``method``: ``"auto"`` (default: what can be rebuilt for free is dropped, the rest is stored in 8 bits, or 4 where it
       serves weight gradients alone, or 16 as a query or key of fused attention), ``"exact"`` (only what is free), a low-bit
-      form for all that is stored: ``"int16"``, ``"int8"``, ``"int4"``, ``"int2"``, ``"fp8"``, ``"fp8_e5m2"``, or a projection of the weight gradients' inputs: ``"gaussian"``,
-      ``"rademacher"``, ``"sparse"``, ``"haar"``, ``"srht"``.
+      form for all that is stored: ``"int16"``, ``"int8"``, ``"int4"``, ``"int2"``, ``"fp8"``,
+      ``"fp8_e5m2"``, or a projection of the weight gradients' inputs: ``"gaussian"``, ``"rademacher"``, ``"sparse"``,
+      ``"haar"``, ``"srht"``.
     - ``rank``: of projections: an int (directions), or a float in (0, 1] (a fraction of the width; default 0.25). With
       ``auto`` a rank asks for weight gradients through `haar`, for fewer FLOPs; without one they are exact.
     - ``quantize``: with a projection, the low-bit form of what is stored (default: none).

@@ -15,9 +15,9 @@ PRECISIONS: tuple[Precision, ...] = ("exact", "auto", "int4")
 everything (only a budget that asks for it)."""
 
 AUTO_CODECS = {"contraction": "int4"}
-"""The form of a tensor all of whose uses are here; any other takes 8 bits. 4 bits where the error ends in one weight's gradient; where
-it goes on into all gradients below, 4 bits cost up to 0.7 % of the loss, even unbiased, and 8 nothing (`mixed` and `auto` in
-tools/results/loss-*.json)."""
+"""The form of a tensor all of whose uses are here; any other takes 8 bits. 4 bits where the error ends in one weight's
+gradient; where it goes on into all gradients below, 4 bits cost up to 0.7 % of the loss, even unbiased, and 8 nothing
+(`mixed` and `auto` in tools/results/loss-*.json)."""
 SCORE_CODECS = {SCORE: "int16", SCORE_AGAIN: "int8"}
 """The form of a query or key, whatever is asked for, unless an override names the module. The backward forms exp(q k -
 logsumexp) with the logsumexp of the exact ones: where scores are large (200 on a small pretrained Llama) an error of 8 bits
