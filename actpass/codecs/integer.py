@@ -14,7 +14,8 @@ class Integer(Quantizer):
     """``levels`` evenly spaced values, from minus to plus the largest magnitude of the group (and a hundredth more).
 
     16, 8 and 4 bits take an odd number of levels (65535, 255, 15), so that zero is exact; 2 bits take all four: there a
-    smaller step is worth more. Stochastic rounding: variance step^2 f (1 - f) an element, f the distance to the level below in steps.
+    smaller step is worth more. Stochastic rounding: variance step^2 f (1 - f) an element, f the distance to the level below in
+    steps.
     """
 
     bits: int
