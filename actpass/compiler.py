@@ -42,11 +42,12 @@ BUDGETS = tuple(i / 20 for i in range(20))
 
 @dataclass(frozen=True)
 class Compiled:
-    """The graphs to hand to Inductor, what was done, and every stage's graph by name."""
+    """The graphs to hand to Inductor, what was done, the cut that they are, and every stage's graph by name."""
 
     forward: fx.GraphModule
     backward: fx.GraphModule
     record: Record
+    cut: Cut
     stages: dict[str, fx.GraphModule]
 
 
@@ -70,7 +71,8 @@ def compile_joint(
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
     warnings.warn(f"actpass left a region to Inductor alone, because {reason}", ActpassWarning, stacklevel=2)
-    return Compiled(default.forward, default.backward, describe_fallback(joint, default, config, reason), {"joint": joint.gm})
+    record = describe_fallback(joint, default, config, reason)
+    return Compiled(default.forward, default.backward, record, default, {"joint": joint.gm})
 
 
 def _prepare(gm: fx.GraphModule, inputs: GraphInputs, partition_kwargs: Mapping[str, Any]) -> Joint:
@@ -120,7 +122,7 @@ def _compile(joint: Joint, joint_inputs: Sequence[object], config: Config, kwarg
     if off is not None:
         record = replace(record, active=False, inactive_because=off)
     stages = {"joint": joint.gm, "rewritten": changed.gm, "forward": swapped.forward, "backward": swapped.backward}
-    return Compiled(swapped.forward, swapped.backward, record, stages)
+    return Compiled(swapped.forward, swapped.backward, record, swapped, stages)
 
 
 def _project(

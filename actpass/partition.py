@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from actpass._torch import functorch_config, min_cut_rematerialization_partition
 from actpass.graph.copying import copy_module
 from actpass.graph.cost import is_attention, is_matmul
 from actpass.graph.joint import CASTS, Joint, is_view, storage_root, tensor_bytes
+from actpass.graph.liveness import timeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +39,28 @@ class Saved:
 @dataclass(frozen=True)
 class Cut:
     """A partitioned joint graph. saved: what crosses, parameters and inputs excluded (the step's seed counts).
-    kept_input_bytes: inputs that another region computed and that the backward reads. seed: the seed's node, if any."""
+    kept_input_bytes: inputs that another region computed and that the backward reads. seed: the seed's node, if any.
+    arrives: input of the backward -> the memory that it shows, for all that the backward frees behind its last use: what
+    crosses, and tangents. returned_bytes: what the caller holds while the backward runs."""
 
     forward: fx.GraphModule
     backward: fx.GraphModule
     saved: tuple[Saved, ...]
     kept_input_bytes: int
     seed: str | None
+    arrives: Mapping[str, str]
+    returned_bytes: int
 
     @property
     def saved_bytes(self) -> int:
         return sum(s.nbytes for s in self.saved)
+
+    @cached_property
+    def peak_bytes(self) -> int:
+        """The predicted peak of a forward and its backward above what is there before them (parameters, optimizer state,
+        inputs), gradients included: in bytes, see `actpass.graph.liveness`."""
+        backward = timeline(self.backward, self.arrives).peak + self.returned_bytes
+        return max(timeline(self.forward).peak, backward)
 
     @property
     def roots(self) -> frozenset[str]:
@@ -97,7 +110,11 @@ def cut(
         forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **partition_kwargs)
     saved = _saved(forward, joint.num_fwd_outputs, joint.seed)
     seed = joint.seed.name if joint.seed is not None else None
-    return Cut(forward, backward, saved, _kept_input_bytes(forward, joint), seed)
+    held = {s.name: s.holder for s in saved if not s.user_visible}
+    inputs: list[str] = [n.name for n in backward.graph.find_nodes(op="placeholder")]
+    arrives: dict[str, str] = {n: held.get(n, n) for n in inputs if n in held or n.startswith("tangents")}
+    kept = _kept_input_bytes(forward, joint)
+    return Cut(forward, backward, saved, kept, seed, arrives, _returned_bytes(forward, joint))
 
 
 def _recompute_parameter_casts(joint: Joint) -> None:
@@ -138,6 +155,13 @@ def _is_realised(root: fx.Node) -> bool:
     """Whether a part of ``root`` keeps all of it alive: a library kernel wrote it in one buffer. A part of anything else is
     computed by Inductor on its own."""
     return is_matmul(root) or root.target is operator.getitem or is_attention(root)
+
+
+def _returned_bytes(forward: fx.GraphModule, joint: Joint) -> int:
+    (out,) = forward.graph.find_nodes(op="output")
+    outputs = pytree.tree_leaves(out.args[0])[: joint.num_fwd_outputs]
+    roots = {storage_root(o) for o in outputs if isinstance(o, fx.Node)}
+    return sum(tensor_bytes(r) for r in roots if r.op == "call_function")
 
 
 def _kept_input_bytes(forward: fx.GraphModule, joint: Joint) -> int:

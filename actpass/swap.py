@@ -69,6 +69,7 @@ def swap(cut: Cut, storages: Sequence[Storage], num_fwd_outputs: int) -> tuple[C
     behind = {old.name: new for old, new in to_backward.items()}
     inserted: set[fx.Node] = set()
     payloads: dict[str, tuple[fx.Node, ...]] = {}
+    received: list[fx.Node] = []
     traces: dict[Any, fx.GraphModule] = {}
     keys = _keys(forward.graph, before.get(cut.seed or ""), storages, inserted)
     for storage in storages:
@@ -78,6 +79,7 @@ def swap(cut: Cut, storages: Sequence[Storage], num_fwd_outputs: int) -> tuple[C
             raise GraphUnsupported(f"{storage.node} can't be divided into groups at symbolic sizes")
         codes = _encode(forward, x, keys.get(storage), layout, storage, inserted, traces)
         arrived = _receive(backward.graph, behind[storage.crossing[0]], codes)
+        received += arrived
         shown = [(behind[name], before[name]) for name in storage.crossing]
         _decode(backward, x, shown, arrived, layout, storage, inserted, traces)
         payloads |= {name: codes if name == storage.crossing[0] else () for name in storage.crossing}
@@ -86,7 +88,8 @@ def swap(cut: Cut, storages: Sequence[Storage], num_fwd_outputs: int) -> tuple[C
         module.graph.lint()
         module.recompile()
     saved = tuple(new for s in cut.saved for new in (map(_saved, payloads[s.name]) if s.name in payloads else [s]))
-    return replace(cut, forward=forward, backward=backward, saved=saved), inserted
+    arrives = {k: v for k, v in cut.arrives.items() if k not in payloads} | {n.name: n.name for n in received}
+    return replace(cut, forward=forward, backward=backward, saved=saved, arrives=arrives), inserted
 
 
 def _saved(code: fx.Node) -> Saved:

@@ -61,7 +61,7 @@ SCORES_OF = {
     "flex_attention_backward": ((0, 1), 4),
 }
 """Fused attention backward -> positions of q and k, and of the logsumexp of their scores."""
-_WRITES = {
+WRITES = {
     aten.index_put.default: (0, 2),
     aten._unsafe_index_put.default: (0, 2),
     aten._unsafe_masked_index_put_accumulate.default: (0, 3),
@@ -154,7 +154,7 @@ def _degree(node: fx.Node, degrees: dict[fx.Node, float]) -> float:
         return math.inf if of(args[1]) else of(args[0])
     if getattr(target, "__name__", "") == "getitem":
         return of(args[0])
-    places = _WRITES.get(target)
+    places = WRITES.get(target)
     if places is not None and not any(of(a) for i, a in enumerate(args) if i not in places):
         return max(of(args[i]) for i in places)
     places = _LINEAR_ARGUMENTS.get(getattr(target, "_opname", ""))

@@ -21,7 +21,7 @@ from actpass.partition import Cut, Cuts, Saved
 from actpass.plan import KEPT, Decision, Plan, Storage
 from actpass.rewrite import Rewritten
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,9 @@ class SiteRow:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
+    """peak_bytes, peak_bytes_default: predicted, of a forward and its backward above parameters and optimizer state, now and as
+    Inductor's default; None where it is not known (several regions)."""
+
     saved_bytes_eager: int | None
     saved_bytes_default: int
     saved_bytes: int
@@ -66,6 +69,8 @@ class Totals:
     backward_matmul_flops: int
     extra_matmuls: int
     extra_attention: int
+    peak_bytes_default: int | None = None
+    peak_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,6 +319,8 @@ def _totals(default: Cut, final: Cut) -> Totals:
         backward_matmul_flops=ours.flops,
         extra_matmuls=ours.extra_matmuls,
         extra_attention=ours.extra_attention,
+        peak_bytes_default=default.peak_bytes,
+        peak_bytes=final.peak_bytes,
     )
 
 

@@ -32,11 +32,13 @@ class Report:
 
     @property
     def totals(self) -> Totals:
-        """Sums over the regions; ``saved_bytes_eager`` only if known for all of them."""
+        """Sums over the regions; ``saved_bytes_eager`` only if known for all of them, peaks only of a single one."""
         rows = [r.totals for r in self.regions]
         sums: dict[str, Any] = {f.name: sum(getattr(t, f.name) or 0 for t in rows) for f in fields(Totals)}
         if not rows or any(t.saved_bytes_eager is None for t in rows):
             sums["saved_bytes_eager"] = None
+        if len(rows) != 1:
+            sums |= {"peak_bytes_default": None, "peak_bytes": None}
         return Totals(**sums)
 
     @property
@@ -101,6 +103,11 @@ def _total_lines(t: Totals) -> Iterator[str]:
         f"saved for backward: {eager}Inductor default {_mb(t.saved_bytes_default)}, now {_mb(t.saved_bytes)} "
         f"({t.saved_bytes / max(t.saved_bytes_default, 1):.2f})"
     )
+    if t.peak_bytes is not None and t.peak_bytes_default is not None:
+        yield (
+            f"predicted peak above parameters and optimizer state: Inductor default {_mb(t.peak_bytes_default)}, now "
+            f"{_mb(t.peak_bytes)} ({t.peak_bytes / max(t.peak_bytes_default, 1):.2f})"
+        )
     yield (
         f"backward matmuls: {t.backward_matmul_flops_default / 1e9:.2f} -> {t.backward_matmul_flops / 1e9:.2f} GFLOP "
         f"({t.backward_matmul_flops / max(t.backward_matmul_flops_default, 1):.2f}); run again: {t.extra_matmuls} matmuls, "

@@ -1,0 +1,498 @@
+"""Live bytes while a partitioned graph runs, as Inductor will run it: what is fused, in which order, what is overwritten.
+
+The model, after torch/_inductor (scheduler.py, memory.py; torch 2.13):
+
+- Matmuls, fused attention and whatever has no loop form are kernels of their own and read from memory. Pointwise operators
+  and copies are loops, inlined into each loop that reads them; such a value is in memory only if it is an output, if what is
+  no loop reads it, or if it is long. What a reduction yields is in memory.
+- Loops over as many elements that read one buffer, or one another, are one kernel, unless something must run between them: its
+  results are allocated together, and its inputs freed behind all of them.
+- Of several orders (the graph's, least memory first, depth first) the one with the least peak runs.
+- A result takes over the memory of an input of the same size whose last and only reader it is. Memory that is free again
+  stays allocated for a later result of its size, as long as what Inductor takes for the peak (which knows of no memory that is
+  taken over) does not rise.
+- A saved tensor and a tangent are freed behind their last reader; outputs stay.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from actpass._torch import invoke_subgraph, size_hint
+from actpass.graph.joint import CASTS, is_view, storage_root, tensor_bytes, value
+from actpass.graph.ops import is_pointwise, is_reduction
+from actpass.graph.uses import WRITES
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+_NEAR = 64
+"""Loops farther apart than this in the graph are fused only if one reads the other."""
+_READS_AGAIN, _READS, _LENGTH = 4, 8, 30
+"""A loop that reads or computes more than this is written to memory: if it is read more than once, or in any case."""
+_RESIDENT = ("primals_", "arg", "fwd_rng_state", "bwd_rng_state", "tangents")
+"""Inputs whose names begin so are resident to Inductor."""
+_LOOPS = {
+    aten.where.self,
+    aten.full.default,
+    aten.full_like.default,
+    aten.empty.memory_format,
+    aten.scalar_tensor.default,
+    aten.cat.default,
+    aten.embedding.default,
+    aten.index.Tensor,
+    aten.gather.default,
+    aten.constant_pad_nd.default,
+    aten.slice_scatter.default,
+    aten.select_scatter.default,
+    aten.arange.start_step,
+    prims.iota.default,
+}
+"""Operators that are neither pointwise nor reductions, and loops all the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """Live bytes while each kernel runs, in order. at: the kernel's first node. live: at the peak, (node, bytes), largest
+    first. kept: bytes that stay when the graph is done."""
+
+    levels: tuple[int, ...]
+    at: tuple[str, ...]
+    live: tuple[tuple[str, int], ...]
+    kept: int
+
+    @property
+    def peak(self) -> int:
+        return max(self.levels, default=0)
+
+
+@dataclass(eq=False)
+class _Kernel:
+    """node: its first. elements: of its loops, None for what is no loop. scratch: bytes that it needs while it runs, its
+    results among them, if more than they. writes, reads: what it leaves in memory and reads from there; size: bytes of the
+    former. members: its results in order, with those that only the kernel itself reads. unwritten: bytes of the latter, which
+    never get to memory, but Inductor counts them."""
+
+    node: fx.Node
+    position: int
+    elements: int | None
+    scratch: int = 0
+    writes: list[fx.Node] = field(default_factory=list)
+    reads: list[fx.Node] = field(default_factory=list)
+    members: list[fx.Node] = field(default_factory=list)
+
+    size: int = 0
+    unwritten: int = 0
+
+    @property
+    def needs(self) -> int:
+        return max(self.size, self.scratch)
+
+
+def timeline(gm: fx.GraphModule, freed: Mapping[str, str] | None = None) -> Timeline:
+    """The live bytes of ``gm``. freed: inputs that count and are freed behind their last reader (a backward's saved tensors
+    and tangents), by name -> the memory that they show, of which several may show one; all other inputs are resident."""
+    reading = _Reading(gm, freed or {})
+    orders = (reading.kernels, _least_memory_first(reading), _depth_first(reading))
+    return reading.run(min(orders, key=lambda order: max(reading.believed_steps(order), default=0)))
+
+
+class _Reading:
+    """What one graph's kernels are. outputs: what stays in memory. freed: inputs that count. believed: those that Inductor
+    counts when it chooses an order, a transposed weight among them, and how many bytes."""
+
+    def __init__(self, gm: fx.GraphModule, freed: Mapping[str, str]) -> None:
+        self.gm = gm
+        self.nodes = list(gm.graph.nodes)
+        self.position = {n: i for i, n in enumerate(self.nodes)}
+        self.outputs = {storage_root(o) for o in pytree.tree_leaves(self.nodes[-1].args[0]) if isinstance(o, fx.Node)}
+        inputs = [n for n in self.nodes if n.op == "placeholder"]
+        shown: dict[str, fx.Node] = {}
+        self.shows = {n: shown.setdefault(freed[n.name], n) for n in inputs if n.name in freed}
+        self.bytes = Counter({n: tensor_bytes(n) for n in self.nodes})
+        for node, first in self.shows.items():
+            if node is not first:
+                self.bytes[first] += self.bytes.pop(node)
+        self.freed = list(shown.values())
+        self.believed = {n: _believed(n) for n in inputs if not n.name.startswith(_RESIDENT)}
+        self.users = {n: _users(n) for n in self.nodes if not is_view(n)}
+        self.sums = {n: product for n in self.nodes if (product := _product_in(n, self.users)) is not None}
+        self.stored, self.inlined = self._inline()
+        self.kernels = self._fused(self._kernels())
+        self.readers: dict[fx.Node, list[_Kernel]] = defaultdict(list)
+        for kernel in self.kernels:
+            for node in kernel.reads:
+                self.readers[node].append(kernel)
+        self.counted = {*self.freed, *self.believed, *(w for k in self.kernels for w in k.writes)}
+        self.owned = {*self.freed, *(w for k in self.kernels for w in k.writes)} - self.outputs
+
+    def _inline(self) -> tuple[set[fx.Node], dict[fx.Node, dict[fx.Node, None]]]:
+        """The nodes whose values are in memory; and for every node what its value is computed from in memory (an ordered
+        set)."""
+        stored: set[fx.Node] = set()
+        read: dict[fx.Node, dict[fx.Node, None]] = {}
+        work: dict[fx.Node, Counter[bool]] = {}  # operators of its loop, by whether they are heavy
+        for node in self.nodes:
+            inputs: dict[fx.Node, None] = {}
+            operators = Counter({_is_heavy(node): 1})
+            for a in node.all_input_nodes:
+                root = storage_root(a)
+                root = self.shows.get(root, root)
+                if root in stored or root.op != "call_function":
+                    inputs |= {root: None}
+                else:
+                    inputs |= read[root]
+                    operators += work[root]
+            read[node] = {n: None for n in inputs if n.op != "get_attr"}
+            work[node] = operators
+            users = self.users.get(node)
+            if users is None or node.op != "call_function":
+                continue
+            if node in self.sums.values():  # computed in the kernel of the sum
+                continue
+            count, length = len(read[node]), operators.total() + len(read[node])
+            again = len(users) > 1 and (bool(operators[True]) or count > _READS_AGAIN)
+            is_value = self._is_loop(node) and not is_reduction(node) and node.target is not operator.getitem
+            needed = node in self.outputs or any(self._reads_memory(u, node) for u in users)
+            if not is_value or needed or again or count > _READS or length > _LENGTH:
+                stored.add(node)
+        return stored, read
+
+    def _is_loop(self, node: fx.Node) -> bool:
+        return _is_loop(node) and node not in self.sums
+
+    def _reads_memory(self, user: fx.Node, node: fx.Node) -> bool:
+        """Whether ``user`` reads ``node`` from memory: it is no loop, and does more than to write into a copy of it."""
+        if self._is_loop(user):
+            return False
+        copied = user.args[0] if user.target in WRITES else None
+        return any(storage_root(a) is node for a in user.all_input_nodes if a is not copied) or user.op == "output"
+
+    def _kernels(self) -> list[_Kernel]:
+        kernels: dict[fx.Node, _Kernel] = {}
+        for node in self.nodes:
+            if node not in self.stored:
+                continue
+            owner = node
+            while owner.target is operator.getitem:
+                owner = owner.all_input_nodes[0]
+            if owner not in kernels:
+                kernels[owner] = _Kernel(owner, self.position[owner], self._elements(owner), self._scratch(owner))
+                kernels[owner].reads = [r for r in self.inlined[owner] if isinstance(r.meta.get("val"), torch.Tensor)]
+            if self.bytes[node]:
+                kernels[owner].writes.append(node)
+        return list(kernels.values())
+
+    def _elements(self, node: fx.Node) -> int | None:
+        """How many elements a loop runs over; None for what is no loop."""
+        if not self._is_loop(node):
+            return None
+        if is_reduction(node) and node.all_input_nodes:
+            node = node.all_input_nodes[0]
+        val = node.meta.get("val")
+        return size_hint(val.numel()) if isinstance(val, torch.Tensor) else 0
+
+    def _scratch(self, node: fx.Node) -> int:
+        if node.target is not invoke_subgraph or not isinstance(node.args[0], fx.Node):
+            return 0
+        return timeline(getattr(self.gm, str(node.args[0].target))).peak
+
+    def _fused(self, kernels: list[_Kernel]) -> list[_Kernel]:
+        """Merge loops over as many elements that share a buffer, those that share most first, where no third kernel lies
+        between."""
+        source = {w: i for i, k in enumerate(kernels) for w in k.writes}
+        behind = [0] * len(kernels)  # bits: the kernels that need its result, directly or not
+        direct: list[set[int]] = [set() for _ in kernels]
+        for i, kernel in enumerate(kernels):
+            for read in kernel.reads:
+                if read in source:
+                    direct[source[read]].add(i)
+        for i in range(len(kernels) - 1, -1, -1):
+            for j in direct[i]:
+                behind[i] |= behind[j] | (1 << j)
+        group = list(range(len(kernels)))
+        ends = list(itertools.accumulate(1 if k.writes == [k.node] else 1 + len(k.writes) for k in kernels))
+        span = [(end, end) for end in ends]
+        bits = [1 << i for i in range(len(kernels))]
+
+        def between(i: int, j: int) -> bool:
+            """Whether some kernel outside both groups needs one and is needed by the other."""
+            outside = ~(bits[i] | bits[j])
+            middle = behind[i] & outside
+            while middle:
+                low = middle & -middle
+                if behind[low.bit_length() - 1] & bits[j]:
+                    return True
+                middle ^= low
+            return False
+
+        def reads(i: int, j: int) -> bool:
+            return any(bits[j] & (1 << k) for m in range(len(kernels)) if bits[i] >> m & 1 for k in direct[m])
+
+        def merge(i: int, j: int) -> None:
+            members, reach = bits[i] | bits[j], (behind[i] | behind[j]) & ~(bits[i] | bits[j])
+            both = min(span[i][0], span[j][0]), max(span[i][1], span[j][1])
+            for k in range(len(kernels)):
+                if members >> k & 1:
+                    group[k], bits[k], behind[k], span[k] = min(i, j), members, reach, both
+                elif behind[k] & members:
+                    behind[k] |= reach | members
+
+        sharing: dict[fx.Node, list[int]] = defaultdict(list)
+        for i, kernel in enumerate(kernels):
+            if kernel.elements is not None:
+                for node in (*kernel.writes, *kernel.reads):
+                    sharing[node].append(i)
+        shared: Counter[tuple[int, int]] = Counter()
+        for node, users in sharing.items():
+            for pair in itertools.combinations(users, 2):
+                if kernels[pair[0]].elements == kernels[pair[1]].elements:
+                    shared[pair] += self.bytes[node]
+
+        def score(pair: tuple[int, int]) -> tuple[bool, int, int, tuple[int, int]]:
+            i, j = pair
+            alike = is_reduction(kernels[i].node) == is_reduction(kernels[j].node)
+            return not alike, -shared[pair], ends[j] - ends[i], pair
+
+        for first, other in sorted(shared, key=score):
+            i, j = group[first], group[other]
+            if i == j:
+                continue
+            near = max(span[i][1] - span[j][0], span[j][1] - span[i][0]) <= _NEAR
+            if (near or reads(i, j) or reads(j, i)) and not between(i, j) and not between(j, i):
+                merge(i, j)
+        fused: dict[int, _Kernel] = {}
+        for i, kernel in enumerate(kernels):
+            if group[i] in fused:
+                whole = fused[group[i]]
+                whole.reads += [r for r in kernel.reads if r not in whole.reads]
+                whole.writes += kernel.writes
+            else:
+                fused[group[i]] = kernel
+        for kernel in fused.values():
+            kernel.reads = [r for r in kernel.reads if r not in kernel.writes]
+        read = {r for kernel in fused.values() for r in kernel.reads}
+        for kernel in fused.values():
+            if kernel.elements is not None:
+                kernel.members = sorted(kernel.writes, key=self.position.__getitem__)
+                written = [w for w in kernel.writes if w in read or w in self.outputs]
+                kernel.unwritten = sum(self.bytes[w] for w in kernel.writes) - sum(self.bytes[w] for w in written)
+                kernel.writes = written
+            kernel.size = sum(self.bytes[w] for w in kernel.writes)
+        return _sorted(list(fused.values()))
+
+    def _taken(self, kernel: _Kernel, dead: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
+        """Result -> the input in whose memory it is written: of its size, dead behind ``kernel``, and read by nothing behind
+        the result in it. What never gets to memory comes first, and then nothing is taken over."""
+        if kernel.elements is None:
+            return {}
+        written = set(kernel.writes)
+        inner = {m for m in kernel.members if m not in written}
+        mortal = inner | {n for n in dead if n not in written and n in self.owned}
+        last = {r: m for m in kernel.members for r in self.inlined[m] if r in mortal}
+        taken: dict[fx.Node, fx.Node] = {}
+        for node in kernel.writes:
+            fits = [r for r in self.inlined[node] if last.get(r) is node and self.bytes[r] == self.bytes[node]]
+            chosen = next((r for r in fits if r in inner), next(iter(fits), None))
+            if chosen is not None and chosen not in inner:
+                taken[node] = chosen
+        return taken
+
+    def _deaths(self, order: Sequence[_Kernel]) -> list[list[fx.Node]]:
+        """What is dead behind each kernel of ``order``."""
+        last = {n: i for i, kernel in enumerate(order) for n in (*kernel.writes, *kernel.reads)}
+        deaths: list[list[fx.Node]] = [[] for _ in order]
+        for node, i in last.items():
+            if node in self.counted and node not in self.outputs:
+                deaths[i].append(node)
+        return deaths
+
+    def believed_steps(self, order: Sequence[_Kernel]) -> list[int]:
+        """Live bytes while each kernel runs, as Inductor sees them."""
+        return self._steps(order, self.believed, {k: k.needs + k.unwritten for k in order})
+
+    def _steps(self, order: Sequence[_Kernel], inputs: Mapping[fx.Node, int], needs: Mapping[_Kernel, int]) -> list[int]:
+        """Live bytes while each kernel runs, if nothing is taken over and everything is freed at once."""
+        level, steps = sum(inputs.values()), []
+        size = {**{w: self.bytes[w] for k in order for w in k.writes}, **inputs}
+        for kernel, dead in zip(order, self._deaths(order), strict=True):
+            steps.append(level + needs[kernel])
+            level += kernel.size - sum(size.get(n, 0) for n in dead)
+        return steps
+
+    def run(self, order: Sequence[_Kernel]) -> Timeline:
+        deaths = self._deaths(order)
+        steps = self.believed_steps(order)
+        levels = self._steps(order, {n: self.bytes[n] for n in self.freed}, {k: k.needs for k in order})
+        limit = max(steps, default=0)
+        free: dict[tuple[torch.dtype, int], list[int]] = defaultdict(list)
+        for i, (kernel, dead) in enumerate(zip(order, deaths, strict=True)):
+            taken = self._taken(kernel, dead)
+            for node in kernel.writes:
+                size = self.bytes[node]
+                if node in taken:
+                    levels[i] -= size
+                    continue
+                since = free[_key(node)]
+                if since and (since[-1] + 1 == i or size + max(steps[since[-1] + 1 : i]) <= limit):
+                    for j in range(since.pop() + 1, i):
+                        steps[j] += size
+                        levels[j] += size
+            for node in dead:
+                if node not in taken.values() and node.op == "call_function":
+                    free[_key(node)].append(i)
+        at = max(range(len(levels)), key=levels.__getitem__, default=0)
+        return Timeline(tuple(levels), tuple(k.node.name for k in order), self._live(order, deaths, at), self._kept(order))
+
+    def _live(self, order: Sequence[_Kernel], deaths: list[list[fx.Node]], at: int) -> tuple[tuple[str, int], ...]:
+        """(node, bytes) of what is in use while kernel ``at`` runs, the largest first."""
+        gone = {n for dead in deaths[:at] for n in dead}
+        made = [*self.freed, *(w for k in order[: at + 1] for w in k.writes)]
+        live = [(n.name, self.bytes[n]) for n in made if n not in gone and self.bytes[n]]
+        return tuple(sorted(live, key=lambda item: (-item[1], item[0])))
+
+    def _kept(self, order: Sequence[_Kernel]) -> int:
+        made = [*self.freed, *(w for k in order for w in k.writes)]
+        return sum(self.bytes[n] for n in made if n in self.outputs)
+
+
+def _key(node: fx.Node) -> tuple[torch.dtype, int]:
+    return node.meta["val"].dtype, tensor_bytes(node)
+
+
+def _believed(tensor: fx.Node) -> int:
+    """Bytes that Inductor takes ``tensor`` for: it counts reads, so a scale that is spread over a group counts as often."""
+    most, todo = value(tensor).numel() if isinstance(tensor.meta.get("val"), torch.Tensor) else 0, [tensor]
+    if not most:
+        return 0
+    while todo:
+        for user in todo.pop().users:
+            if is_view(user) or user.target in CASTS or user.target is aten.clone.default:
+                todo.append(user)
+                if user.target in (aten.view.default, aten._unsafe_view.default, aten.clone.default):
+                    most = max(most, value(user).numel())
+    return size_hint(most) * value(tensor).element_size()
+
+
+def _users(node: fx.Node) -> list[fx.Node]:
+    """What reads ``node``, through views."""
+    found: dict[fx.Node, None] = {}
+    todo = [node]
+    while todo:
+        for user in todo.pop().users:
+            if is_view(user):
+                todo.append(user)
+            else:
+                found[user] = None
+    return list(found)
+
+
+def _is_loop(node: fx.Node) -> bool:
+    if node.op != "call_function":
+        return False
+    if node.target is operator.getitem:
+        return is_reduction(node.all_input_nodes[0])
+    return is_pointwise(node) or is_reduction(node) or node.target in _LOOPS
+
+
+def _is_heavy(node: fx.Node) -> bool:
+    return node.target in (aten.exp.default, aten.sigmoid.default)
+
+
+def _product_in(node: fx.Node, users: Mapping[fx.Node, list[fx.Node]]) -> fx.Node | None:
+    """The matmul that ``node`` adds to something, if Inductor makes one addmm of both."""
+    if node.target is not aten.add.Tensor or node.kwargs:
+        return None
+    products = [a for a in node.args if isinstance(a, fx.Node) and a.target is aten.mm.default and users[a] == [node]]
+    others = [a for a in node.args if isinstance(a, fx.Node) and a not in products]
+    return products[0] if products and others else None
+
+
+def _sources(kernels: Sequence[_Kernel]) -> dict[_Kernel, list[_Kernel]]:
+    """For each kernel those whose results it reads."""
+    made = {w: k for k in kernels for w in k.writes}
+    return {k: list(dict.fromkeys(made[r] for r in k.reads if r in made)) for k in kernels}
+
+
+def _sorted(kernels: list[_Kernel]) -> list[_Kernel]:
+    """In the graph's order, each as early as what it reads allows."""
+    sources = _sources(kernels)
+    done: dict[_Kernel, None] = {}
+    for kernel in sorted(kernels, key=lambda k: k.position):
+        todo = [kernel]
+        while todo:
+            missing = [s for s in sources[todo[-1]] if s not in done]
+            if missing:
+                todo.extend(sorted(missing, key=lambda k: -k.position))
+            else:
+                done[todo.pop()] = None
+    return list(done)
+
+
+def _least_memory_first(reading: _Reading) -> list[_Kernel]:
+    """Of the kernels that can run, the one that raises the peak least, and then the one that leaves the fewest bytes."""
+    kernels = reading.kernels
+    sources = _sources(kernels)
+    targets: dict[_Kernel, list[_Kernel]] = defaultdict(list)
+    for kernel, needed in sources.items():
+        for s in needed:
+            targets[s].append(kernel)
+    missing = {k: len(s) for k, s in sources.items()}
+    left = {n: len(reading.readers[n]) for n in reading.counted}
+    mortal = reading.counted - reading.outputs
+    frees = {
+        k: sum(reading.bytes[r] for r in k.reads if r in mortal and left[r] == 1)
+        + sum(reading.bytes[w] for w in k.writes if w in mortal and not left[w])
+        for k in kernels
+    }
+    level = sum(reading.believed.values())
+    peak = max(level, sum(reading.bytes[n] for n in reading.outputs if n in reading.counted))
+    ready = {k: None for k, count in missing.items() if not count}
+    order: list[_Kernel] = []
+    while ready:
+        gap = peak - level
+        chosen = min(ready, key=lambda k: (k.needs if k.needs > gap else 0, k.size - frees[k], k.position))
+        del ready[chosen]
+        order.append(chosen)
+        peak = max(peak, level + chosen.needs)
+        level += chosen.size - frees[chosen]
+        for target in targets[chosen]:
+            missing[target] -= 1
+            if not missing[target]:
+                ready[target] = None
+        for read in chosen.reads:
+            if read in left:
+                left[read] -= 1
+                if left[read] == 1 and read in mortal:
+                    for reader in reading.readers[read]:
+                        frees[reader] += reading.bytes[read]
+    return order
+
+
+def _depth_first(reading: _Reading) -> list[_Kernel]:
+    """What each kernel needs right before it, the lightest first."""
+    kernels = reading.kernels
+    sources = _sources(kernels)
+    weight = {k: k.size + sum(reading.bytes[r] for r in k.reads if r in reading.counted) for k in kernels}
+
+    def key(kernel: _Kernel) -> tuple[int, int]:
+        return weight[kernel], kernel.position
+
+    done: dict[_Kernel, None] = {}
+    for kernel in sorted(kernels, key=key):
+        todo = [kernel]
+        while todo:
+            missing = [s for s in sources[todo[-1]] if s not in done]
+            if missing:
+                todo.extend(sorted(missing, key=key, reverse=True))
+            else:
+                done[todo.pop()] = None
+    return list(done)
