@@ -17,7 +17,6 @@ PLANS: dict[str, dict[str, Any]] = {
     "inductor": {"method": "exact", "memory_budget": 1.0},
     "exact": {"method": "exact"},
     "auto": {"method": "auto", "smallest": 1024},
-    "int4": {"method": "int4", "smallest": 1024},
     "haar": {"method": "haar", "rank": 0.25},
     "again": {"method": "auto", "smallest": 1024, "memory_budget": 0.15},
 }
@@ -61,7 +60,7 @@ def built(model: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     return LossOnly(model), {"input_ids": ids, "labels": ids}
 
 
-CASES = [(llama, plan) for plan in PLANS] + [(build, plan) for build in (gpt2, bert) for plan in ("inductor", "auto")]
+CASES = [(llama, plan) for plan in PLANS] + [(gpt2, "exact"), (bert, "auto")]
 
 
 @pytest.mark.parametrize(("build", "plan"), CASES, ids=lambda x: getattr(x, "__name__", x))

@@ -139,10 +139,10 @@ class _Reading:
         set)."""
         stored: set[fx.Node] = set()
         read: dict[fx.Node, dict[fx.Node, None]] = {}
-        work: dict[fx.Node, Counter[bool]] = {}  # operators of its loop, by whether they are heavy
+        loop: dict[fx.Node, set[fx.Node]] = {}  # the operators that compute it from there
         for node in self.nodes:
             inputs: dict[fx.Node, None] = {}
-            operators = Counter({_is_heavy(node): 1})
+            operators = {node}
             for a in node.all_input_nodes:
                 root = storage_root(a)
                 root = self.shows.get(root, root)
@@ -150,16 +150,16 @@ class _Reading:
                     inputs |= {root: None}
                 else:
                     inputs |= read[root]
-                    operators += work[root]
+                    operators |= loop[root]
             read[node] = {n: None for n in inputs if n.op != "get_attr"}
-            work[node] = operators
+            loop[node] = operators
             users = self.users.get(node)
             if users is None or node.op != "call_function":
                 continue
             if node in self.sums.values():  # computed in the kernel of the sum
                 continue
-            count, length = len(read[node]), operators.total() + len(read[node])
-            again = len(users) > 1 and (bool(operators[True]) or count > _READS_AGAIN)
+            count, length = len(read[node]), len(operators) + len(read[node])
+            again = len(users) > 1 and (count > _READS_AGAIN or any(map(_is_heavy, operators)))
             is_value = self._is_loop(node) and not is_reduction(node) and node.target is not operator.getitem
             needed = node in self.outputs or any(self._reads_memory(u, node) for u in users)
             if not is_value or needed or again or count > _READS or length > _LENGTH:
