@@ -88,7 +88,6 @@ class _Kernel:
     writes: list[fx.Node] = field(default_factory=list)
     reads: list[fx.Node] = field(default_factory=list)
     members: list[fx.Node] = field(default_factory=list)
-
     size: int = 0
     unwritten: int = 0
 
@@ -365,21 +364,22 @@ class _Reading:
 
 
 def _key(node: fx.Node) -> tuple[torch.dtype, int]:
-    return node.meta["val"].dtype, tensor_bytes(node)
+    """What a later result must share to get the memory of ``node``."""
+    return value(node).dtype, tensor_bytes(node)
 
 
 def _believed(tensor: fx.Node) -> int:
     """Bytes that Inductor takes ``tensor`` for: it counts reads, so a scale that is spread over a group counts as often."""
-    most, todo = value(tensor).numel() if isinstance(tensor.meta.get("val"), torch.Tensor) else 0, [tensor]
-    if not most:
+    if not tensor_bytes(tensor):
         return 0
+    most, todo = size_hint(value(tensor).numel()), [tensor]
     while todo:
         for user in todo.pop().users:
             if is_view(user) or user.target in CASTS or user.target is aten.clone.default:
                 todo.append(user)
                 if user.target in (aten.view.default, aten._unsafe_view.default, aten.clone.default):
-                    most = max(most, value(user).numel())
-    return size_hint(most) * value(tensor).element_size()
+                    most = max(most, size_hint(value(user).numel()))
+    return most * value(tensor).element_size()
 
 
 def _users(node: fx.Node) -> list[fx.Node]:

@@ -152,22 +152,24 @@ def describe(
     for storage in plan.storages:
         root = payloads.get(storage.root, storage.root)
         rows[root] = _with_storage(rows[root], storage)
+    peak, unpredicted = _peaks(cuts.default, cuts.swapped)
     return Record(
         active=True,
         inactive_because=None,
         method=config.treatment.method,
         sites=tuple(rows.values()),
-        totals=_totals(cuts.default, cuts.swapped),
+        totals=replace(_totals(cuts.default, cuts.swapped), **peak),
         plan=plan.to_dict(),
         plan_hash=plan.hash,
         left_alone=finding.left_alone,
-        notes=(*_loss_notes(chunked, why_whole), *_notes(plan, rows.values(), cuts, config, finding)),
+        notes=(*_loss_notes(chunked, why_whole), *_notes(plan, rows.values(), cuts, config, finding), *unpredicted),
         parameters=_parameters(joint),
     )
 
 
 def describe_fallback(joint: Joint, default: Cut, config: Config, reason: str) -> Record:
     """The record of a region that was left to Inductor alone."""
+    peak, unpredicted = _peaks(default, default)
     nodes = {n.name: n for n in joint.gm.graph.nodes}
     before = _by_root(default.saved)
     rows = (
@@ -180,9 +182,10 @@ def describe_fallback(joint: Joint, default: Cut, config: Config, reason: str) -
         inactive_because=reason,
         method=config.treatment.method,
         sites=tuple(rows),
-        totals=_totals(default, default),
+        totals=replace(_totals(default, default), **peak),
         plan=Plan().to_dict(),
         plan_hash=Plan().hash,
+        notes=unpredicted,
         parameters=_parameters(joint),
     )
 
@@ -308,6 +311,14 @@ def _state_row(saved: Saved, cut: Cut) -> SiteRow:
     return replace(_row(node, 0, saved.nbytes, ()), form="state", reason="a basis that both passes read")
 
 
+def _peaks(default: Cut, final: Cut) -> tuple[dict[str, int], tuple[str, ...]]:
+    """The predicted peaks, and a note if there are none: a prediction that fails must not cost the compiled step."""
+    try:
+        return {"peak_bytes_default": default.peak_bytes, "peak_bytes": final.peak_bytes}, ()
+    except Exception as error:
+        return {}, (f"the peak of this region is not predicted: {type(error).__name__}: {error}",)
+
+
 def _totals(default: Cut, final: Cut) -> Totals:
     stock = count_matmuls(default.forward.graph, default.backward.graph)
     ours = count_matmuls(final.forward.graph, final.backward.graph)
@@ -319,8 +330,6 @@ def _totals(default: Cut, final: Cut) -> Totals:
         backward_matmul_flops=ours.flops,
         extra_matmuls=ours.extra_matmuls,
         extra_attention=ours.extra_attention,
-        peak_bytes_default=default.peak_bytes,
-        peak_bytes=final.peak_bytes,
     )
 
 

@@ -37,7 +37,7 @@ class Report:
         sums: dict[str, Any] = {f.name: sum(getattr(t, f.name) or 0 for t in rows) for f in fields(Totals)}
         if not rows or any(t.saved_bytes_eager is None for t in rows):
             sums["saved_bytes_eager"] = None
-        if len(rows) != 1:
+        if len(rows) != 1 or rows[0].peak_bytes is None:
             sums |= {"peak_bytes_default": None, "peak_bytes": None}
         return Totals(**sums)
 
