@@ -34,9 +34,18 @@ from torch._inductor.utils import run_and_get_code  # tests read the generated c
 from torch._ops import OpOverload  # an operator's namespace tells torch's own from a user's
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+try:
+    from torch._inductor.custom_graph_pass import CustomKnapsackSolver  # pyright: ignore[reportAssignmentType]
+except ImportError:
+
+    class CustomKnapsackSolver:
+        """The partitioner asks it what to run again; torch 2.11 asks any callable."""
+
+
 __all__ = [
     "TESTED_TORCH",
     "ConstantSource",
+    "CustomKnapsackSolver",
     "CustomPartitionerFn",
     "FakeTensor",
     "FakeTensorMode",

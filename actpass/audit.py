@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from actpass._torch import compile_fx, dynamo, functorch_config
-from actpass.backend import device_of, run_passes
+from actpass.backend import device_of, peak_budget, run_passes
 from actpass.codecs.generator import round_keys, step_seed
 from actpass.config import Config, Treatment
 from actpass.errors import OptionError
@@ -218,7 +218,8 @@ class _Step:
             device = device_of(example_inputs)
             plain = GraphInputs.of(gm, example_inputs)
             with functorch_config.patch(enable_autograd_cache=False):
-                fn = run_passes(gm, example_inputs, config, plain, device, "", compile_fx, inner_compile=interpret)[1]
+                peak = peak_budget(config, example_inputs)
+                fn = run_passes(gm, example_inputs, config, plain, device, "", peak, compile_fx, inner_compile=interpret)[1]
             return (lambda *args: fn(*args, round_keys(seed, device))) if config.needs_seed else fn
 
         forward = dynamo.optimize(backend)(self.model.forward)

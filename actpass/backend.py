@@ -27,6 +27,7 @@ from actpass._torch import (
     list_mode_options,
     torch_is_tested,
 )
+from actpass.budget import PeakBudget
 from actpass.codecs.generator import round_keys, step_seed
 from actpass.compiler import Compiled, compile_joint
 from actpass.config import Config, parse
@@ -34,6 +35,7 @@ from actpass.errors import ActpassWarning
 from actpass.graph import GraphInputs
 from actpass.graph.copying import copy_module
 from actpass.runtime import clock, records, regions
+from actpass.runtime.resident import resident
 
 _current: ContextVar[list[Compiled]] = ContextVar("actpass_current_compile")
 
@@ -94,10 +96,11 @@ def compile_region(
 ) -> Callable[..., Any]:
     """Compile one training graph and register its region. compiler_options: for `compile_fx`, e.g. ``inner_compile``."""
     plain = GraphInputs.of(gm, example_inputs)
-    key = records.region_key(gm, example_inputs, plain, config)
+    peak = peak_budget(config, example_inputs)
+    key = records.region_key(gm, example_inputs, plain, config, peak)
     nonce, record = records.load(key)
     device = device_of(example_inputs)
-    compiled, fn = run_passes(gm, example_inputs, config, plain, device, nonce, compile_fx, **compiler_options)
+    compiled, fn = run_passes(gm, example_inputs, config, plain, device, nonce, peak, compile_fx, **compiler_options)
     if compiled is not None:
         record = compiled.record
         records.store(key, nonce, record)
@@ -109,6 +112,12 @@ def compile_region(
     return _with_seed(fn, region, config, device) if config.needs_seed else _plain(fn, region)
 
 
+def peak_budget(config: Config, inputs: Sequence[Any]) -> PeakBudget | None:
+    """The budget of a region that runs with ``inputs``, if it is one of peak bytes."""
+    asked = config.memory_budget
+    return PeakBudget(asked, resident(inputs)) if isinstance(asked, int) else None
+
+
 def run_passes(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -116,6 +125,7 @@ def run_passes(
     inputs: GraphInputs,
     device: torch.device,
     nonce: str,
+    peak: PeakBudget | None,
     compiler: Callable[..., Any],
     **compiler_options: Any,
 ) -> tuple[Compiled | None, Callable[..., Any]]:
@@ -124,7 +134,7 @@ def run_passes(
     if config.needs_seed:
         gm, inputs = _append_seed(gm, example_inputs, device), replace(inputs, seed=len(inputs.paths))
         example_inputs = [*example_inputs, gm.graph.find_nodes(op="placeholder")[-1].meta["example_value"]]
-    partitioner = Partitioner(config, inputs, nonce)
+    partitioner = Partitioner(config, inputs, nonce, peak)
     compiled: list[Compiled] = []
     token = _current.set(compiled)
     try:
@@ -146,6 +156,7 @@ class Partitioner(CustomPartitionerFn):
     config: Config
     inputs: GraphInputs
     nonce: str
+    peak: PeakBudget | None = None
     source: str = field(default_factory=records.source_hash)
     donated: bool = field(default_factory=lambda: functorch_config.donated_buffer)
     """Inductor's graph cache does not key on it: a backward that overwrites what it read would be found again after the
@@ -154,12 +165,12 @@ class Partitioner(CustomPartitionerFn):
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        compiled = compile_joint(gm, joint_inputs, self.config, self.inputs, kwargs)
+        compiled = compile_joint(gm, joint_inputs, self.config, self.inputs, kwargs, self.peak)
         _current.get().append(compiled)
         return compiled.forward, compiled.backward
 
     def uuid(self) -> Any:
-        return (self.source, self.nonce, self.donated, repr(self.config), repr(self.inputs))
+        return (self.source, self.nonce, self.donated, repr(self.config), repr(self.inputs), repr(self.peak))
 
 
 def _inductor_options(config: Config) -> dict[str, Any]:

@@ -27,6 +27,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from actpass._torch import invoke_subgraph
 from actpass.errors import GraphUnsupported
 from actpass.graph import Joint
 from actpass.graph.copying import copy_module
@@ -298,7 +299,7 @@ class _Region:
             start += size
         for node in leaving:
             for result in (totals[node],) if node in totals else parts[node]:
-                result.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+                _keep(result)
             self._leave(node, totals.get(node), parts.get(node, []))
         return len(sizes)
 
@@ -387,6 +388,14 @@ class _Region:
         new = self._insert(join, [*arguments, self.tangent] if node in self.tangible else arguments, node)
         inside = set(self.inside)
         node.replace_all_uses_with(new, lambda user: user not in inside)
+
+
+def _keep(result: fx.Node) -> None:
+    """Let the partitioner save ``result`` and never run its piece again. It reads the mark of a call on the call itself: one of
+    the tensors that come out of it is never banned from recomputation, whatever its own mark says."""
+    for node in (result, *result.all_input_nodes):
+        if node is result or node.target is invoke_subgraph:
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
 def _reach(start: set[fx.Node], neighbours: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:

@@ -4,6 +4,7 @@ This is the only file that knows all rooms::
 
     chunk     logits and loss -> pieces of rows               chunking
     read      joint graph -> contractions, cuts               graph/, partition
+    budget    where to cut, what to store how -> Choice       budget, plan/
     choose    contractions, tensors that cross -> Plan        plan/
     rewrite   Plan -> joint graph                             rewrite
     cut       upstream min-cut                                partition
@@ -23,21 +24,18 @@ from torch import fx
 
 from actpass import verify
 from actpass._torch import fx_graph_cse
+from actpass.budget import Choice, PeakBudget, Region, choose_cut
 from actpass.chunking import chunk
 from actpass.config import Config
-from actpass.errors import ActpassError, ActpassWarning, BudgetError, GraphUnsupported
+from actpass.errors import ActpassError, ActpassWarning, GraphUnsupported
 from actpass.graph import Contraction, Finding, GraphInputs, Joint, classify_uses, find_contractions
 from actpass.graph.copying import copy_module
 from actpass.graph.joint import storage_root, value
 from actpass.partition import Cut, Cuts, Setting, cut
-from actpass.plan import PRECISIONS, Candidate, Plan, Precision, SavedTensor, Storage, choose, choose_storage
+from actpass.plan import Candidate, Plan, Storage, choose
 from actpass.report.record import Record, describe, describe_fallback
 from actpass.rewrite import Rewritten, rewrite
-from actpass.saved import find_saved
-from actpass.swap import layout_of, swap
-
-BUDGETS = tuple(i / 20 for i in range(20))
-"""Upstream `activation_memory_budget` levels, from re-running everything upward, for when free recomputation is not enough."""
+from actpass.swap import swap
 
 
 @dataclass(frozen=True)
@@ -57,13 +55,14 @@ def compile_joint(
     config: Config,
     inputs: GraphInputs,
     partition_kwargs: Mapping[str, Any],
+    peak: PeakBudget | None = None,
 ) -> Compiled:
     """Partition ``gm`` as ``config`` asks. A graph that can't be read falls back to the stock cut, with a warning and the
-    reason in the record; a mistake in the options raises."""
+    reason in the record; a mistake in the options raises. peak: the budget, if it is one of peak bytes."""
     joint = _prepare(gm, inputs, partition_kwargs)
     default = cut(joint, joint_inputs, partition_kwargs, Setting(rebuild=False))
     try:
-        return _compile(joint, joint_inputs, config, partition_kwargs, default)
+        return _compile(joint, joint_inputs, config, partition_kwargs, default, peak)
     except ActpassError as error:
         if not isinstance(error, GraphUnsupported):
             raise
@@ -85,77 +84,82 @@ def _prepare(gm: fx.GraphModule, inputs: GraphInputs, partition_kwargs: Mapping[
     return Joint(copy, inputs, partition_kwargs["num_fwd_outputs"], static)
 
 
-def _compile(joint: Joint, joint_inputs: Sequence[object], config: Config, kwargs: Mapping[str, Any], default: Cut) -> Compiled:
+def _compile(
+    joint: Joint,
+    joint_inputs: Sequence[object],
+    config: Config,
+    kwargs: Mapping[str, Any],
+    default: Cut,
+    peak: PeakBudget | None,
+) -> Compiled:
     whole, chunked, why_whole = joint, None, None
     if config.chunk_loss and config.memory_budget != 1.0:
         try:
             chunked = chunk(joint, default.saved_bytes)
         except GraphUnsupported as error:
             why_whole = str(error)
-    if chunked is not None:
-        joint = chunked.joint
-    finding = find_contractions(joint)
-    setting, precision, exact = _exact_cut(joint, joint_inputs, config, kwargs, default, finding, chunked is not None)
-    if chunked is not None and setting.activation_memory_budget is not None:
-        joint, chunked, why_whole = whole, None, "the budget runs operators again, and would run the pieces again, too"
-        finding = find_contractions(joint)
-        setting, precision, exact = _exact_cut(joint, joint_inputs, config, kwargs, default, finding, False)
-    plan = choose(_candidates(joint, finding, exact, config), config.treatment_of_any, profitable_only=config.profitable_only)
-    off: str | None = None
-    changed, done, final = joint, Rewritten(), exact
+    joint = chunked.joint if chunked is not None else whole
+    region = Region(joint, joint_inputs, kwargs, config, find_contractions(joint), default, chunked is not None)
+    choice = choose_cut(region, lambda choice: _finish(region, choice).swapped, peak)
+    done = _finish(region, choice)
+    if done.off is not None:
+        warnings.warn(f"actpass: {done.off}", ActpassWarning, stacklevel=2)
+    cuts = Cuts(default, choice.cut, done.final, done.swapped)
+    record = describe(whole, joint, region.finding, done.plan, cuts, done.rewritten, config, chunked, why_whole)
+    if peak is not None:
+        record = replace(record, totals=replace(record.totals, resident_bytes=peak.resident.total))
+    if done.off is not None:
+        record = replace(record, active=False, inactive_because=done.off)
+    forward, backward = done.swapped.forward, done.swapped.backward
+    stages = {"joint": joint.gm, "rewritten": done.joint.gm, "forward": forward, "backward": backward}
+    return Compiled(forward, backward, record, done.swapped, stages)
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """plan: what was chosen. joint, rewritten, final: after the contractions were rewritten. swapped: with what crosses in its
+    stored form. off: what could not be done, and why."""
+
+    plan: Plan
+    joint: Joint
+    rewritten: Rewritten
+    final: Cut
+    swapped: Cut
+    off: str | None
+
+
+def _finish(region: Region, choice: Choice) -> _Finished:
+    """Carry out what was chosen, the projections first."""
+    joint, finding, config = region.joint, region.finding, region.config
+    candidates = _candidates(joint, finding, choice.cut, config)
+    plan = choose(candidates, config.treatment_of_any, profitable_only=config.profitable_only)
+    changed, done, final, off = joint, Rewritten(), choice.cut, None
     if plan.projections:
         try:
-            changed, done, final = _project(joint, joint_inputs, kwargs, setting, finding, plan, exact)
+            changed, done, final = _project(region, choice, plan)
         except GraphUnsupported as error:
             off, plan = f"the projections of this region are off: {error}", Plan()
-    storages = _storages(changed, final, finding, config, precision)
+    storages = region.storages(changed, replace(choice, cut=final))
     try:
         swapped = _swap(changed, final, storages)
     except GraphUnsupported as error:
         off = f"{off + '; ' if off else ''}the low-bit forms of this region are off: {error}"
         storages, swapped = (), final
-    if off is not None:
-        warnings.warn(f"actpass: {off}", ActpassWarning, stacklevel=2)
-    plan = replace(plan, storages=storages)
-    cuts = Cuts(default, exact, final, swapped)
-    record = describe(whole, joint, finding, plan, cuts, done, config, chunked, why_whole)
-    if off is not None:
-        record = replace(record, active=False, inactive_because=off)
-    stages = {"joint": joint.gm, "rewritten": changed.gm, "forward": swapped.forward, "backward": swapped.backward}
-    return Compiled(swapped.forward, swapped.backward, record, swapped, stages)
+    again = tuple(sorted(choice.setting.again))
+    return _Finished(replace(plan, storages=storages, again=again), changed, done, final, swapped, off)
 
 
-def _project(
-    joint: Joint,
-    joint_inputs: Sequence[object],
-    kwargs: Mapping[str, Any],
-    setting: Setting,
-    finding: Finding,
-    plan: Plan,
-    exact: Cut,
-) -> tuple[Joint, Rewritten, Cut]:
+def _project(region: Region, choice: Choice, plan: Plan) -> tuple[Joint, Rewritten, Cut]:
     """The joint graph with the planned weight gradients formed through projections, what was done, and its cut."""
+    joint = region.joint
     nodes = {n.name: n for n in joint.gm.graph.nodes}
     roots = {d.site: storage_root(nodes[d.site]).name for d in plan.decisions}
     changed = Joint(copy_module(joint.gm)[0], joint.inputs, joint.num_fwd_outputs, joint.static)
-    done = rewrite(changed, finding.contractions, plan)
+    done = rewrite(changed, region.finding.contractions, plan)
     verify.only_planned_gradients_changed(changed, plan, done)
-    final = cut(changed, joint_inputs, kwargs, setting)
-    verify.crosses_as_planned(final, exact, plan, done, roots)
+    final = cut(changed, region.joint_inputs, region.kwargs, choice.setting)
+    verify.crosses_as_planned(final, choice.cut, plan, done, roots)
     return changed, done, final
-
-
-def _storages(joint: Joint, cut: Cut, finding: Finding, config: Config, precision: Precision) -> tuple[Storage, ...]:
-    """In which form everything that crosses ``cut`` is stored."""
-    weights = {c.node: c.parameters for c in finding.contractions}
-    nodes = {n.name: n for n in cut.forward.graph.nodes}
-
-    def stored_bytes(tensor: SavedTensor, codec: str, group: int | None) -> int | None:
-        layout = layout_of(value(nodes[tensor.node]), codec, group)
-        return layout.nbytes if layout is not None else None
-
-    tensors = find_saved(cut, joint, weights, config.smallest)
-    return choose_storage(tensors, config.treatment_of_any, stored_bytes, precision)
 
 
 def _swap(joint: Joint, cut: Cut, storages: tuple[Storage, ...]) -> Cut:
@@ -165,60 +169,6 @@ def _swap(joint: Joint, cut: Cut, storages: tuple[Storage, ...]) -> Cut:
     swapped, inserted = swap(cut, coded, joint.num_fwd_outputs)
     verify.stored_as_planned(cut, swapped, storages, inserted, joint.num_fwd_outputs)
     return swapped
-
-
-def _exact_cut(
-    joint: Joint,
-    joint_inputs: Sequence[object],
-    config: Config,
-    kwargs: Mapping[str, Any],
-    default: Cut,
-    finding: Finding,
-    is_chunked: bool,
-) -> tuple[Setting, Precision, Cut]:
-    """Where to cut, and how much precision ``auto`` may give up: the first of `PRECISIONS` that meets the budget on the cut
-    that re-runs no matmul, and then the fewest bits with the least that upstream's knapsack re-runs.
-
-    Bytes are counted as they will be stored.
-    """
-
-    def stored(c: Cut, precision: Precision) -> int:
-        return sum(s.stored_bytes for s in _storages(joint, c, finding, config, precision))
-
-    budget = config.memory_budget
-    if budget == 1.0:
-        return Setting(rebuild=False), "exact", default
-    setting = Setting(rebuild=True)
-    free = cut(joint, joint_inputs, kwargs, setting)
-    if not is_chunked and stored(free, "auto") > stored(default, "auto"):
-        setting, free = Setting(rebuild=False), default
-    if budget is None:
-        return setting, "auto", free
-    least = default.saved_bytes
-    for precision in PRECISIONS:
-        least = min(least, stored(free, precision))
-        if least <= budget * default.saved_bytes:
-            return setting, precision, free
-    found: tuple[Setting, Precision, Cut] | None = None
-    low, high = 0, len(BUDGETS) - 1
-    while low <= high:  # the highest level, so the least re-run, that fits
-        level = (low + high) // 2
-        setting = Setting(rebuild=True, activation_memory_budget=BUDGETS[level])
-        less = cut(joint, joint_inputs, kwargs, setting)
-        size = stored(less, "int4")
-        least = min(least, size)
-        if size <= budget * default.saved_bytes:
-            found = (setting, "int4", less)
-            low = level + 1
-        else:
-            high = level - 1
-    if found is not None:
-        return found
-    raise BudgetError(
-        f"memory_budget={budget} asks to save {budget * default.saved_bytes:.0f} of the {default.saved_bytes} bytes that "
-        f"Inductor's default saves for backward. The least that method={config.treatment.method!r} reaches here is {least} "
-        f"bytes: use memory_budget={least / max(default.saved_bytes, 1) + 0.005:.2f} or more."
-    )
 
 
 def _candidates(joint: Joint, finding: Finding, exact: Cut, config: Config) -> list[Candidate]:

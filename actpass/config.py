@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+import torch
+
 from actpass.codecs import PROJECTIONS, QUANTIZERS
 from actpass.errors import BudgetError, OptionError
 
@@ -79,7 +81,7 @@ class Config:
 
     treatment: Treatment = Treatment()
     overrides: tuple[tuple[str, Treatment], ...] = ()
-    memory_budget: float | None = None
+    memory_budget: float | int | None = None
     refresh_interval: int = 1
     seed: int = 0
     profitable_only: bool = True
@@ -235,29 +237,57 @@ def _inductor(name: str, value: Any) -> tuple[tuple[str, Any], ...]:
     return tuple(sorted(value.items()))
 
 
-_BYTES = re.compile(r"^\s*\d+(\.\d+)?\s*([kmgt]i?)?b\s*$", re.IGNORECASE)
+_BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b\s*", re.IGNORECASE)
+_FACTOR = {"": 1, **{f"{u}{i}": (1024 if i else 1000) ** (n + 1) for n, u in enumerate("kmgt") for i in ("", "i")}}
+_LARGEST = 2**60
 
 
-def _memory_budget(name: str, value: Any) -> float:
+def memory_budget(name: str, value: Any) -> float | int | None:
+    """A budget, checked. Returns a float (a fraction of saved bytes) or an int (bytes of peak). Raises `BudgetError`."""
     allowed = (
-        "Allowed in this version: a float in [0, 1], the fraction of the bytes that Inductor's default would save for "
-        "backward (1.0: Inductor's own cut)."
+        "Allowed: a float in [0, 1], the fraction of the bytes that Inductor's default would save for backward (1.0: "
+        "Inductor's own cut); an int > 1 or a string like '20GiB' or '800 MB', the peak of a step in bytes with parameters and "
+        "optimizer state counted in; 'auto', what the device has free."
     )
-    if (isinstance(value, str) and _BYTES.match(value)) or (
-        isinstance(value, int) and not isinstance(value, bool) and value > 1
-    ):
-        raise BudgetError(f"{name}={value!r}: a budget in bytes of peak is not supported yet. {allowed}")
+    if value is None:
+        return None
+    if isinstance(value, str):
+        if value.strip().lower() == AUTO:
+            return _free_memory(name)
+        match = _BYTES.fullmatch(value)
+        if match is None:
+            raise BudgetError(f"{name}={value!r} is not a number of bytes. {allowed}")
+        value = int(float(match[1]) * _FACTOR[(match[2] or "").lower()])
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BudgetError(f"{name}={value!r} is not a number. {allowed}")
+    if isinstance(value, int) and value > 1:
+        if value > _LARGEST:
+            raise BudgetError(f"{name}={value!r} is more than any machine has. {allowed}")
+        return value
     if math.isnan(value) or not 0.0 <= value <= 1.0:
         raise BudgetError(f"{name}={value!r} is outside [0, 1]. {allowed}")
     return float(value)
 
 
+_LEFT_FREE = 0.05
+"""Of a device's memory, with ``auto``: for the allocator's own gaps and for libraries."""
+
+
+def _free_memory(name: str) -> int:
+    """What this process may use of the current CUDA device: what it has allocated and what is free, less a margin."""
+    if not torch.cuda.is_available():
+        raise BudgetError(
+            f"{name}='auto' takes what the CUDA device has free, and there is none. Give the bytes: {name}='20GiB', say."
+        )
+    free, total = torch.cuda.mem_get_info()
+    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return int(free + unused + torch.cuda.memory_allocated() - _LEFT_FREE * total)
+
+
 _TREATMENT = ("method", "rank", "scale", "quantize", "group", "rounding", "rotate")
 _PARSERS = {
     "overrides": None,
-    "memory_budget": _memory_budget,
+    "memory_budget": memory_budget,
     "refresh_interval": _integer(1, 2**31),
     "seed": _integer(0, 2**63 - 1),
     "profitable_only": _boolean,

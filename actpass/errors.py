@@ -12,7 +12,12 @@ class OptionError(ActpassError, ValueError):
 
 
 class BudgetError(ActpassError, ValueError):
-    """A memory budget is malformed or can't be met."""
+    """A memory budget is malformed or can't be met. least: the least that can, in the unit that was asked for (a fraction, or
+    bytes of peak), where it is known."""
+
+    def __init__(self, message: str, least: float | int | None = None) -> None:
+        super().__init__(message)
+        self.least = least
 
 
 class StateError(ActpassError, ValueError):

@@ -12,7 +12,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from actpass._torch import compile_fx, detect_fake_mode, dynamo, functorch_config
-from actpass.backend import device_of, run_passes
+from actpass.backend import device_of, peak_budget, run_passes
 from actpass.compiler import Compiled
 from actpass.config import Config, parse
 from actpass.graph import GraphInputs
@@ -60,7 +60,15 @@ def _analyse(gm: fx.GraphModule, example_inputs: list[Any], config: Config) -> C
     gm, example_inputs = _off_meta(gm, example_inputs)
     with functorch_config.patch(enable_autograd_cache=False):
         compiled, _ = run_passes(
-            gm, example_inputs, config, plain, device_of(example_inputs), "", compile_fx, inner_compile=_no_compile
+            gm,
+            example_inputs,
+            config,
+            plain,
+            device_of(example_inputs),
+            "",
+            peak_budget(config, example_inputs),
+            compile_fx,
+            inner_compile=_no_compile,
         )
     return compiled
 

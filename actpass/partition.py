@@ -13,11 +13,11 @@ from torch import fx
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy
 
-from actpass._torch import functorch_config, min_cut_rematerialization_partition
+from actpass._torch import CustomKnapsackSolver, functorch_config, min_cut_rematerialization_partition
 from actpass.graph.copying import copy_module
 from actpass.graph.cost import is_attention, is_matmul
 from actpass.graph.joint import CASTS, Joint, is_view, storage_root, tensor_bytes
-from actpass.graph.liveness import timeline
+from actpass.graph.liveness import Timeline, timeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +56,22 @@ class Cut:
         return sum(s.nbytes for s in self.saved)
 
     @cached_property
+    def timelines(self) -> tuple[Timeline, Timeline]:
+        """Live bytes over the forward and over the backward, see `actpass.graph.liveness`."""
+        return timeline(self.forward), timeline(self.backward, self.arrives)
+
+    @property
     def peak_bytes(self) -> int:
         """The predicted peak of a forward and its backward above what is there before them (parameters, optimizer state,
-        inputs), gradients included: in bytes, see `actpass.graph.liveness`."""
-        backward = timeline(self.backward, self.arrives).peak + self.returned_bytes
-        return max(timeline(self.forward).peak, backward)
+        inputs), gradients included."""
+        forward, backward = self.timelines
+        return max(forward.peak, backward.peak + self.returned_bytes)
+
+    @property
+    def largest_at_peak(self) -> tuple[tuple[str, int], ...]:
+        """(node, bytes) of what is in use at the predicted peak, the largest first."""
+        forward, backward = self.timelines
+        return (forward if forward.peak > backward.peak + self.returned_bytes else backward).live
 
     @property
     def roots(self) -> frozenset[str]:
@@ -85,11 +96,33 @@ class Setting:
     rebuild: lift upstream's rule that a value which a backward matmul materialises is never recomputed. The rule is the
     only reason why weight-gradient operands (norm outputs, activation products) are saved; without it they are rebuilt from
     a neighbour by pointwise operators: no extra matmul, no attention, exact.
-    activation_memory_budget: upstream's knob (below its free level it re-runs attention and matmuls); None: the user's own.
+    again: forward nodes (matmuls, fused attentions) that the backward may run again, where that saves bytes. keep: nodes that
+    are stored, whatever the bytes.
     """
 
     rebuild: bool
-    activation_memory_budget: float | None = None
+    again: frozenset[str] = frozenset()
+    keep: frozenset[str] = frozenset()
+
+
+_LEAST_BUDGET = 1e-9
+"""Makes upstream ask its solver; at 0 it would run everything again."""
+
+
+class _RunAgain(CustomKnapsackSolver):
+    """Upstream's knapsack, answered: of the nodes that may run again, those that the plan names."""
+
+    def __init__(self, names: frozenset[str]) -> None:
+        self.names = names
+
+    def __call__(
+        self, memory: list[float], joint_graph: fx.Graph, max_memory: float, node_info: Any, candidates: list[fx.Node]
+    ) -> tuple[list[int], list[int]]:
+        again = [i for i, node in enumerate(candidates) if node.name in self.names]
+        return [i for i in range(len(candidates)) if i not in set(again)], again
+
+    def uuid(self) -> Any:
+        return tuple(sorted(self.names))
 
 
 def cut(
@@ -104,8 +137,13 @@ def cut(
     if setting.rebuild:
         patch["ban_recompute_materialized_backward"] = False
         _recompute_parameter_casts(Joint(gm, joint.inputs, joint.num_fwd_outputs, joint.static))
-    if setting.activation_memory_budget is not None:
-        patch["activation_memory_budget"] = setting.activation_memory_budget
+    for node in gm.graph.nodes:
+        if node.name in setting.keep:
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    if setting.again:
+        patch["activation_memory_budget"] = _LEAST_BUDGET
+        patch["activation_memory_budget_solver"] = _RunAgain(setting.again)
+        patch["activation_memory_budget_runtime_estimator"] = "testing"  # unused: what runs again is decided
     with functorch_config.patch(patch):
         forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **partition_kwargs)
     saved = _saved(forward, joint.num_fwd_outputs, joint.seed)

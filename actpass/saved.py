@@ -16,9 +16,10 @@ from actpass._torch import OpOverload, invoke_subgraph, size_hint
 from actpass.graph.cost import is_attention, is_matmul
 from actpass.graph.joint import CASTS, Joint, is_view, module_path, tensor_bytes, value
 from actpass.graph.ops import is_pointwise, is_reduction
+from actpass.graph.recompute import EXPONENTIALS, Recomputation, attention_behind
 from actpass.graph.uses import SCORES_OF, classify_uses, consumers
 from actpass.partition import Cut, Saved
-from actpass.plan import EXPONENTIAL, SCORE, SCORE_AGAIN, SavedTensor
+from actpass.plan import EXPONENTIAL, SCORE, SCORE_AGAIN, Role, SavedTensor
 
 aten = torch.ops.aten
 
@@ -58,7 +59,6 @@ _CLAMPS = {
     aten.maximum.default,
     aten.minimum.default,
 }
-_EXPONENTIALS = {aten.exp.default, aten.exp2.default, aten.expm1.default, aten.cosh.default, aten.sinh.default, aten.pow.Scalar}
 _STEPS = {
     aten.eq.Tensor,
     aten.ne.Tensor,
@@ -74,21 +74,37 @@ _TORCH_NAMESPACES = ("aten", "prims")
 EARLY_GRADIENT = "a gradient, formed in the forward with the loss"
 
 
-def find_saved(cut: Cut, joint: Joint, contractions: Mapping[str, tuple[str, ...]], smallest: int) -> list[SavedTensor]:
+def find_saved(
+    cut: Cut,
+    joint: Joint,
+    contractions: Mapping[str, tuple[str, ...]],
+    smallest: int,
+    recomputation: Recomputation | None = None,
+) -> list[SavedTensor]:
     """Every memory that crosses ``cut`` but the seed's, in the order of the forward's outputs.
 
     contractions: weight-gradient matmul -> paths of the weights. smallest: bytes below which a tensor stays as it is.
+    recomputation: of ``joint``, if it shall be said what could be run again.
     """
     by_holder: dict[str, list[Saved]] = {}
     for s in (s for s in cut.saved if s.root != cut.seed):
         by_holder.setdefault(s.holder, []).append(s)
-    reading = _Reading(cut, joint, contractions, smallest)
+    reading = _Reading(cut, joint, contractions, smallest, recomputation)
     return [reading.tensor(holder, members) for holder, members in by_holder.items()]
 
 
 class _Reading:
-    def __init__(self, cut: Cut, joint: Joint, contractions: Mapping[str, tuple[str, ...]], smallest: int) -> None:
-        self.contractions, self.smallest = contractions, smallest
+    def __init__(
+        self,
+        cut: Cut,
+        joint: Joint,
+        contractions: Mapping[str, tuple[str, ...]],
+        smallest: int,
+        recomputation: Recomputation | None,
+    ) -> None:
+        self.contractions, self.smallest, self.recomputation = contractions, smallest, recomputation
+        self.joint = {n.name: n for n in joint.gm.graph.nodes}
+        self.available = {self.joint[name] for s in cut.saved for name in (s.name, s.root) if name in self.joint}
         self.forward = {n.name: n for n in cut.forward.graph.nodes}
         self.backward = {n.name: n for n in cut.backward.graph.find_nodes(op="placeholder")}
         self.learned = self._reach({n.name for n in joint.parameter_path})
@@ -119,16 +135,44 @@ class _Reading:
         read = [classify_uses(n, self.contractions) for n in arrived]
         root = self.forward[members[0].root]
         weights = [path for n in arrived for user, _ in consumers(n) for path in self.contractions.get(user.name, ())]
+        reads = [found for n in arrived for found in _attention_reads(n)]
+        kinds = {*(u.kind for uses, _ in read for u in uses), *_exponential(arrived), *(kind for kind, _, _ in reads if kind)}
+        obstacle = self._obstacle(node, members)
+        is_small = obstacle is None and tensor_bytes(node) < self.smallest
+        again = () if obstacle or EXPONENTIAL in kinds else self._again(root, members)
+        attention, role = self._attention(root, reads)
         return SavedTensor(
             node=node.name,
             crossing=names,
             root=root.name,
             nbytes=sum(m.nbytes for m in members),
-            kinds=tuple(sorted({*(u.kind for uses, _ in read for u in uses), *_exponential(arrived)})),
+            kinds=tuple(sorted(kinds)),
             linear=bool(read) and all(linear for _, linear in read),
             paths=tuple(dict.fromkeys((module_path(root), *weights))),
-            obstacle=self._obstacle(node, members),
+            obstacle=f"smaller than {self.smallest} bytes" if is_small else obstacle,
+            again=tuple(n.name for n in again),
+            again_flops=self.recomputation.flops(again) if self.recomputation else 0,
+            attention=attention,
+            role=role,
+            elements=size_hint(value(node).numel()),
         )
+
+    def _again(self, root: fx.Node, members: list[Saved]) -> tuple[fx.Node, ...]:
+        if self.recomputation is None or root.name not in self.joint or root.name in self.recomputation.anchors:
+            return ()
+        own = {self.joint[name] for m in members for name in (m.name, m.root)}
+        return self.recomputation.producers(self.joint[root.name], self.available - own) or ()
+
+    def _attention(self, root: fx.Node, reads: list[_Read]) -> tuple[str | None, Role | None]:
+        """The fused attention whose q, k, v or output the tensor is, if its backward reads the logsumexp of the forward."""
+        if root.target is operator.getitem and is_attention(root.all_input_nodes[0]):
+            return root.all_input_nodes[0].name, "output"
+        roles: dict[str, Role] = {}
+        for kind, role, statistic in reads:
+            behind = attention_behind(self.forward[statistic.name]) if statistic and statistic.name in self.forward else None
+            if behind is not None and kind != SCORE_AGAIN and roles.get(behind.name) != "score":
+                roles[behind.name] = role
+        return next(iter(roles.items()), (None, None))
 
     def _obstacle(self, node: fx.Node, members: list[Saved]) -> str | None:
         val = value(node)
@@ -144,8 +188,6 @@ class _Reading:
             return "a statistic of each row"
         if node.name in self.infinite or self._may_be_masked(node):
             return "may hold the -inf of a mask"
-        if tensor_bytes(node) < self.smallest:
-            return f"smaller than {self.smallest} bytes"
         foreign = sorted({u for m in members for u in _foreign_users(self.backward.get(m.name))})
         if foreign:
             return f"read by {foreign[0]}, which is not one of torch's own operators"
@@ -223,22 +265,28 @@ def _is_statistic(node: fx.Node) -> bool:
 
 
 def _exponential(arrived: list[fx.Node]) -> set[str]:
-    kinds = {EXPONENTIAL} if any(map(_is_exponentiated, arrived)) else set()
-    return kinds.union(*map(_score_kinds, arrived))
+    return {EXPONENTIAL} if any(map(_is_exponentiated, arrived)) else set()
 
 
-def _score_kinds(tensor: fx.Node) -> set[str]:
-    """`SCORE` or `SCORE_AGAIN` where a fused attention's backward forms its scores from ``tensor``, as its q or k, behind
-    views, copies and rotations."""
-    found: set[str] = set()
+_Read = tuple[str | None, Role, fx.Node | None]
+"""How a fused attention's backward reads a tensor: as a `SCORE` or `SCORE_AGAIN` or neither, in which role, with which
+logsumexp."""
+
+
+def _attention_reads(tensor: fx.Node) -> list[_Read]:
+    """Where a fused attention's backward reads ``tensor`` as its q, k or v, behind views, copies and rotations."""
+    found: list[_Read] = []
     todo, seen = [tensor], {tensor}
     while todo:
         node = todo.pop()
         for user in node.users:
-            queries, statistic = SCORES_OF.get(getattr(user.target, "_opname", str(user.target)), ((), None))
+            queries, values, place = SCORES_OF.get(getattr(user.target, "_opname", str(user.target)), ((), (), None))
+            statistic: Any = user.args[place] if place is not None else None
             if any(user.args[i] is node for i in queries):
-                exact = statistic is None or not _is_formed_again(user.args[statistic])
-                found.add(SCORE if exact else SCORE_AGAIN)
+                exact = statistic is None or not _is_formed_again(statistic)
+                found.append((SCORE if exact else SCORE_AGAIN, "score", statistic))
+            elif any(user.args[i] is node for i in values):
+                found.append((None, "value", statistic))
             if is_pointwise(user) and user not in seen:
                 seen.add(user)
                 todo.append(user)
@@ -308,7 +356,7 @@ def _is_exponentiated(tensor: fx.Node) -> bool:
         for user in node.users:
             if _is_square(user, node) and all(_is_negated(u) for u in user.users):
                 continue
-            if user.target in _EXPONENTIALS and not all(_adds_number(u) for u in user.users):
+            if user.target in EXPONENTIALS and not all(_adds_number(u) for u in user.users):
                 return True
             passes = user.target in (_KEEPS_ZERO | CASTS | {aten.sub.Tensor, aten.add.Tensor, aten.div.Tensor}) or is_view(user)
             if passes and user not in seen:

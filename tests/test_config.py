@@ -86,18 +86,51 @@ def test_options_mistakes_name_value_and_remedy(options: dict, says: str):
     ("budget", "says"),
     [
         ("a lot", "is not a number"),
-        (None, "is not a number"),
         (True, "is not a number"),
         (math.nan, "is outside"),
         (-0.1, "is outside"),
         (1.5, "is outside"),
-        ("20GiB", "bytes of peak is not supported yet"),
-        (10**10, "bytes of peak is not supported yet"),
+        (0.5 + 1, "is outside"),
+        (-1, "is outside"),
+        (-(10**9), "is outside"),
+        (math.inf, "is outside"),
+        (10**30, "more than any machine has"),
+        ("20 GiBit", "is not a number of bytes"),
+        ("-2GB", "is not a number of bytes"),
+        ("", "is not a number of bytes"),
+        ([1], "is not a number"),
     ],
 )
 def test_memory_budget_mistakes_name_value_and_remedy(budget: object, says: str):
     with pytest.raises(BudgetError, match=says):
         parse({"memory_budget": budget})
+
+
+@pytest.mark.parametrize(
+    ("budget", "parsed"),
+    [
+        (None, None),
+        (0, 0.0),
+        (1, 1.0),
+        (0.25, 0.25),
+        (2, 2),
+        ("20GiB", 20 * 2**30),
+        ("800 MB", 800 * 10**6),
+        ("1.5gb", 15 * 10**8),
+        ("100000b", 100_000),
+        (2**40, 2**40),
+    ],
+)
+def test_memory_budgets_in_every_unit(budget: object, parsed: object):
+    found = parse({"memory_budget": budget}).memory_budget
+    assert found == parsed
+    assert type(found) is type(parsed)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a CUDA device it means what that has free")
+def test_an_automatic_budget_needs_a_device_that_knows_what_is_free():
+    with pytest.raises(BudgetError, match=r"there is none. Give the bytes"):
+        parse({"memory_budget": "auto"})
 
 
 def test_rank_above_the_width_is_an_error_that_names_both():

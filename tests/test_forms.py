@@ -444,17 +444,23 @@ def test_projection_and_low_bits_together():
         assert error(g, want[n]) < 0.1, n
 
 
-def test_memory_budget_chooses_the_least_that_fits():
+def test_memory_budget_chooses_the_least_that_fits(monkeypatch: pytest.MonkeyPatch):
+    """First bits, then what is run again: on a model this narrow only if reading and writing is free."""
+    monkeypatch.setattr("actpass.plan.menu.FLOPS_PER_BYTE", 0)
     model, inputs = models.transformer()
-    used, ratio = [], []
-    for budget in (1.0, 0.75, 0.35, 0.21):
+    used, ratio, again = [], [], []
+    for budget in (1.0, 0.75, 0.35, 0.12):
         run(model, inputs, memory_budget=budget)
         report = actpass.report(model)
         assert report.saved_bytes <= budget * report.totals.saved_bytes_default
         used.append({s["codec"] for s in storages(model)})
         ratio.append(report.saved_bytes / report.totals.saved_bytes_default)
-    assert used[:3] == [{"keep"}, {"keep"}, {"keep", "int8", "int16"}]
-    assert "int4" in used[3]
+        again.append(report.totals.extra_matmuls)
+    assert used[0] == {"keep"}
+    assert used[1] <= {"keep", "int16"}
+    assert "int16" in used[2]
+    assert again[:3] == [0, 0, 0]
+    assert again[3] > 0
     assert ratio == sorted(ratio, reverse=True)
 
 
@@ -510,10 +516,11 @@ def test_large_scores_do_not_throw_the_gradient_off():
     assert error(grads["qkv.weight"], want["qkv.weight"]) > 0.2  # only where the module is named
 
 
-def test_queries_of_attention_that_is_run_again_take_8_bits():
+def test_queries_of_attention_that_is_run_again_take_8_bits(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("actpass.plan.menu.FLOPS_PER_BYTE", 0)  # else it is cheaper to run the queries' matmul again
     model, inputs = sharp()
     _, want = run(model, inputs, method="exact")
-    _, grads = run(model, inputs, method="auto", memory_budget=0.25)
+    _, grads = run(model, inputs, method="auto", memory_budget=0.2)
     assert actpass.report(model).regions[0].totals.extra_attention == 1
     assert {s["codec"] for s in storages(model) if "score formed again" in s["reason"]} == {"int8"}
     assert error(grads["qkv.weight"], want["qkv.weight"]) < 0.3

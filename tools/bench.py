@@ -37,6 +37,9 @@ from workloads import (
     workload_named,
 )
 
+import actpass
+from actpass.report.record import Totals
+
 ROWS = ("eager", "inductor", "inductor-budget=0.5", "inductor-recompute", "actcomp:exact", "actcomp:haar:0.25")
 COMPILE_ROWS = ("inductor", "actcomp:exact", "actcomp:haar:0.25")
 BATCHES = 4
@@ -52,6 +55,8 @@ def main() -> int:
         if given.compile_time and given.compile_worker is None:
             return compile_time(given, specs)
         setup, title = set_up(given)
+        if given.budgets:
+            specs = [*specs, *budget_rows(setup, given.budgets)]
     except UsageError as error:
         parser.error(str(error))
     if given.compile_worker is not None:
@@ -76,6 +81,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=positive_int, default=5, help="timed steps of a row in a round")
     parser.add_argument("--rounds", type=positive_int, default=5, help="rounds over all rows")
     parser.add_argument("--rows", type=parse_row, nargs="+", metavar="ROW", help=ROW_FORMS)
+    parser.add_argument(
+        "--budgets", type=positive_int, metavar="N",
+        help="add N rows of actcomp:auto at budgets of peak bytes, from the least that can be met to Inductor's default peak",
+    )  # fmt: skip
     parser.add_argument("--compile-time", action="store_true", help="cold and warm compile times, in fresh processes")
     parser.add_argument("--repeat", type=positive_int, default=3, help="processes a row and phase of --compile-time")
     parser.add_argument("--compile-worker", type=parse_row, help=argparse.SUPPRESS)
@@ -93,6 +102,30 @@ def rows_of(given: argparse.Namespace) -> list[RowSpec]:
     if len(specs) > MOST_ROWS:
         raise UsageError(f"--rows has {len(specs)} rows. Allowed: at most {MOST_ROWS}.")
     return specs
+
+
+def budget_rows(setup: Setup, count: int) -> list[RowSpec]:
+    """Rows at budgets of peak bytes, spread evenly over what can be met."""
+    model = setup.copy_model()
+    optimizer = torch.optim.AdamW(model.parameters()) if setup.optimizer else None
+
+    def explain(budget: int) -> Totals:
+        return actpass.explain(model, options={"memory_budget": budget}, **setup.batches[0]).totals
+
+    try:
+        explain(2)
+        raise AssertionError("two bytes are no budget")
+    except Exception as error:
+        least = getattr(getattr(error, "inner_exception", error), "least", None)
+        if least is None:
+            raise
+    totals = explain(least)
+    assert totals.resident_bytes is not None
+    assert totals.peak_bytes_default is not None
+    most = totals.resident_bytes + int(1.05 * totals.peak_bytes_default)
+    del optimizer
+    budgets = [least + (most - least) * i // max(count - 1, 1) for i in range(count)]
+    return [parse_row(f"actcomp:auto,memory_budget={b}") for b in budgets]
 
 
 def check_device(device: str) -> None:

@@ -237,6 +237,8 @@ def _counts(row: Row) -> Counts:
     if row.spec.kind == "eager":
         return count_eager(lambda: row.forward(0), row.model, vocab)
     if row.spec.kind == "actcomp":
+        row.measured["predicted_peak_bytes"] = actpass.report(row.model).totals.peak_bytes
+        row.measured["budget_bytes"] = row.spec.options.get("memory_budget")
         return counts_of_report(actpass.report(row.model), vocab)
     return Counts() if row.spec.budget is None else BudgetCut(row.spec.label, row.spec.budget, vocab).counts()
 

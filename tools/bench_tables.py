@@ -66,6 +66,8 @@ def add_ratios(results: Sequence[dict[str, Any]]) -> None:
     for result in results:
         if result["failed"] is not None:
             continue
+        result["total_bytes"] = result["resident_bytes"] + result["peak_bytes"]
+        result["predicted_ratio"] = _ratio(result.get("predicted_peak_bytes"), result["peak_bytes"])
         result["step_ratio"] = None
         if base is not None:
             pairs = zip(result["round_step_s"], base["round_step_s"], strict=True)
@@ -114,6 +116,8 @@ ROW_COLUMNS: tuple[Column, ...] = (
     ("step s", number("step_s", "{:.4g}")),
     ("step / Inductor", number("step_ratio", "{:.3f}")),
     ("peak MB", with_ratio(megabytes("peak_bytes"), "peak_ratio")),
+    ("predicted / measured", number("predicted_ratio", "{:.3f}")),
+    ("in all MB", megabytes("total_bytes")),
     ("saved MB", with_ratio(megabytes("saved_bytes_measured"), "saved_ratio")),
     ("reported MB", megabytes("saved_bytes_reported")),
     ("saved without logits MB", with_ratio(megabytes("saved_bytes_without_logits"), "saved_without_logits_ratio")),
@@ -137,6 +141,7 @@ ROW_NOTES = """\
 In brackets: ratio to `inductor`. Step: forward and backward{optimizer}, gradients cleared; the ratio is the median over
 interleaved rounds of the rounds' own ratios. Compile: first forward and backward, empty cache. Peak and saved: measured,
 above the level at the start of a step (resident: {resident:.1f} MB); saved is what a forward leaves alive, the loss with it.
+Predicted: the peak. In all: with what is resident, what a budget in bytes is held against.
 Reported: from the graph, without the loss. Logits: also the gradients that a loss in pieces forms early in their place.
 Gradient cosine and equal signs: of all gradients of the first step, against eager.
 """

@@ -52,15 +52,15 @@ _LINEAR_ARGUMENTS = {
 """Fused attention backward -> positions of `v` and `out`. They enter as dS = P * (dO v^T - rowsum(dO * out)) only, and dO, the
 first argument, enters linearly, so the gradient has the degrees of dO and of the higher of both together."""
 SCORES_OF = {
-    "_scaled_dot_product_flash_attention_for_cpu_backward": ((1, 2), 5),
-    "_scaled_dot_product_flash_attention_backward": ((1, 2), 5),
-    "_scaled_dot_product_efficient_attention_backward": ((1, 2), 6),
-    "_scaled_dot_product_cudnn_attention_backward": ((1, 2), 5),
-    "_flash_attention_backward": ((1, 2), 5),
-    "_efficient_attention_backward": ((1, 2), 10),
-    "flex_attention_backward": ((0, 1), 4),
+    "_scaled_dot_product_flash_attention_for_cpu_backward": ((1, 2), (3,), 5),
+    "_scaled_dot_product_flash_attention_backward": ((1, 2), (3,), 5),
+    "_scaled_dot_product_efficient_attention_backward": ((1, 2), (3,), 6),
+    "_scaled_dot_product_cudnn_attention_backward": ((1, 2), (3,), 5),
+    "_flash_attention_backward": ((1, 2), (3,), 5),
+    "_efficient_attention_backward": ((1, 2), (3,), 10),
+    "flex_attention_backward": ((0, 1), (2,), 4),
 }
-"""Fused attention backward -> positions of q and k, and of the logsumexp of their scores."""
+"""Fused attention backward -> positions of q and k, of v, and of the logsumexp of their scores."""
 WRITES = {
     aten.index_put.default: (0, 2),
     aten._unsafe_index_put.default: (0, 2),

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Literal, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
 
 from actpass.plan.types import EXPONENTIAL, KEEP, SCORE, SCORE_AGAIN, Candidate, Decision, Plan, SavedTensor, Storage
 
 KEPT = "kept exact, as asked"
 AUTO = "auto"
-Precision = Literal["exact", "auto", "int4"]
-PRECISIONS: tuple[Precision, ...] = ("exact", "auto", "int4")
-"""How much ``method="auto"`` may give up, most exact first: nothing, what `AUTO_CODECS` says (without a budget), 4 bits for
-everything (only a budget that asks for it)."""
 
 AUTO_CODECS = {"contraction": "int4"}
-"""The form of a tensor all of whose uses are here; any other takes 8 bits. 4 bits where the error ends in one weight's
-gradient; where it goes on into all gradients below, 4 bits cost up to 0.7 % of the loss, even unbiased, and 8 nothing
-(`mixed` and `auto` in tools/results/loss-*.json)."""
+"""Without a budget: the form of a tensor all of whose uses are here; any other takes 8 bits. 4 bits where the error ends in
+one weight's gradient; where it goes on into all gradients below, 4 bits cost up to 0.7 % of the loss, even unbiased, and 8
+nothing (tools/results/loss-*.json)."""
 SCORE_CODECS = {SCORE: "int16", SCORE_AGAIN: "int8"}
 """The form of a query or key, whatever is asked for, unless an override names the module. The backward forms exp(q k -
 logsumexp) with the logsumexp of the exact ones: where scores are large (200 on a small pretrained Llama) an error of 8 bits
 makes rows sum to 8 in place of 1 and a gradient wrong by its own size, 4 bits by 10^30 times. Where attention is run again
 from what was stored, rows sum to one, and 8 bits are as good as anywhere."""
+
+
+StoredBytes = Callable[[SavedTensor, str, int | None], int | None]
+"""(tensor, codec, group size) -> bytes; None if it can't be divided into groups."""
 
 
 class Wish(Protocol):
@@ -100,28 +100,33 @@ def _decide(c: Candidate, wish: Wish, freed: int, profitable_only: bool) -> Deci
 def choose_storage(
     tensors: Iterable[SavedTensor],
     wish_for: Callable[[tuple[str, ...]], Wish],
-    stored_bytes: Callable[[SavedTensor, str, int | None], int | None],
-    precision: Precision = "auto",
+    stored_bytes: StoredBytes,
+    codecs: Mapping[str, str | None] | None = None,
 ) -> tuple[Storage, ...]:
     """The form in which everything that crosses is stored: as wished, where that is possible and smaller.
 
-    stored_bytes: (tensor, codec, group size) -> bytes, None if it can't be divided. precision: what ``auto`` may give up.
+    codecs: by node, what a budget chose for the tensors that ``auto`` decides; None: there is no budget.
     """
-    return tuple(_store(t, wish_for(t.paths), stored_bytes, precision) for t in tensors)
+
+    def chosen(t: SavedTensor, wish: Wish) -> str | None:
+        if wish.codec != AUTO:
+            return wish.codec
+        return _auto_codec(t) if codecs is None else codecs.get(t.node)
+
+    return tuple(store(t, wish, stored_bytes, chosen(t, wish)) for t in tensors for wish in (wish_for(t.paths),))
 
 
-def _store(
-    t: SavedTensor, wish: Wish, stored_bytes: Callable[[SavedTensor, str, int | None], int | None], precision: Precision
-) -> Storage:
+def store(t: SavedTensor, wish: Wish, stored_bytes: StoredBytes, codec: str | None) -> Storage:
+    """``t`` in ``codec`` (None: as it is), or what is possible and safe in its place."""
+
     def keep(reason: str) -> Storage:
         return Storage(t.node, t.crossing, t.root, KEEP, reason, t.nbytes, t.nbytes)
 
-    codec = _auto_codec(t, precision) if wish.codec == AUTO else wish.codec
     if t.obstacle is not None:
         return keep(t.obstacle)
     if EXPONENTIAL in t.kinds and wish.codec is not None and not wish.named:
         return keep("exponentiated in the backward, where its error becomes a factor; an override may ask for a form")
-    if codec is None:
+    if codec in (None, KEEP):
         return keep("exact, and within the budget" if wish.codec == AUTO else KEPT)
     if not wish.named:
         codec = next((form for kind, form in SCORE_CODECS.items() if kind in t.kinds), codec)
@@ -146,9 +151,5 @@ def _store(
     )
 
 
-def _auto_codec(t: SavedTensor, precision: Precision) -> str | None:
-    if precision == "exact":
-        return None
-    if precision != "auto":
-        return precision
+def _auto_codec(t: SavedTensor) -> str:
     return "int4" if all(AUTO_CODECS.get(k) == "int4" for k in t.kinds) else "int8"

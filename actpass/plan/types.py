@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 KEEP = "keep"
 SCORE = "score"
 """The kind of a query or key: a fused attention's backward exponentiates their product, less a statistic of the exact one."""
@@ -17,6 +17,7 @@ EXPONENTIAL = "exponential"
 """The kind of a tensor that the backward exponentiates (logits): its absolute error becomes a factor."""
 
 ProjectIn = Literal["forward", "backward"]
+Role = Literal["score", "value", "output"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,10 @@ class SavedTensor:
     backward, sorted. linear: whether the backward is linear in it as a whole, so that an unbiased form keeps the gradient
     unbiased. paths: the module whose forward made it, and the weights whose gradients contract with it. obstacle: why it can
     only be kept as it is, or None.
+
+    again, again_flops: the matmuls and fused attentions that the backward would run again to rebuild it from all else that
+    is stored, and what that costs; empty if it can't or must not be. attention, role: the fused attention that it belongs
+    to, as its ``q`` or ``k`` (``score``), its ``v`` (``value``) or its ``output``. elements: how many it has.
     """
 
     node: str
@@ -102,6 +107,11 @@ class SavedTensor:
     linear: bool
     paths: tuple[str, ...]
     obstacle: str | None
+    again: tuple[str, ...] = ()
+    again_flops: int = 0
+    attention: str | None = None
+    role: Role | None = None
+    elements: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,10 +143,12 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One decision for every candidate of a region and one storage for everything that crosses, in graph order."""
+    """One decision for every candidate of a region and one storage for everything that crosses, in graph order. again: the
+    matmuls and fused attentions of the forward that the backward may run again."""
 
     decisions: tuple[Decision, ...] = ()
     storages: tuple[Storage, ...] = ()
+    again: tuple[str, ...] = ()
 
     @property
     def projections(self) -> tuple[Decision, ...]:
@@ -145,7 +157,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         decisions = [{**asdict(d), "parameters": list(d.parameters), "matmuls": list(d.matmuls)} for d in self.decisions]
         storages = [{**asdict(s), "crossing": list(s.crossing)} for s in self.storages]
-        return {"schema_version": SCHEMA_VERSION, "decisions": decisions, "storages": storages}
+        return {"schema_version": SCHEMA_VERSION, "decisions": decisions, "storages": storages, "again": list(self.again)}
 
     @property
     def coded(self) -> tuple[Storage, ...]:

@@ -21,7 +21,7 @@ from actpass.partition import Cut, Cuts, Saved
 from actpass.plan import KEPT, Decision, Plan, Storage
 from actpass.rewrite import Rewritten
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,8 @@ class SiteRow:
 @dataclass(frozen=True, slots=True)
 class Totals:
     """peak_bytes, peak_bytes_default: predicted, of a forward and its backward above parameters and optimizer state, now and as
-    Inductor's default; None where it is not known (several regions)."""
+    Inductor's default; None where it is not known (several regions). resident_bytes: of parameters, inputs and optimizer state,
+    counted where a budget of peak bytes asks for it."""
 
     saved_bytes_eager: int | None
     saved_bytes_default: int
@@ -71,6 +72,7 @@ class Totals:
     extra_attention: int
     peak_bytes_default: int | None = None
     peak_bytes: int | None = None
+    resident_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,8 @@ class Report:
             sums["saved_bytes_eager"] = None
         if len(rows) != 1 or rows[0].peak_bytes is None:
             sums |= {"peak_bytes_default": None, "peak_bytes": None}
+        if len(rows) != 1 or rows[0].resident_bytes is None:
+            sums["resident_bytes"] = None
         return Totals(**sums)
 
     @property
@@ -107,6 +109,11 @@ def _total_lines(t: Totals) -> Iterator[str]:
         yield (
             f"predicted peak above parameters and optimizer state: Inductor default {_mb(t.peak_bytes_default)}, now "
             f"{_mb(t.peak_bytes)} ({t.peak_bytes / max(t.peak_bytes_default, 1):.2f})"
+        )
+    if t.peak_bytes is not None and t.resident_bytes is not None:
+        yield (
+            f"predicted peak of a step: {_mb(t.resident_bytes + t.peak_bytes)}, of which {_mb(t.resident_bytes)} are "
+            "parameters, inputs and optimizer state"
         )
     yield (
         f"backward matmuls: {t.backward_matmul_flops_default / 1e9:.2f} -> {t.backward_matmul_flops / 1e9:.2f} GFLOP "

@@ -36,13 +36,14 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
-def region_key(gm: fx.GraphModule, example_inputs: Sequence[Any], inputs: GraphInputs, config: Config) -> str:
-    """What the pass's result may depend on: graph, inputs' metadata, options, versions, and the modes of tracing."""
+def region_key(gm: fx.GraphModule, example_inputs: Sequence[Any], inputs: GraphInputs, config: Config, peak: object) -> str:
+    """What the pass's result may depend on: graph, inputs' metadata, options, budget, versions, and the modes of tracing."""
     parts = [
         gm.print_readable(print_output=False),
         *(_metadata(e) for e in example_inputs),
         repr(inputs),
         repr(config),
+        repr(peak),
         torch.__version__,
         source_hash(),
         repr([(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]),

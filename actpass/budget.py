@@ -1,0 +1,269 @@
+"""Where to cut the joint graph, what to run again and in which form to store the rest: what a memory budget decides.
+
+A budget is met from the free cut, which runs no matmul again. Each tensor that crosses it gets a menu (`actpass.plan.menu`),
+and the cheapest choice within a capacity of bytes is made at once for all (`actpass.plan.knapsack`). What is to run again is
+told to upstream's partitioner, which cuts anew; what crosses then is chosen a second time, for re-running changes what it is.
+A budget of peak bytes is a search for the largest capacity whose predicted peak (`Cut.peak_bytes`) is within it: capacities
+are the same whatever the budget, so that a smaller one never ends in a higher peak.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from actpass.config import Config
+from actpass.errors import BudgetError
+from actpass.graph import Finding, Joint
+from actpass.graph.joint import value
+from actpass.graph.recompute import Recomputation
+from actpass.partition import Cut, Setting, cut
+from actpass.plan import SavedTensor, Storage, choose_storage
+from actpass.plan.knapsack import least_bytes, solve
+from actpass.plan.menu import AGAIN, Costs, Menu, menus
+from actpass.plan.types import KEEP
+from actpass.runtime.resident import Resident
+from actpass.saved import find_saved
+from actpass.swap import layout_of
+
+_STEP = 0.92
+"""From one capacity to the next, when a peak is searched for."""
+_TRIES = 4
+
+
+_MARGIN = 0.03
+"""Of what a budget leaves above parameters and optimizer state: what a prediction may be off by."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeakBudget:
+    """nbytes: of the peak of a step, with what is resident counted in."""
+
+    nbytes: int
+    resident: Resident
+
+    @property
+    def allowed(self) -> int:
+        """Bytes that a forward and its backward may be predicted to take."""
+        above = self.nbytes - self.resident.total
+        return above - int(_MARGIN * max(above, 0))
+
+    def error(self, least: Cut, method: str) -> BudgetError:
+        """For when even ``least`` takes too much."""
+        needed = self.resident.total + int(least.peak_bytes / (1 - _MARGIN)) + 1
+        largest = ", ".join(f"{name} ({nbytes})" for name, nbytes in least.largest_at_peak[:3])
+        return BudgetError(
+            f"memory_budget={self.nbytes} bytes of peak can't be met. The least that method={method!r} reaches here is "
+            f"{needed} bytes: {self.resident}, and {least.peak_bytes} predicted above them, the largest of which are {largest}."
+            f" Use memory_budget={needed} or more, or a smaller batch.",
+            needed,
+        )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """setting, cut: where the joint graph is cut. codecs: by node, the form of what ``auto`` decides; None: its own rule."""
+
+    setting: Setting
+    cut: Cut
+    codecs: Mapping[str, str | None] | None
+
+
+@dataclass(frozen=True)
+class Region:
+    """One joint graph on its way. default: Inductor's own cut of it (before the loss went to pieces, if it did). chunked:
+    whether it did."""
+
+    joint: Joint
+    joint_inputs: Sequence[object]
+    kwargs: Mapping[str, Any]
+    config: Config
+    finding: Finding
+    default: Cut
+    chunked: bool
+
+    def cut(self, setting: Setting) -> Cut:
+        return cut(self.joint, self.joint_inputs, self.kwargs, setting)
+
+    @cached_property
+    def recomputation(self) -> Recomputation:
+        return Recomputation(self.joint)
+
+    @cached_property
+    def _weights(self) -> dict[str, tuple[str, ...]]:
+        return {c.node: c.parameters for c in self.finding.contractions}
+
+    def saved(self, joint: Joint, cut: Cut, recomputation: Recomputation | None = None) -> list[SavedTensor]:
+        """What crosses ``cut`` of ``joint``: of this one, or of what was rewritten of it."""
+        return find_saved(cut, joint, self._weights, self.config.smallest, recomputation)
+
+    def storages(self, joint: Joint, choice: Choice) -> tuple[Storage, ...]:
+        """In which form everything that crosses is stored."""
+        tensors = self.saved(joint, choice.cut)
+        return choose_storage(tensors, self.config.treatment_of_any, sizes_in(choice.cut), choice.codecs)
+
+
+def sizes_in(cut: Cut) -> Callable[[SavedTensor, str, int | None], int | None]:
+    """Bytes of a tensor that crosses ``cut`` in a codec and a group size."""
+    nodes = {n.name: n for n in cut.forward.graph.nodes}
+
+    def stored_bytes(tensor: SavedTensor, codec: str, group: int | None) -> int | None:
+        layout = layout_of(value(nodes[tensor.node]), codec, group)
+        return layout.nbytes if layout is not None else None
+
+    return stored_bytes
+
+
+def choose_cut(region: Region, cut_of: Callable[[Choice], Cut], peak: PeakBudget | None) -> Choice:
+    """The cut and the forms that the configuration asks for.
+
+    peak: the budget, if it is one of peak bytes. cut_of: a choice as it will be compiled. Raises `BudgetError` where nothing
+    meets the budget.
+    """
+    budget = region.config.memory_budget
+    if budget == 1.0:
+        return Choice(Setting(rebuild=False), region.default, {})
+    free = _free(region)
+    if budget is None:
+        return free
+    search = _Search(region, free)
+    if peak is not None:
+        return _within_peak(search, cut_of, peak)
+    assert isinstance(budget, float)
+    capacity = int(budget * region.default.saved_bytes)
+    found = search.at(capacity)
+    if found.stored <= capacity:
+        return found.choice
+    least = min(found.stored, search.at(search.least).stored)
+    fraction = math.ceil(100 * least / max(region.default.saved_bytes, 1)) / 100
+    raise BudgetError(
+        f"memory_budget={budget} asks to save {capacity} of the {region.default.saved_bytes} bytes that Inductor's default "
+        f"saves for backward. The least that method={region.config.treatment.method!r} reaches here is {least} bytes: use "
+        f"memory_budget={fraction:.2f} or more.",
+        fraction,
+    )
+
+
+def _free(region: Region) -> Choice:
+    """The cut that runs no matmul again and has the fewest bytes, as they will be stored.
+
+    The residual stream is asked for as such where that costs nothing: upstream would as soon save every addend of it, which
+    the backward then adds up, layer by layer, and holds.
+    """
+    plain = Setting(rebuild=True)
+    setting, found = plain, region.cut(plain)
+    sums = frozenset(n.name for n in region.recomputation.residual_sums)
+    if sums:
+        kept = Setting(rebuild=True, keep=sums)
+        other = region.cut(kept)
+        if other.saved_bytes <= found.saved_bytes:
+            setting, found = kept, other
+    free = Choice(setting, found, None)
+    default = Choice(Setting(rebuild=False), region.default, None)
+    if not region.chunked and _stored(region, free) > _stored(region, default):
+        return default
+    return free
+
+
+def _stored(region: Region, choice: Choice) -> int:
+    return sum(s.stored_bytes for s in region.storages(region.joint, choice))
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """choice, and the bytes that it stores."""
+
+    choice: Choice
+    stored: int
+
+
+class _Search:
+    """Choices within capacities of saved bytes."""
+
+    def __init__(self, region: Region, free: Choice) -> None:
+        self.region, self.free = region, free
+        self.menus = self._menus(free.cut, again=True)
+        self.cuts: dict[frozenset[str], tuple[Setting, Cut, list[Menu]]] = {}
+
+    def _menus(self, cut: Cut, *, again: bool) -> list[Menu]:
+        tensors = self.region.saved(self.region.joint, cut, self.region.recomputation)
+        costs = Costs(self.region.recomputation.step_flops, sum(t.elements for t in tensors))
+        return menus(tensors, self.region.config.treatment_of_any, sizes_in(cut), costs, again=again)
+
+    @property
+    def least(self) -> int:
+        return least_bytes([m.options for m in self.menus])
+
+    @property
+    def most(self) -> int:
+        return sum(max(o.nbytes for o in m.options) for m in self.menus)
+
+    def at(self, capacity: int) -> _Found:
+        """The cheapest choice within ``capacity``, or the smallest that was found."""
+        smallest: _Found | None = None
+        target = capacity
+        for _ in range(_TRIES):
+            found = self._settle(self._rerun(target), capacity)
+            if smallest is None or found.stored < smallest.stored:
+                smallest = found
+            if found.stored <= capacity or target <= self.least:
+                break
+            target = max(self.least, target - (found.stored - capacity))
+        assert smallest is not None
+        return smallest
+
+    def _rerun(self, capacity: int) -> list[tuple[Menu, int]]:
+        return [(m, k) for m, k in zip(self.menus, _solve(self.menus, capacity), strict=True) if m.again[k]]
+
+    def _settle(self, rerun: list[tuple[Menu, int]], capacity: int) -> _Found:
+        """Cut with what is run again, and choose the forms of what then crosses."""
+        names = frozenset(name for menu, k in rerun for name in menu.again[k])
+        if names not in self.cuts:
+            gone = {t.root for menu, k in rerun for t, form in zip(menu.members, menu.forms[k], strict=True) if form == AGAIN}
+            setting = Setting(self.free.setting.rebuild, names, self.free.setting.keep - gone)
+            where = self.region.cut(setting) if names else self.free.cut
+            self.cuts[names] = setting, where, self._menus(where, again=False)
+        setting, where, listed = self.cuts[names]
+        taken = [(m, k) for m, k in zip(listed, _solve(listed, capacity), strict=True)]
+        codecs = {t.node: form for menu, k in taken for t, form in zip(menu.members, menu.forms[k], strict=True)}
+        chosen = {node: None if form == KEEP else form for node, form in codecs.items()}
+        return _Found(Choice(setting, where, chosen), sum(menu.options[k].nbytes for menu, k in taken))
+
+
+def _solve(listed: list[Menu], capacity: int) -> tuple[int, ...]:
+    """The option of each menu: the cheapest within ``capacity``, or the smallest."""
+    options = [m.options for m in listed]
+    solution = solve(options, max(capacity, least_bytes(options)))
+    assert solution is not None
+    return solution.chosen
+
+
+def _within_peak(search: _Search, cut_of: Callable[[Choice], Cut], budget: PeakBudget) -> Choice:
+    """The largest capacity whose predicted peak is within ``budget``."""
+    capacities = [search.most]
+    while capacities[-1] > search.least:
+        capacities.append(max(search.least, int(capacities[-1] * _STEP)))
+    known: dict[int, tuple[Choice, Cut]] = {}
+
+    def fits(i: int) -> bool:
+        if i not in known:
+            choice = search.at(capacities[i]).choice
+            known[i] = choice, cut_of(choice)
+        return known[i][1].peak_bytes <= budget.allowed
+
+    low, high = 0, len(capacities) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if fits(middle):
+            high = middle
+        else:
+            low = middle + 1
+    if not fits(low):  # the least bytes need not have the least peak
+        low = next((i for i in range(len(capacities)) if fits(i)), -1)
+    if low >= 0:
+        return known[low][0]
+    _, least = min(known.values(), key=lambda item: item[1].peak_bytes)
+    raise budget.error(least, search.region.config.treatment.method)
