@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -26,7 +26,7 @@ from actpass.plan.knapsack import least_bytes, solve
 from actpass.plan.menu import AGAIN, Costs, Menu, menus
 from actpass.plan.types import KEEP
 from actpass.runtime.resident import Resident
-from actpass.saved import find_saved
+from actpass.saved import EARLY_GRADIENT, find_saved
 from actpass.swap import layout_of
 
 _STEP = 0.92
@@ -34,8 +34,10 @@ _STEP = 0.92
 _TRIES = 4
 
 
-_MARGIN = 0.03
-"""Of what a budget leaves above parameters and optimizer state: what a prediction may be off by."""
+_MARGIN = 0.04
+_MARGIN_AGAIN = 0.10
+"""What a prediction may fall short by, without and with anything run again: then Inductor fuses what belongs to different
+layers, in ways that the prediction does not see."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,31 +47,31 @@ class PeakBudget:
     nbytes: int
     resident: Resident
 
-    @property
-    def allowed(self) -> int:
-        """Bytes that a forward and its backward may be predicted to take."""
-        above = self.nbytes - self.resident.total
-        return above - int(_MARGIN * max(above, 0))
+    def needs(self, choice: Choice, cut: Cut) -> int:
+        """Bytes to allow for ``choice``, which is ``cut`` when it is carried out."""
+        return self.resident.total + math.ceil(cut.peak_bytes * (1 + (_MARGIN_AGAIN if choice.setting.again else _MARGIN)))
 
-    def error(self, least: Cut, method: str) -> BudgetError:
-        """For when even ``least`` takes too much."""
-        needed = self.resident.total + int(least.peak_bytes / (1 - _MARGIN)) + 1
-        largest = ", ".join(f"{name} ({nbytes})" for name, nbytes in least.largest_at_peak[:3])
+    def error(self, choice: Choice, cut: Cut, method: str) -> BudgetError:
+        """For when even ``choice`` needs too much."""
+        needed = self.needs(choice, cut)
+        largest = ", ".join(f"{name} ({nbytes})" for name, nbytes in cut.largest_at_peak[:3])
         return BudgetError(
             f"memory_budget={self.nbytes} bytes of peak can't be met. The least that method={method!r} reaches here is "
-            f"{needed} bytes: {self.resident}, and {least.peak_bytes} predicted above them, the largest of which are {largest}."
-            f" Use memory_budget={needed} or more, or a smaller batch.",
+            f"{needed} bytes: {self.resident}, and {cut.peak_bytes} predicted above them (and a margin), the largest of which "
+            f"are {largest}. Use memory_budget={needed} or more, or a smaller batch.",
             needed,
         )
 
 
 @dataclass(frozen=True)
 class Choice:
-    """setting, cut: where the joint graph is cut. codecs: by node, the form of what ``auto`` decides; None: its own rule."""
+    """setting, cut: where the joint graph is cut. codecs: by node, the form of what ``auto`` decides; None: its own rule. note:
+    what the user should know of it."""
 
     setting: Setting
     cut: Cut
     codecs: Mapping[str, str | None] | None
+    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,12 @@ def choose_cut(region: Region, cut_of: Callable[[Choice], Cut], peak: PeakBudget
     found = search.at(capacity)
     if found.stored <= capacity:
         return found.choice
-    least = min(found.stored, search.at(search.least).stored)
+    early = sum(t.nbytes for m in search.menus for t in m.members if t.obstacle == EARLY_GRADIENT)
+    found = search.at(capacity + early)
+    if found.stored <= capacity + early:
+        note = f"the gradients that are formed early with the loss, {early} bytes, come on top of memory_budget={budget}"
+        return replace(found.choice, note=note)
+    least = min(found.stored, search.at(search.least).stored) - early
     fraction = math.ceil(100 * least / max(region.default.saved_bytes, 1)) / 100
     raise BudgetError(
         f"memory_budget={budget} asks to save {capacity} of the {region.default.saved_bytes} bytes that Inductor's default "
@@ -252,7 +259,7 @@ def _within_peak(search: _Search, cut_of: Callable[[Choice], Cut], budget: PeakB
         if i not in known:
             choice = search.at(capacities[i]).choice
             known[i] = choice, cut_of(choice)
-        return known[i][1].peak_bytes <= budget.allowed
+        return budget.needs(*known[i]) <= budget.nbytes
 
     low, high = 0, len(capacities) - 1
     while low < high:
@@ -265,5 +272,5 @@ def _within_peak(search: _Search, cut_of: Callable[[Choice], Cut], budget: PeakB
         low = next((i for i in range(len(capacities)) if fits(i)), -1)
     if low >= 0:
         return known[low][0]
-    _, least = min(known.values(), key=lambda item: item[1].peak_bytes)
-    raise budget.error(least, search.region.config.treatment.method)
+    least = min(known.values(), key=lambda item: budget.needs(*item))
+    raise budget.error(*least, search.region.config.treatment.method)

@@ -106,6 +106,8 @@ def _compile(
         warnings.warn(f"actpass: {done.off}", ActpassWarning, stacklevel=2)
     cuts = Cuts(default, choice.cut, done.final, done.swapped)
     record = describe(whole, joint, region.finding, done.plan, cuts, done.rewritten, config, chunked, why_whole)
+    if choice.note is not None:
+        record = replace(record, notes=(*record.notes, choice.note))
     if peak is not None:
         record = replace(record, totals=replace(record.totals, resident_bytes=peak.resident.total))
     if done.off is not None:

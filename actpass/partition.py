@@ -18,6 +18,7 @@ from actpass.graph.copying import copy_module
 from actpass.graph.cost import is_attention, is_matmul
 from actpass.graph.joint import CASTS, Joint, is_view, storage_root, tensor_bytes
 from actpass.graph.liveness import Timeline, timeline
+from actpass.plan.footprint import Footprint, step_peak
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +62,17 @@ class Cut:
         return timeline(self.forward), timeline(self.backward, self.arrives)
 
     @property
-    def peak_bytes(self) -> int:
-        """The predicted peak of a forward and its backward above what is there before them (parameters, optimizer state,
-        inputs), gradients included."""
+    def footprint(self) -> Footprint:
+        """What a forward and its backward take above what is there before them (parameters, optimizer state, inputs)."""
         forward, backward = self.timelines
-        return max(forward.peak, backward.peak + self.returned_bytes)
+        kept = sum(s.nbytes for s in self.saved if not s.user_visible)
+        returned = self.returned_bytes
+        return Footprint(forward.peak, backward.peak + returned, kept, returned, backward.kept)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The predicted peak of a step that consists of this region."""
+        return step_peak([self.footprint])
 
     @property
     def largest_at_peak(self) -> tuple[tuple[str, int], ...]:

@@ -19,6 +19,7 @@ from actpass.graph.cost import is_attention, is_matmul
 from actpass.graph.joint import module_path, source_line, storage_root
 from actpass.partition import Cut, Cuts, Saved
 from actpass.plan import KEPT, Decision, Plan, Storage
+from actpass.plan.footprint import Footprint
 from actpass.rewrite import Rewritten
 
 SCHEMA_VERSION = 4
@@ -60,7 +61,7 @@ class SiteRow:
 @dataclass(frozen=True, slots=True)
 class Totals:
     """peak_bytes, peak_bytes_default: predicted, of a forward and its backward above parameters and optimizer state, now and as
-    Inductor's default; None where it is not known (several regions). resident_bytes: of parameters, inputs and optimizer state,
+    Inductor's default; None where it is not known. resident_bytes: of parameters, inputs and optimizer state,
     counted where a budget of peak bytes asks for it."""
 
     saved_bytes_eager: int | None
@@ -78,7 +79,8 @@ class Totals:
 @dataclass(frozen=True, slots=True)
 class Record:
     """active: whether the pass decided this region. inactive_because: why not. notes: what the user should know.
-    left_alone: (matmul, parameter, reason) for every weight gradient that is no site."""
+    left_alone: (matmul, parameter, reason) for every weight gradient that is no site. footprint, footprint_default: what it
+    takes in memory, as predicted, now and as Inductor's default; None if that failed."""
 
     active: bool
     inactive_because: str | None
@@ -90,6 +92,8 @@ class Record:
     left_alone: tuple[tuple[str, str, str], ...] = ()
     notes: tuple[str, ...] = ()
     parameters: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    footprint: Footprint | None = None
+    footprint_default: Footprint | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
@@ -115,6 +119,8 @@ class Record:
         fields["totals"] = Totals(**fields["totals"])
         fields["left_alone"] = tuple(tuple(x) for x in fields["left_alone"])
         fields["notes"] = tuple(fields["notes"])
+        for name in ("footprint", "footprint_default"):
+            fields[name] = Footprint(**fields[name]) if fields[name] is not None else None
         fields["parameters"] = tuple((path, tuple(shape)) for path, shape in fields["parameters"])
         return cls(**fields)
 
@@ -154,24 +160,25 @@ def describe(
     for storage in plan.storages:
         root = payloads.get(storage.root, storage.root)
         rows[root] = _with_storage(rows[root], storage)
-    peak, unpredicted = _peaks(cuts.default, cuts.swapped)
+    footprints, unpredicted = _footprints(cuts.default, cuts.swapped)
     return Record(
         active=True,
         inactive_because=None,
         method=config.treatment.method,
         sites=tuple(rows.values()),
-        totals=replace(_totals(cuts.default, cuts.swapped), **peak),
+        totals=_totals(cuts.default, cuts.swapped),
         plan=plan.to_dict(),
         plan_hash=plan.hash,
         left_alone=finding.left_alone,
         notes=(*_loss_notes(chunked, why_whole), *_notes(plan, rows.values(), cuts, config, finding), *unpredicted),
         parameters=_parameters(joint),
+        **footprints,
     )
 
 
 def describe_fallback(joint: Joint, default: Cut, config: Config, reason: str) -> Record:
     """The record of a region that was left to Inductor alone."""
-    peak, unpredicted = _peaks(default, default)
+    footprints, unpredicted = _footprints(default, default)
     nodes = {n.name: n for n in joint.gm.graph.nodes}
     before = _by_root(default.saved)
     rows = (
@@ -184,11 +191,12 @@ def describe_fallback(joint: Joint, default: Cut, config: Config, reason: str) -
         inactive_because=reason,
         method=config.treatment.method,
         sites=tuple(rows),
-        totals=replace(_totals(default, default), **peak),
+        totals=_totals(default, default),
         plan=Plan().to_dict(),
         plan_hash=Plan().hash,
         notes=unpredicted,
         parameters=_parameters(joint),
+        **footprints,
     )
 
 
@@ -313,10 +321,10 @@ def _state_row(saved: Saved, cut: Cut) -> SiteRow:
     return replace(_row(node, 0, saved.nbytes, ()), form="state", reason="a basis that both passes read")
 
 
-def _peaks(default: Cut, final: Cut) -> tuple[dict[str, int], tuple[str, ...]]:
-    """The predicted peaks, and a note if there are none: a prediction that fails must not cost the compiled step."""
+def _footprints(default: Cut, final: Cut) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The predictions, and a note if there are none: one that fails must not cost the compiled step."""
     try:
-        return {"peak_bytes_default": default.peak_bytes, "peak_bytes": final.peak_bytes}, ()
+        return {"footprint_default": default.footprint, "footprint": final.footprint}, ()
     except Exception as error:
         return {}, (f"the peak of this region is not predicted: {type(error).__name__}: {error}",)
 

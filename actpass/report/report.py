@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from actpass.graph.joint import fold_indices
+from actpass.plan.footprint import Footprint, step_peak
 from actpass.report.record import SCHEMA_VERSION, Record, SiteRow, Totals
 
 
@@ -32,15 +33,15 @@ class Report:
 
     @property
     def totals(self) -> Totals:
-        """Sums over the regions; ``saved_bytes_eager`` only if known for all of them, peaks only of a single one."""
+        """Sums over the regions, and the peak of a step that runs each once, in this order. ``saved_bytes_eager`` and peaks are
+        there only if they are known for all."""
         rows = [r.totals for r in self.regions]
         sums: dict[str, Any] = {f.name: sum(getattr(t, f.name) or 0 for t in rows) for f in fields(Totals)}
         if not rows or any(t.saved_bytes_eager is None for t in rows):
             sums["saved_bytes_eager"] = None
-        if len(rows) != 1 or rows[0].peak_bytes is None:
-            sums |= {"peak_bytes_default": None, "peak_bytes": None}
-        if len(rows) != 1 or rows[0].resident_bytes is None:
-            sums["resident_bytes"] = None
+        sums["peak_bytes"] = _peak([r.footprint for r in self.regions])
+        sums["peak_bytes_default"] = _peak([r.footprint_default for r in self.regions])
+        sums["resident_bytes"] = max((t.resident_bytes for t in rows if t.resident_bytes is not None), default=None)
         return Totals(**sums)
 
     @property
@@ -85,6 +86,11 @@ class Report:
             f"active, method={self.regions[0].method}: {recomputed} saved tensors rebuilt instead, {coded} stored in few bits, "
             f"{projected} contracted through a projection{partly}"
         )
+
+
+def _peak(footprints: Sequence[Footprint | None]) -> int | None:
+    known = [f for f in footprints if f is not None]
+    return step_peak(known) if known and len(known) == len(footprints) else None
 
 
 def _region_lines(region: Record) -> Iterator[str]:
