@@ -8,13 +8,17 @@ What each name is for stands beside it, so that a torch upgrade is one file to r
 from __future__ import annotations
 
 import os
+import types
 from typing import Any
 
 import torch
 import torch._dynamo as dynamo  # explain(): a fresh compile that leaves the user's own alone
 import torch._functorch.config as functorch_config  # `ban_recompute_materialized_backward`, `activation_memory_budget`
 import torch._inductor.config as inductor_config  # `custom_partitioner_fn`, the keyed way into the joint graph
+from torch._C._dynamo.eval_frame import reset_code  # compile a region again, under another plan, and no other
+from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX  # names of the code behind a graph break
 from torch._dynamo.source import ConstantSource  # a state input that Dynamo never saw needs a source
+from torch._dynamo.symbolic_convert import tls as _tls  # which code is being compiled
 from torch._functorch.compile_utils import fx_graph_cse  # q/k/v each carry an own cast of one tensor
 from torch._functorch.partitioners import (
     get_default_op_list,  # which operators the min-cut may recompute, and which are views
@@ -51,6 +55,7 @@ __all__ = [
     "FakeTensorMode",
     "OpOverload",
     "compile_fx",
+    "current_code",
     "current_frame",
     "detect_fake_mode",
     "dynamo",
@@ -60,9 +65,11 @@ __all__ = [
     "inductor_cache_dir",
     "inductor_config",
     "invoke_subgraph",
+    "is_part_of_a_step",
     "list_mode_options",
     "min_cut_rematerialization_partition",
     "plain_input_index",
+    "reset_code",
     "run_and_get_code",
     "select_decomp_table",
     "size_hint",
@@ -87,6 +94,20 @@ def current_frame() -> int | None:
     """Dynamo's number of the frame that is being compiled; the same for its recompilations."""
     compile_id = CompileContext.current_compile_id()
     return compile_id.frame_id if compile_id is not None else None
+
+
+def current_code() -> types.CodeType | None:
+    """The Python code that is being compiled: `reset_code` of it forgets what was compiled, and it is compiled again when it is
+    next called."""
+    translator = getattr(_tls, "current_tx", None)
+    return translator.f_code if translator is not None else None
+
+
+def is_part_of_a_step(gm: torch.fx.GraphModule) -> bool:
+    """Whether a graph break ended or began the region."""
+    reason, code = getattr(gm, "compile_subgraph_reason", None), current_code()
+    resumed = code is not None and code.co_name.startswith(TORCH_DYNAMO_RESUME_IN_PREFIX)
+    return resumed or (reason is not None and reason.graph_break)
 
 
 def plain_input_index(desc: Any) -> int | None:

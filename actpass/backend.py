@@ -21,9 +21,11 @@ from actpass._torch import (
     ConstantSource,
     CustomPartitionerFn,
     compile_fx,
+    current_code,
     current_frame,
     detect_fake_mode,
     functorch_config,
+    is_part_of_a_step,
     list_mode_options,
     torch_is_tested,
 )
@@ -34,7 +36,7 @@ from actpass.config import Config, parse
 from actpass.errors import ActpassWarning
 from actpass.graph import GraphInputs
 from actpass.graph.copying import copy_module
-from actpass.runtime import clock, records, regions
+from actpass.runtime import clock, records, regions, steps
 from actpass.runtime.resident import resident
 
 _current: ContextVar[list[Compiled]] = ContextVar("actpass_current_compile")
@@ -96,7 +98,11 @@ def compile_region(
 ) -> Callable[..., Any]:
     """Compile one training graph and register its region. compiler_options: for `compile_fx`, e.g. ``inner_compile``."""
     plain = GraphInputs.of(gm, example_inputs)
+    code, shapes = current_code(), repr([tuple(e.shape) for e in example_inputs if isinstance(e, torch.Tensor)])
     peak = peak_budget(config, example_inputs)
+    if peak is not None and is_part_of_a_step(gm):
+        peak = replace(peak, part=True, capacity=steps.capacity_of(code, shapes, peak.nbytes))
+        steps.start()
     key = records.region_key(gm, example_inputs, plain, config, peak)
     nonce, record = records.load(key)
     device = device_of(example_inputs)
@@ -107,7 +113,7 @@ def compile_region(
     if record is None:  # no backward: nothing to save, nothing to report, no seed to draw
         return _with_unused_seed(fn, device) if config.needs_seed else fn
     positions = tuple(i for i, path in enumerate(plain.paths) if path is not None)
-    region = regions.Region(record, config, positions, current_frame())
+    region = regions.Region(record, config, positions, current_frame(), code=code, shapes=shapes, peak=peak)
     regions.register(region)
     return _with_seed(fn, region, config, device) if config.needs_seed else _plain(fn, region)
 

@@ -24,6 +24,7 @@ from actpass.partition import Cut, Setting, cut
 from actpass.plan import SavedTensor, Storage, choose_storage
 from actpass.plan.knapsack import least_bytes, solve
 from actpass.plan.menu import AGAIN, Costs, Menu, menus
+from actpass.plan.spread import Level, needs
 from actpass.plan.types import KEEP
 from actpass.runtime.resident import Resident
 from actpass.saved import EARLY_GRADIENT, find_saved
@@ -31,25 +32,29 @@ from actpass.swap import layout_of
 
 _STEP = 0.92
 """From one capacity to the next, when a peak is searched for."""
+_STEP_OF_LADDER = 0.75
 _TRIES = 4
 
-
 _MARGIN = 0.04
-_MARGIN_AGAIN = 0.10
+_MARGIN_AGAIN = 0.16
 """What a prediction may fall short by, without and with anything run again: then Inductor fuses what belongs to different
-layers, in ways that the prediction does not see."""
+layers (repeated keys of one with the next one's), in ways that the prediction does not see."""
 
 
 @dataclass(frozen=True, slots=True)
 class PeakBudget:
-    """nbytes: of the peak of a step, with what is resident counted in."""
+    """nbytes: of the peak of a step, with what is resident counted in. part: whether the region is one of several of a model
+    with graph breaks: it is compiled at its least peak first, and when a step has shown all regions, at the ``capacity`` of
+    saved bytes that one plan over all gave it."""
 
     nbytes: int
     resident: Resident
+    part: bool = False
+    capacity: int | None = None
 
     def needs(self, choice: Choice, cut: Cut) -> int:
         """Bytes to allow for ``choice``, which is ``cut`` when it is carried out."""
-        return self.resident.total + math.ceil(cut.peak_bytes * (1 + (_MARGIN_AGAIN if choice.setting.again else _MARGIN)))
+        return self.resident.total + math.ceil(cut.peak_bytes * (1 + margin(choice)))
 
     def error(self, choice: Choice, cut: Cut, method: str) -> BudgetError:
         """For when even ``choice`` needs too much."""
@@ -63,15 +68,20 @@ class PeakBudget:
         )
 
 
+def margin(choice: Choice) -> float:
+    return _MARGIN_AGAIN if choice.setting.again else _MARGIN
+
+
 @dataclass(frozen=True)
 class Choice:
     """setting, cut: where the joint graph is cut. codecs: by node, the form of what ``auto`` decides; None: its own rule. note:
-    what the user should know of it."""
+    what the user should know of it. levels: what else a part of a step could be, for one plan over all parts."""
 
     setting: Setting
     cut: Cut
     codecs: Mapping[str, str | None] | None
     note: str | None = None
+    levels: tuple[Level, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,6 +142,10 @@ def choose_cut(region: Region, cut_of: Callable[[Choice], Cut], peak: PeakBudget
     if budget is None:
         return free
     search = _Search(region, free)
+    if peak is not None and peak.capacity is not None:
+        return search.at(peak.capacity).choice
+    if peak is not None and peak.part:
+        return _least_of_ladder(search, cut_of)
     if peak is not None:
         return _within_peak(search, cut_of, peak)
     assert isinstance(budget, float)
@@ -181,10 +195,11 @@ def _stored(region: Region, choice: Choice) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """choice, and the bytes that it stores."""
+    """choice, the bytes that it stores, and what it costs."""
 
     choice: Choice
     stored: int
+    cost: int
 
 
 class _Search:
@@ -207,6 +222,13 @@ class _Search:
     @property
     def most(self) -> int:
         return sum(max(o.nbytes for o in m.options) for m in self.menus)
+
+    def capacities(self, step: float) -> list[int]:
+        """From the most bytes to the least, each ``step`` times the one before."""
+        found = [self.most]
+        while found[-1] > self.least:
+            found.append(max(self.least, int(found[-1] * step)))
+        return found
 
     def at(self, capacity: int) -> _Found:
         """The cheapest choice within ``capacity``, or the smallest that was found."""
@@ -237,7 +259,9 @@ class _Search:
         taken = [(m, k) for m, k in zip(listed, _solve(listed, capacity), strict=True)]
         codecs = {t.node: form for menu, k in taken for t, form in zip(menu.members, menu.forms[k], strict=True)}
         chosen = {node: None if form == KEEP else form for node, form in codecs.items()}
-        return _Found(Choice(setting, where, chosen), sum(menu.options[k].nbytes for menu, k in taken))
+        again = sum(menu.options[k].cost for menu, k in rerun)
+        stored, cost = (sum(getattr(menu.options[k], name) for menu, k in taken) for name in ("nbytes", "cost"))
+        return _Found(Choice(setting, where, chosen), stored, cost + again)
 
 
 def _solve(listed: list[Menu], capacity: int) -> tuple[int, ...]:
@@ -248,11 +272,20 @@ def _solve(listed: list[Menu], capacity: int) -> tuple[int, ...]:
     return solution.chosen
 
 
+def _least_of_ladder(search: _Search, cut_of: Callable[[Choice], Cut]) -> Choice:
+    """The choice with the least peak, and all of the ladder."""
+    levels: list[tuple[Level, Choice]] = []
+    for capacity in search.capacities(_STEP_OF_LADDER):
+        found = search.at(capacity)
+        footprint = cut_of(found.choice).footprint
+        levels.append((Level(capacity, found.cost, margin(found.choice), footprint), found.choice))
+    _, choice = min(levels, key=lambda item: (needs([item[0]]), item[0].cost))
+    return replace(choice, levels=tuple(level for level, _ in levels))
+
+
 def _within_peak(search: _Search, cut_of: Callable[[Choice], Cut], budget: PeakBudget) -> Choice:
     """The largest capacity whose predicted peak is within ``budget``."""
-    capacities = [search.most]
-    while capacities[-1] > search.least:
-        capacities.append(max(search.least, int(capacities[-1] * _STEP)))
+    capacities = search.capacities(_STEP)
     known: dict[int, tuple[Choice, Cut]] = {}
 
     def fits(i: int) -> bool:

@@ -109,7 +109,8 @@ def _compile(
     if choice.note is not None:
         record = replace(record, notes=(*record.notes, choice.note))
     if peak is not None:
-        record = replace(record, totals=replace(record.totals, resident_bytes=peak.resident.total))
+        resident = replace(record.totals, resident_bytes=peak.resident.total)
+        record = replace(record, totals=resident, levels=choice.levels)
     if done.off is not None:
         record = replace(record, active=False, inactive_because=done.off)
     forward, backward = done.swapped.forward, done.swapped.backward

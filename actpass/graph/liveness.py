@@ -37,6 +37,7 @@ prims = torch.ops.prims
 _NEAR = 64
 """Loops farther apart than this in the graph are fused only if one reads the other."""
 _READS_AGAIN, _READS, _LENGTH = 4, 8, 30
+_LENGTH_WITH_CHOICES = 8
 """A loop that reads or computes more than this is written to memory: if it is read more than once, or in any case."""
 _RESIDENT = ("primals_", "arg", "fwd_rng_state", "bwd_rng_state", "tangents")
 """Inputs whose names begin so are resident to Inductor."""
@@ -158,7 +159,8 @@ class _Reading:
             if node in self.sums.values():  # computed in the kernel of the sum
                 continue
             count, length = len(read[node]), len(operators) + len(read[node])
-            again = len(users) > 1 and (count > _READS_AGAIN or any(map(_is_heavy, operators)))
+            reused = len(users) > 1 or self._is_spread(node)
+            again = reused and (count > _READS_AGAIN or any(map(_is_heavy, operators)) or self._is_long(operators))
             is_value = self._is_loop(node) and not is_reduction(node) and node.target is not operator.getitem
             needed = node in self.outputs or any(self._reads_memory(u, node) for u in users)
             if not is_value or needed or again or count > _READS or length > _LENGTH:
@@ -167,6 +169,15 @@ class _Reading:
 
     def _is_loop(self, node: fx.Node) -> bool:
         return _is_loop(node) and node not in self.sums
+
+    def _is_spread(self, node: fx.Node) -> bool:
+        """Whether a view of ``node`` repeats its elements: keys for several queries."""
+        views = [u for u in node.users if is_view(u) and isinstance(u.meta.get("val"), torch.Tensor)]
+        return any(tensor_bytes(v) > tensor_bytes(node) or self._is_spread(v) for v in views)
+
+    def _is_long(self, operators: set[fx.Node]) -> bool:
+        """Whether a loop takes many instructions: a concatenation makes a choice and a masked read of each of its inputs."""
+        return any(o.target is aten.cat.default for o in operators) and len(operators) > _LENGTH_WITH_CHOICES
 
     def _reads_memory(self, user: fx.Node, node: fx.Node) -> bool:
         """Whether ``user`` reads ``node`` from memory: it is no loop, and does more than to write into a copy of it."""

@@ -20,6 +20,7 @@ from actpass.graph.joint import module_path, source_line, storage_root
 from actpass.partition import Cut, Cuts, Saved
 from actpass.plan import KEPT, Decision, Plan, Storage
 from actpass.plan.footprint import Footprint
+from actpass.plan.spread import Level
 from actpass.rewrite import Rewritten
 
 SCHEMA_VERSION = 4
@@ -80,7 +81,8 @@ class Totals:
 class Record:
     """active: whether the pass decided this region. inactive_because: why not. notes: what the user should know.
     left_alone: (matmul, parameter, reason) for every weight gradient that is no site. footprint, footprint_default: what it
-    takes in memory, as predicted, now and as Inductor's default; None if that failed."""
+    takes in memory, as predicted, now and as Inductor's default; None if that failed. levels: of a part of a step, what it
+    could be instead."""
 
     active: bool
     inactive_because: str | None
@@ -94,6 +96,7 @@ class Record:
     parameters: tuple[tuple[str, tuple[int, ...]], ...] = ()
     footprint: Footprint | None = None
     footprint_default: Footprint | None = None
+    levels: tuple[Level, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
@@ -119,6 +122,7 @@ class Record:
         fields["totals"] = Totals(**fields["totals"])
         fields["left_alone"] = tuple(tuple(x) for x in fields["left_alone"])
         fields["notes"] = tuple(fields["notes"])
+        fields["levels"] = tuple(Level(**{**x, "footprint": Footprint(**x["footprint"])}) for x in fields["levels"])
         for name in ("footprint", "footprint_default"):
             fields[name] = Footprint(**fields[name]) if fields[name] is not None else None
         fields["parameters"] = tuple((path, tuple(shape)) for path, shape in fields["parameters"])

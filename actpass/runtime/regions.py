@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import types
 import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from actpass.budget import PeakBudget
 from actpass.config import Config
 from actpass.report import Record
+from actpass.runtime import steps
 
 
 @dataclass(eq=False)
@@ -19,7 +22,8 @@ class Region:
     config: the options it was compiled with. positions: which of its arguments are parameters. parameters: every parameter it
     ever ran with (one graph may serve several modules), by id. follows: for a region without parameters (a loss behind a
     graph break), the region that ran before. frame: Dynamo's number for the code that was compiled; a recompilation has the
-    same. called: when it ran last.
+    same. called: when it ran last. code: the Python code that it was compiled from. shapes: of its inputs. peak: its budget, if
+    that is one of peak bytes.
     """
 
     record: Record
@@ -29,12 +33,17 @@ class Region:
     called: int = 0
     parameters: weakref.WeakValueDictionary[int, torch.Tensor] = field(default_factory=weakref.WeakValueDictionary)
     follows: Region | None = None
+    code: types.CodeType | None = None
+    shapes: str = ""
+    peak: PeakBudget | None = None
 
     def note(self, args: tuple[Any, ...]) -> None:
         """Remember whose call this is (cheap when it is the same module's again)."""
         global _last, _calls
         _calls += 1
         self.called = _calls
+        if self.peak is not None and self.peak.part:
+            steps.note(self)
         if not self.positions:
             self.follows = _last
             return
@@ -61,6 +70,7 @@ def clear() -> None:
     global _last
     _regions.clear()
     _last = None
+    steps.clear()
 
 
 def regions_of(model: torch.nn.Module) -> list[Region]:

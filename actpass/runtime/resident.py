@@ -35,12 +35,17 @@ class Resident:
 
 
 def resident(inputs: Sequence[Any]) -> Resident:
-    """What a region that runs with ``inputs`` finds in memory: counted by storage, so that what is tied counts once."""
+    """What a region that runs with ``inputs`` finds in memory: they, and all that the optimizers of its parameters step.
+    Counted by storage, so that what is tied counts once."""
     tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
     parameters = {id(p): p for p in tensors if isinstance(p, torch.nn.Parameter)}
     state = 0
     for optimizer in _optimizers():
-        own = [p for group in optimizer.param_groups for p in group["params"] if id(p) in parameters]
+        own = [p for group in optimizer.param_groups for p in group["params"]]
+        if not any(id(p) in parameters for p in own):
+            continue
+        parameters |= {id(p): p for p in own}
+        tensors += own
         present = [t for p in own for t in optimizer.state.get(p, {}).values() if isinstance(t, torch.Tensor)]
         missing = [p for p in own if p not in optimizer.state]
         state += _storage_bytes(present) + sum(_state_to_come(optimizer, p) for p in missing)
