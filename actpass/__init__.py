@@ -4,7 +4,17 @@
 backward is stored. See `actpass.backend.actcomp` for the options.
 """
 
-from actpass.api import audit, explain, load_state_dict, register_with_accelerate, report, state_dict, step
+from actpass.api import (
+    audit,
+    explain,
+    load_state_dict,
+    memory_budget,
+    register_with_accelerate,
+    report,
+    set_memory_budget,
+    state_dict,
+    step,
+)
 from actpass.audit import Audit
 from actpass.errors import (
     ActpassError,
@@ -31,8 +41,10 @@ __all__ = [
     "audit",
     "explain",
     "load_state_dict",
+    "memory_budget",
     "register_with_accelerate",
     "report",
+    "set_memory_budget",
     "state_dict",
     "step",
 ]

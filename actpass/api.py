@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from actpass.audit import Audit, audit_model
-from actpass.config import parse
+from actpass.config import global_budget, parse
 from actpass.errors import ReportError
 from actpass.explain import explain_model
 from actpass.report import Report
 from actpass.runtime.clock import CLOCK
-from actpass.runtime.regions import regions_of
+from actpass.runtime.regions import following_global_budget, recompile, regions_of
 
 
 def report(model: torch.nn.Module) -> Report:
@@ -67,6 +68,31 @@ def audit(
     else:
         inputs = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
     return audit_model(_module(model, "audit"), inputs, kwargs, config, seeds, optimizer, loss)
+
+
+def set_memory_budget(budget: float | int | str | None) -> None:
+    """The budget of every model in this process whose ``options`` name none: a float in [0, 1] (a fraction of the bytes that
+    Inductor's default would save for backward), bytes of a step's peak (an int > 1, or ``"20GiB"``), ``"auto"`` (what the CUDA
+    device has free), or None (no budget).
+
+    What was compiled under another global budget is compiled again when it is next called. Raises `BudgetError` for what is
+    no budget, and changes nothing then; one that can't be met raises when a model is compiled.
+    """
+    global_budget.set(budget)
+    now = global_budget.get()
+    for region in following_global_budget():
+        if region.config.memory_budget != now:
+            recompile(region)
+
+
+@contextlib.contextmanager
+def memory_budget(budget: float | int | str | None) -> Iterator[None]:
+    """`set_memory_budget` for what is compiled inside (a model is compiled at its first call): it stays so afterwards."""
+    before = global_budget.set(budget)
+    try:
+        yield
+    finally:
+        global_budget.set(before)
 
 
 def step() -> None:

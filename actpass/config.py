@@ -77,11 +77,16 @@ class Treatment:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Everything the user can set, checked. Picklable and comparable: it is part of the compile cache's key."""
+    """Everything the user can set, checked. Picklable and comparable: it is part of the compile cache's key.
+
+    memory_budget: a fraction of saved bytes (float), bytes of peak (int), or None. follows_global_budget: whether the options
+    named none, so that it is the global one's.
+    """
 
     treatment: Treatment = Treatment()
     overrides: tuple[tuple[str, Treatment], ...] = ()
     memory_budget: float | int | None = None
+    follows_global_budget: bool = False
     refresh_interval: int = 1
     seed: int = 0
     profitable_only: bool = True
@@ -126,6 +131,8 @@ def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> Config:
     _known("option", given, (*_PARSERS, *_TREATMENT))
     treatment = _treatment({k: given.pop(k) for k in _TREATMENT if k in given}, Treatment(), "")
     config = Config(treatment=treatment, mode=mode)
+    if "memory_budget" not in given:
+        config = replace(config, memory_budget=global_budget.get(), follows_global_budget=True)
     for name, value in given.items():
         if name == "overrides":
             config = replace(config, overrides=_overrides(value, treatment))
@@ -269,6 +276,23 @@ def memory_budget(name: str, value: Any) -> float | int | None:
     return float(value)
 
 
+class GlobalBudget:
+    """The budget of every region whose options name none. Read when a region is compiled, and ``"auto"`` then."""
+
+    def __init__(self) -> None:
+        self.asked: Any = None
+
+    def set(self, asked: Any) -> Any:
+        """Check ``asked`` and put it in force; returns what was before. Raises `BudgetError`, and changes nothing then."""
+        memory_budget("memory_budget", asked)
+        self.asked, before = asked, self.asked
+        return before
+
+    def get(self) -> float | int | None:
+        return memory_budget("memory_budget", self.asked)
+
+
+global_budget = GlobalBudget()
 _LEFT_FREE = 0.05
 """Of a device's memory, with ``auto``: for the allocator's own gaps and for libraries."""
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -14,7 +17,10 @@ import actpass
 from actpass.measure import measure
 from actpass.runtime.resident import resident
 
+from . import models
 from .test_liveness import llama
+
+SMALL = {"smallest": 0}
 
 
 class Stage(nn.Module):
@@ -106,3 +112,64 @@ def test_gradients_accumulated_before_the_first_step_count_once():
     assert _once(["a", "b", "c"] * 4) == ["a", "b", "c"]
     assert _once(["a", "a", "a"]) == ["a", "a", "a"]
     assert _once(["a", "b", "a"]) == ["a", "b", "a"]
+
+
+@pytest.fixture
+def _no_global_budget():
+    yield
+    actpass.set_memory_budget(None)
+
+
+@pytest.mark.usefixtures("_no_global_budget")
+def test_a_global_budget_serves_whoever_names_none_and_a_new_one_compiles_again():
+    model, inputs = models.transformer()
+    own, _ = models.transformer()
+    compiled = torch.compile(model, backend="actcomp", options=SMALL)
+    other = torch.compile(own, backend="actcomp", options={**SMALL, "memory_budget": 1.0})
+
+    def saved() -> float:
+        compiled(**inputs).backward()
+        totals = actpass.report(model).totals
+        return totals.saved_bytes / totals.saved_bytes_default
+
+    actpass.set_memory_budget(0.6)
+    assert 0.2 < saved() <= 0.6
+    actpass.set_memory_budget(0.2)
+    assert saved() <= 0.2
+    other(**inputs).backward()
+    totals = actpass.report(own).totals
+    assert totals.saved_bytes == totals.saved_bytes_default
+    with pytest.raises(actpass.BudgetError, match="outside"):
+        actpass.set_memory_budget(2.5)
+    assert saved() <= 0.2
+
+
+@pytest.mark.usefixtures("_no_global_budget")
+def test_a_budget_for_what_is_compiled_inside():
+    model, inputs = models.transformer()
+    compiled = torch.compile(model, backend="actcomp", options=SMALL)
+    with actpass.memory_budget(0.2):
+        compiled(**inputs).backward()
+    compiled(**inputs).backward()
+    totals = actpass.report(model).totals
+    assert totals.saved_bytes <= 0.2 * totals.saved_bytes_default
+    assert len(actpass.report(model).regions) == 1
+
+
+def test_the_same_plan_in_processes_with_other_hash_seeds():
+    code = (
+        "import actpass; from tests.test_liveness import llama; model, inputs = llama();"
+        "print([actpass.explain(model, options={'memory_budget': b}, **inputs).plan_hash for b in (0.3, 0.1, '34MB')])"
+    )
+    out = [
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.splitlines()[-1]
+        for seed in ("1", "2")
+    ]
+    assert out[0] == out[1]
+    assert len(set(eval(out[0]))) == 3

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from actpass._torch import reset_code
 from actpass.budget import PeakBudget
 from actpass.config import Config
 from actpass.report import Record
@@ -71,6 +72,18 @@ def clear() -> None:
     _regions.clear()
     _last = None
     steps.clear()
+
+
+def recompile(region: Region) -> None:
+    """Forget the code that was compiled for ``region``: it is compiled again when it is next called."""
+    if region.code is not None:
+        reset_code(region.code)
+    if region in _regions:
+        _regions.remove(region)
+
+
+def following_global_budget() -> list[Region]:
+    return [r for r in _regions if r.config.follows_global_budget]
 
 
 def regions_of(model: torch.nn.Module) -> list[Region]:

@@ -5,21 +5,30 @@ from __future__ import annotations
 
 import types
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from actpass._torch import reset_code
+from actpass.budget import PeakBudget
 from actpass.errors import BudgetError
 from actpass.plan.spread import Level, spread
+from actpass.report import Record
 
-if TYPE_CHECKING:
-    from actpass.runtime.regions import Region
+
+class Part(Protocol):
+    """What is asked of a region (`actpass.runtime.regions.Region`)."""
+
+    record: Record
+    code: types.CodeType | None
+    shapes: str
+    peak: PeakBudget | None
+
 
 _Part = tuple[types.CodeType | None, str, int]
 """What a region is known by: its code, the shapes of its inputs, and the budget in bytes."""
 
-_calls: list[weakref.ref[Region]] = []
+_calls: list[weakref.ref[Part]] = []
 """The parts of the step that is running, in the order of their forwards."""
 _planned: set[tuple[Any, ...]] = set()
 """Sequences of parts for which there is a plan."""
@@ -41,7 +50,7 @@ def clear() -> None:
     _capacities.clear()
 
 
-def note(region: Region) -> None:
+def note(region: Part) -> None:
     _calls.append(weakref.ref(region))
 
 
