@@ -1,0 +1,110 @@
+"""Menus: plain numbers in, what could be stored how out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from actpass.codecs import QUANTIZERS
+from actpass.config import Treatment
+from actpass.plan import SavedTensor
+from actpass.plan.knapsack import solve
+from actpass.plan.menu import AGAIN, ERROR, Costs, menus
+from actpass.swap import layout_of
+
+T, N = 64, 32
+ATTENTION = ("flash",)
+
+
+def tensor(node: str, **changes) -> SavedTensor:
+    values = {
+        "crossing": (node,),
+        "root": node,
+        "nbytes": 4 * T * N,
+        "kinds": ("nonlinear",),
+        "linear": False,
+        "paths": (node,),
+        "obstacle": None,
+        "again": (f"{node}_mm",),
+        "again_flops": 2 * T * N * N,
+        "elements": T * N,
+    }
+    return SavedTensor(node=node, **{**values, **changes})
+
+
+def stored(t: SavedTensor, codec: str, group: int | None) -> int:
+    return t.elements * QUANTIZERS[codec].bits // 8 + 2 * (t.elements // (group or QUANTIZERS[codec].group))
+
+
+def menus_of(tensors: list[SavedTensor], *, again: bool = True, treatment: Treatment | None = None, step_flops: int = 10**9):
+    costs = Costs(step_flops, sum(t.elements for t in tensors))
+    return menus(tensors, lambda _: treatment or Treatment(), stored, costs, again=again)
+
+
+def attention() -> list[SavedTensor]:
+    """q, k, v and the output of one fused attention."""
+    q, k = (tensor(n, kinds=("nonlinear", "score"), attention="flash", role="score") for n in "qk")
+    v = tensor("v", kinds=("linear",), attention="flash", role="value")
+    return [q, k, v, tensor("out", kinds=("linear",), attention="flash", role="output", again=ATTENTION)]
+
+
+@pytest.mark.parametrize("codec", [c for c in ERROR if c in QUANTIZERS])
+def test_the_errors_are_those_of_a_gaussian_tensor(codec: str):
+    x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    layout = layout_of(x, codec, None)
+    assert layout is not None
+    payload, scale = QUANTIZERS[codec].encode(x, layout.groups, None)
+    y = QUANTIZERS[codec].decode(payload, scale, layout.groups, x.shape, x.dtype)
+    error = float((y - x).square().sum() / x.square().sum())
+    assert ERROR[codec] / 2 < error < ERROR[codec] * 2
+
+
+def test_more_bytes_never_cost_more():
+    for menu in menus_of([tensor("x"), *attention()]):
+        assert [o.nbytes for o in menu.options] == sorted({o.nbytes for o in menu.options})
+        assert [o.cost for o in menu.options] == sorted({o.cost for o in menu.options}, reverse=True)
+
+
+def test_the_tensors_of_one_attention_are_on_one_menu():
+    found = menus_of([tensor("x"), *attention()])
+    assert [tuple(t.node for t in m.members) for m in found] == [("x",), ("q", "k", "v", "out")]
+
+
+def test_queries_and_keys_take_16_bits_or_more_beside_the_exact_logsumexp():
+    _, menu = menus_of([tensor("x"), *attention()])
+    for forms, again in zip(menu.forms, menu.again, strict=True):
+        if "flash" not in again:
+            assert set(forms[:2]) <= {"keep", "int16"}, forms
+            assert set(forms[2:]) <= {"keep", "int16", "int8", AGAIN}, forms
+            assert forms[3] != AGAIN
+
+
+def test_what_feeds_an_attention_is_run_again_only_with_it():
+    _, menu = menus_of([tensor("x"), *attention()])
+    assert any("q_mm" in again for again in menu.again)
+    assert all("flash" in again for again in menu.again if "q_mm" in again or "k_mm" in again)
+    assert menu.forms[0] == (AGAIN,) * 4  # the fewest bytes
+
+
+def test_nothing_is_run_again_where_it_must_not():
+    for menu in menus_of([tensor("x"), *attention()], again=False):
+        assert not any(menu.again)
+    (menu,) = menus_of([tensor("x", again=(), again_flops=0)])
+    assert all(forms != (AGAIN,) for forms in menu.forms)
+
+
+def test_a_form_that_was_asked_for_is_the_only_one():
+    (menu,) = menus_of([tensor("x", again_flops=10**9)], treatment=Treatment("int4"))
+    assert set(menu.forms) == {("int4",), (AGAIN,)}
+    (menu,) = menus_of([tensor("x", again_flops=10**9)], treatment=Treatment("exact"))
+    assert set(menu.forms) == {("keep",), (AGAIN,)}
+
+
+def test_a_tensor_that_weighs_more_in_the_gradient_keeps_more_bits():
+    """Of two alike, at half of their bytes."""
+    tensors = [tensor("a", again=()), tensor("b", again=())]
+    costs = Costs(10**12, 2 * T * N, {"a": 0.9, "b": 1e-4})
+    found = menus(tensors, lambda _: Treatment(), stored, costs, again=False)
+    solution = solve([m.options for m in found], stored(tensors[0], "int8", None) + stored(tensors[1], "int4", None))
+    assert solution is not None
+    assert [m.forms[k] for m, k in zip(found, solution.chosen, strict=True)] == [("int8",), ("int4",)]
