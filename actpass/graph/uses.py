@@ -8,6 +8,7 @@ unbiased gradient (arXiv 2605.01255: compression is safe on linear operators and
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -117,18 +118,19 @@ def _max_degree(start: dict[fx.Node, float]) -> float:
     degrees = dict(start)
     if any(d > 1.0 for d in degrees.values()):
         return math.inf
-    first = next(iter(start))
-    node = first.next
-    while node.op != "root":
-        if node not in degrees and any(a in degrees for a in node.all_input_nodes):
-            if node.op == "output":
-                break
-            degree = _degree(node, degrees)
-            if degree > 1.0:
-                return degree
-            if degree > 0.0:
-                degrees[node] = degree
-        node = node.next
+    todo = [user for node in start for user in node.users]
+    heapq.heapify(todo)  # in the graph's order
+    while todo:
+        node = heapq.heappop(todo)
+        if node in degrees or node.op == "output":
+            continue
+        degree = _degree(node, degrees)
+        if degree > 1.0:
+            return degree
+        if degree > 0.0:
+            degrees[node] = degree
+            for user in node.users:
+                heapq.heappush(todo, user)
     return max(degrees.values())
 
 
