@@ -18,7 +18,7 @@ from actpass.config import Config, Treatment
 from actpass.errors import OptionError
 from actpass.graph import GraphInputs
 from actpass.graph.joint import fold_indices
-from actpass.interpret import interpret, untouched
+from actpass.interpret import interpret, own_forward, untouched
 from actpass.report.report import table
 
 Gradients = dict[str, torch.Tensor]
@@ -222,7 +222,7 @@ class _Step:
                 fn = run_passes(gm, example_inputs, config, plain, device, "", peak, compile_fx, inner_compile=interpret)[1]
             return (lambda *args: fn(*args, round_keys(seed, device))) if config.needs_seed else fn
 
-        forward = dynamo.optimize(backend)(self.model.forward)
+        forward = dynamo.optimize(backend)(own_forward(self.model))
 
         def gradients(draw: int) -> Gradients:
             nonlocal seed

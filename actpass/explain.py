@@ -17,7 +17,7 @@ from actpass.compiler import Compiled
 from actpass.config import Config, parse
 from actpass.graph import GraphInputs
 from actpass.graph.copying import copy_module
-from actpass.interpret import untouched
+from actpass.interpret import own_forward, untouched
 from actpass.report import Report
 
 
@@ -45,7 +45,7 @@ def explain_model(
     model = getattr(model, "_orig_mod", model)
     eager: int | None = None
     with torch.enable_grad(), untouched(model):
-        dynamo.optimize(backend)(model.forward)(*inputs, **kwargs)  # a compile of its own, gone with this call
+        dynamo.optimize(backend)(own_forward(model))(*inputs, **kwargs)
         if len(compiled) == 1:
             eager = _saved_bytes_eager(model, inputs, kwargs)
     records = [c.record for c in compiled]

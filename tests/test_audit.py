@@ -9,6 +9,7 @@ from torch import nn
 import actpass
 
 from . import models
+from .helpers import eager_actcomp
 
 
 def test_audit_of_exact_finds_nothing():
@@ -74,3 +75,16 @@ def test_audit_refuses_what_has_no_loss_and_says_what_to_do():
         actpass.audit(nn.Linear(4, 4), torch.randn(2, 4), seeds=1)
     with pytest.raises(actpass.OptionError, match="seeds=0"):
         actpass.audit(nn.Linear(4, 4), torch.randn(2, 4), seeds=0)
+
+
+def test_explain_and_audit_may_be_called_often_and_leave_no_compiled_code_behind():
+    """Dynamo compiles one code 8 times, and then no more."""
+    model, inputs = models.mlp()
+    compiled = torch.compile(model, backend=eager_actcomp(method="int4", smallest=0))
+    for _ in range(10):
+        assert actpass.explain(model, options={"method": "int8", "smallest": 0}, **inputs).active
+    for seed in range(6):
+        found = actpass.audit(model, inputs, options={"method": "int4", "smallest": 0, "seed": seed}, seeds=1)
+        assert max(p.error for p in found.parameters) > 1e-3
+    compiled(**inputs).backward()
+    assert actpass.report(model).active
