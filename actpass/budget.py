@@ -158,7 +158,10 @@ def choose_cut(region: Region, cut_of: Callable[[Choice], Cut], peak: PeakBudget
     if found.stored <= capacity + early:
         note = f"the gradients that are formed early with the loss, {early} bytes, come on top of memory_budget={budget}"
         return replace(found.choice, note=note)
-    least = min(found.stored, search.at(search.least).stored) - early
+    smallest = search.at(search.least)
+    if region.default.saved_bytes <= region.config.smallest:  # a loss behind a graph break: nothing to win there
+        return smallest.choice
+    least = min(found.stored, smallest.stored) - early
     fraction = math.ceil(100 * least / max(region.default.saved_bytes, 1)) / 100
     raise BudgetError(
         f"memory_budget={budget} asks to save {capacity} of the {region.default.saved_bytes} bytes that Inductor's default "

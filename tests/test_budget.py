@@ -18,6 +18,7 @@ from actpass.measure import measure
 from actpass.runtime.resident import resident
 
 from . import models
+from .helpers import EPS, assert_close, eager_actcomp, step
 from .test_liveness import llama
 
 SMALL = {"smallest": 0}
@@ -173,3 +174,57 @@ def test_the_same_plan_in_processes_with_other_hash_seeds():
     ]
     assert out[0] == out[1]
     assert len(set(eval(out[0]))) == 3
+
+
+@pytest.mark.parametrize("build", [models.mlp, models.transformer, models.llama, models.gpt2, models.bert, models.qwen3])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_what_is_run_again_is_exact_where_nothing_is_coded(build: Any, autocast: bool):
+    """At the least budget that there is."""
+    model, inputs = build()
+
+    def gradients(**options: Any) -> dict[str, torch.Tensor]:
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        compiled = torch.compile(model, backend=eager_actcomp(method="exact", **options))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return step(compiled, model, inputs)[1]
+
+    want = gradients()
+    try:
+        gradients(memory_budget=0.0)
+        least = 0.0
+    except Exception as error:
+        least = getattr(error, "inner_exception", error).least
+    got = gradients(memory_budget=least)
+    totals = actpass.report(model).totals
+    assert totals.extra_matmuls > 0
+    assert totals.saved_bytes < totals.saved_bytes_default
+    assert_close(got, want, 2e-2 if autocast else 300 * EPS)
+
+
+def test_dropout_is_not_drawn_again():
+    torch.manual_seed(0)
+    model, inputs = models.transformer()
+    model.blocks[0].down = nn.Sequential(model.blocks[0].down, nn.Dropout(0.5))
+
+    def gradients(**options: Any) -> dict[str, torch.Tensor]:
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        options |= {"method": "exact", "inductor": {"fallback_random": True}}  # seeds mean nothing to an interpreter
+        return step(torch.compile(model, backend=eager_actcomp(**options)), model, inputs)[1]
+
+    want = gradients()
+    assert_close(gradients(), want, 0.0)
+    assert_close(gradients(memory_budget=0.2), want, 300 * EPS)
+    assert actpass.report(model).totals.extra_matmuls > 0
+
+
+def test_a_users_own_checkpointing_stays_as_it_is():
+    model, inputs = models.transformer(checkpoint=True)
+    compiled = torch.compile(model, backend=eager_actcomp(method="exact"))
+    _, want = step(compiled, model, inputs)
+    totals = actpass.report(model).totals
+    assert totals.saved_bytes <= totals.saved_bytes_default
+    torch.compiler.reset()
+    _, got = step(torch.compile(model, backend=eager_actcomp(method="exact", memory_budget=1.0)), model, inputs)
+    assert_close(got, want, 300 * EPS)

@@ -62,7 +62,8 @@ class Recomputation:
             if node not in self.hidden:
                 continue
             sources = {a for a in node.all_input_nodes if a in self.hidden}
-            if reach == position[node] and node.target is aten.add.Tensor and len(sources) == 2:
+            own = node.meta.get("recompute") is None  # not what the user's checkpointing decides
+            if own and reach == position[node] and node.target is aten.add.Tensor and len(sources) == 2:
                 found.append(node)
             reach = max(reach, *(position[u] for u in node.users if u in position), position[node])
         return tuple(found)
@@ -87,7 +88,7 @@ class Recomputation:
             current = todo.pop()
             if current not in self.hidden or (current in available and current is not node):
                 continue
-            if current.meta.get("recompute") is not None and current not in self.residual_sums:
+            if current.meta.get("recompute") is not None:
                 return None
             if is_matmul(current) or is_attention(current):
                 if not _is_repeatable(current):
