@@ -55,7 +55,8 @@ class PeakBudget:
 
     def needs(self, choice: Choice, cut: Cut) -> int:
         """Bytes to allow for ``choice``, which is ``cut`` when it is carried out."""
-        return self.resident.total + math.ceil(cut.peak_bytes * (1 + margin(choice)))
+        optimizer = cut.footprint.gradients + self.resident.scratch
+        return self.resident.total + max(math.ceil(cut.peak_bytes * (1 + margin(choice))), optimizer)
 
     def error(self, choice: Choice, cut: Cut, method: str) -> BudgetError:
         """For when even ``choice`` needs too much."""

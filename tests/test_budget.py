@@ -228,3 +228,13 @@ def test_a_users_own_checkpointing_stays_as_it_is():
     torch.compiler.reset()
     _, got = step(torch.compile(model, backend=eager_actcomp(method="exact", memory_budget=1.0)), model, inputs)
     assert_close(got, want, 300 * EPS)
+
+
+def test_the_optimizers_own_step_counts():
+    """AdamW takes two tensors as large as the largest parameter, beside all gradients."""
+    big = nn.Sequential(nn.Embedding(4096, 64), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8))
+    optimizer = torch.optim.AdamW(big.parameters())
+    there = resident(list(big.parameters()))
+    assert there.scratch == 2 * 4096 * 64 * 4
+    assert there.optimizer_state == pytest.approx(2 * sum(p.numel() * 4 for p in big.parameters()), rel=1e-3)
+    del optimizer

@@ -19,11 +19,13 @@ _PROBE = 64
 class Resident:
     """Bytes. inputs: parameters, buffers and a region's other inputs. optimizer_state: of the optimizers that step the region's
     parameters, what is there and what their first step will add. accumulated: gradients that are there already, to which a
-    backward's are added."""
+    backward's are added. scratch: what an optimizer's step takes for a moment
+    beside all gradients; not part of ``total``."""
 
     inputs: int
     optimizer_state: int
     accumulated: int
+    scratch: int = 0
 
     @property
     def total(self) -> int:
@@ -39,18 +41,34 @@ def resident(inputs: Sequence[Any]) -> Resident:
     Counted by storage, so that what is tied counts once."""
     tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
     parameters = {id(p): p for p in tensors if isinstance(p, torch.nn.Parameter)}
-    state = 0
+    state = scratch = 0
     for optimizer in _optimizers():
         own = [p for group in optimizer.param_groups for p in group["params"]]
         if not any(id(p) in parameters for p in own):
             continue
         parameters |= {id(p): p for p in own}
+        scratch = max(scratch, _scratch(optimizer))
         tensors += own
         present = [t for p in own for t in optimizer.state.get(p, {}).values() if isinstance(t, torch.Tensor)]
         missing = [p for p in own if p not in optimizer.state]
         state += _storage_bytes(present) + sum(_state_to_come(optimizer, p) for p in missing)
     gradients = [p.grad for p in parameters.values() if p.grad is not None]
-    return Resident(_storage_bytes(tensors), state, _storage_bytes(gradients))
+    return Resident(_storage_bytes(tensors), state, _storage_bytes(gradients), scratch)
+
+
+def _scratch(optimizer: torch.optim.Optimizer) -> int:
+    """What a step takes beside gradients and state, as torch's Adam does: two tensors as large as a parameter at a time; with
+    ``foreach``, the default on a GPU, of all parameters at once; nothing if it is fused."""
+    found = 0
+    for group in optimizer.param_groups:
+        sizes = [p.numel() * p.element_size() for p in group["params"]]
+        if group.get("fused"):
+            continue
+        together = group.get("foreach")
+        if together is None:
+            together = any(p.is_cuda for p in group["params"])
+        found = max(found, 2 * (sum(sizes) if together else max(sizes, default=0)))
+    return found
 
 
 def _storage_bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -77,6 +77,8 @@ def complete() -> None:
     peaks = [r.peak for r in regions.values() if r.peak is not None]
     nbytes, resident = min(p.nbytes for p in peaks), max(p.resident.total for p in peaks)
     chosen, needed = spread(keys, ladders, nbytes - resident)
+    gradients = sum(r.record.footprint.gradients for r in regions.values() if r.record.footprint is not None)
+    needed = max(needed, gradients + max(p.resident.scratch for p in peaks))  # while the optimizer steps
     if resident + needed > nbytes:
         raise BudgetError(
             f"memory_budget={nbytes} bytes of peak can't be met by the {len(keys)} regions of this step together. The least "
