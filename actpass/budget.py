@@ -18,10 +18,11 @@ from typing import Any
 from actpass.config import Config
 from actpass.errors import BudgetError
 from actpass.graph import Finding, Joint
-from actpass.graph.joint import value
+from actpass.graph.joint import module_path, value
 from actpass.graph.recompute import Recomputation
 from actpass.partition import Cut, Setting, cut
 from actpass.plan import SavedTensor, Storage, choose_storage
+from actpass.plan.calibration import Sensitivity
 from actpass.plan.knapsack import least_bytes, solve
 from actpass.plan.menu import AGAIN, Costs, Menu, menus
 from actpass.plan.spread import Level, needs
@@ -36,10 +37,8 @@ _STEP_OF_LADDER = 0.75
 _RANGE = 64
 _TRIES = 4
 
-_MARGIN = 0.04
-_MARGIN_AGAIN = 0.16
-"""What a prediction may fall short by, without and with anything run again: then Inductor fuses what belongs to different
-layers, in ways that the prediction does not see, by up to 14 % on small models."""
+MARGIN = 0.04
+"""What a predicted peak may fall short by: 2 % at most was seen (tests/test_liveness.py, tools/results/budgets-*.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +52,14 @@ class PeakBudget:
     part: bool = False
     capacity: int | None = None
 
-    def needs(self, choice: Choice, cut: Cut) -> int:
-        """Bytes to allow for ``choice``, which is ``cut`` when it is carried out."""
+    def needs(self, cut: Cut) -> int:
+        """Bytes to allow for what will be compiled as ``cut``."""
         optimizer = cut.footprint.gradients + self.resident.scratch
-        return self.resident.total + max(math.ceil(cut.peak_bytes * (1 + margin(choice))), optimizer)
+        return self.resident.total + max(math.ceil(cut.peak_bytes * (1 + MARGIN)), optimizer)
 
-    def error(self, choice: Choice, cut: Cut, method: str) -> BudgetError:
-        """For when even ``choice`` needs too much."""
-        needed = self.needs(choice, cut)
+    def error(self, cut: Cut, method: str) -> BudgetError:
+        """For when even ``cut`` needs too much."""
+        needed = self.needs(cut)
         largest = ", ".join(f"{name} ({nbytes})" for name, nbytes in cut.largest_at_peak[:3])
         return BudgetError(
             f"memory_budget={self.nbytes} bytes of peak can't be met. The least that method={method!r} reaches here is "
@@ -68,10 +67,6 @@ class PeakBudget:
             f"are {largest}. Use memory_budget={needed} or more, or a smaller batch.",
             needed,
         )
-
-
-def margin(choice: Choice) -> float:
-    return _MARGIN_AGAIN if choice.setting.again else _MARGIN
 
 
 @dataclass(frozen=True)
@@ -113,6 +108,14 @@ class Region:
     def saved(self, joint: Joint, cut: Cut, recomputation: Recomputation | None = None) -> list[SavedTensor]:
         """What crosses ``cut`` of ``joint``: of this one, or of what was rewritten of it."""
         return find_saved(cut, joint, self._weights, self.config.smallest, recomputation)
+
+    def measured(self, cut: Cut, tensors: Sequence[SavedTensor]) -> dict[str, Sensitivity]:
+        """By node, what a calibration says of ``tensors``."""
+        calibration, nodes = self.config.calibration, {n.name: n for n in cut.forward.graph.nodes}
+        if calibration is None:
+            return {}
+        found = {t.node: calibration.find(module_path(nodes[t.node]), t.node) for t in tensors}
+        return {node: row for node, row in found.items() if row is not None}
 
     def storages(self, joint: Joint, choice: Choice) -> tuple[Storage, ...]:
         """In which form everything that crosses is stored."""
@@ -217,7 +220,8 @@ class _Search:
 
     def _menus(self, cut: Cut, *, again: bool) -> list[Menu]:
         tensors = self.region.saved(self.region.joint, cut, self.region.recomputation)
-        costs = Costs(self.region.recomputation.step_flops, sum(t.elements for t in tensors))
+        measured = self.region.measured(cut, tensors)
+        costs = Costs(self.region.recomputation.step_flops, sum(t.elements for t in tensors), measured)
         return menus(tensors, self.region.config.treatment_of_any, sizes_in(cut), costs, again=again)
 
     @property
@@ -283,7 +287,7 @@ def _least_of_ladder(search: _Search, cut_of: Callable[[Choice], Cut]) -> Choice
     for capacity in search.capacities(_STEP_OF_LADDER):
         found = search.at(capacity)
         footprint = cut_of(found.choice).footprint
-        levels.append((Level(capacity, found.cost, margin(found.choice), footprint), found.choice))
+        levels.append((Level(capacity, found.cost, MARGIN, footprint), found.choice))
     _, choice = min(levels, key=lambda item: (needs([item[0]]), item[0].cost))
     return replace(choice, levels=tuple(level for level, _ in levels))
 
@@ -297,7 +301,7 @@ def _within_peak(search: _Search, cut_of: Callable[[Choice], Cut], budget: PeakB
         if i not in known:
             choice = search.at(capacities[i]).choice
             known[i] = choice, cut_of(choice)
-        return budget.needs(*known[i]) <= budget.nbytes
+        return budget.needs(known[i][1]) <= budget.nbytes
 
     low, high = 0, len(capacities) - 1
     while low < high:
@@ -310,5 +314,5 @@ def _within_peak(search: _Search, cut_of: Callable[[Choice], Cut], budget: PeakB
         low = next((i for i in range(len(capacities)) if fits(i)), -1)
     if low >= 0:
         return known[low][0]
-    least = min(known.values(), key=lambda item: budget.needs(*item))
-    raise budget.error(*least, search.region.config.treatment.method)
+    least = min(known.values(), key=lambda item: budget.needs(item[1]))
+    raise budget.error(least[1], search.region.config.treatment.method)

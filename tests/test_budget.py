@@ -89,10 +89,9 @@ def test_no_budget_is_exceeded_and_a_larger_one_gives_a_peak_no_smaller(build: A
     least = least_of(build)
     peaks = []
     for budget in (least, int(1.2 * least), 10 * least):
-        model, predicted, measured = train(build, budget)
+        _, predicted, measured = train(build, budget)
         assert measured <= budget
-        again = actpass.report(model).totals.extra_matmuls
-        assert predicted == pytest.approx(measured, rel=0.1 if again else 0.05)
+        assert predicted == pytest.approx(measured, rel=0.05)
         peaks.append(measured)
     assert all(a <= 1.05 * b for a, b in itertools.pairwise(peaks))
     assert peaks[0] < peaks[-1]

@@ -6,7 +6,7 @@ The model, after torch/_inductor (scheduler.py, memory.py; torch 2.13):
   and copies are loops, inlined into each loop that reads them; such a value is in memory only if it is an output, if what is
   no loop reads it, or if it is long. What a reduction yields is in memory.
 - Loops over as many elements that read one buffer, or one another, are one kernel, unless something must run between them: its
-  results are allocated together, and its inputs freed behind all of them.
+  results are allocated together, and its inputs freed behind all of them. Sums over columns are fused with their like alone.
 - Of several orders (the graph's, least memory first, depth first) the one with the least peak runs.
 - A result takes over the memory of an input of the same size whose last and only reader it is. Memory that is free again
   stays allocated for a later result of its size, as long as what Inductor takes for the peak (which knows of no memory that is
@@ -26,9 +26,9 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from actpass._torch import invoke_subgraph, size_hint
+from actpass._torch import inductor_config, invoke_subgraph, size_hint
 from actpass.graph.joint import CASTS, is_view, storage_root, tensor_bytes, value
-from actpass.graph.ops import is_pointwise, is_reduction
+from actpass.graph.ops import is_pointwise, is_reduced_by_row, is_reduction
 from actpass.graph.uses import WRITES
 
 aten = torch.ops.aten
@@ -39,6 +39,15 @@ _NEAR = 64
 _READS_AGAIN, _READS, _LENGTH = 4, 8, 30
 _LENGTH_WITH_CHOICES = 8
 """A loop that reads or computes more than this is written to memory: if it is read more than once, or in any case."""
+_HEAVY = {
+    aten.exp.default,
+    aten.log.default,
+    aten.log10.default,
+    aten.log1p.default,
+    aten.log2.default,
+    aten.sigmoid.default,
+    aten.tanh.default,
+}
 _RESIDENT = ("primals_", "arg", "fwd_rng_state", "bwd_rng_state", "tangents")
 """Inputs whose names begin so are resident to Inductor."""
 _LOOPS = {
@@ -77,14 +86,14 @@ class Timeline:
 
 @dataclass(eq=False)
 class _Kernel:
-    """node: its first. elements: of its loops, None for what is no loop. scratch: bytes that it needs while it runs, its
-    results among them, if more than they. writes, reads: what it leaves in memory and reads from there; size: bytes of the
-    former. members: its results in order, with those that only the kernel itself reads. unwritten: bytes of the latter, which
-    never get to memory, but Inductor counts them."""
+    """node: its first. loops: what it runs over (`_Reading._loops`), None for what is no loop. scratch: bytes that it needs
+    while it runs, its results among them, if more than they. writes, reads: what it leaves in memory and reads from there;
+    size: bytes of the former. members: its results in order, with those that only the kernel itself reads. unwritten: bytes
+    of the latter, which never get to memory, but Inductor counts them."""
 
     node: fx.Node
     position: int
-    elements: int | None
+    loops: tuple[int, int] | None
     scratch: int = 0
     writes: list[fx.Node] = field(default_factory=list)
     reads: list[fx.Node] = field(default_factory=list)
@@ -159,8 +168,9 @@ class _Reading:
             if node in self.sums.values():  # computed in the kernel of the sum
                 continue
             count, length = len(read[node]), len(operators) + len(read[node])
-            reused = len(users) > 1 or self._is_spread(node)
-            again = reused and (count > _READS_AGAIN or any(map(_is_heavy, operators)) or self._is_long(operators))
+            several = len(users) > 1
+            dear = any(map(_is_heavy, operators)) or self._is_long(operators)
+            again = (several and count > _READS_AGAIN) or (dear and (several or self._is_spread(node)))
             is_value = self._is_loop(node) and not is_reduction(node) and node.target is not operator.getitem
             needed = node in self.outputs or any(self._reads_memory(u, node) for u in users)
             if not is_value or needed or again or count > _READS or length > _LENGTH:
@@ -195,20 +205,24 @@ class _Reading:
             while owner.target is operator.getitem:
                 owner = owner.all_input_nodes[0]
             if owner not in kernels:
-                kernels[owner] = _Kernel(owner, self.position[owner], self._elements(owner), self._scratch(owner))
+                kernels[owner] = _Kernel(owner, self.position[owner], self._loops(owner), self._scratch(owner))
                 kernels[owner].reads = [r for r in self.inlined[owner] if isinstance(r.meta.get("val"), torch.Tensor)]
             if self.bytes[node]:
                 kernels[owner].writes.append(node)
         return list(kernels.values())
 
-    def _elements(self, node: fx.Node) -> int | None:
-        """How many elements a loop runs over; None for what is no loop."""
+    def _loops(self, node: fx.Node) -> tuple[int, int] | None:
+        """How many elements a loop runs over, and how many of them each of its sums takes, if it sums columns (0: it does
+        not); None for what is no loop."""
         if not self._is_loop(node):
             return None
+        taken = 0
         if is_reduction(node) and node.all_input_nodes:
-            node = node.all_input_nodes[0]
-        val = node.meta.get("val")
-        return size_hint(val.numel()) if isinstance(val, torch.Tensor) else 0
+            source = node.all_input_nodes[0]
+            if not is_reduced_by_row(node):
+                taken = _elements(source) // max(_elements(node), 1)
+            node = source
+        return _elements(node), taken
 
     def _scratch(self, node: fx.Node) -> int:
         if node.target is not invoke_subgraph or not isinstance(node.args[0], fx.Node):
@@ -258,13 +272,13 @@ class _Reading:
 
         sharing: dict[fx.Node, list[int]] = defaultdict(list)
         for i, kernel in enumerate(kernels):
-            if kernel.elements is not None:
+            if kernel.loops is not None:
                 for node in (*kernel.writes, *kernel.reads):
                     sharing[node].append(i)
         shared: Counter[tuple[int, int]] = Counter()
         for node, users in sharing.items():
             for pair in itertools.combinations(users, 2):
-                if kernels[pair[0]].elements == kernels[pair[1]].elements:
+                if kernels[pair[0]].loops == kernels[pair[1]].loops:
                     shared[pair] += self.bytes[node]
 
         def score(pair: tuple[int, int]) -> tuple[bool, int, int, tuple[int, int]]:
@@ -272,12 +286,14 @@ class _Reading:
             alike = is_reduction(kernels[i].node) == is_reduction(kernels[j].node)
             return not alike, -shared[pair], ends[j] - ends[i], pair
 
+        enough = inductor_config.score_fusion_memory_threshold
         for first, other in sorted(shared, key=score):
             i, j = group[first], group[other]
             if i == j:
                 continue
             near = max(span[i][1] - span[j][0], span[j][1] - span[i][0]) <= _NEAR
-            if (near or reads(i, j) or reads(j, i)) and not between(i, j) and not between(j, i):
+            worthwhile = near and shared[first, other] >= enough
+            if (worthwhile or reads(i, j) or reads(j, i)) and not between(i, j) and not between(j, i):
                 merge(i, j)
         fused: dict[int, _Kernel] = {}
         for i, kernel in enumerate(kernels):
@@ -291,7 +307,7 @@ class _Reading:
             kernel.reads = [r for r in kernel.reads if r not in kernel.writes]
         read = {r for kernel in fused.values() for r in kernel.reads}
         for kernel in fused.values():
-            if kernel.elements is not None:
+            if kernel.loops is not None:
                 kernel.members = sorted(kernel.writes, key=self.position.__getitem__)
                 written = [w for w in kernel.writes if w in read or w in self.outputs]
                 kernel.unwritten = sum(self.bytes[w] for w in kernel.writes) - sum(self.bytes[w] for w in written)
@@ -300,18 +316,21 @@ class _Reading:
         return _sorted(list(fused.values()))
 
     def _taken(self, kernel: _Kernel, dead: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
-        """Result -> the input in whose memory it is written: of its size, dead behind ``kernel``, and read by nothing behind
-        the result in it. What never gets to memory comes first, and then nothing is taken over."""
-        if kernel.elements is None:
+        """Result -> the input in whose memory it is written: of its size, dead behind ``kernel``, and read by nothing but the
+        result and what the result is computed from. What never gets to memory comes first, and then nothing is taken over."""
+        if kernel.loops is None:
             return {}
         written = set(kernel.writes)
         inner = {m for m in kernel.members if m not in written}
         mortal = inner | {n for n in dead if n not in written and n in self.owned}
-        last = {r: m for m in kernel.members for r in self.inlined[m] if r in mortal}
+        sources: dict[fx.Node, set[fx.Node]] = {}  # of a member: itself and all members that it is computed from
+        for m in kernel.members:
+            sources[m] = {m}.union(*(sources.get(r, ()) for r in self.inlined[m]))
         taken: dict[fx.Node, fx.Node] = {}
         for node in kernel.writes:
-            fits = [r for r in self.inlined[node] if last.get(r) is node and self.bytes[r] == self.bytes[node]]
-            chosen = next((r for r in fits if r in inner), next(iter(fits), None))
+            fits = [r for r in self.inlined[node] if r in mortal and self.bytes[r] == self.bytes[node]]
+            alone = [r for r in fits if all(m in sources[node] for m in kernel.members if r in self.inlined[m])]
+            chosen = next((r for r in alone if r in inner), next(iter(alone), None))
             if chosen is not None and chosen not in inner:
                 taken[node] = chosen
         return taken
@@ -414,8 +433,14 @@ def _is_loop(node: fx.Node) -> bool:
     return is_pointwise(node) or is_reduction(node) or node.target in _LOOPS
 
 
+def _elements(node: fx.Node) -> int:
+    val = node.meta.get("val")
+    return size_hint(val.numel()) if isinstance(val, torch.Tensor) else 0
+
+
 def _is_heavy(node: fx.Node) -> bool:
-    return node.target in (aten.exp.default, aten.sigmoid.default)
+    """Whether Inductor writes what ``node`` computes to memory rather than compute it twice: on a CPU only."""
+    return node.target in _HEAVY and value(node).device.type == "cpu"
 
 
 def _product_in(node: fx.Node, users: Mapping[fx.Node, list[fx.Node]]) -> fx.Node | None:
