@@ -6,6 +6,7 @@ backward is stored. See `actpass.backend.actcomp` for the options.
 
 from actpass.api import (
     audit,
+    calibrate,
     explain,
     load_state_dict,
     memory_budget,
@@ -24,6 +25,7 @@ from actpass.errors import (
     ReportError,
     StateError,
 )
+from actpass.plan.calibration import Calibration
 from actpass.report import Report
 
 __version__ = "0.1.0"
@@ -33,12 +35,14 @@ __all__ = [
     "ActpassWarning",
     "Audit",
     "BudgetError",
+    "Calibration",
     "OptionError",
     "Report",
     "ReportError",
     "StateError",
     "__version__",
     "audit",
+    "calibrate",
     "explain",
     "load_state_dict",
     "memory_budget",

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
-from actpass.audit import Audit, audit_model
+from actpass.audit import Audit, audit_model, loss_of
+from actpass.calibrate import calibrate_model
 from actpass.config import global_budget, parse
 from actpass.errors import ReportError
 from actpass.explain import explain_model
+from actpass.plan.calibration import Calibration
 from actpass.report import Report
 from actpass.runtime.clock import CLOCK
 from actpass.runtime.regions import following_global_budget, recompile, regions_of
@@ -62,12 +64,32 @@ def audit(
         config = found[0].config if found else parse(None)
     else:
         config = parse(options)
-    inputs, kwargs = (), {}
-    if isinstance(batch, Mapping):
-        kwargs = dict(batch)
-    else:
-        inputs = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+    inputs, kwargs = _arguments(batch)
     return audit_model(_module(model, "audit"), inputs, kwargs, config, seeds, optimizer, loss)
+
+
+def calibrate(
+    model: torch.nn.Module,
+    batch: Any,
+    *,
+    options: Mapping[str, Any] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    loss: Callable[[Any], torch.Tensor] | None = None,
+) -> Calibration:
+    """Measure on one small batch what an error in each saved tensor does to the gradients, so that a memory budget knows where
+    bits matter: ``options={"memory_budget": ..., "calibration": actpass.calibrate(model, batch)}``.
+
+    batch, loss: as for `audit`; two sequences are enough, and the memory that it takes grows with them. optimizer: Adam's
+    second moments precondition the gradients; without them, Adafactor's estimate from the batch's own gradient. options: as
+    for ``torch.compile``; what they say of forms and budgets is ignored.
+
+    One forward, and 2 + S backwards for S saved tensors, interpreted, at the memory of the exact form and one set of gradients;
+    2^16 coordinates of each gradient are compared. Parameters' ``.grad``, buffers and random state are put back. Raises
+    `OptionError` where there is nothing to measure.
+    """
+    config = parse(options)
+    inputs, kwargs = _arguments(batch)
+    return calibrate_model(_module(model, "calibrate"), inputs, kwargs, config, optimizer, loss or loss_of)
 
 
 def set_memory_budget(budget: float | int | str | None) -> None:
@@ -132,6 +154,12 @@ def register_with_accelerate() -> None:
         DynamoBackend._member_map_["ACTCOMP"] = member
         DynamoBackend._value2member_map_["ACTCOMP"] = member
         DynamoBackend._member_names_.append("ACTCOMP")
+
+
+def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return (tuple(batch) if isinstance(batch, tuple | list) else (batch,)), {}
 
 
 def _module(model: Any, what: str) -> torch.nn.Module:

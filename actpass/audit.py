@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,11 +13,11 @@ from torch import fx
 from actpass._torch import compile_fx, dynamo, functorch_config
 from actpass.backend import device_of, peak_budget, run_passes
 from actpass.codecs.generator import round_keys, step_seed
-from actpass.config import Config, Treatment
+from actpass.config import Config, exactly
 from actpass.errors import OptionError
 from actpass.graph import GraphInputs
 from actpass.graph.joint import fold_indices
-from actpass.interpret import interpret, own_forward, untouched
+from actpass.interpret import interpret, own_forward, own_gradients, untouched
 from actpass.report.report import table
 
 Gradients = dict[str, torch.Tensor]
@@ -95,8 +94,8 @@ def audit_model(
     if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
         raise OptionError(f"seeds={seeds!r} is not usable. Allowed: an int >= 1.")
     model = getattr(model, "_orig_mod", model)
-    step = _Step(model, inputs, kwargs, loss or _loss)
-    exact = step.compile(_exactly(config))(0)
+    step = _Step(model, inputs, kwargs, loss or loss_of)
+    exact = step.compile(exactly(config))(0)
     direction = _Adam(model, optimizer) if optimizer is not None and optimizer.state else _sign
     sums = {name: _Sums.start(g) for name, g in exact.items()}
     gradients = step.compile(config)
@@ -108,11 +107,7 @@ def audit_model(
     return Audit(tuple(found), "sign" if direction is _sign else "Adam", seeds)
 
 
-def _exactly(config: Config) -> Config:
-    return replace(config, treatment=Treatment("exact"), overrides=(), memory_budget=None)
-
-
-def _loss(output: Any) -> torch.Tensor:
+def loss_of(output: Any) -> torch.Tensor:
     found = output if isinstance(output, torch.Tensor) else getattr(output, "loss", None)
     if not isinstance(found, torch.Tensor) or found.numel() != 1:
         raise OptionError(
@@ -227,20 +222,8 @@ class _Step:
         def gradients(draw: int) -> Gradients:
             nonlocal seed
             seed = step_seed(config.seed, draw)
-            with torch.enable_grad(), untouched(self.model), _own_gradients(self.model):
+            with torch.enable_grad(), untouched(self.model), own_gradients(self.model):
                 self.loss(forward(*self.inputs, **self.kwargs)).backward()
                 return {n: p.grad.detach().clone() for n, p in self.model.named_parameters() if p.grad is not None}
 
         return gradients
-
-
-@contextmanager
-def _own_gradients(model: torch.nn.Module) -> Iterator[None]:
-    before = {p: p.grad for p in model.parameters()}
-    for p in before:
-        p.grad = None
-    try:
-        yield
-    finally:
-        for p, gradient in before.items():
-            p.grad = gradient

@@ -40,13 +40,15 @@ from actpass.swap import swap
 
 @dataclass(frozen=True)
 class Compiled:
-    """The graphs to hand to Inductor, what was done, the cut that they are, and every stage's graph by name."""
+    """The graphs to hand to Inductor, what was done, the cut that they are, and every stage's graph by name. region: what was
+    read; None if it was left to Inductor."""
 
     forward: fx.GraphModule
     backward: fx.GraphModule
     record: Record
     cut: Cut
     stages: dict[str, fx.GraphModule]
+    region: Region | None = None
 
 
 def compile_joint(
@@ -115,7 +117,7 @@ def _compile(
         record = replace(record, active=False, inactive_because=done.off)
     forward, backward = done.swapped.forward, done.swapped.backward
     stages = {"joint": joint.gm, "rewritten": done.joint.gm, "forward": forward, "backward": backward}
-    return Compiled(forward, backward, record, done.swapped, stages)
+    return Compiled(forward, backward, record, done.swapped, stages, region)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +15,7 @@ import torch
 
 from actpass.codecs import PROJECTIONS, QUANTIZERS
 from actpass.errors import BudgetError, OptionError
+from actpass.plan.calibration import Calibration
 
 Rank = int | float
 Scale = Literal["unbiased", "none"]
@@ -80,7 +82,7 @@ class Config:
     """Everything the user can set, checked. Picklable and comparable: it is part of the compile cache's key.
 
     memory_budget: a fraction of saved bytes (float), bytes of peak (int), or None. follows_global_budget: whether the options
-    named none, so that it is the global one's.
+    named none, so that it is the global one's. calibration: what a budget weighs errors by.
     """
 
     treatment: Treatment = Treatment()
@@ -92,6 +94,7 @@ class Config:
     profitable_only: bool = True
     smallest: int = 16384
     chunk_loss: bool = True
+    calibration: Calibration | None = None
     mode: str | None = None
     inductor: tuple[tuple[str, Any], ...] = ()
 
@@ -115,6 +118,11 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def exactly(config: Config) -> Config:
+    """``config`` with everything stored as it is, and no budget."""
+    return replace(config, treatment=Treatment("exact"), overrides=(), memory_budget=None)
 
 
 def matches(pattern: str, path: str) -> bool:
@@ -232,6 +240,14 @@ def _boolean(name: str, value: Any) -> bool:
     return value
 
 
+def _calibration(name: str, value: Any) -> Calibration | None:
+    if value is None or isinstance(value, Calibration):
+        return value
+    if isinstance(value, str | os.PathLike):
+        return Calibration.load(os.fspath(value))
+    raise OptionError(f"{name}={value!r} is not usable. Allowed: what actpass.calibrate returned, or the path of its file.")
+
+
 def _mode(name: str, value: Any) -> str | None:
     if value is not None and not isinstance(value, str):
         raise OptionError(f"{name}={value!r} is not usable. Allowed: a torch.compile mode, e.g. 'max-autotune'.")
@@ -317,6 +333,7 @@ _PARSERS = {
     "profitable_only": _boolean,
     "smallest": _integer(0, 2**62),
     "chunk_loss": _boolean,
+    "calibration": _calibration,
     "mode": _mode,
     "inductor": _inductor,
 }

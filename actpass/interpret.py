@@ -34,6 +34,19 @@ def untouched(model: torch.nn.Module) -> Iterator[None]:
                 buffer.copy_(before[name])
 
 
+@contextmanager
+def own_gradients(model: torch.nn.Module) -> Iterator[None]:
+    """Start without gradients, and put those back that were there."""
+    before = {p: p.grad for p in model.parameters()}
+    for p in before:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, gradient in before.items():
+            p.grad = gradient
+
+
 def own_forward(model: torch.nn.Module) -> Callable[..., Any]:
     """``model.forward`` with a code object of its own. Dynamo keeps what it compiled with the code, and after 8 compilations of
     one code it silently runs it in eager mode: traced through this, nothing is left behind on the user's."""

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from actpass.plan.calibration import Sensitivity
 from actpass.plan.knapsack import Option
 from actpass.plan.policy import AUTO, StoredBytes, Wish, store
 from actpass.plan.types import KEEP, SCORE, SCORE_AGAIN, SavedTensor
@@ -35,12 +36,13 @@ _MENU = ("int16", "int8", "int4")
 
 @dataclass(frozen=True)
 class Costs:
-    """step_flops: of one step. elements: of all tensors that are stored. sensitivity: by tensor, the squared relative error
-    of the gradients for that of the tensor; where it was not measured it is the tensor's share of ``elements``."""
+    """step_flops: of one step. elements: of all tensors that are stored. measured: by tensor, its errors and what they do to
+    the gradients; where it was not measured, its errors are those of a Gaussian tensor, and the squared relative error of
+    the gradients for that of the tensor is its share of ``elements``."""
 
     step_flops: int
     elements: int
-    sensitivity: Mapping[str, float] = field(default_factory=dict)
+    measured: Mapping[str, Sensitivity] = field(default_factory=dict)
 
     def of_time(self, flops: float) -> int:
         return round(UNIT * flops / max(self.step_flops, 1))
@@ -49,9 +51,15 @@ class Costs:
         if codec == KEEP:
             return 0
         traffic = 2 * FLOPS_PER_BYTE * (t.nbytes + stored_bytes)
+        return self.of_time(traffic) + round(UNIT * NOISE_PER_STEP * self.noise(t, codec))
+
+    def noise(self, t: SavedTensor, codec: str) -> float:
+        """The squared relative error of the gradients."""
+        known = self.measured.get(t.node)
+        if known is not None and SCORE_AGAIN not in t.kinds:  # measured with the statistic of the exact scores
+            return dict(known.errors).get(codec, ERROR[codec]) * known.factor
         share = SHARE_IN_A_CONTRACTION if t.kinds == ("contraction",) else 1.0
-        sensitivity = self.sensitivity.get(t.node, share * t.elements / max(self.elements, 1))
-        return self.of_time(traffic) + round(UNIT * NOISE_PER_STEP * ERROR[codec] * sensitivity)
+        return ERROR[codec] * share * t.elements / max(self.elements, 1)
 
 
 @dataclass(frozen=True, slots=True)
