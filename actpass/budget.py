@@ -5,6 +5,9 @@ and the cheapest choice within a capacity of bytes is made at once for all (`act
 told to upstream's partitioner, which cuts anew; what crosses then is chosen a second time, for re-running changes what it is.
 A budget of peak bytes is a search for the largest capacity whose predicted peak (`Cut.peak_bytes`) is within it: capacities
 are the same whatever the budget, so that a smaller one never ends in a higher peak.
+
+With ``rank="budget"`` anywhere the ranks meet the budget and nothing else does: nothing is run again, everything is stored
+as without a budget, and what is left of the capacity is shared out to the projections (`actpass.plan.ranks`).
 """
 
 from __future__ import annotations
@@ -15,16 +18,19 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from actpass.candidates import find_candidates
 from actpass.config import Config
 from actpass.errors import BudgetError
 from actpass.graph import Finding, Joint
 from actpass.graph.joint import module_path, value
 from actpass.graph.recompute import Recomputation
 from actpass.partition import Cut, Setting, cut
-from actpass.plan import SavedTensor, Storage, choose_storage
+from actpass.plan import Candidate, SavedTensor, Storage, choose_storage, noise, rank_sites
 from actpass.plan.calibration import Sensitivity
 from actpass.plan.knapsack import least_bytes, solve
-from actpass.plan.menu import AGAIN, Costs, Menu, menus
+from actpass.plan.menu import AGAIN, NOISE_PER_STEP, SHARE_IN_A_CONTRACTION, UNIT, Costs, Menu, menus
+from actpass.plan.ranks import RankSite, bytes_at, choose_ranks
+from actpass.plan.ranks import least_bytes as least_bytes_of_ranks
 from actpass.plan.spread import Level, needs
 from actpass.plan.types import KEEP
 from actpass.runtime.resident import Resident
@@ -72,13 +78,15 @@ class PeakBudget:
 @dataclass(frozen=True)
 class Choice:
     """setting, cut: where the joint graph is cut. codecs: by node, the form of what ``auto`` decides; None: its own rule. note:
-    what the user should know of it. levels: what else a part of a step could be, for one plan over all parts."""
+    what the user should know of it. levels: what else a part of a step could be, for one plan over all parts. ranks: of the
+    projections that take theirs from the budget, by `Candidate.key`; None: there is no limit."""
 
     setting: Setting
     cut: Cut
     codecs: Mapping[str, str | None] | None
     note: str | None = None
     levels: tuple[Level, ...] = ()
+    ranks: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +125,10 @@ class Region:
         found = {t.node: calibration.find(module_path(nodes[t.node]), t.node) for t in tensors}
         return {node: row for node, row in found.items() if row is not None}
 
+    def candidates(self, cut: Cut) -> list[Candidate]:
+        """What a projection could do to the weight gradients, where ``cut`` says what is stored."""
+        return find_candidates(self.joint, self.finding, cut, self.config)
+
     def storages(self, joint: Joint, choice: Choice) -> tuple[Storage, ...]:
         """In which form everything that crosses is stored."""
         tensors = self.saved(joint, choice.cut)
@@ -146,7 +158,18 @@ def choose_cut(region: Region, cut_of: Callable[[Choice], Cut], peak: PeakBudget
     free = _free(region)
     if budget is None:
         return free
-    search = _Search(region, free)
+    if not region.config.ranks_from_budget:
+        return _within(_Search(region, free), cut_of, peak)
+    search = _Ranks(region, free, cut_of)
+    choice = _within(search, search.cut_of, peak)
+    notes = [n for n in (search.note(choice), choice.note) if n is not None]
+    return replace(choice, note="; ".join(notes) or None)
+
+
+def _within(search: _Search | _Ranks, cut_of: Callable[[Choice], Cut], peak: PeakBudget | None) -> Choice:
+    """The best choice within the budget of the search's region."""
+    region = search.region
+    budget = region.config.memory_budget
     if peak is not None and peak.capacity is not None:
         return search.at(peak.capacity).choice
     if peak is not None and peak.part:
@@ -158,7 +181,7 @@ def choose_cut(region: Region, cut_of: Callable[[Choice], Cut], peak: PeakBudget
     found = search.at(capacity)
     if found.stored <= capacity:
         return found.choice
-    early = sum(t.nbytes for m in search.menus for t in m.members if t.obstacle == EARLY_GRADIENT)
+    early = sum(t.nbytes for t in search.tensors if t.obstacle == EARLY_GRADIENT)
     found = search.at(capacity + early)
     if found.stored <= capacity + early:
         note = f"the gradients that are formed early with the loss, {early} bytes, come on top of memory_budget={budget}"
@@ -171,7 +194,7 @@ def choose_cut(region: Region, cut_of: Callable[[Choice], Cut], peak: PeakBudget
     raise BudgetError(
         f"memory_budget={budget} asks to save {capacity} of the {region.default.saved_bytes} bytes that Inductor's default "
         f"saves for backward. The least that method={region.config.treatment.method!r} reaches here is {least} bytes: use "
-        f"memory_budget={fraction:.2f} or more.",
+        f"memory_budget={fraction:.2f} or more.{search.in_the_way}",
         fraction,
     )
 
@@ -211,12 +234,21 @@ class _Found:
 
 
 class _Search:
-    """Choices within capacities of saved bytes."""
+    """Choices within capacities of saved bytes. stride: each how manieth capacity is looked at where a search by halves finds
+    none that fits."""
 
     def __init__(self, region: Region, free: Choice) -> None:
         self.region, self.free = region, free
         self.menus = self._menus(free.cut, again=True)
         self.cuts: dict[frozenset[str], tuple[Setting, Cut, list[Menu]]] = {}
+
+    in_the_way = ""
+    stride = 1
+
+    @property
+    def tensors(self) -> list[SavedTensor]:
+        """What crosses the free cut."""
+        return [t for m in self.menus for t in m.members]
 
     def _menus(self, cut: Cut, *, again: bool) -> list[Menu]:
         tensors = self.region.saved(self.region.joint, cut, self.region.recomputation)
@@ -273,6 +305,99 @@ class _Search:
         return _Found(Choice(setting, where, chosen), stored, cost + again)
 
 
+class _Ranks:
+    """Choices of ranks within capacities of saved bytes. cut_of: a choice as it will be compiled."""
+
+    stride = 8  # each look rewrites and cuts anew
+
+    def __init__(self, region: Region, free: Choice, cut_of: Callable[[Choice], Cut]) -> None:
+        self.region, self.free, self._cut_of = region, free, cut_of
+        self.candidates = region.candidates(free.cut)
+        self.sites = rank_sites(self.candidates, region.config.treatment_of_any)
+        self._cuts: dict[tuple[int, ...], Cut] = {}
+
+    def cut_of(self, choice: Choice) -> Cut:
+        """As given, once for the same ranks."""
+        ranks = tuple((choice.ranks or {}).values())
+        if ranks not in self._cuts:
+            self._cuts[ranks] = self._cut_of(choice)
+        return self._cuts[ranks]
+
+    @property
+    def tensors(self) -> list[SavedTensor]:
+        return self.region.saved(self.region.joint, self.free.cut)
+
+    @property
+    def _listed(self) -> list[RankSite]:
+        return list(self.sites.values())
+
+    @cached_property
+    def _smallest(self) -> _Found:
+        return self._found([s.least for s in self._listed])
+
+    @property
+    def least(self) -> int:
+        return self._smallest.stored
+
+    def capacities(self, step: float) -> list[int]:
+        """As those of `_Search`, of what is left for the projections."""
+        most, least = bytes_at(self._listed, [s.most for s in self._listed]), least_bytes_of_ranks(self._listed)
+        found = [most]
+        while found[-1] * step > max(least, most / _RANGE):
+            found.append(int(found[-1] * step))
+        return [self.least - least + room for room in (*found, least)]
+
+    def at(self, capacity: int) -> _Found:
+        """The choice with the least error within ``capacity``, or the smallest ranks. What is stored besides does not depend
+        on the ranks, but for a basis that crosses or a payload too small to be coded: what it comes to is looked at."""
+        best = self._smallest
+        room = least_bytes_of_ranks(self._listed) + capacity - best.stored
+        tried: set[int] = set()
+        while room not in tried and len(tried) < _TRIES:
+            tried.add(room)
+            ranks = choose_ranks(self._listed, room)
+            if ranks is None:
+                break
+            found = self._found(ranks)
+            if found.stored <= capacity and found.cost <= best.cost:
+                best = found
+            room = bytes_at(self._listed, ranks) + capacity - found.stored
+        return best
+
+    def _found(self, ranks: Sequence[int]) -> _Found:
+        choice = replace(self.free, ranks=dict(zip(self.sites, ranks, strict=True)))
+        error = UNIT * NOISE_PER_STEP * SHARE_IN_A_CONTRACTION * self._noise(choice)
+        return _Found(choice, self.cut_of(choice).saved_bytes, round(error))
+
+    def _noise(self, choice: Choice) -> float:
+        return noise(self.candidates, self.region.config.treatment_of_any, self.sites, choice.ranks or {})
+
+    @property
+    def in_the_way(self) -> str:
+        """What no rank makes smaller, the largest first; the end of an error."""
+        roots = {c.root for c in self.candidates if c.key in self.sites}
+        storages = self.region.storages(self.region.joint, self.free)
+        others = sorted((-s.stored_bytes, s.node) for s in storages if s.root not in roots)
+        listed = ", ".join(f"{name} ({-nbytes})" for nbytes, name in others[:3])
+        return (
+            f" Only {len(roots)} of the tensors that are stored serve weight gradients alone, and no rank makes another "
+            f"smaller; the largest of these are {listed or 'none'}. With rank='budget' nothing is run again: without it "
+            "memory_budget does that."
+        )
+
+    def note(self, choice: Choice) -> str | None:
+        """What the ranks come to; None without any."""
+        if not self.sites or choice.ranks is None:
+            return None
+        taken = bytes_at(self._listed, list(choice.ranks.values()))
+        whole = bytes_at(self._listed, [s.most for s in self._listed])
+        return (
+            f"ranks from the budget for {len(self.sites)} tensors: {taken} bytes in place of {whole}, the sum of ranks "
+            f"{sum(choice.ranks.values())} of {sum(s.most for s in self._listed)}; expected squared relative error of all "
+            f"weight gradients, by their elements, {self._noise(choice):.3g}"
+        )
+
+
 def _solve(listed: list[Menu], capacity: int) -> tuple[int, ...]:
     """The option of each menu: the cheapest within ``capacity``, or the smallest."""
     options = [m.options for m in listed]
@@ -281,7 +406,7 @@ def _solve(listed: list[Menu], capacity: int) -> tuple[int, ...]:
     return solution.chosen
 
 
-def _least_of_ladder(search: _Search, cut_of: Callable[[Choice], Cut]) -> Choice:
+def _least_of_ladder(search: _Search | _Ranks, cut_of: Callable[[Choice], Cut]) -> Choice:
     """The choice with the least peak, and all of the ladder."""
     levels: list[tuple[Level, Choice]] = []
     for capacity in search.capacities(_STEP_OF_LADDER):
@@ -292,7 +417,7 @@ def _least_of_ladder(search: _Search, cut_of: Callable[[Choice], Cut]) -> Choice
     return replace(choice, levels=tuple(level for level, _ in levels))
 
 
-def _within_peak(search: _Search, cut_of: Callable[[Choice], Cut], budget: PeakBudget) -> Choice:
+def _within_peak(search: _Search | _Ranks, cut_of: Callable[[Choice], Cut], budget: PeakBudget) -> Choice:
     """The largest capacity whose predicted peak is within ``budget``."""
     capacities = search.capacities(_STEP)
     known: dict[int, tuple[Choice, Cut]] = {}
@@ -311,7 +436,7 @@ def _within_peak(search: _Search, cut_of: Callable[[Choice], Cut], budget: PeakB
         else:
             low = middle + 1
     if not fits(low):  # the least bytes need not have the least peak
-        low = next((i for i in range(len(capacities)) if fits(i)), -1)
+        low = next((i for i in range(0, len(capacities), search.stride) if fits(i)), -1)
     if low >= 0:
         return known[low][0]
     least = min(known.values(), key=lambda item: budget.needs(item[1]))

@@ -25,14 +25,15 @@ from torch import fx
 from actpass import verify
 from actpass._torch import fx_graph_cse
 from actpass.budget import Choice, PeakBudget, Region, choose_cut
+from actpass.candidates import find_candidates
 from actpass.chunking import chunk
 from actpass.config import Config
 from actpass.errors import ActpassError, ActpassWarning, GraphUnsupported
-from actpass.graph import Contraction, Finding, GraphInputs, Joint, classify_uses, find_contractions
+from actpass.graph import GraphInputs, Joint, find_contractions
 from actpass.graph.copying import copy_module
-from actpass.graph.joint import storage_root, value
+from actpass.graph.joint import storage_root
 from actpass.partition import Cut, Cuts, Setting, cut
-from actpass.plan import Candidate, Plan, Storage, choose
+from actpass.plan import Plan, Storage, choose
 from actpass.report.record import Record, describe, describe_fallback
 from actpass.rewrite import Rewritten, rewrite
 from actpass.swap import swap
@@ -136,8 +137,8 @@ class _Finished:
 def _finish(region: Region, choice: Choice) -> _Finished:
     """Carry out what was chosen, the projections first."""
     joint, finding, config = region.joint, region.finding, region.config
-    candidates = _candidates(joint, finding, choice.cut, config)
-    plan = choose(candidates, config.treatment_of_any, profitable_only=config.profitable_only)
+    candidates = find_candidates(joint, finding, choice.cut, config)
+    plan = choose(candidates, config.treatment_of_any, profitable_only=config.profitable_only, ranks=choice.ranks)
     changed, done, final, off = joint, Rewritten(), choice.cut, None
     if plan.projections:
         try:
@@ -174,41 +175,3 @@ def _swap(joint: Joint, cut: Cut, storages: tuple[Storage, ...]) -> Cut:
     swapped, inserted = swap(cut, coded, joint.num_fwd_outputs)
     verify.stored_as_planned(cut, swapped, storages, inserted, joint.num_fwd_outputs)
     return swapped
-
-
-def _candidates(joint: Joint, finding: Finding, exact: Cut, config: Config) -> list[Candidate]:
-    """Group the contractions by the tensor they read, the side they read it from, and the treatment they get."""
-    nodes = {n.name: n for n in joint.gm.graph.nodes}
-    groups: dict[Any, list[Contraction]] = {}
-    for c in finding.contractions:
-        groups.setdefault((c.x, c.left, c.width, config.treatment_of(c.parameters)[0]), []).append(c)
-    names = [c.node for c in finding.contractions]
-    return [_candidate(nodes[members[0].x], members, exact, names) for members in groups.values()]
-
-
-def _candidate(x: fx.Node, members: list[Contraction], exact: Cut, contractions: list[str]) -> Candidate:
-    first, root = members[0], storage_root(x)
-    return Candidate(
-        name=x.name,
-        matmuls=tuple(c.node for c in members),
-        parameters=tuple(p for c in members for p in c.parameters),
-        groups=first.groups,
-        tokens=first.tokens,
-        width=first.width,
-        outs=tuple(c.out for c in members),
-        root=root.name,
-        x_bytes=sum(s.nbytes for s in exact.saved if s.root == root.name),
-        element_size=value(x).element_size(),
-        rank_multiple=max(c.rank_multiple for c in members),
-        frees=_only_contracted(exact, root.name, contractions),
-    )
-
-
-def _only_contracted(exact: Cut, root: str, contractions: list[str]) -> bool:
-    """Whether the exact cut saves the storage of ``root`` for weight gradients and nothing else."""
-    crossing = [s for s in exact.saved if s.root == root]
-    if not crossing or any(s.user_visible for s in crossing):
-        return False
-    placeholders = {n.name: n for n in exact.backward.graph.find_nodes(op="placeholder")}
-    uses = [use for s in crossing for use in classify_uses(placeholders[s.name], contractions)[0]]
-    return bool(uses) and all(use.kind == "contraction" for use in uses)

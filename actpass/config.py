@@ -17,7 +17,9 @@ from actpass.codecs import PROJECTIONS, QUANTIZERS
 from actpass.errors import BudgetError, OptionError
 from actpass.plan.calibration import Calibration
 
-Rank = int | float
+BUDGET = "budget"
+"""The rank that asks for ranks layer by layer, from what ``memory_budget`` leaves (`actpass.plan.ranks`)."""
+Rank = int | float | Literal["budget"]
 Scale = Literal["unbiased", "none"]
 AUTO = "auto"
 ROUNDINGS = (AUTO, "stochastic", "nearest")
@@ -33,7 +35,7 @@ class Treatment:
     """What is wanted for a layer.
 
     method: one of `METHODS`. rank: an int R in [1, N], or a float in (0, 1], a fraction of the width N (at least 1
-    direction). scale: ``unbiased`` (E[P P^T] = I) or ``none`` (E[P^T P] = I, for an optimizer that runs in the subspace).
+    direction), or `BUDGET`. scale: ``unbiased`` (E[P P^T] = I) or ``none`` (E[P^T P] = I, for an optimizer in the subspace).
     quantize: with a projection, the low-bit form of all that is stored, its payloads with it. group: elements that share a
     scale (None: the form's own choice). rounding, rotate: of low-bit forms. named: whether an override asks for it by module.
     """
@@ -60,6 +62,10 @@ class Treatment:
         return self.method if self.method == AUTO or self.method in QUANTIZERS else self.quantize
 
     @property
+    def ranks_from_budget(self) -> bool:
+        return self.rank == BUDGET and self.projection is not None
+
+    @property
     def draws(self) -> bool:
         """Whether it takes random numbers."""
         return self.projection is not None or (self.codec is not None and self.rounding != "nearest")
@@ -67,6 +73,7 @@ class Treatment:
     def rank_of(self, width: int) -> int:
         """The rank in directions for a feature axis of ``width``; `OptionError` if an integer rank exceeds it."""
         rank = DEFAULT_RANK if self.rank is None else self.rank
+        assert rank != BUDGET, "ranks from the budget are chosen for all layers together"
         if isinstance(rank, float):
             return max(1, round(rank * width))
         if rank > width:
@@ -75,6 +82,18 @@ class Treatment:
                 f"a float in (0, 1] (a fraction of N). Use rank=0.25, say, or an override for the layer."
             )
         return rank
+
+    def relative_variance(self, width: int, rank: int) -> float:
+        """Of a weight gradient's estimate at ``rank``; 0 without a projection."""
+        return PROJECTIONS[self.projection].relative_variance(width, rank) if self.projection is not None else 0.0
+
+    def bytes_of_direction(self, rows: int, element_size: int) -> int:
+        """What one direction of rank adds to a projection of ``rows`` rows as it is stored, rounded up."""
+        if self.quantize is None:
+            return rows * element_size
+        form = QUANTIZERS[self.quantize]
+        group = self.group or form.group
+        return -(-rows * (form.bits * group + 16) // (8 * group))
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +121,11 @@ class Config:
     def needs_seed(self) -> bool:
         """Whether any tensor may need random numbers, and so whether the region takes the step's seed as an input."""
         return any(t.draws for t in (self.treatment, *(t for _, t in self.overrides)))
+
+    @property
+    def ranks_from_budget(self) -> bool:
+        """Whether any rank is chosen from the budget. Then the ranks meet it, and nothing is run again."""
+        return any(t.ranks_from_budget for t in (self.treatment, *(t for _, t in self.overrides)))
 
     def treatment_of(self, paths: tuple[str, ...]) -> tuple[Treatment, str | None]:
         """The treatment for a parameter known under ``paths``, and the override pattern that decided, if any.
@@ -146,7 +170,25 @@ def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> Config:
             config = replace(config, overrides=_overrides(value, treatment))
         else:
             config = replace(config, **{name: _PARSERS[name](name, value)})
+    _check_ranks_from_budget(config)
     return config
+
+
+def _check_ranks_from_budget(config: Config) -> None:
+    asked = [t for t in (config.treatment, *(t for _, t in config.overrides)) if t.rank == BUDGET]
+    if not asked:
+        return
+    if not config.ranks_from_budget:
+        raise OptionError(
+            f"rank={BUDGET!r} goes with a projection ({', '.join(PROJECTIONS)}), not with method={asked[0].method!r}, which "
+            "has no rank. Name a projection: method='haar', say, for all or in an override."
+        )
+    if config.memory_budget is None:
+        raise OptionError(
+            f"rank={BUDGET!r} takes the ranks from a budget, and there is none. Give one: memory_budget=0.5 (of the bytes that "
+            "Inductor's default saves) or memory_budget='20GiB' (of a step's peak), or actpass.set_memory_budget(...). Without "
+            "one use a rank: an int >= 1, or a float in (0, 1]."
+        )
 
 
 def _known(what: str, given: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
@@ -169,6 +211,9 @@ def _treatment(given: Mapping[str, Any], base: Treatment, where: str) -> Treatme
             f"method={quantize!r} for low-bit forms alone."
         )
     rank = given.get("rank", base.rank)
+    scale = _one_of("scale", given.get("scale", base.scale), ("unbiased", "none"), where)
+    if rank == BUDGET:
+        _check_rank_from_budget(method, scale, where)
     group = given.get("group", base.group)
     if group is not None and (isinstance(group, bool) or not isinstance(group, int) or not 8 <= group <= 4096):
         raise OptionError(f"group={group!r}{where} is not usable. Allowed: an int in [8, 4096], or None.")
@@ -178,12 +223,25 @@ def _treatment(given: Mapping[str, Any], base: Treatment, where: str) -> Treatme
     return Treatment(
         method,
         None if rank is None else _rank(rank, where),
-        _one_of("scale", given.get("scale", base.scale), ("unbiased", "none"), where),
+        scale,
         quantize if method in PROJECTIONS else None,
         group,
         _one_of("rounding", given.get("rounding", base.rounding), ROUNDINGS, where),
         rotate,
     )
+
+
+def _check_rank_from_budget(method: str, scale: str, where: str) -> None:
+    if method == AUTO:
+        raise OptionError(
+            f"rank={BUDGET!r}{where} goes with a projection ({', '.join(PROJECTIONS)}), not with method={AUTO!r}, which meets "
+            f"a budget by bits and by what runs again. Name the projection: method={AUTO_PROJECTION!r}, say."
+        )
+    if scale != "unbiased":
+        raise OptionError(
+            f"rank={BUDGET!r}{where} weighs the errors of unbiased estimates. Allowed with it: scale='unbiased', not "
+            f"scale={scale!r}. For a fixed subspace give the rank: an int >= 1, or a float in (0, 1]."
+        )
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...], where: str) -> Any:
@@ -195,7 +253,12 @@ def _one_of(name: str, value: Any, allowed: tuple[str, ...], where: str) -> Any:
 
 
 def _rank(rank: Any, where: str) -> Rank:
-    allowed = "Allowed: an int >= 1 (directions), or a float in (0, 1] (a fraction of the width N), e.g. rank=0.25."
+    allowed = (
+        "Allowed: an int >= 1 (directions), a float in (0, 1] (a fraction of the width N), e.g. rank=0.25, or "
+        f"{BUDGET!r} (for each layer, from memory_budget)."
+    )
+    if rank == BUDGET:
+        return BUDGET
     if isinstance(rank, bool) or not isinstance(rank, int | float):
         raise OptionError(f"rank={rank!r}{where} is not a number. {allowed}")
     if isinstance(rank, int) and rank < 1:

@@ -30,6 +30,16 @@ def test_options_overrides_refine_by_path_and_the_last_match_wins():
     assert config.treatment_of(("layers.0.attn.q.weight",))[0] == Treatment("haar", 0.5)
 
 
+def test_ranks_from_the_budget_for_all_or_for_some():
+    assert parse({"method": "srht", "rank": "budget", "memory_budget": "2GB"}).ranks_from_budget
+    some = parse({"method": "exact", "memory_budget": 0.5, "overrides": {"mlp": {"method": "haar", "rank": "budget"}}})
+    assert some.ranks_from_budget
+    assert not some.treatment.ranks_from_budget
+    inherited = parse({"method": "exact", "rank": "budget", "memory_budget": 0.5, "overrides": {"mlp": "haar"}})
+    assert inherited.treatment_of(("mlp.up.weight",))[0].ranks_from_budget
+    assert not parse({"method": "haar", "rank": 8, "memory_budget": 0.5}).ranks_from_budget
+
+
 @pytest.mark.parametrize(
     ("pattern", "path", "expected"),
     [
@@ -57,6 +67,15 @@ def test_override_patterns_match_whole_path_segments(pattern: str, path: str, ex
         ({"rank": math.nan}, r"rank=nan is outside"),
         ({"rank": "half"}, r"rank='half' is not a number"),
         ({"rank": True}, r"rank=True is not a number"),
+        ({"method": "haar", "rank": "budgett"}, r"rank='budgett' is not a number. Allowed: .*or 'budget'"),
+        ({"method": "haar", "rank": "budget"}, r"rank='budget' takes the ranks from a budget, and there is none. Give one"),
+        ({"rank": "budget"}, r"not with method='auto', which meets a budget by bits"),
+        ({"method": "int8", "rank": "budget", "memory_budget": 0.5}, r"not with method='int8', which has no rank"),
+        ({"method": "haar", "rank": "budget", "scale": "none", "memory_budget": 0.5}, r"Allowed with it: scale='unbiased'"),
+        (
+            {"memory_budget": 0.5, "overrides": {"mlp": {"rank": "budget"}}},
+            r"rank='budget' in overrides\['mlp'\] goes with a projection .*not with method='auto'",
+        ),
         ({"method": "int3"}, r"unknown method 'int3'. Did you mean .*Known: auto, exact, .*int4"),
         ({"quantize": "int4"}, r"quantize='int4' goes with a projection.*Use method='int4'"),
         ({"method": "haar", "quantize": "int5"}, r"unknown quantize 'int5'"),

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from actpass.config import Treatment
-from actpass.plan import Candidate, choose
+from actpass.plan import Candidate, choose, noise, rank_sites
+from actpass.plan.ranks import RankSite
 
 
 def candidate(**changes) -> Candidate:
@@ -81,3 +82,68 @@ def test_plan_hash_is_stable_and_sees_every_field():
 @pytest.mark.parametrize("rank", [1, 0.001])
 def test_policy_accepts_the_smallest_rank(rank):
     assert decide(candidate(), rank=rank).rank == 1
+
+
+def ranked(*candidates: Candidate, treatment: Treatment | None = None, **more):
+    wish = treatment or Treatment("haar", "budget")
+    return rank_sites(candidates, lambda _: wish, **more)
+
+
+def stored(**changes) -> Candidate:
+    """A tensor that is stored for its weight gradient alone."""
+    return candidate(**{"frees": True, **changes})
+
+
+def test_a_site_weighs_its_weights_elements_and_the_variance_of_its_method():
+    whole = 512 * (512 + 256)
+    c = stored(outs=(512, 256), matmuls=("a", "b"))
+    for method, numerator in (("haar", 512), ("srht", 512), ("gaussian", 513), ("rademacher", 511)):
+        assert ranked(c, treatment=Treatment(method, "budget")) == {"a": RankSite(whole * numerator, 2048 * 4, 512)}
+
+
+def test_a_site_costs_what_is_stored():
+    (half,) = ranked(stored(element_size=2, groups=3, x_bytes=3 * 2048 * 512 * 2, rank_multiple=8)).values()
+    assert (half.nbytes, half.most, half.multiple) == (3 * 2048 * 2, 512, 8)
+    (coded,) = ranked(stored(), treatment=Treatment("haar", "budget", quantize="int4")).values()
+    assert coded.nbytes == 2048 // 2 + 2 * 2048 // 32
+    (broadcast,) = ranked(stored(x_bytes=2048 * 100 * 4)).values()
+    assert broadcast.most == 100
+
+
+def test_measured_weights_take_the_place_of_elements():
+    a, b = stored(matmuls=("a",), parameters=("first",)), stored(matmuls=("b",), parameters=("second",), root="y")
+    found = ranked(a, b, weights={"first": 3.0, "second": 1.0})
+    assert found["a"].error == 3 * found["b"].error == 3 * 512
+    assert noise([a, b], lambda _: Treatment("haar", "budget"), found, {"a": 128, "b": 512}, {"first": 3.0, "second": 1.0}) == (
+        0.75 * (512 / 128 - 1)
+    )
+
+
+def test_only_what_frees_bytes_takes_a_rank_from_the_budget():
+    """Not what is rebuilt, not what other uses keep, and not x if another reader of it stays exact."""
+
+    def wish(paths: tuple[str, ...]) -> Treatment:
+        return Treatment("exact") if paths == ("exact",) else Treatment("haar", "budget")
+
+    candidates = [
+        stored(matmuls=("a",), root="a"),
+        candidate(matmuls=("b",), root="b", x_bytes=0),
+        candidate(matmuls=("c",), root="c"),
+        stored(matmuls=("d",), root="d"),
+        stored(matmuls=("e",), root="d", parameters=("exact",)),
+    ]
+    sites = rank_sites(candidates, wish)
+    assert set(sites) == {"a"}
+    decisions = choose(candidates, wish, ranks={"a": 64}).decisions
+    assert [d.rank for d in decisions] == [64, None, None, None, None]
+    assert decisions[0].project_in == "forward"
+    for d, says in zip(decisions[1:], ("not stored", "other uses", "another weight gradient", "as asked"), strict=True):
+        assert says in d.reason
+
+
+def test_without_a_limit_and_at_the_largest_rank_x_is_kept():
+    for ranks in (None, {"mm": 512}):
+        (decision,) = choose([stored()], lambda _: Treatment("gaussian", "budget"), ranks=ranks).decisions
+        assert decision.method == "exact"
+        assert decision.reason == "within the budget as it is"
+    assert noise([stored()], lambda _: Treatment("gaussian", "budget"), ranked(stored()), {"mm": 512}) == 0.0

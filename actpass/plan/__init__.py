@@ -1,6 +1,6 @@
 """Sites + options -> Plan. Plain data: no FX, and no torch at run time."""
 
-from actpass.plan.policy import KEPT, choose, choose_storage
+from actpass.plan.policy import KEPT, choose, choose_storage, noise, rank_sites
 from actpass.plan.types import EXPONENTIAL, KEEP, SCORE, SCORE_AGAIN, Candidate, Decision, Plan, Role, SavedTensor, Storage
 
 __all__ = [
@@ -17,4 +17,6 @@ __all__ = [
     "Storage",
     "choose",
     "choose_storage",
+    "noise",
+    "rank_sites",
 ]

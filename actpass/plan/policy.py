@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
+from actpass.plan.ranks import RankSite
 from actpass.plan.types import EXPONENTIAL, KEEP, SCORE, SCORE_AGAIN, Candidate, Decision, Plan, SavedTensor, Storage
 
 KEPT = "kept exact, as asked"
@@ -42,43 +44,100 @@ class Wish(Protocol):
     def rotate(self) -> bool: ...
     @property
     def named(self) -> bool: ...
+    @property
+    def ranks_from_budget(self) -> bool: ...
     def rank_of(self, width: int) -> int: ...
+    def relative_variance(self, width: int, rank: int) -> float: ...
+    def bytes_of_direction(self, rows: int, element_size: int) -> int: ...
+
+
+WishFor = Callable[[tuple[str, ...]], Wish]
+"""The wish for a tensor that feeds the parameters of the given paths."""
+Ranks = Mapping[str, int]
+"""Ranks that a budget gave, by `Candidate.key`."""
 
 
 def choose(
-    candidates: Iterable[Candidate], wish_for: Callable[[tuple[str, ...]], Wish], *, profitable_only: bool = True
+    candidates: Iterable[Candidate], wish_for: WishFor, *, profitable_only: bool = True, ranks: Ranks | None = None
 ) -> Plan:
     """Follow the wishes, and leave a tensor exact where its projection would cost FLOPs and free no bytes.
 
-    wish_for: the wish for a tensor that feeds the parameters of the given paths.
+    ranks: for those of `rank_sites`. None: there is no limit, and what takes its rank from a budget stays exact.
     """
     wishes = [(c, wish_for(c.parameters)) for c in candidates]
     by_root: dict[str, list[tuple[Candidate, Wish]]] = {}
     for c, wish in wishes:
         by_root.setdefault(c.root, []).append((c, wish))
-    freed = {root: _freed_bytes(members) for root, members in by_root.items()}
-    return Plan(tuple(_decide(c, wish, freed[c.root], profitable_only) for c, wish in wishes))
+    freed = {root: _freed_bytes(members, ranks) for root, members in by_root.items()}
+    return Plan(tuple(_decide(c, wish, freed[c.root], profitable_only, ranks) for c, wish in wishes))
 
 
-def _freed_bytes(members: list[tuple[Candidate, Wish]]) -> int:
+def rank_sites(
+    candidates: Sequence[Candidate], wish_for: WishFor, weights: Mapping[str, float] | None = None
+) -> dict[str, RankSite]:
+    """The candidates whose rank a budget decides, by their key: those whose projection is stored in place of x.
+
+    weights: by path of a parameter, how much the squared relative error of its gradient weighs; for all, where measured.
+    Without: its number of elements. An optimizer like Adam gives every coordinate the same step whatever its gradient's size,
+    so a relative error of a gradient is a relative error of the step of all its coordinates, and the sum over the layers is
+    the share of the whole step that is noise. Of the size of a gradient, which a plan can't know, it asks nothing. (Ranks as
+    a share of the width then go with the square root of the out-features that read x, where layers have equally many tokens.)
+    """
+    wishes = {c.key: wish_for(c.parameters) for c in candidates}
+    exact = {c.root for c in candidates if not c.frees or wishes[c.key].projection is None}
+    found = [c for c in candidates if c.root not in exact and wishes[c.key].ranks_from_budget]
+    return {c.key: _rank_site(c, wishes[c.key], _weight(c, weights)) for c in found}
+
+
+def noise(
+    candidates: Sequence[Candidate],
+    wish_for: WishFor,
+    sites: Mapping[str, RankSite],
+    ranks: Ranks,
+    weights: Mapping[str, float] | None = None,
+) -> float:
+    """Expected squared relative error of the gradients of ``candidates`` when ``sites`` of them have ``ranks``: the mean of
+    all, each by its weight (see `rank_sites`). A site at its largest rank has none: x is kept."""
+    projected = [c for c in candidates if c.key in sites and ranks[c.key] < sites[c.key].most]
+    error = math.fsum(_weight(c, weights) * wish_for(c.parameters).relative_variance(c.width, ranks[c.key]) for c in projected)
+    return error / max(math.fsum(_weight(c, weights) for c in candidates), 1.0)
+
+
+def _weight(c: Candidate, weights: Mapping[str, float] | None) -> float:
+    return float(c.weight_elements) if weights is None else math.fsum(weights[p] for p in c.parameters)
+
+
+def _rank_site(c: Candidate, wish: Wish, weight: float) -> RankSite:
+    numerator = 2 * (wish.relative_variance(c.width, 1) - wish.relative_variance(c.width, 2))  # a of a / r - b
+    most = max(1, min(c.width, c.x_bytes // c.payload_bytes(1)))  # there x takes no more
+    return RankSite(weight * numerator, wish.bytes_of_direction(c.groups * c.tokens, c.element_size), most, c.rank_multiple)
+
+
+def _freed_bytes(members: list[tuple[Candidate, Wish]], ranks: Ranks | None) -> int:
     """Bytes that go if the payloads of all ``members`` are stored in place of the storage that they share; 0 if it stays."""
     if not all(c.frees and wish.projection is not None for c, wish in members):
         return 0
-    payloads = sum(c.payload_bytes(_rank(c, wish)) for c, wish in members)
+    if ranks is None and any(wish.ranks_from_budget for _, wish in members):
+        return 0
+    payloads = sum(c.payload_bytes(_rank(c, wish, ranks)) for c, wish in members)
     return max(0, members[0][0].x_bytes - payloads)
 
 
-def _rank(c: Candidate, wish: Wish) -> int:
+def _rank(c: Candidate, wish: Wish, ranks: Ranks | None) -> int:
+    if wish.ranks_from_budget:
+        return (ranks or {}).get(c.key, c.width)
     return min(c.width, -(-wish.rank_of(c.width) // c.rank_multiple) * c.rank_multiple)
 
 
-def _decide(c: Candidate, wish: Wish, freed: int, profitable_only: bool) -> Decision:
+def _decide(c: Candidate, wish: Wish, freed: int, profitable_only: bool, ranks: Ranks | None) -> Decision:
     def exact(reason: str) -> Decision:
         return Decision(c.name, c.matmuls, c.parameters, "exact", reason)
 
     if wish.projection is None:
         return exact(KEPT)
-    rank = _rank(c, wish)
+    if wish.ranks_from_budget and not freed:
+        return exact(_why_no_rank(c, ranks))
+    rank = _rank(c, wish, ranks)
     extra = c.flops_at(rank) - c.flops
     if profitable_only and extra >= 0 and not freed:
         cost = f"{extra / max(c.flops, 1):+.0%} FLOPs"
@@ -95,6 +154,16 @@ def _decide(c: Candidate, wish: Wish, freed: int, profitable_only: bool) -> Deci
         project_in="forward" if freed else "backward",
         extra_flops=extra,
     )
+
+
+def _why_no_rank(c: Candidate, ranks: Ranks | None) -> str:
+    if ranks is None or c.key in ranks:
+        return "within the budget as it is"
+    if not c.x_bytes:
+        return "no bytes to gain: x is not stored, but rebuilt or an input"
+    if not c.frees:
+        return "no bytes to gain: x is stored for other uses as well"
+    return "no bytes to gain: another weight gradient that reads x is formed exactly"
 
 
 def choose_storage(

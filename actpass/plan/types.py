@@ -45,6 +45,16 @@ class Candidate:
     rank_multiple: int = 1
 
     @property
+    def key(self) -> str:
+        """What ranks from a budget are known by: no contraction is in two candidates."""
+        return self.matmuls[0]
+
+    @property
+    def weight_elements(self) -> int:
+        """Of the weight gradients together."""
+        return sum(self.groups * self.width * m for m in self.outs)
+
+    @property
     def flops(self) -> int:
         """FLOPs of the exact weight gradients."""
         return sum(2 * self.groups * self.tokens * self.width * m for m in self.outs)
