@@ -59,8 +59,10 @@ def actcomp(
       form for all that is stored: ``"int16"``, ``"int8"``, ``"int4"``, ``"int2"``, ``"fp8"``,
       ``"fp8_e5m2"``, or a projection of the weight gradients' inputs: ``"gaussian"``, ``"rademacher"``, ``"sparse"``,
       ``"haar"``, ``"srht"``.
-    - ``rank``: of projections: an int (directions), or a float in (0, 1] (a fraction of the width; default 0.25). With
-      ``auto`` a rank asks for weight gradients through `haar`, for fewer FLOPs; without one they are exact.
+    - ``rank``: of projections: an int (directions), a float in (0, 1] (a fraction of the width; default 0.25), or
+      ``"budget"``: layer by layer from ``memory_budget``, where the projection is stored in place of its input (see
+      `actpass.plan.ranks`); elsewhere exact. Nothing is run again then. With ``auto`` a number asks for weight gradients
+      through `haar`, for fewer FLOPs; without one they are exact; ``"budget"`` is an error.
     - ``quantize``: with a projection, the low-bit form of what is stored (default: none).
     - ``rounding``: of low-bit forms, ``"stochastic"`` (unbiased), ``"nearest"`` (half the variance or less), or ``"auto"``
       (default): stochastic where the backward is linear in the tensor, so that the gradient stays unbiased, else nearest.

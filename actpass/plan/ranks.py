@@ -22,6 +22,11 @@ only says where to begin, a few steps below its own ranks. Along one site the ga
   rank 64, where the grid is coarsest, 1.013 above;
 - a larger capacity never gives a larger error.
 
+At its largest rank a site takes what x takes, and x is kept, without any error. Haar and signed Hadamard have none there
+either; a Gaussian has (N + 1) / N, whose end at that last step is not foreseen: with room for most of x, keeping some
+tensors and projecting others the more would err less. With these methods nothing here knows of it; the former two err less
+at every rank.
+
 Only sums that `math.fsum` rounds once, products, quotients and roots, which IEEE 754 rounds the same everywhere, enter, and
 ties are broken by what the sites are, then by position: every process and every rank finds the same.
 """
