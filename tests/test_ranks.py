@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import itertools
 import math
 import os
@@ -166,6 +167,11 @@ def test_nothing_fits_below_the_smallest_ranks_and_all_does_above_the_largest():
     assert choose_ranks(sites, 8 * 10 + 5 * 3) == (8, 5)
     assert choose_ranks(sites, 10**9) == (100, 5)
     assert choose_ranks([], 0) == ()
+
+
+def test_the_example_of_the_docs():
+    module = sys.modules[choose_ranks.__module__]
+    assert doctest.testmod(module) == doctest.TestResults(failed=0, attempted=1)
 
 
 def test_what_has_no_error_gets_what_the_others_leave():
