@@ -118,12 +118,16 @@ class Region:
         return find_saved(cut, joint, self._weights, self.config.smallest, recomputation)
 
     def measured(self, cut: Cut, tensors: Sequence[SavedTensor]) -> dict[str, Sensitivity]:
-        """By node, what a calibration says of ``tensors``."""
+        """By node, what a calibration says of ``tensors``. Only how they compare: all together weigh what they do without one,
+        against which `NOISE_PER_STEP` was set."""
         calibration, nodes = self.config.calibration, {n.name: n for n in cut.forward.graph.nodes}
         if calibration is None:
             return {}
-        found = {t.node: calibration.find(module_path(nodes[t.node]), t.node) for t in tensors}
-        return {node: row for node, row in found.items() if row is not None}
+        rows = {t.node: calibration.find(module_path(nodes[t.node]), t.node) for t in tensors}
+        known = {node: row for node, row in rows.items() if row is not None}
+        elements = sum(t.elements for t in tensors if t.node in known) / max(sum(t.elements for t in tensors), 1)
+        scale = elements / (sum(row.factor for row in known.values()) or 1.0)
+        return {node: replace(row, factor=row.factor * scale) for node, row in known.items()}
 
     def candidates(self, cut: Cut) -> list[Candidate]:
         """What a projection could do to the weight gradients, where ``cut`` says what is stored."""

@@ -1,0 +1,134 @@
+"""What `actpass.calibrate` measures is what the codecs do, and budgets weigh by it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import actpass
+from actpass.calibrate import _Gradients, _rounded, _sample
+
+from . import models
+from .helpers import Grads, eager_actcomp, step
+
+OPTIONS = {"smallest": 0, "chunk_loss": False}
+
+
+def noise(got: Grads, want: Grads) -> float:
+    """The squared relative error of all gradients together, preconditioned as `calibrate` does without an optimizer."""
+    samples = tuple(_sample(i, g, None) for i, g in enumerate(want.values()))
+    return _Gradients(samples).error(list(got.values()))
+
+
+def gradients(build: models.Made, **options: object) -> Grads:
+    model, inputs = build
+    torch.compiler.reset()
+    return step(torch.compile(model, backend=eager_actcomp({**OPTIONS, **options})), model, inputs)[1]
+
+
+def test_errors_of_single_tensors_add_up_to_that_of_all_in_one_form():
+    """Rounding errors of different tensors are independent, so their squares add; correlations are what is left over. In 8 bits
+    the gradient is linear in them."""
+    model, inputs = models.transformer(layers=3)
+    calibration = actpass.calibrate(model, inputs, options=OPTIONS)
+    want, got = (gradients((model, inputs), method=m, rounding="nearest") for m in ("exact", "int8"))
+    form = {True: "int16", False: "int8"}
+    scores = {r.node for r in calibration.rows if r.factor and _is_score(r.module, r.node, model, inputs)}
+    predicted = sum(dict(r.errors)[form[r.node in scores]] * r.factor for r in calibration.rows)
+    assert noise(got, want) == pytest.approx(predicted, rel=0.5)
+
+
+def _is_score(module: str, node: str, model: nn.Module, inputs: dict[str, torch.Tensor]) -> bool:
+    report = actpass.explain(model, options={**OPTIONS, "method": "int8"}, **inputs)
+    return any(s["node"] == node and s["codec"] == "int16" for r in report.regions for s in r.plan["storages"])
+
+
+def test_a_tensor_behind_which_gradients_are_large_is_more_sensitive():
+    """Two branches, of which one is scaled down: an error there reaches the shared weight a tenth as strong."""
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.shared, self.large, self.small = (nn.Linear(32, 32) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.shared(x)
+            return (torch.tanh(self.large(h)) + 0.1 * torch.tanh(self.small(h))).square().mean()
+
+    calibration = actpass.calibrate(Branches(), {"x": torch.randn(64, 32)}, options=OPTIONS)
+    factor = {r.module: max(q.factor for q in calibration.rows if q.module == r.module) for r in calibration.rows}
+    assert factor["large"] > 0
+    assert factor["small"] > 0
+
+
+def test_optimizer_state_preconditions_and_nothing_is_left_behind():
+    model, inputs = models.transformer()
+    optimizer = torch.optim.AdamW(model.parameters())
+    step(model, model, inputs)
+    optimizer.step()
+    before = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    plain = actpass.calibrate(model, inputs, options=OPTIONS)
+    adam = actpass.calibrate(model, inputs, options=OPTIONS, optimizer=optimizer)
+    assert (plain.preconditioner, adam.preconditioner) == ("Adafactor, from the gradient of the batch", "Adam")
+    assert [r.node for r in plain.rows] == [r.node for r in adam.rows]
+    assert [r.factor for r in plain.rows] != [r.factor for r in adam.rows]
+    assert all(torch.equal(p.grad, before[n]) for n, p in model.named_parameters() if p.grad is not None)
+    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
+
+
+def test_rounding_changes_every_view_of_one_memory_and_nothing_else():
+    base = torch.randn(64, 32)
+    args = [torch.randn(8), base, base.t(), base[:10], torch.randn(64, 32)]
+    changed, error = _rounded(args, [1, 2, 3], "int4")
+    assert 1e-3 < error < 3e-2
+    assert torch.equal(changed[1], changed[2].t())
+    assert torch.equal(changed[1][:10], changed[3])
+    assert not torch.equal(changed[1], base)
+    assert changed[0] is args[0]
+    assert changed[4] is args[4]
+
+
+def test_a_budget_weighs_by_it():
+    """With all sensitivity in one block, a budget that has room for less keeps that block exact and codes others."""
+    model, inputs = models.transformer(layers=3)
+    calibration = actpass.calibrate(model, inputs, options=OPTIONS)
+    rows = tuple(
+        actpass.plan.calibration.Sensitivity(r.module, r.node, r.errors, 1.0 if "blocks.1" in r.module else 1e-9)
+        for r in calibration.rows
+    )
+    loud = actpass.Calibration(rows, "by hand")
+
+    def coded(calibration: actpass.Calibration | None) -> set[str]:
+        torch.compiler.reset()
+        options = {**OPTIONS, "memory_budget": 0.4, "calibration": calibration}
+        report = actpass.explain(model, options=options, **inputs)
+        return {s.module for r in report.regions for s in r.sites if s.codec not in (None, "int16")}
+
+    assert any("blocks.1" in m for m in coded(None))
+    assert not any("blocks.1" in m for m in coded(loud))
+    assert any("blocks.0" in m or "blocks.2" in m for m in coded(loud))
+
+
+def test_a_file_gives_it_back_and_a_broken_one_is_an_error(tmp_path: Path):
+    model, inputs = models.mlp()
+    calibration = actpass.calibrate(model, inputs, options=OPTIONS)
+    path = tmp_path / "calibration.json"
+    calibration.save(path)
+    assert actpass.Calibration.load(path) == calibration
+    assert actpass.config.parse({"calibration": str(path)}).calibration == calibration
+    for text in ("", "[]", "{}", path.read_text().replace('"schema_version": 1', '"schema_version": 9')):
+        path.write_text(text)
+        with pytest.raises(actpass.OptionError, match="not usable"):
+            actpass.Calibration.load(path)
+    with pytest.raises(actpass.OptionError, match="not usable"):
+        actpass.config.parse({"calibration": 3})
+
+
+def test_a_model_that_saves_nothing_has_nothing_to_calibrate():
+    with pytest.raises(actpass.OptionError, match="nothing to calibrate"):
+        actpass.calibrate(nn.Linear(4, 1), {"input": torch.randn(1, 4)})
