@@ -22,6 +22,7 @@ from actpass.errors import (
     ActpassWarning,
     BudgetError,
     OptionError,
+    PictureError,
     ReportError,
     StateError,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "BudgetError",
     "Calibration",
     "OptionError",
+    "PictureError",
     "Report",
     "ReportError",
     "StateError",

@@ -29,13 +29,14 @@ from torch._guards import (
     detect_fake_mode,  # the fake mode in which the joint graph's values live
 )
 from torch._higher_order_ops import invoke_subgraph  # a function that Inductor compiles once and the graph calls often
+from torch._higher_order_ops.wrap import tag_activation_checkpoint  # a user's checkpoint, as Dynamo's graph has it
 from torch._inductor import list_mode_options  # mode="reduce-overhead" -> Inductor options
 from torch._inductor.codecache import cache_dir as inductor_cache_dir  # records live beside Inductor's own cache
 from torch._inductor.compile_fx import compile_fx  # Inductor
 from torch._inductor.custom_graph_pass import CustomPartitionerFn  # picklable, so the caches key on it
 from torch._inductor.decomposition import select_decomp_table  # codecs are traced with Inductor's own table
 from torch._inductor.utils import run_and_get_code  # tests read the generated code
-from torch._ops import OpOverload  # an operator's namespace tells torch's own from a user's
+from torch._ops import HigherOrderOperator, OpOverload  # an operator's namespace tells torch's own from a user's
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 try:
@@ -53,6 +54,7 @@ __all__ = [
     "CustomPartitionerFn",
     "FakeTensor",
     "FakeTensorMode",
+    "HigherOrderOperator",
     "OpOverload",
     "compile_fx",
     "current_code",
@@ -73,6 +75,7 @@ __all__ = [
     "run_and_get_code",
     "select_decomp_table",
     "size_hint",
+    "tag_activation_checkpoint",
     "torch_is_tested",
 ]
 

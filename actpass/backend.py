@@ -33,6 +33,7 @@ from actpass.budget import PeakBudget
 from actpass.codecs.generator import round_keys, step_seed
 from actpass.compiler import Compiled, compile_joint
 from actpass.config import Config, parse
+from actpass.eager import with_eager_curve
 from actpass.errors import ActpassWarning
 from actpass.graph import GraphInputs
 from actpass.graph.copying import copy_module
@@ -111,7 +112,7 @@ def compile_region(
     device = device_of(example_inputs)
     compiled, fn = run_passes(gm, example_inputs, config, plain, device, nonce, peak, compile_fx, **compiler_options)
     if compiled is not None:
-        record = compiled.record
+        record = with_eager_curve(compiled.record, gm, example_inputs)
         records.store(key, nonce, record)
     if record is None:  # no backward: nothing to save, nothing to report, no seed to draw
         return _with_unused_seed(fn, device) if config.needs_seed else fn

@@ -28,6 +28,10 @@ class ReportError(ActpassError, LookupError):
     """There is no compiled region to report on."""
 
 
+class PictureError(ActpassError):
+    """A picture can't be drawn: matplotlib is missing, or the file's name says no kind of picture."""
+
+
 class GraphUnsupported(ActpassError):
     """The pass can't read or rewrite this graph. Caught by the pipeline: the region falls back to Inductor's own cut
     and the report carries the message. Users never see it raised."""

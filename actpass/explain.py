@@ -15,6 +15,7 @@ from actpass._torch import compile_fx, detect_fake_mode, dynamo, functorch_confi
 from actpass.backend import device_of, peak_budget, run_passes
 from actpass.compiler import Compiled
 from actpass.config import Config, parse
+from actpass.eager import with_eager_curve
 from actpass.graph import GraphInputs
 from actpass.graph.copying import copy_module
 from actpass.interpret import own_forward, untouched
@@ -70,7 +71,7 @@ def _analyse(gm: fx.GraphModule, example_inputs: list[Any], config: Config) -> C
             compile_fx,
             inner_compile=_no_compile,
         )
-    return compiled
+    return compiled and replace(compiled, record=with_eager_curve(compiled.record, gm, example_inputs))
 
 
 def _off_meta(gm: fx.GraphModule, example_inputs: list[Any]) -> tuple[fx.GraphModule, list[Any]]:

@@ -3,7 +3,7 @@ on a cache hit, when neither the pass nor the partitioner runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,11 +19,14 @@ from actpass.graph.cost import is_attention, is_matmul
 from actpass.graph.joint import module_path, source_line, storage_root
 from actpass.partition import Cut, Cuts, Saved
 from actpass.plan import KEPT, Decision, Plan, Storage
+from actpass.plan.curve import Curve, Curves, Held
 from actpass.plan.footprint import Footprint
 from actpass.plan.spread import Level
+from actpass.plan.tradeoff import Point, Tradeoff
+from actpass.report.peak import curves_of
 from actpass.rewrite import Rewritten
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,7 @@ class Record:
     """active: whether the pass decided this region. inactive_because: why not. notes: what the user should know.
     left_alone: (matmul, parameter, reason) for every weight gradient that is no site. footprint, footprint_default: what it
     takes in memory, as predicted, now and as Inductor's default; None if that failed. levels: of a part of a step, what it
-    could be instead."""
+    could be instead. curves: live bytes over the step. tradeoff: what other budgets would give, where it was asked for."""
 
     active: bool
     inactive_because: str | None
@@ -97,6 +100,8 @@ class Record:
     footprint: Footprint | None = None
     footprint_default: Footprint | None = None
     levels: tuple[Level, ...] = ()
+    curves: Curves | None = None
+    tradeoff: Tradeoff | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
@@ -126,7 +131,28 @@ class Record:
         for name in ("footprint", "footprint_default"):
             fields[name] = Footprint(**fields[name]) if fields[name] is not None else None
         fields["parameters"] = tuple((path, tuple(shape)) for path, shape in fields["parameters"])
+        fields["curves"] = _curves_from(fields["curves"])
+        fields["tradeoff"] = _tradeoff_from(fields["tradeoff"])
         return cls(**fields)
+
+
+def _curves_from(data: dict[str, Any] | None) -> Curves | None:
+    if data is None:
+        return None
+    found: dict[str, Any] = {}
+    for name in ("plan", "default", "eager"):
+        d = data[name]
+        found[name] = Curve(**{**d, "forward": tuple(d["forward"]), "backward": tuple(d["backward"])}) if d else None
+    for name in ("at_forward_peak", "at_backward_peak"):
+        found[name] = tuple(Held(**h) for h in data[name])
+    return Curves(**found)
+
+
+def _tradeoff_from(data: dict[str, Any] | None) -> Tradeoff | None:
+    if data is None:
+        return None
+    points = {name: tuple(Point(**p) for p in data[name]) for name in ("stock", "ours")}
+    return Tradeoff(**{**data, **points, "chosen": Point(**data["chosen"])})
 
 
 def describe(
@@ -164,7 +190,7 @@ def describe(
     for storage in plan.storages:
         root = payloads.get(storage.root, storage.root)
         rows[root] = _with_storage(rows[root], storage)
-    footprints, unpredicted = _footprints(cuts.default, cuts.swapped)
+    footprints, unpredicted = _memory(cuts.default, cuts.swapped, joint, plan, rows)
     return Record(
         active=True,
         inactive_because=None,
@@ -182,7 +208,7 @@ def describe(
 
 def describe_fallback(joint: Joint, default: Cut, config: Config, reason: str) -> Record:
     """The record of a region that was left to Inductor alone."""
-    footprints, unpredicted = _footprints(default, default)
+    footprints, unpredicted = _memory(default, default, joint, Plan(), {})
     nodes = {n.name: n for n in joint.gm.graph.nodes}
     before = _by_root(default.saved)
     rows = (
@@ -325,10 +351,18 @@ def _state_row(saved: Saved, cut: Cut) -> SiteRow:
     return replace(_row(node, 0, saved.nbytes, ()), form="state", reason="a basis that both passes read")
 
 
-def _footprints(default: Cut, final: Cut) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _memory(
+    default: Cut, final: Cut, joint: Joint, plan: Plan, rows: Mapping[str, SiteRow]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The predictions, and a note if there are none: one that fails must not cost the compiled step."""
+
+    def kind_of(node: fx.Node) -> str:
+        row = rows.get(storage_root(node).name)
+        return row.kind if row is not None else _kind(storage_root(node), ())
+
     try:
-        return {"footprint_default": default.footprint, "footprint": final.footprint}, ()
+        footprints = {"footprint_default": default.footprint, "footprint": final.footprint}
+        return {**footprints, "curves": curves_of(default, final, joint, plan, kind_of)}, ()
     except Exception as error:
         return {}, (f"the peak of this region is not predicted: {type(error).__name__}: {error}",)
 

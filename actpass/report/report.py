@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
+from actpass.errors import ReportError
 from actpass.graph.joint import fold_indices
 from actpass.plan.footprint import Footprint, step_peak
+from actpass.plan.tradeoff import add_up
+from actpass.report.picture import check_path, draw_pareto, draw_peak
 from actpass.report.record import SCHEMA_VERSION, Record, SiteRow, Totals
 
 
@@ -59,6 +63,36 @@ class Report:
             "totals": {f.name: getattr(totals, f.name) for f in fields(totals)},
             "regions": [r.to_dict() for r in self.regions],
         }
+
+    def plot_peak(self, path: str | Path) -> None:
+        """Draw the predicted live bytes over a step, forward and then backward, in eager mode, under Inductor's default and
+        under this plan, with the peak of each and the three largest tensors at the plan's.
+
+        path: a file that ends in ``.svg`` or ``.png``; the numbers go beside it as ``.csv`` (curve, position in [0, 2], bytes).
+        Bytes are above parameters, inputs and optimizer state. The regions of a model with graph breaks run one behind the
+        other. Raises `PictureError` without matplotlib (``pip install "actpass[plot]"``) and for any other ending,
+        `ReportError` if there is no region or one without a prediction.
+        """
+        curves = [r.curves for r in self.regions if r.curves is not None]
+        if not curves or len(curves) < len(self.regions):
+            why = "there is no region" if not self.regions else "the peak of a region is not predicted: see its notes"
+            raise ReportError(f"plot_peak: nothing to draw, because {self.why_empty or why}.")
+        draw_peak(check_path(path), curves)
+
+    def plot_pareto(self, path: str | Path) -> None:
+        """Draw saved bytes against the predicted error of the gradients and against the predicted time: stock PyTorch's levels
+        of ``activation_memory_budget``, what `auto` chooses within ten capacities, and this plan.
+
+        path: a file that ends in ``.svg`` or ``.png``; the numbers go beside it as ``.csv``. The report must be one of
+        `actpass.explore`. Raises `ReportError` if it is not, and `PictureError` as `plot_peak` does.
+        """
+        steps = [r.tradeoff for r in self.regions if r.tradeoff is not None]
+        if not steps or len(steps) < len(self.regions):
+            raise ReportError(
+                "plot_pareto: this report does not say what other budgets would give. Make one with "
+                "report = actpass.explore(model, *inputs, options=...), under method='auto'."
+            )
+        draw_pareto(check_path(path), add_up(steps))
 
     def __str__(self) -> str:
         return "\n".join(self._lines())

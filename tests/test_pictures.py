@@ -1,0 +1,259 @@
+"""The curves of a report and the pictures of them: the numbers are those of the predictions and of eager mode, to the byte."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import actpass
+from actpass.measure import measure
+from actpass.plan.curve import POINTS, Curve, step_curve, thin
+from actpass.plan.footprint import Footprint, step_peak
+from actpass.report import Record, Report
+
+from . import models
+from .helpers import eager_actcomp
+from .test_report import _loss
+
+
+class Checkpointed(nn.Module):
+    """A middle that is run again in the backward, long enough to weigh."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 8)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up(x).exp().sin().exp().sin().exp().cos()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.utils.checkpoint.checkpoint(self.middle, x, use_reentrant=False)).square().mean()
+
+
+def checkpointed() -> models.Made:
+    return Checkpointed(), {"x": torch.randn(1024, 32)}
+
+
+def convolution() -> models.Made:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 5))
+    return Loss(model), {"x": torch.randn(4, 3, 16, 16)}
+
+
+class Loss(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(x).square().mean()
+
+
+def in_two_regions() -> Report:
+    """The report of a step of two regions."""
+    model, inputs = models.mlp()
+    function = torch.compile(lambda x: _loss(model.mid(F.gelu(model.up(x)))), backend=eager_actcomp())
+    function(**inputs).backward()
+    return actpass.report(model)
+
+
+@functools.cache
+def of_a_transformer() -> Report:
+    model, inputs = models.transformer()
+    return actpass.explain(model, options={"method": "auto", "smallest": 64}, **inputs)
+
+
+@given(st.lists(st.integers(0, 10**12), min_size=1, max_size=700))
+def test_thinned_levels_are_few_and_keep_the_highest(levels: list[int]):
+    kept = thin(levels)
+    assert len(kept) == min(len(levels), POINTS)
+    assert max(kept) == max(levels)
+    assert set(kept) <= set(levels)
+
+
+levels = st.lists(st.integers(0, 1000), min_size=1, max_size=5).map(tuple)
+
+
+@given(st.lists(st.builds(Curve, levels, levels, st.integers(0, 500), st.integers(0, 500)), min_size=1, max_size=4))
+def test_a_steps_curve_is_highest_at_the_peak_of_its_footprints(calls: list[Curve]):
+    footprints = [Footprint(max(c.forward), max(c.backward), c.held, 0, c.gradients) for c in calls]
+    step = step_curve(calls, [1] * len(calls))
+    assert step.peak.nbytes == max(step.nbytes) == step_peak(footprints)
+    assert list(step.positions) == sorted(step.positions)
+    assert 0 < step.positions[0] < 1 < step.positions[-1] < 2
+    assert step.peak.backward == (step.peak.position > 1)
+
+
+@pytest.mark.parametrize("options", [{"method": "exact"}, {"method": "auto", "smallest": 64}, {"memory_budget": 1.0}], ids=str)
+def test_curves_end_exactly_at_the_predicted_peaks(options: dict[str, Any]):
+    model, inputs = models.transformer()
+    report = actpass.explain(model, options=options, **inputs)
+    (region,) = report.regions
+    curves, totals = region.curves, report.totals
+    assert curves is not None
+    assert step_curve([curves.plan], [1]).peak.nbytes == totals.peak_bytes
+    assert step_curve([curves.default], [1]).peak.nbytes == totals.peak_bytes_default
+    assert max(len(c.forward) for c in (curves.plan, curves.default)) <= POINTS
+
+
+def test_curves_of_several_regions_end_at_the_peak_of_the_step():
+    report = in_two_regions()
+    assert len(report.regions) == 2
+    curves = [r.curves for r in report.regions if r.curves is not None]
+    assert step_curve([c.plan for c in curves], [1, 1]).peak.nbytes == report.totals.peak_bytes
+    assert step_curve([c.default for c in curves], [1, 1]).peak.nbytes == report.totals.peak_bytes_default
+
+
+def test_curves_survive_the_disk():
+    (region,) = of_a_transformer().regions
+    assert region.curves is not None
+    assert region.curves.eager is not None
+    again = Record.from_dict(json.loads(json.dumps(region.to_dict())))
+    assert again.curves == region.curves
+
+
+def test_the_largest_tensors_at_the_peak_are_named_by_kind_and_module():
+    (region,) = of_a_transformer().regions
+    assert region.curves is not None
+    held = region.curves.at_backward_peak
+    assert len(held) == 3
+    assert [h.nbytes for h in held] == sorted((h.nbytes for h in held), reverse=True)
+    assert all(h.what and h.module.startswith("blocks.") for h in held)
+    (region,) = actpass.explain(nn.Sequential(Wide()), torch.randn(4, 8), options={"method": "exact"}).regions
+    assert region.curves is not None
+    assert str(region.curves.at_backward_peak[0]) == "gradient of 0.linear.weight"
+
+
+class Wide(nn.Module):
+    """A weight that is larger than all else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 500)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x).square().mean()
+
+
+CASES = [models.mlp, models.transformer, checkpointed, convolution]
+
+
+@pytest.mark.parametrize("build", CASES, ids=lambda f: f.__name__)
+def test_eager_curve_is_what_is_measured_in_eager_mode(build: Any):
+    """To the byte but for what no operator returns: what a kernel allocates inside itself (attention's threads, convolution's
+    packed weights), and the 5 kB of random state that a checkpoint keeps."""
+    model, inputs = build()
+    (region,) = actpass.explain(model, **inputs).regions
+    assert region.curves is not None
+    assert region.curves.eager is not None
+    predicted = step_curve([region.curves.eager], [1]).peak.nbytes
+
+    def step() -> None:
+        model(**inputs).backward()
+
+    step()
+    model.zero_grad(set_to_none=True)
+    measured = measure(step)
+    assert measured.kept_bytes == region.curves.eager.gradients
+    assert predicted == pytest.approx(measured.peak_bytes, rel=0.01)
+
+
+def test_eager_curve_comes_with_the_compiled_step_and_from_its_record():
+    model, inputs = models.mlp()
+    torch.compile(model, backend=eager_actcomp())(**inputs).backward()
+    (compiled,) = actpass.report(model).regions
+    (explained,) = actpass.explain(model, **inputs).regions
+    assert compiled.curves is not None
+    assert compiled.curves.eager is not None
+    assert compiled.curves == explained.curves
+
+
+def test_eager_curve_that_fails_costs_a_note_and_nothing_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr("actpass.eager.run_eager", broken)
+    model, inputs = models.mlp()
+    torch.compile(model, backend=eager_actcomp())(**inputs).backward()
+    report = actpass.report(model)
+    assert report.active
+    assert "note: what eager mode takes is not known: RuntimeError: boom" in str(report)
+    report.plot_peak(tmp_path / "peak.svg")
+    assert {row["curve"] for row in numbers(tmp_path / "peak.csv")} == {"Inductor", "actpass"}
+    assert "eager: not known" in text_of(tmp_path / "peak.svg")
+
+
+def numbers(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def text_of(picture: Path) -> str:
+    """The words of an SVG (matplotlib writes each as a comment beside its outlines)."""
+    lines = picture.read_text().splitlines()
+    return "\n".join(line.strip().removeprefix("<!-- ").removesuffix(" -->") for line in lines if "<!--" in line)
+
+
+def test_peak_picture_shows_three_curves_with_their_peaks(tmp_path: Path):
+    report = of_a_transformer()
+    report.plot_peak(tmp_path / "new" / "peak.svg")
+    report.plot_peak(str(tmp_path / "peak.png"))
+    assert (tmp_path / "peak.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    rows = numbers(tmp_path / "new" / "peak.csv")
+    assert rows == numbers(tmp_path / "peak.csv")
+    highest = {name: max(int(r["bytes"]) for r in rows if r["curve"] == name) for name in ("eager", "Inductor", "actpass")}
+    assert highest["actpass"] == report.totals.peak_bytes
+    assert highest["Inductor"] == report.totals.peak_bytes_default
+    words = text_of(tmp_path / "new" / "peak.svg")
+    assert all(f"peak {nbytes / 1e6:.1f} MB" in words for nbytes in highest.values())
+    assert "Largest at actpass's peak, in the" in words
+    curves = report.regions[0].curves
+    assert curves is not None
+    peak = step_curve([curves.plan], [1]).peak
+    held = (curves.at_backward_peak if peak.backward else curves.at_forward_peak)[0]
+    assert held.what in words
+    assert f"{held.nbytes / 1e6:.2f} MB" in words
+
+
+def test_peak_picture_of_several_regions_names_the_one_at_the_peak(tmp_path: Path):
+    report = in_two_regions()
+    report.plot_peak(tmp_path / "peak.svg")
+    assert "(region " in text_of(tmp_path / "peak.svg")
+    assert max(int(r["bytes"]) for r in numbers(tmp_path / "peak.csv") if r["curve"] == "actpass") == report.totals.peak_bytes
+
+
+@pytest.mark.parametrize("name", ["peak.pdf", "peak"])
+def test_any_other_ending_is_an_error_that_says_which_are_allowed(name: str, tmp_path: Path):
+    report = in_two_regions()
+    with pytest.raises(actpass.PictureError, match=r"ends in \.svg or \.png, not"):
+        report.plot_peak(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    report = in_two_regions()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(actpass.PictureError, match=r'pip install "actpass\[plot\]"'):
+        report.plot_peak(tmp_path / "peak.svg")
+
+
+def test_a_report_without_the_numbers_says_what_to_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(actpass.ReportError, match="nothing to draw, because not yet"):
+        Report((), "not yet").plot_peak(tmp_path / "peak.svg")
+    monkeypatch.setattr("actpass.partition.timeline", None)
+    model, inputs = models.mlp()
+    report = actpass.explain(model, **inputs)
+    with pytest.raises(actpass.ReportError, match="the peak of a region is not predicted: see its notes"):
+        report.plot_peak(tmp_path / "peak.svg")
+    with pytest.raises(actpass.ReportError, match=r"report = actpass\.explore\(model"):
+        report.plot_pareto(tmp_path / "pareto.svg")
