@@ -40,6 +40,12 @@ def explain(model: torch.nn.Module, *inputs: Any, options: Mapping[str, Any] | N
     return explain_model(_module(model, "explain"), inputs, kwargs, options).report
 
 
+def explore(model: torch.nn.Module, *inputs: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
+    """`explain`, and what other budgets would give: for `Report.plot_pareto`. Makes some twenty cuts more, in which a large
+    model takes minutes. Only for ``method="auto"``; raises `OptionError` for any other."""
+    return explain_model(_module(model, "explore"), inputs, kwargs, options, explore=True).report
+
+
 def audit(
     model: torch.nn.Module,
     batch: Any,

@@ -224,6 +224,15 @@ def _free(region: Region) -> Choice:
     return free
 
 
+def alternatives(region: Region, count: int) -> list[tuple[int, Choice]]:
+    """(capacity, choice) for ``count`` capacities of saved bytes, from the most that is of use down to the least, or a 64th."""
+    search = _Search(region, _free(region))
+    most, least = search.most, max(search.least, search.most // _RANGE)
+    ratio = (least / most) ** (1 / (count - 1)) if most else 1.0
+    capacities = [max(search.least, round(most * ratio**i)) for i in range(count)]
+    return [(capacity, search.at(capacity).choice) for capacity in capacities]
+
+
 def _stored(region: Region, choice: Choice) -> int:
     return sum(s.stored_bytes for s in region.storages(region.joint, choice))
 

@@ -97,13 +97,13 @@ class _Region:
 
     def _measure(self, gm: fx.GraphModule, args: Sequence[Any]) -> None:
         assert self.compiled is not None
-        if self.compiled.region is None:
+        if self.compiled.decided is None:
             return
-        joint, cut = self.compiled.region.joint, self.compiled.cut
+        region, cut = self.compiled.decided.region, self.compiled.cut
         names = [n.name for n in gm.graph.find_nodes(op="placeholder")]
         made = {n.name: n for n in cut.forward.graph.nodes}
-        exact = _Gradients.of(_run(gm, args), joint, self.inputs, self.state)
-        for t in self.compiled.region.saved(joint, cut):
+        exact = _Gradients.of(_run(gm, args), region.joint, self.inputs, self.state)
+        for t in region.saved(region.joint, cut):
             at = [names.index(name) for name in t.crossing if name in names]
             if t.obstacle is not None or not at:
                 continue

@@ -40,16 +40,25 @@ from actpass.swap import swap
 
 
 @dataclass(frozen=True)
+class Decided:
+    """What was decided, of a region that was not left to Inductor. whole: the joint graph before its loss went to pieces."""
+
+    whole: Joint
+    region: Region
+    choice: Choice
+
+
+@dataclass(frozen=True)
 class Compiled:
-    """The graphs to hand to Inductor, what was done, the cut that they are, and every stage's graph by name. region: what was
-    read; None if it was left to Inductor."""
+    """The graphs to hand to Inductor, what was done, the cut that they are, and every stage's graph by name. decided: None if
+    the region was left to Inductor."""
 
     forward: fx.GraphModule
     backward: fx.GraphModule
     record: Record
     cut: Cut
     stages: dict[str, fx.GraphModule]
-    region: Region | None = None
+    decided: Decided | None = None
 
 
 def compile_joint(
@@ -118,7 +127,7 @@ def _compile(
         record = replace(record, active=False, inactive_because=done.off)
     forward, backward = done.swapped.forward, done.swapped.backward
     stages = {"joint": joint.gm, "rewritten": done.joint.gm, "forward": forward, "backward": backward}
-    return Compiled(forward, backward, record, done.swapped, stages, region)
+    return Compiled(forward, backward, record, done.swapped, stages, Decided(whole, region, choice))
 
 
 @dataclass(frozen=True)

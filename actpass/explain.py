@@ -16,10 +16,12 @@ from actpass.backend import device_of, peak_budget, run_passes
 from actpass.compiler import Compiled
 from actpass.config import Config, parse
 from actpass.eager import with_eager_curve
+from actpass.errors import OptionError
 from actpass.graph import GraphInputs
 from actpass.graph.copying import copy_module
 from actpass.interpret import own_forward, untouched
 from actpass.report import Report
+from actpass.tradeoff import tradeoff
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,22 @@ class Explanation:
 
 
 def explain_model(
-    model: torch.nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], options: Mapping[str, Any] | None
+    model: torch.nn.Module,
+    inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    options: Mapping[str, Any] | None,
+    *,
+    explore: bool = False,
 ) -> Explanation:
-    """See `actpass.explain`."""
+    """See `actpass.explain`, and `actpass.explore`."""
     config = parse(options)
+    method = config.treatment.method
+    if explore and method != "auto":
+        raise OptionError(f"explore: method={method!r} chooses nothing. Only 'auto' weighs forms against each other: use it.")
     compiled: list[Compiled] = []
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any], **_: Any) -> Any:
-        done = _analyse(gm, example_inputs, config)
+        done = _analyse(gm, example_inputs, config, explore)
         if done is not None:
             compiled.append(done)
         return gm.forward
@@ -56,7 +66,7 @@ def explain_model(
     return Explanation(Report(tuple(records), why), tuple(compiled))
 
 
-def _analyse(gm: fx.GraphModule, example_inputs: list[Any], config: Config) -> Compiled | None:
+def _analyse(gm: fx.GraphModule, example_inputs: list[Any], config: Config, explore: bool) -> Compiled | None:
     plain = GraphInputs.of(gm, example_inputs)
     gm, example_inputs = _off_meta(gm, example_inputs)
     with functorch_config.patch(enable_autograd_cache=False):
@@ -71,7 +81,12 @@ def _analyse(gm: fx.GraphModule, example_inputs: list[Any], config: Config) -> C
             compile_fx,
             inner_compile=_no_compile,
         )
-    return compiled and replace(compiled, record=with_eager_curve(compiled.record, gm, example_inputs))
+    if compiled is None:
+        return None
+    record = with_eager_curve(compiled.record, gm, example_inputs)
+    if explore and compiled.decided is not None:
+        record = replace(record, tradeoff=tradeoff(compiled.decided))
+    return replace(compiled, record=record)
 
 
 def _off_meta(gm: fx.GraphModule, example_inputs: list[Any]) -> tuple[fx.GraphModule, list[Any]]:

@@ -104,12 +104,13 @@ class Setting:
     only reason why weight-gradient operands (norm outputs, activation products) are saved; without it they are rebuilt from
     a neighbour by pointwise operators: no extra matmul, no attention, exact.
     again: forward nodes (matmuls, fused attentions) that the backward may run again, where that saves bytes. keep: nodes that
-    are stored, whatever the bytes.
+    are stored, whatever the bytes. stock: upstream's own ``activation_memory_budget``; None: the user's.
     """
 
     rebuild: bool
     again: frozenset[str] = frozenset()
     keep: frozenset[str] = frozenset()
+    stock: float | None = None
 
 
 _LEAST_BUDGET = 1e-9
@@ -144,6 +145,8 @@ def cut(
     if setting.rebuild:
         patch["ban_recompute_materialized_backward"] = False
         _recompute_parameter_casts(Joint(gm, joint.inputs, joint.num_fwd_outputs, joint.static))
+    if setting.stock is not None:
+        patch["activation_memory_budget"] = setting.stock
     for node in gm.graph.nodes:
         if node.name in setting.keep:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE

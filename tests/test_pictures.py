@@ -20,6 +20,8 @@ import actpass
 from actpass.measure import measure
 from actpass.plan.curve import POINTS, Curve, step_curve, thin
 from actpass.plan.footprint import Footprint, step_peak
+from actpass.plan.menu import ERROR, SHARE_IN_A_CONTRACTION
+from actpass.plan.tradeoff import Point, Tradeoff, add_up
 from actpass.report import Record, Report
 
 from . import models
@@ -69,7 +71,7 @@ def in_two_regions() -> Report:
 
 @functools.cache
 def of_a_transformer() -> Report:
-    model, inputs = models.transformer()
+    model, inputs = models.transformer(layers=1)
     return actpass.explain(model, options={"method": "auto", "smallest": 64}, **inputs)
 
 
@@ -257,3 +259,86 @@ def test_a_report_without_the_numbers_says_what_to_call(tmp_path: Path, monkeypa
         report.plot_peak(tmp_path / "peak.svg")
     with pytest.raises(actpass.ReportError, match=r"report = actpass\.explore\(model"):
         report.plot_pareto(tmp_path / "pareto.svg")
+
+
+@functools.cache
+def explored() -> Report:
+    model, inputs = models.transformer(layers=1)
+    return actpass.explore(model, options={"method": "auto", "smallest": 64}, **inputs)
+
+
+def test_explore_says_what_explain_says_and_what_other_budgets_would_give():
+    (region,), (plain,) = explored().regions, of_a_transformer().regions
+    assert plain.tradeoff is None
+    assert (region.totals, region.plan_hash, region.curves) == (plain.totals, plain.plan_hash, plain.curves)
+    found = region.tradeoff
+    assert found is not None
+    assert found.chosen.saved_bytes == region.totals.saved_bytes
+    assert Record.from_dict(json.loads(json.dumps(region.to_dict()))) == region
+
+
+def test_stock_curve_is_exact_and_falls_from_inductors_default():
+    (region,) = explored().regions
+    assert region.tradeoff is not None
+    stock = region.tradeoff.stock
+    assert [p.budget for p in stock] == [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0]
+    assert all(p.error == 0 for p in stock)
+    assert (stock[0].saved_bytes, stock[0].extra_flops) == (region.totals.saved_bytes_default, 0)
+    saved = [p.saved_bytes for p in stock]
+    assert saved == sorted(saved, reverse=True)
+    assert saved[-1] < 0.1 * saved[0]
+    assert 0 < stock[-1].extra_flops < region.tradeoff.step_flops / 2  # at most one forward again, of a forward and a backward
+
+
+def test_our_curve_starts_exact_and_keeps_within_its_capacities():
+    (region,) = explored().regions
+    assert region.tradeoff is not None
+    ours = region.tradeoff.ours
+    assert len(ours) == 10
+    assert (ours[0].error, ours[0].extra_flops) == (0, 0)
+    assert all(p.saved_bytes <= p.budget + 64 for p in ours[:-1])  # 64: the step's seed
+    assert ours[-1].saved_bytes < 0.5 * ours[0].saved_bytes
+    assert all(p.extra_flops > 0 for p in ours[1:])
+
+
+def test_error_of_a_plan_is_the_sum_of_its_forms():
+    """Each weighs its share of the elements (all float32 here), and what ends in one weight's gradient, which `auto` stores in
+    4 bits, a quarter of that."""
+    (region,) = explored().regions
+    assert region.tradeoff is not None
+    storages = region.plan["storages"]
+    assert "int8" in {s["codec"] for s in storages}
+    weights = [ERROR[s["codec"]] * (SHARE_IN_A_CONTRACTION if s["codec"] == "int4" else 1) * s["nbytes"] for s in storages]
+    assert region.tradeoff.chosen.error == pytest.approx(sum(weights) / sum(s["nbytes"] for s in storages))
+
+
+def test_regions_add_up_bytes_and_time_and_weigh_errors_by_elements():
+    a = Tradeoff(100, 30, 5, (Point(1.0, 10, 0.0, 0.0),), (Point(8, 8, 0.1, 4.0),), Point(0, 6, 0.2, 1.0))
+    b = Tradeoff(300, 10, 0, (Point(1.0, 20, 0.0, 6.0),), (Point(9, 9, 0.5, 2.0),), Point(0, 7, 0.0, 3.0))
+    both = add_up([a, b])
+    assert (both.step_flops, both.elements, both.early_bytes) == (400, 40, 5)
+    assert both.stock == (Point(1.0, 30, 0.0, 6.0),)
+    (ours,) = both.ours
+    assert (ours.budget, ours.saved_bytes, ours.extra_flops) == (17, 17, 6.0)
+    assert ours.error == pytest.approx(0.2)
+    assert both.chosen == Point(0, 13, pytest.approx(0.15), 4.0)
+
+
+def test_pareto_picture_shows_both_curves_and_the_plan(tmp_path: Path):
+    explored().plot_pareto(tmp_path / "pareto.svg")
+    explored().plot_pareto(tmp_path / "pareto.png")
+    rows = numbers(tmp_path / "pareto.csv")
+    assert {name: sum(r["curve"] == name for r in rows) for name in ("Inductor", "actpass", "chosen")} == {
+        "Inductor": 11, "actpass": 10, "chosen": 1
+    }  # fmt: skip
+    assert int(rows[-1]["saved_bytes"]) == explored().saved_bytes
+    words = text_of(tmp_path / "pareto.svg")
+    assert "predicted relative error of the gradients, %" in words
+    assert "predicted extra time, % of a step's FLOPs" in words
+    assert f"this plan: {explored().saved_bytes / 1e6:.1f} MB" in words
+
+
+def test_explore_refuses_a_method_that_chooses_nothing():
+    model, inputs = models.mlp()
+    with pytest.raises(actpass.OptionError, match="method='int8' chooses nothing"):
+        actpass.explore(model, options={"method": "int8"}, **inputs)

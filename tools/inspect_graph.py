@@ -3,6 +3,7 @@
     python tools/inspect_graph.py llama-mini                                  what actpass saves by default
     python tools/inspect_graph.py llama-1b --off --batch 128                  what Inductor saves; takes no memory
     python tools/inspect_graph.py config.json --method haar --rank 0.25 --override lm_head=keep --graphs graphs
+    python tools/inspect_graph.py llama-60m --plot-peak peak.svg --plot-pareto pareto.svg    the same as pictures
     python tools/inspect_graph.py my_module:make_training_step --device cpu   any model: a function that returns
                                                                               (model, args, kwargs)
 
@@ -41,6 +42,7 @@ from workloads import (
 
 from actpass.errors import ActpassError
 from actpass.explain import Explanation, explain_model
+from actpass.report.picture import check_path
 
 STAGES = ("joint", "rewritten", "forward", "backward")
 
@@ -60,6 +62,9 @@ def main() -> int:
     given = parser.parse_args()
     try:
         options = options_from(given)
+        for path in (given.plot_peak, given.plot_pareto):
+            if path is not None:
+                check_path(path)
         explained = _explain_with_fallback(given, options)
     except (UsageError, ActpassError) as error:
         parser.error(str(error))
@@ -69,7 +74,18 @@ def main() -> int:
     if given.graphs is not None:
         for name, text in graph_files(explained):
             _write(given.graphs / name, text)
+    try:
+        _draw(given, explained)
+    except ActpassError as error:
+        parser.error(str(error))
     return 0
+
+
+def _draw(given: argparse.Namespace, explained: Explanation) -> None:
+    for path, draw in ((given.plot_peak, explained.report.plot_peak), (given.plot_pareto, explained.report.plot_pareto)):
+        if path is not None:
+            draw(path)
+            print(f"wrote {path} and {path.with_suffix('.csv')}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,6 +100,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("meta", "cpu", "cuda"), default="meta")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
     parser.add_argument("--graphs", type=Path, metavar="DIR", help="write every region's graphs, a file a stage")
+    parser.add_argument("--plot-peak", type=Path, metavar="FILE", help="draw memory over a step (.svg or .png)")
+    parser.add_argument(
+        "--plot-pareto", type=Path, metavar="FILE", help="draw saved bytes against error and time (.svg or .png); takes longer"
+    )
     add_option_arguments(parser)
     return parser
 
@@ -118,7 +138,8 @@ def explain(given: argparse.Namespace, options: Mapping[str, Any], device: str, 
         how = f"fake {device} tensors" if fake else device
         stack.enter_context(torch.autocast(device, dtype=torch.bfloat16, enabled=given.autocast))
         stack.enter_context(_errors_unwrapped())
-        explained = explain_model(target.model, target.args, target.kwargs, options)
+        explore = given.plot_pareto is not None
+        explained = explain_model(target.model, target.args, target.kwargs, options, explore=explore)
         print(f"{target.title}, {count / 1e6:.1f} M parameters, traced with {how}, options {options or 'default'}")
         return explained
 

@@ -48,13 +48,17 @@ class Costs:
         return round(UNIT * flops / max(self.step_flops, 1))
 
     def of_form(self, t: SavedTensor, codec: str, stored_bytes: int) -> int:
-        if codec == KEEP:
-            return 0
-        traffic = 2 * FLOPS_PER_BYTE * (t.nbytes + stored_bytes)
-        return self.of_time(traffic) + round(UNIT * NOISE_PER_STEP * self.noise(t, codec))
+        time = self.of_time(self.flops_of_form(t, codec, stored_bytes))
+        return time + round(UNIT * NOISE_PER_STEP * self.error_of_form(t, codec))
 
-    def noise(self, t: SavedTensor, codec: str) -> float:
-        """The squared relative error of the gradients."""
+    def flops_of_form(self, t: SavedTensor, codec: str, stored_bytes: int) -> int:
+        """What is read and written to encode and decode, in FLOPs."""
+        return 0 if codec == KEEP else 2 * FLOPS_PER_BYTE * (t.nbytes + stored_bytes)
+
+    def error_of_form(self, t: SavedTensor, codec: str) -> float:
+        """The squared relative error that it adds to the gradients."""
+        if codec == KEEP:
+            return 0.0
         known = self.measured.get(t.node)
         if known is not None and SCORE_AGAIN not in t.kinds:  # measured with the statistic of the exact scores
             return dict(known.errors).get(codec, ERROR[codec]) * known.factor

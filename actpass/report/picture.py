@@ -96,14 +96,18 @@ def draw_pareto(path: Path, step: Tradeoff) -> None:
     by_error.set_ylabel("MB saved for backward")
     figure.suptitle("What other budgets would give (predicted)", y=0.98)
     _legend(figure, by_error, None)
-    _text(figure, ["Time: matmuls and attention that run again, and", "what is read and written to encode and decode."])
+    words = ["Time: matmuls and attention that run again, and", "what is read and written to encode and decode."]
+    if step.early_bytes:
+        words += [f"Of actpass's bytes {step.early_bytes / _MB:.1f} MB are gradients", "that are formed early with the loss."]
+    _text(figure, words, 0.58)
     _save(figure, path)
     _write_numbers(path, ("curve", "budget", "saved_bytes", "error", "extra_time"), _rows(step))
 
 
 def _points(axes: Any, points: Sequence[Point], of: Any, style: str, color: str, label: str, markersize: int = 5) -> None:
     along = [of(p) for p in points]
-    axes.plot(along, _mb(p.saved_bytes for p in points), style, color=color, label=label, markersize=markersize, linewidth=1.4)
+    how = {"color": color, "label": label, "markersize": markersize, "linewidth": 1.4, "clip_on": False, "zorder": 3}
+    axes.plot(along, _mb(p.saved_bytes for p in points), style, **how)
 
 
 def _error_percent(p: Point) -> float:
@@ -143,9 +147,9 @@ def _legend(figure: Any, axes: Any, title: str | None) -> None:
     figure.legend(handles, labels, title=title, frameon=False, fontsize=9, **where)
 
 
-def _text(figure: Any, lines: Sequence[str]) -> None:
-    """Beside the legend."""
-    figure.text(0.42, 0.175, "\n".join(lines), fontsize=8, family="monospace", va="top", linespacing=1.5)
+def _text(figure: Any, lines: Sequence[str], left: float = 0.42) -> None:
+    """Beside the legend, from ``left`` on."""
+    figure.text(left, 0.175, "\n".join(lines), fontsize=8, family="monospace", va="top", linespacing=1.5)
 
 
 def _save(figure: Any, path: Path) -> None:
