@@ -110,7 +110,7 @@ class _Words:
         outputs = pytree.tree_leaves(out.args[0])[: self.joint.num_fwd_outputs]
         roots = dict.fromkeys(storage_root(o) for o in outputs if isinstance(o, fx.Node))
         made = [n for n in roots if n.op == "call_function"]
-        return [Held(f"{self.kind_of(n)}, returned", _module(n), tensor_bytes(n)) for n in made]
+        return [Held(f"returned {self.kind_of(n)}", _module(n), tensor_bytes(n)) for n in made]
 
     def root_of(self, name: str) -> str | None:
         """What allocated the memory of the forward's node ``name``, if it has one."""
@@ -132,10 +132,10 @@ class _Words:
         code = self._decoded(node)
         if code is not None:
             _, tensor = self.codes[code]
-            return Held(f"{self.kind_of(tensor)}, decoded", _module(tensor), nbytes)
+            return Held(f"decoded {self.kind_of(tensor)}", _module(tensor), nbytes)
         if node in self.of_tangents:
             return Held("gradient in", _module(node), nbytes)
-        return Held(f"{self.kind_of(node)}, rebuilt", _module(node), nbytes)
+        return Held(f"rebuilt {self.kind_of(node)}", _module(node), nbytes)
 
     def _decoded(self, node: fx.Node) -> str | None:
         """The codes that ``node`` was decoded from by a function of their own."""
