@@ -24,9 +24,11 @@ from actpass.errors import (
     BudgetError,
     OptionError,
     PictureError,
+    PlanError,
     ReportError,
     StateError,
 )
+from actpass.modelplan import ModelPlan
 from actpass.plan.calibration import Calibration
 from actpass.report import Report
 
@@ -38,8 +40,10 @@ __all__ = [
     "Audit",
     "BudgetError",
     "Calibration",
+    "ModelPlan",
     "OptionError",
     "PictureError",
+    "PlanError",
     "Report",
     "ReportError",
     "StateError",

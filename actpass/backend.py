@@ -80,9 +80,11 @@ def actcomp(
     - ``overrides``: ``{"lm_head": "keep", "layers.*.mlp": {"method": "srht", "rank": 64}}``, by module path: of the weight for
       projections, of the module that made a tensor or the weight whose gradient reads it for low-bit forms.
     - ``profitable_only``: True (default) leaves a tensor exact where projecting it costs FLOPs and frees no bytes.
+    - ``plan``: an `actpass.ModelPlan` or the path of its file, to be followed in place of all that decides; see
+      `actpass.follow`.
     - ``mode``, ``inductor``: a torch.compile mode, and a dict of Inductor's own options.
 
-    Raises `OptionError` / `BudgetError` (inside Dynamo's ``BackendCompilerFailed``) on bad options.
+    Raises `OptionError` / `BudgetError` / `PlanError` (inside Dynamo's ``BackendCompilerFailed``) on bad options.
     """
     config = parse(options, mode)
     if not torch_is_tested():
@@ -103,6 +105,8 @@ def compile_region(
     """Compile one training graph and register its region. compiler_options: for `compile_fx`, e.g. ``inner_compile``."""
     plain = GraphInputs.of(gm, example_inputs)
     code, shapes = current_code(), repr([tuple(e.shape) for e in example_inputs if isinstance(e, torch.Tensor)])
+    if config.plan is not None:
+        shapes += config.plan.hash  # what a search gave the same code is not this plan's
     peak = peak_budget(config, example_inputs)
     if peak is not None and (is_part_of_a_step(gm) or peak.resident.elsewhere):
         peak = replace(peak, part=True, capacity=steps.capacity_of(code, shapes, peak.nbytes))
@@ -184,13 +188,14 @@ class Partitioner(CustomPartitionerFn):
 
 
 _LEAST_SHARED_BYTES = 2**16
-"""Under a budget, loops that share fewer bytes than this are not fused. Inductor's 10 let a rope's 32 frequencies fuse loops
+"""Under a budget or a plan, loops that share fewer bytes than this are not fused. Inductor's 10 let a rope's 32 frequencies fuse loops
 of two layers; where both are run again, that keeps a layer's tensors alive through the next one's backward (0.06 of
 llama-mini's peak) to save a read of 128 bytes."""
 
 
 def _inductor_options(config: Config) -> dict[str, Any]:
-    budget = {"score_fusion_memory_threshold": _LEAST_SHARED_BYTES} if config.memory_budget not in (None, 1.0) else {}
+    careful = config.plan is not None or config.memory_budget not in (None, 1.0)
+    budget = {"score_fusion_memory_threshold": _LEAST_SHARED_BYTES} if careful else {}
     return {**budget, **(list_mode_options(config.mode) if config.mode else {}), **dict(config.inductor)}
 
 

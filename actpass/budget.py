@@ -131,7 +131,7 @@ class Region:
 
     def candidates(self, cut: Cut) -> list[Candidate]:
         """What a projection could do to the weight gradients, where ``cut`` says what is stored."""
-        return find_candidates(self.joint, self.finding, cut, self.config)
+        return find_candidates(self.joint, self.finding, cut, lambda c: self.config.treatment_of_any(c.parameters))
 
     def storages(self, joint: Joint, choice: Choice) -> tuple[Storage, ...]:
         """In which form everything that crosses is stored."""

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from torch import fx
 
-from actpass.config import Config
 from actpass.graph import Contraction, Finding, Joint, classify_uses
 from actpass.graph.joint import storage_root, value
 from actpass.partition import Cut
 from actpass.plan import Candidate
 
 
-def find_candidates(joint: Joint, finding: Finding, exact: Cut, config: Config) -> list[Candidate]:
+def find_candidates(
+    joint: Joint, finding: Finding, exact: Cut, treatment_of: Callable[[Contraction], Hashable]
+) -> list[Candidate]:
     """Group the contractions by the tensor they read, the side they read it from, and the treatment they get. exact: the cut
     that says what is stored, with every contraction as it is."""
     nodes = {n.name: n for n in joint.gm.graph.nodes}
     groups: dict[Any, list[Contraction]] = {}
     for c in finding.contractions:
-        groups.setdefault((c.x, c.left, c.width, config.treatment_of(c.parameters)[0]), []).append(c)
+        groups.setdefault((c.x, c.left, c.width, treatment_of(c)), []).append(c)
     names = [c.node for c in finding.contractions]
     return [_candidate(nodes[members[0].x], members, exact, names) for members in groups.values()]
 

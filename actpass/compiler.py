@@ -4,7 +4,7 @@ This is the only file that knows all rooms::
 
     chunk     logits and loss -> pieces of rows               chunking
     read      joint graph -> contractions, cuts               graph/, partition
-    budget    where to cut, what to store how -> Choice       budget, plan/
+    budget    where to cut, what to store how -> Choice       budget, plan/ (or follow, where a plan is given)
     choose    contractions, tensors that cross -> Plan        plan/
     rewrite   Plan -> joint graph                             rewrite
     cut       upstream min-cut                                partition
@@ -22,16 +22,16 @@ from typing import Any
 
 from torch import fx
 
-from actpass import verify
+from actpass import follow, verify
 from actpass._torch import fx_graph_cse
 from actpass.budget import Choice, PeakBudget, Region, choose_cut
 from actpass.candidates import find_candidates
 from actpass.chunking import chunk
 from actpass.config import Config
-from actpass.errors import ActpassError, ActpassWarning, GraphUnsupported
-from actpass.graph import GraphInputs, Joint, find_contractions
+from actpass.errors import ActpassError, ActpassWarning, GraphUnsupported, PlanError
+from actpass.graph import GraphInputs, Joint, find_contractions, fingerprint, plain_inputs
 from actpass.graph.copying import copy_module
-from actpass.graph.joint import storage_root
+from actpass.graph.joint import module_path, storage_root
 from actpass.partition import Cut, Cuts, Setting, cut
 from actpass.plan import Plan, Storage, choose
 from actpass.report.record import Record, describe, describe_fallback
@@ -70,17 +70,21 @@ def compile_joint(
     peak: PeakBudget | None = None,
 ) -> Compiled:
     """Partition ``gm`` as ``config`` asks. A graph that can't be read falls back to the stock cut, with a warning and the
-    reason in the record; a mistake in the options raises. peak: the budget, if it is one of peak bytes."""
+    reason in the record; a mistake in the options raises, and so does a given plan that can't be followed. peak: the budget,
+    if it is one of peak bytes."""
     joint = _prepare(gm, inputs, partition_kwargs)
+    given = follow.find(config.plan, joint) if config.plan is not None else None
     default = cut(joint, joint_inputs, partition_kwargs, Setting(rebuild=False))
     try:
-        return _compile(joint, joint_inputs, config, partition_kwargs, default, peak)
+        return _compile(joint, joint_inputs, config, partition_kwargs, default, peak, given)
     except ActpassError as error:
         if not isinstance(error, GraphUnsupported):
             raise
-        reason = f"{error}"
+        cause, reason = error, f"{error}"
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
+        cause, reason = error, f"{type(error).__name__}: {error}"
+    if given is not None and not given.is_default:
+        raise follow.refusal(reason) from cause
     warnings.warn(f"actpass left a region to Inductor alone, because {reason}", ActpassWarning, stacklevel=2)
     record = describe_fallback(joint, default, config, reason)
     return Compiled(default.forward, default.backward, record, default, {"joint": joint.gm})
@@ -103,23 +107,32 @@ def _compile(
     kwargs: Mapping[str, Any],
     default: Cut,
     peak: PeakBudget | None,
+    given: Plan | None,
 ) -> Compiled:
     whole, chunked, why_whole = joint, None, None
-    if config.chunk_loss and config.memory_budget != 1.0:
+    if given.chunked if given is not None else config.chunk_loss and config.memory_budget != 1.0:
         try:
             chunked = chunk(joint, default.saved_bytes)
         except GraphUnsupported as error:
             why_whole = str(error)
+    if given is not None and given.chunked and chunked is None:
+        raise PlanError(f"the plan forms the loss in pieces, which is not possible: {why_whole or 'no logits weigh'}.")
     joint = chunked.joint if chunked is not None else whole
     region = Region(joint, joint_inputs, kwargs, config, find_contractions(joint), default, chunked is not None)
-    choice = choose_cut(region, lambda choice: _finish(region, choice).swapped, peak)
-    done = _finish(region, choice)
+    if given is not None:
+        choice = follow.choose(region, given)
+        done = _finish(region, choice, given)
+        choice = follow.check_budget(region, choice, done.swapped, done.plan.storages, peak)
+    else:
+        choice = choose_cut(region, lambda choice: _finish(region, choice).swapped, peak)
+        done = _finish(region, choice)
     if done.off is not None:
         warnings.warn(f"actpass: {done.off}", ActpassWarning, stacklevel=2)
     cuts = Cuts(default, choice.cut, done.final, done.swapped)
-    record = describe(whole, joint, region.finding, done.plan, cuts, done.rewritten, config, chunked, why_whole)
-    if choice.note is not None:
-        record = replace(record, notes=(*record.notes, choice.note))
+    plan = replace(done.plan, graph=fingerprint(whole), inputs=plain_inputs(whole))
+    record = describe(whole, joint, region.finding, plan, cuts, done.rewritten, config, chunked, why_whole)
+    notes = (*done.notes, *([choice.note] if choice.note is not None else []))
+    record = replace(record, notes=(*record.notes, *notes))
     if peak is not None:
         resident = replace(record.totals, resident_bytes=peak.resident.total)
         record = replace(record, totals=resident, levels=choice.levels)
@@ -133,7 +146,7 @@ def _compile(
 @dataclass(frozen=True)
 class _Finished:
     """plan: what was chosen. joint, rewritten, final: after the contractions were rewritten. swapped: with what crosses in its
-    stored form. off: what could not be done, and why."""
+    stored form. off: what could not be done, and why. notes: what the user should know of it."""
 
     plan: Plan
     joint: Joint
@@ -141,27 +154,55 @@ class _Finished:
     final: Cut
     swapped: Cut
     off: str | None
+    notes: tuple[str, ...] = ()
 
 
-def _finish(region: Region, choice: Choice) -> _Finished:
-    """Carry out what was chosen, the projections first."""
+def _finish(region: Region, choice: Choice, given: Plan | None = None) -> _Finished:
+    """Carry out what was chosen, the projections first. given: the plan, if it was not searched for."""
     joint, finding, config = region.joint, region.finding, region.config
-    candidates = find_candidates(joint, finding, choice.cut, config)
-    plan = choose(candidates, config.treatment_of_any, profitable_only=config.profitable_only, ranks=choice.ranks)
-    changed, done, final, off = joint, Rewritten(), choice.cut, None
+    if given is not None:
+        candidates = find_candidates(joint, finding, choice.cut, follow.grouping(given))
+        plan = Plan(follow.decide(region, given, candidates))
+    else:
+        candidates = region.candidates(choice.cut)
+        plan = choose(candidates, config.treatment_of_any, profitable_only=config.profitable_only, ranks=choice.ranks)
+    changed, done, final, off, notes = joint, Rewritten(), choice.cut, None, ()
     if plan.projections:
         try:
             changed, done, final = _project(region, choice, plan)
         except GraphUnsupported as error:
+            if given is not None:
+                raise
             off, plan = f"the projections of this region are off: {error}", Plan()
-    storages = region.storages(changed, replace(choice, cut=final))
+    if given is not None:
+        storages, notes = follow.forms(region, given, changed, final, plan.decisions)
+    else:
+        storages = region.storages(changed, replace(choice, cut=final))
     try:
         swapped = _swap(changed, final, storages)
     except GraphUnsupported as error:
+        if given is not None:
+            raise
         off = f"{off + '; ' if off else ''}the low-bit forms of this region are off: {error}"
         storages, swapped = (), final
-    again = tuple(sorted(choice.setting.again))
-    return _Finished(replace(plan, storages=storages, again=again), changed, done, final, swapped, off)
+    return _Finished(_whole(plan, storages, region, choice.setting), changed, done, final, swapped, off, notes)
+
+
+def _whole(plan: Plan, storages: tuple[Storage, ...], region: Region, setting: Setting) -> Plan:
+    """The decisions of ``plan`` with all else that was chosen."""
+    again, keep = tuple(sorted(setting.again)), tuple(sorted(setting.keep))
+    nodes = {n.name: n for n in region.joint.gm.graph.nodes}
+    modules = tuple((name, module_path(nodes[name])) for name in sorted({*again, *keep}))
+    return replace(
+        plan,
+        storages=storages,
+        again=again,
+        keep=keep,
+        modules=modules,
+        rebuild=setting.rebuild,
+        chunked=region.chunked,
+        seeded=region.joint.seed is not None,
+    )
 
 
 def _project(region: Region, choice: Choice, plan: Plan) -> tuple[Joint, Rewritten, Cut]:

@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 
 from actpass.codecs import PROJECTIONS, QUANTIZERS
-from actpass.errors import BudgetError, OptionError
+from actpass.errors import BudgetError, OptionError, PlanError
+from actpass.modelplan import ModelPlan
 from actpass.plan.calibration import Calibration
 
 BUDGET = "budget"
@@ -101,7 +102,8 @@ class Config:
     """Everything the user can set, checked. Picklable and comparable: it is part of the compile cache's key.
 
     memory_budget: a fraction of saved bytes (float), bytes of peak (int), or None. follows_global_budget: whether the options
-    named none, so that it is the global one's. calibration: what a budget weighs errors by.
+    named none, so that it is the global one's. calibration: what a budget weighs errors by. plan: what to follow in place of
+    a policy.
     """
 
     treatment: Treatment = Treatment()
@@ -116,10 +118,13 @@ class Config:
     calibration: Calibration | None = None
     mode: str | None = None
     inductor: tuple[tuple[str, Any], ...] = ()
+    plan: ModelPlan | None = None
 
     @property
     def needs_seed(self) -> bool:
         """Whether any tensor may need random numbers, and so whether the region takes the step's seed as an input."""
+        if self.plan is not None:
+            return self.plan.seeded
         return any(t.draws for t in (self.treatment, *(t for _, t in self.overrides)))
 
     @property
@@ -146,7 +151,7 @@ class Config:
 
 def exactly(config: Config) -> Config:
     """``config`` with everything stored as it is, and no budget."""
-    return replace(config, treatment=Treatment("exact"), overrides=(), memory_budget=None)
+    return replace(config, treatment=Treatment("exact"), overrides=(), memory_budget=None, plan=None)
 
 
 def matches(pattern: str, path: str) -> bool:
@@ -170,8 +175,30 @@ def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> Config:
             config = replace(config, overrides=_overrides(value, treatment))
         else:
             config = replace(config, **{name: _PARSERS[name](name, value)})
-    _check_ranks_from_budget(config)
-    return config
+    if config.plan is None:
+        _check_ranks_from_budget(config)
+        return config
+    _nothing_to_decide(options or {})
+    return replace(config, smallest=0, treatment=Treatment("exact"))
+
+
+def _nothing_to_decide(given: Mapping[str, Any]) -> None:
+    """Raise for options that decide what a plan has decided."""
+    asked = [name for name in given if name in (*_TREATMENT, *_DECIDED)]
+    if asked:
+        allowed = ", ".join(name for name in _PARSERS if name not in (*_DECIDED, "plan"))
+        raise OptionError(
+            f"{asked[0]}={given[asked[0]]!r} can't be given beside a plan, which has decided it. Allowed beside one: "
+            f"{allowed}. Edit the plan, or leave it out."
+        )
+
+
+def _plan(name: str, value: Any) -> ModelPlan | None:
+    if value is None or isinstance(value, ModelPlan):
+        return value
+    if isinstance(value, str | os.PathLike):
+        return ModelPlan.load(value)
+    raise PlanError(f"{name}={value!r} is no plan. Allowed: actpass.report(model).plan, or the path of a file that it saved.")
 
 
 def _check_ranks_from_budget(config: Config) -> None:
@@ -399,4 +426,7 @@ _PARSERS = {
     "calibration": _calibration,
     "mode": _mode,
     "inductor": _inductor,
+    "plan": _plan,
 }
+_DECIDED = ("overrides", "profitable_only", "smallest", "chunk_loss", "calibration")
+"""What a plan decides, beside treatments."""

@@ -20,6 +20,10 @@ class BudgetError(ActpassError, ValueError):
         self.least = least
 
 
+class PlanError(ActpassError, ValueError):
+    """A plan is malformed, the graph does not allow it, or ranks have different ones."""
+
+
 class StateError(ActpassError, ValueError):
     """A state dict does not fit."""
 

@@ -155,6 +155,8 @@ class _Reading:
             attention=attention,
             role=role,
             elements=size_hint(value(node).numel()),
+            shape=tuple(size_hint(s) for s in value(node).shape),
+            dtype=str(value(node).dtype).removeprefix("torch."),
         )
 
     def _again(self, root: fx.Node, members: list[Saved]) -> tuple[fx.Node, ...]:

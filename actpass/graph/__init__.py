@@ -5,6 +5,7 @@ Knows no policy and no method.
 
 from actpass.graph.contractions import Contraction, Finding, find_contractions
 from actpass.graph.cost import count_matmuls
+from actpass.graph.identity import fingerprint, plain_inputs
 from actpass.graph.inputs import GraphInputs
 from actpass.graph.joint import Joint
 from actpass.graph.uses import Use, UseKind, classify_uses
@@ -19,4 +20,6 @@ __all__ = [
     "classify_uses",
     "count_matmuls",
     "find_contractions",
+    "fingerprint",
+    "plain_inputs",
 ]

@@ -1,7 +1,19 @@
 """Sites + options -> Plan. Plain data: no FX, and no torch at run time."""
 
 from actpass.plan.policy import KEPT, choose, choose_storage, noise, rank_sites
-from actpass.plan.types import EXPONENTIAL, KEEP, SCORE, SCORE_AGAIN, Candidate, Decision, Plan, Role, SavedTensor, Storage
+from actpass.plan.types import (
+    EXPONENTIAL,
+    KEEP,
+    SCORE,
+    SCORE_AGAIN,
+    Candidate,
+    Decision,
+    Plan,
+    Predicted,
+    Role,
+    SavedTensor,
+    Storage,
+)
 
 __all__ = [
     "EXPONENTIAL",
@@ -12,6 +24,7 @@ __all__ = [
     "Candidate",
     "Decision",
     "Plan",
+    "Predicted",
     "Role",
     "SavedTensor",
     "Storage",

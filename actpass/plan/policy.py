@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from actpass.plan.ranks import RankSite
 from actpass.plan.types import EXPONENTIAL, KEEP, SCORE, SCORE_AGAIN, Candidate, Decision, Plan, SavedTensor, Storage
@@ -188,8 +188,10 @@ def choose_storage(
 def store(t: SavedTensor, wish: Wish, stored_bytes: StoredBytes, codec: str | None) -> Storage:
     """``t`` in ``codec`` (None: as it is), or what is possible and safe in its place."""
 
+    where: dict[str, Any] = {"module": t.paths[0] if t.paths else "", "shape": t.shape, "dtype": t.dtype}
+
     def keep(reason: str) -> Storage:
-        return Storage(t.node, t.crossing, t.root, KEEP, reason, t.nbytes, t.nbytes)
+        return Storage(t.node, t.crossing, t.root, KEEP, reason, t.nbytes, t.nbytes, **where)
 
     if t.obstacle is not None:
         return keep(t.obstacle)
@@ -217,6 +219,8 @@ def store(t: SavedTensor, wish: Wish, stored_bytes: StoredBytes, codec: str | No
         group=wish.group,
         rounding=rounding,
         rotate=wish.rotate,
+        named=wish.named,
+        **where,
     )
 
 

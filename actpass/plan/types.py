@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 KEEP = "keep"
 SCORE = "score"
 """The kind of a query or key: a fused attention's backward exponentiates their product, less a statistic of the exact one."""
@@ -106,7 +106,8 @@ class SavedTensor:
 
     again, again_flops: the matmuls and fused attentions that the backward would run again to rebuild it from all else that
     is stored, and what that costs; empty if it can't or must not be. attention, role: the fused attention that it belongs
-    to, as its ``q`` or ``k`` (``score``), its ``v`` (``value``) or its ``output``. elements: how many it has.
+    to, as its ``q`` or ``k`` (``score``), its ``v`` (``value``) or its ``output``. elements: how many it has. shape, dtype: of
+    the node at the traced size.
     """
 
     node: str
@@ -122,6 +123,8 @@ class SavedTensor:
     attention: str | None = None
     role: Role | None = None
     elements: int = 0
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +135,8 @@ class Storage:
     memory. codec: ``keep`` or a low-bit form. group: elements that share a scale (None: the form's own choice). rounding:
     ``stochastic`` or ``nearest``. rotate: Hadamard rotation inside the group.
     nbytes, stored_bytes: of the memory as it is, and as it is stored. unbiased: whether the gradient's expectation is exact.
+    named: whether somebody asked for this form of this very tensor, which allows what is refused otherwise (fewer than 16 bits
+    for a query). module, shape, dtype: of the node, for the reader of a plan.
     """
 
     node: str
@@ -145,6 +150,10 @@ class Storage:
     group: int | None = None
     rounding: str = "stochastic"
     rotate: bool = False
+    named: bool = False
+    module: str = ""
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
 
     @property
     def coded(self) -> bool:
@@ -152,29 +161,70 @@ class Storage:
 
 
 @dataclass(frozen=True, slots=True)
+class Predicted:
+    """What a region takes under its plan. saved_bytes: from forward to backward. peak_bytes: see `Totals`. extra_matmuls,
+    extra_attention: that the backward runs again. backward_matmul_flops: of all matmuls of the backward."""
+
+    saved_bytes: int
+    peak_bytes: int | None
+    extra_matmuls: int
+    extra_attention: int
+    backward_matmul_flops: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """One decision for every candidate of a region and one storage for everything that crosses, in graph order. again: the
-    matmuls and fused attentions of the forward that the backward may run again."""
+    """All that was decided for one region, and what it takes to decide the same again.
+
+    decisions, storages: one for every candidate and one for everything that crosses, in graph order. again: the matmuls and
+    fused attentions of the forward that the backward may run again. rebuild, keep: see `actpass.partition.Setting`. chunked:
+    whether the loss is formed in pieces. seeded: whether the region takes the step's seed as an input, drawn from or not:
+    upstream's min-cut breaks ties otherwise with one input more. graph: fingerprint of the joint graph that the plan is for
+    (`actpass.graph.identity`); no node's name means anything in another. inputs: (name, dtype and shape) of the region's
+    inputs but parameters. modules: (node, module) for the nodes of ``again`` and ``keep``. predicted: what it takes.
+    """
 
     decisions: tuple[Decision, ...] = ()
     storages: tuple[Storage, ...] = ()
     again: tuple[str, ...] = ()
+    rebuild: bool = False
+    keep: tuple[str, ...] = ()
+    chunked: bool = False
+    seeded: bool = False
+    graph: str = ""
+    inputs: tuple[tuple[str, str], ...] = ()
+    modules: tuple[tuple[str, str], ...] = ()
+    predicted: Predicted | None = None
 
     @property
     def projections(self) -> tuple[Decision, ...]:
         return tuple(d for d in self.decisions if d.projects)
-
-    def to_dict(self) -> dict[str, Any]:
-        decisions = [{**asdict(d), "parameters": list(d.parameters), "matmuls": list(d.matmuls)} for d in self.decisions]
-        storages = [{**asdict(s), "crossing": list(s.crossing)} for s in self.storages]
-        return {"schema_version": SCHEMA_VERSION, "decisions": decisions, "storages": storages, "again": list(self.again)}
 
     @property
     def coded(self) -> tuple[Storage, ...]:
         return tuple(s for s in self.storages if s.coded)
 
     @property
+    def draws(self) -> bool:
+        """Whether it takes random numbers."""
+        return bool(self.projections) or any(s.rounding == "stochastic" for s in self.coded)
+
+    @property
+    def is_default(self) -> bool:
+        """Whether it is Inductor's own cut, untouched."""
+        return not (self.rebuild or self.chunked or self.keep or self.again or self.coded or self.projections)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as JSON gives it back."""
+        data = {**asdict(self), "inputs": dict(self.inputs), "modules": dict(self.modules)}
+        return {"schema_version": SCHEMA_VERSION, **json.loads(json.dumps(data))}
+
+    @property
     def hash(self) -> str:
-        """The same in every process and on every rank for the same plan."""
-        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        """The same in every process and on every rank for the same plan: of what is done, not of what is said about it (bytes,
+        reasons), nor of what stays exact, nor of the graph it is done to."""
+        forms = [(s.node, s.codec, s.group, s.rounding, s.rotate) for s in self.coded]
+        projections = [(d.site, sorted(d.matmuls), d.method, d.rank, d.scale, d.project_in) for d in self.projections]
+        settings = [self.rebuild, self.chunked, self.seeded, sorted(self.keep), sorted(self.again)]
+        canonical = json.dumps([settings, sorted(forms, key=str), sorted(projections, key=str)], separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]

@@ -14,7 +14,7 @@ from actpass._torch import size_hint
 from actpass.chunking import Chunked
 from actpass.codecs import PROJECTIONS
 from actpass.config import Config, matches
-from actpass.graph import Finding, Joint, Use, classify_uses, count_matmuls
+from actpass.graph import Finding, Joint, Use, classify_uses, count_matmuls, fingerprint, plain_inputs
 from actpass.graph.cost import is_attention, is_matmul
 from actpass.graph.joint import module_path, source_line, storage_root
 from actpass.partition import Cut, Cuts, Saved
@@ -194,7 +194,7 @@ def describe(
     return Record(
         active=True,
         inactive_because=None,
-        method=config.treatment.method,
+        method=config.treatment.method if config.plan is None else "plan",
         sites=tuple(rows.values()),
         totals=_totals(cuts.default, cuts.swapped),
         plan=plan.to_dict(),
@@ -216,14 +216,15 @@ def describe_fallback(joint: Joint, default: Cut, config: Config, reason: str) -
         for root, nbytes in before.items()
         if root in nodes
     )
+    plan = Plan(seeded=joint.seed is not None, graph=fingerprint(joint), inputs=plain_inputs(joint))
     return Record(
         active=False,
         inactive_because=reason,
-        method=config.treatment.method,
+        method=config.treatment.method if config.plan is None else "plan",
         sites=tuple(rows),
         totals=_totals(default, default),
-        plan=Plan().to_dict(),
-        plan_hash=Plan().hash,
+        plan=plan.to_dict(),
+        plan_hash=plan.hash,
         notes=unpredicted,
         parameters=_parameters(joint),
         **footprints,

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from actpass.errors import ReportError
 from actpass.graph.joint import fold_indices
+from actpass.modelplan import ModelPlan
+from actpass.plan import Predicted
 from actpass.plan.footprint import Footprint, step_peak
 from actpass.plan.tradeoff import add_up
 from actpass.report.picture import check_path, draw_pareto, draw_peak
 from actpass.report.record import SCHEMA_VERSION, Record, SiteRow, Totals
+from actpass.text import megabytes as _mb
+from actpass.text import table
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,16 @@ class Report:
     def plan_hash(self) -> str:
         """Equal on all ranks that decided alike."""
         return "-".join(r.plan_hash for r in self.regions)
+
+    @property
+    def plan(self) -> ModelPlan:
+        """All that was decided, as a value to save, edit and compile with (``options={"plan": ...}``). Raises `ReportError` if
+        nothing was compiled."""
+        if not self.regions:
+            raise ReportError(f"there is no plan, because {self.why_empty}")
+        plan = ModelPlan.of(r.plan for r in self.regions)
+        regions = zip(plan.regions, self.regions, strict=True)
+        return ModelPlan(tuple(replace(p, predicted=_predicted(r)) for p, r in regions))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: ``schema_version``, ``active``, ``why``, ``totals``, ``regions`` (see `Record`)."""
@@ -120,6 +134,12 @@ class Report:
             f"active, method={self.regions[0].method}: {recomputed} saved tensors rebuilt instead, {coded} stored in few bits, "
             f"{projected} contracted through a projection{partly}"
         )
+
+
+def _predicted(region: Record) -> Predicted:
+    t = region.totals
+    peak = _peak([region.footprint])
+    return Predicted(t.saved_bytes, peak, t.extra_matmuls, t.extra_attention, t.backward_matmul_flops)
 
 
 def _peak(footprints: Sequence[Footprint | None]) -> int | None:
@@ -218,14 +238,3 @@ def _subtotals(sites: Iterable[SiteRow]) -> list[tuple[str, int, int]]:
         entry[0] += s.bytes_before
         entry[1] += s.bytes_after
     return [(kind, b, a) for kind, (b, a) in sorted(sums.items(), key=lambda item: -item[1][0])]
-
-
-def table(rows: list[tuple[str, ...]]) -> Iterator[str]:
-    """Columns padded to their widest cell."""
-    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        yield "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-
-
-def _mb(nbytes: int) -> str:
-    return f"{nbytes / 1e6:.2f} MB" if nbytes >= 100_000 else f"{nbytes / 1e3:.1f} kB" if nbytes >= 1_000 else f"{nbytes} B"

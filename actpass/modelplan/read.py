@@ -1,0 +1,230 @@
+"""JSON -> `Plan`, every field checked: what a user edited by hand arrives here.
+
+A checker is a function (where, value) -> value that raises `PlanError` with where it stands, what it is and what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from actpass.codecs import PROJECTIONS, QUANTIZERS
+from actpass.errors import PlanError
+from actpass.plan import KEEP, Decision, Plan, Predicted, Storage
+
+SCHEMA_VERSION = 1
+EXACT = "exact"
+_LARGEST = 2**62
+
+Check = Callable[[str, Any], Any]
+
+
+def parse(text: str, source: str) -> tuple[tuple[Plan, ...], str]:
+    """The regions of a plan file, and the hash that stands in it. source: where ``text`` is from, for errors."""
+    try:
+        data = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_without_duplicates)
+    except ValueError as error:
+        raise PlanError(
+            f"{source} is not a plan: not JSON, {error}. Save one with actpass.report(model).plan.save(path)."
+        ) from error
+    if not isinstance(data, dict) or "schema_version" not in data:
+        raise PlanError(
+            f"{source} is not a plan: it has no schema_version. Save one with actpass.report(model).plan.save(path)."
+        )
+    version = data.pop("schema_version")
+    if version != SCHEMA_VERSION or isinstance(version, bool):
+        raise PlanError(
+            f"{source}: schema_version is {version!r}. Allowed: {SCHEMA_VERSION}. Make the plan anew with this actpass."
+        )
+    try:
+        fields = _record(_FILE)("", data)
+    except PlanError as error:
+        raise PlanError(f"{source}: {error}") from None
+    return fields["regions"], fields["hash"]
+
+
+def region(where: str, value: Any) -> Plan:
+    """One region from plain data, `Plan.to_dict` without its version."""
+    return Plan(**_record(_REGION)(where, value))
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    twice = next((n for n in names if names.count(n) > 1), None) if len(set(names)) < len(names) else None
+    if twice is not None:
+        raise ValueError(f"the field {twice!r} stands twice in one object")
+    return dict(pairs)
+
+
+def _error(where: str, value: Any, allowed: str) -> PlanError:
+    shown = repr(value)
+    return PlanError(f"{where} is {shown if len(shown) < 80 else shown[:77] + '...'}. Allowed: {allowed}.")
+
+
+def _text(where: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise _error(where, value, "a string")
+    return value
+
+
+def _flag(where: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _error(where, value, "true or false")
+    return value
+
+
+def _integer(minimum: int = 0, maximum: int = _LARGEST) -> Check:
+    def check(where: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+            raise _error(where, value, f"an int in [{minimum}, {maximum}]")
+        return value
+
+    return check
+
+
+def _one_of(*allowed: str) -> Check:
+    def check(where: str, value: Any) -> str:
+        if value not in allowed:
+            near = difflib.get_close_matches(str(value), allowed, n=1)
+            raise _error(where, value, f"{', '.join(allowed)}{f' (did you mean {near[0]}?)' if near else ''}")
+        return value
+
+    return check
+
+
+def _optional(check: Check) -> Check:
+    return lambda where, value: None if value is None else check(where, value)
+
+
+def _tuple_of(check: Check) -> Check:
+    def check_all(where: str, value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, list):
+            raise _error(where, value, "a list")
+        return tuple(check(f"{where}[{i}]", item) for i, item in enumerate(value))
+
+    return check_all
+
+
+def _distinct(where: str, value: Any) -> tuple[str, ...]:
+    names = _tuple_of(_text)(where, value)
+    twice = next((n for i, n in enumerate(names) if n in names[:i]), None)
+    if twice is not None:
+        raise PlanError(f"{where} names {twice!r} twice. Allowed: every name once.")
+    return names
+
+
+def _pairs(where: str, value: Any) -> tuple[tuple[str, str], ...]:
+    if not isinstance(value, Mapping):
+        raise _error(where, value, "an object of strings")
+    return tuple((name, _text(f"{where}.{name}", text)) for name, text in value.items())
+
+
+def _record(fields: Mapping[str, Check]) -> Callable[[str, Any], dict[str, Any]]:
+    """An object that has these fields and no others."""
+
+    def check(where: str, value: Any) -> dict[str, Any]:
+        what, prefix = where or "the plan", f"{where}." if where else ""
+        if not isinstance(value, Mapping):
+            raise _error(what, value, "an object")
+        missing, unknown = [f for f in fields if f not in value], [f for f in value if f not in fields]
+        if missing:
+            raise PlanError(f"{what} lacks the field {missing[0]!r}. It must have: {', '.join(fields)}.")
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], fields, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise PlanError(f"{what} has an unknown field {unknown[0]!r}.{hint} Allowed: {', '.join(fields)}.")
+        return {name: check_field(f"{prefix}{name}", value[name]) for name, check_field in fields.items()}
+
+    return check
+
+
+_DECISION: dict[str, Check] = {
+    "site": _text,
+    "matmuls": _distinct,
+    "parameters": _tuple_of(_text),
+    "method": _one_of(EXACT, *PROJECTIONS),
+    "reason": _text,
+    "width": _integer(),
+    "rank": _optional(_integer(1)),
+    "scale": _one_of("unbiased", "none"),
+    "project_in": _optional(_one_of("forward", "backward")),
+    "extra_flops": _integer(-_LARGEST),
+}
+_STORAGE: dict[str, Check] = {
+    "node": _text,
+    "crossing": _tuple_of(_text),
+    "root": _text,
+    "codec": _one_of(KEEP, *QUANTIZERS),
+    "reason": _text,
+    "nbytes": _integer(),
+    "stored_bytes": _integer(),
+    "unbiased": _flag,
+    "group": _optional(_integer(8, 4096)),
+    "rounding": _one_of("stochastic", "nearest"),
+    "rotate": _flag,
+    "named": _flag,
+    "module": _text,
+    "shape": _tuple_of(_integer()),
+    "dtype": _text,
+}
+_PREDICTED: dict[str, Check] = {
+    "saved_bytes": _integer(),
+    "peak_bytes": _optional(_integer()),
+    "extra_matmuls": _integer(),
+    "extra_attention": _integer(),
+    "backward_matmul_flops": _integer(),
+}
+
+
+def _decision(where: str, value: Any) -> Decision:
+    decision = Decision(**_record(_DECISION)(where, value))
+    if (decision.method == EXACT) != (decision.rank is None) or (decision.rank is None) != (decision.project_in is None):
+        shown = {"method": decision.method, "rank": decision.rank, "project_in": decision.project_in}
+        raise _error(where, shown, "exact with rank and project_in null, or a projection with both")
+    return decision
+
+
+def _storage(where: str, value: Any) -> Storage:
+    return Storage(**_record(_STORAGE)(where, value))
+
+
+def _predicted(where: str, value: Any) -> Predicted:
+    return Predicted(**_record(_PREDICTED)(where, value))
+
+
+def _unique(what: str, check: Check, name: Callable[[Any], tuple[str, ...]]) -> Check:
+    """A list in which no two entries are about the same."""
+
+    def check_all(where: str, value: Any) -> tuple[Any, ...]:
+        seen: dict[str, int] = {}
+        found = _tuple_of(check)(where, value)
+        for i, item in enumerate(found):
+            for n in name(item):
+                if n in seen:
+                    raise PlanError(f"{where}[{i}] is about the {what} {n!r}, as {where}[{seen[n]}] is. Allowed: one entry.")
+                seen[n] = i
+        return found
+
+    return check_all
+
+
+_REGION: dict[str, Check] = {
+    "graph": _text,
+    "inputs": _pairs,
+    "rebuild": _flag,
+    "chunked": _flag,
+    "seeded": _flag,
+    "keep": _distinct,
+    "again": _distinct,
+    "storages": _unique("tensor", _storage, lambda s: (s.node,)),
+    "decisions": _unique("matmul", _decision, lambda d: d.matmuls),
+    "modules": _pairs,
+    "predicted": _optional(_predicted),
+}
+_FILE: dict[str, Check] = {"hash": _text, "regions": _tuple_of(region)}
