@@ -39,6 +39,14 @@ from torch._inductor.utils import run_and_get_code  # tests read the generated c
 from torch._ops import HigherOrderOperator, OpOverload  # an operator's namespace tells torch's own from a user's
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+try:  # ranks compare plans through the process group's store (2.11 to 2.13); a torch without distributed has none
+    from torch.distributed.distributed_c10d import _get_default_store as get_default_store
+except ImportError:
+
+    def get_default_store() -> Any:
+        raise RuntimeError("this torch was built without torch.distributed: there is no process group")
+
+
 try:
     from torch._inductor.custom_graph_pass import CustomKnapsackSolver  # pyright: ignore[reportAssignmentType]
 except ImportError:
@@ -64,6 +72,7 @@ __all__ = [
     "functorch_config",
     "fx_graph_cse",
     "get_default_op_list",
+    "get_default_store",
     "inductor_cache_dir",
     "inductor_config",
     "invoke_subgraph",

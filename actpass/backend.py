@@ -37,7 +37,7 @@ from actpass.eager import with_eager_curve
 from actpass.errors import ActpassWarning
 from actpass.graph import GraphInputs
 from actpass.graph.copying import copy_module
-from actpass.runtime import clock, records, regions, steps
+from actpass.runtime import clock, ranks, records, regions, steps
 from actpass.runtime.resident import resident
 
 _current: ContextVar[list[Compiled]] = ContextVar("actpass_current_compile")
@@ -84,7 +84,8 @@ def actcomp(
       `actpass.follow`.
     - ``mode``, ``inductor``: a torch.compile mode, and a dict of Inductor's own options.
 
-    Raises `OptionError` / `BudgetError` / `PlanError` (inside Dynamo's ``BackendCompilerFailed``) on bad options.
+    Raises `OptionError` / `BudgetError` / `PlanError` (inside Dynamo's ``BackendCompilerFailed``) on bad options, and where
+    ranks that compile the same region have decided differently.
     """
     config = parse(options, mode)
     if not torch_is_tested():
@@ -120,6 +121,7 @@ def compile_region(
         records.store(key, nonce, record)
     if record is None:  # no backward: nothing to save, nothing to report, no seed to draw
         return _with_unused_seed(fn, device) if config.needs_seed else fn
+    ranks.check(record)
     positions = tuple(i for i, path in enumerate(plain.paths) if path is not None)
     region = regions.Region(record, config, positions, current_frame(), code=code, shapes=shapes, peak=peak)
     regions.register(region)
@@ -188,8 +190,8 @@ class Partitioner(CustomPartitionerFn):
 
 
 _LEAST_SHARED_BYTES = 2**16
-"""Under a budget or a plan, loops that share fewer bytes than this are not fused. Inductor's 10 let a rope's 32 frequencies fuse loops
-of two layers; where both are run again, that keeps a layer's tensors alive through the next one's backward (0.06 of
+"""Under a budget or a plan, loops that share fewer bytes than this are not fused. Inductor's 10 let a rope's 32 frequencies
+fuse loops of two layers; where both are run again, that keeps a layer's tensors alive through the next one's backward (0.06 of
 llama-mini's peak) to save a read of 128 bytes."""
 
 

@@ -403,15 +403,28 @@ _LEFT_FREE = 0.05
 """Of a device's memory, with ``auto``: for the allocator's own gaps and for libraries."""
 
 
+_GRID = 32
+"""Of a device's memory, with ``auto``: what is free is rounded down to a multiple of this part of it."""
+
+
 def _free_memory(name: str) -> int:
-    """What this process may use of the current CUDA device: what it has allocated and what is free, less a margin."""
+    """What this process may use of the current CUDA device: what it has allocated and what is free, less a margin, rounded
+    down so that a few megabytes more or less give the same plan: on all ranks, and in the next process, which then finds the
+    compiled graphs.
+
+    Ranks do not agree on one number. The smallest would take a collective, which hangs where ranks compile different regions,
+    and the first rank's does not fit a smaller card. Where equal cards fall on two sides of a step of the grid, or cards
+    differ, plans may differ; `actpass.runtime.ranks` says so, and a number of bytes is the cure.
+    """
     if not torch.cuda.is_available():
         raise BudgetError(
             f"{name}='auto' takes what the CUDA device has free, and there is none. Give the bytes: {name}='20GiB', say."
         )
     free, total = torch.cuda.mem_get_info()
     unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return int(free + unused + torch.cuda.memory_allocated() - _LEFT_FREE * total)
+    usable = int(free + unused + torch.cuda.memory_allocated() - _LEFT_FREE * total)
+    step = total // _GRID
+    return usable // step * step
 
 
 _TREATMENT = ("method", "rank", "scale", "quantize", "group", "rounding", "rotate")

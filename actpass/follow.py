@@ -175,7 +175,7 @@ def _check_decision(c: Candidate, d: Decision) -> None:
 def _decision(c: Candidate, d: Decision | None, siblings: list[Decision | None], candidates: Sequence[Candidate]) -> Decision:
     """siblings: what is asked for all that read the storage that ``c`` reads."""
     if d is None or d.rank is None:
-        return Decision(c.name, c.matmuls, c.parameters, "exact", "exact, as the plan says", width=c.width)
+        return Decision(c.name, c.matmuls, c.parameters, "exact", "exact, as the plan says")
     in_forward = d.project_in == "forward"
     members = [m for m in candidates if m.root == c.root]
     leaves = all(m.frees for m in members) and all(s is not None and s.project_in == "forward" for s in siblings)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +21,7 @@ from torch import nn
 import actpass
 from actpass.config import parse
 from actpass.modelplan import ModelPlan
+from actpass.runtime import regions
 
 from . import models
 from .helpers import assert_equal, eager_actcomp, step
@@ -335,3 +339,99 @@ def test_a_plan_is_a_value_of_the_configuration(auto: ModelPlan):
 def test_there_is_no_plan_before_anything_was_compiled():
     with pytest.raises(actpass.ReportError, match="there is no plan, because no training step"):
         _ = actpass.report(nn.Linear(2, 2)).plan
+
+
+class Broken(nn.Module):
+    """Two regions: a graph break between the layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = models.Block(), Tower()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.one(x)
+        torch._dynamo.graph_break()
+        return self.two(x)
+
+
+def broken() -> models.Made:
+    torch.manual_seed(0)
+    return Broken(), {"x": torch.randn(2, 16, 32)}
+
+
+def trained(**options: Any) -> actpass.Report:
+    """The report after two steps of a model in two regions."""
+    torch.compiler.reset()
+    regions.clear()
+    model, inputs = broken()
+    compiled = torch.compile(model, backend=eager_actcomp(options))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        try:
+            compiled(**inputs).backward()
+        except Exception as error:
+            raise getattr(error, "inner_exception", error) from None
+        optimizer.step()
+        optimizer.zero_grad()
+    return actpass.report(model)
+
+
+def test_a_plan_of_two_regions_finds_each_and_a_peak_budget_holds_them_together():
+    plan = trained(**SMALL).plan
+    assert len(plan.regions) == 2
+    assert len({r.graph for r in plan.regions}) == 2
+    assert trained(plan=ModelPlan(plan.regions[::-1])).plan_hash == plan.hash
+    assert trained(plan=plan, memory_budget="1GiB").plan_hash == plan.hash
+    budget, errors = 1000, []
+    for _ in range(3):  # what the first region needs alone, then the second, then both
+        with pytest.raises(actpass.BudgetError) as raised:
+            trained(plan=plan, memory_budget=budget)
+        errors.append(str(raised.value))
+        assert raised.value.least is not None
+        budget = int(raised.value.least)
+        if "can't be met by the 2 regions of this step together" in errors[-1]:
+            break
+    assert "does not hold the plan that is given" in errors[0]
+    assert "can't be met by the 2 regions of this step together" in errors[-1]
+    assert trained(plan=plan, memory_budget=budget).plan_hash == plan.hash
+
+
+CACHED = """
+import json, sys, torch, actpass
+from actpass._torch import dynamo
+
+def run(options):
+    dynamo.utils.counters.clear()
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.Tanh(), torch.nn.Linear(24, 8))
+    options["inductor"] = {"cpp.simdlen": 1}  # with VEC_ISA_OK: else a cold cache first tries out this CPU, for ten seconds
+    torch.compile(model, backend="actcomp", options=options)(torch.randn(20, 16)).sum().backward()
+    counters = dynamo.utils.counters["aot_autograd"]
+    report = actpass.report(model)
+    print(json.dumps([counters["autograd_cache_hit"], counters["autograd_cache_miss"], report.plan.to_dict()]))
+
+for options in sys.argv[1:]:
+    run(json.loads(options))
+"""
+
+
+def test_second_process_hits_the_cache_under_the_same_plan_and_an_edited_one_misses(tmp_path: Path):
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "TORCHINDUCTOR_VEC_ISA_OK": "1"}
+
+    def process(*options: dict[str, Any]) -> list[Any]:
+        command = [sys.executable, "-c", CACHED, *map(json.dumps, options)]
+        out = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=True).stdout
+        return [json.loads(line) for line in out.splitlines()]
+
+    ((_, _, plan),) = process({**SMALL, "method": "int8", "rounding": "nearest"})
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(plan))
+    other = edited(ModelPlan.load(path), lambda r: storage(r, codec="int8").update(codec="int4"), tmp_path)
+    ((*counts, followed),) = process({"plan": str(path)})
+    assert counts == [0, 1]
+    assert followed["hash"] == plan["hash"]
+    hit, miss = process({"plan": str(path)}, {"plan": str(other)})
+    assert hit == [1, 0, followed]
+    assert miss[:2] == [0, 1]
+    assert miss[2]["hash"] == ModelPlan.load(other).hash != plan["hash"]

@@ -74,15 +74,16 @@ def add_option_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--memory-budget", type=memory_budget, help="fraction of what Inductor's default saves")
     group.add_argument("--override", type=override, action="append", default=[], metavar="PATTERN=METHOD[:RANK]")
     group.add_argument("--option", type=option, action="append", default=[], metavar="KEY=VALUE", help="any other option")
+    group.add_argument(
+        "--plan", metavar="FILE", help="follow the plan in this file, in place of a method and a budget's search"
+    )
     group.add_argument("--off", action="store_true", help="compression off: what Inductor itself saves")
 
 
 def options_from(given: argparse.Namespace) -> dict[str, Any]:
     """actpass's options as given; actpass checks them."""
     options: dict[str, Any] = {
-        name: value
-        for name, value in (("method", given.method), ("rank", given.rank), ("memory_budget", given.memory_budget))
-        if value is not None
+        name: value for name in ("method", "rank", "memory_budget", "plan") if (value := getattr(given, name)) is not None
     }
     if given.override:
         options["overrides"] = dict(given.override)

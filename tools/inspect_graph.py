@@ -4,6 +4,8 @@
     python tools/inspect_graph.py llama-1b --off --batch 128                  what Inductor saves; takes no memory
     python tools/inspect_graph.py config.json --method haar --rank 0.25 --override lm_head=keep --graphs graphs
     python tools/inspect_graph.py llama-60m --plot-peak peak.svg --plot-pareto pareto.svg    the same as pictures
+    python tools/inspect_graph.py llama-mini --memory-budget 0.3 --save-plan plan.json      the plan as a file, to edit ...
+    python tools/inspect_graph.py llama-mini --plan plan.json                 ... and what is then saved
     python tools/inspect_graph.py my_module:make_training_step --device cpu   any model: a function that returns
                                                                               (model, args, kwargs)
 
@@ -71,6 +73,9 @@ def main() -> int:
     print(explained.report)
     if given.json is not None:
         _write(given.json, json.dumps(explained.report.to_dict(), indent=1) + "\n")
+    if given.save_plan is not None:
+        explained.report.plan.save(given.save_plan)
+        print(f"wrote {given.save_plan}: plan {explained.report.plan_hash}")
     if given.graphs is not None:
         for name, text in graph_files(explained):
             _write(given.graphs / name, text)
@@ -99,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dropout", type=probability, help="replaces the config's dropout probabilities")
     parser.add_argument("--device", choices=("meta", "cpu", "cuda"), default="meta")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
+    parser.add_argument("--save-plan", type=Path, metavar="FILE", help="write the plan, to edit and to compile with")
     parser.add_argument("--graphs", type=Path, metavar="DIR", help="write every region's graphs, a file a stage")
     parser.add_argument("--plot-peak", type=Path, metavar="FILE", help="draw memory over a step (.svg or .png)")
     parser.add_argument(

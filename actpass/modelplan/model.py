@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,10 +41,9 @@ class ModelPlan:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as JSON, atomically: ranks may write to one path."""
         target = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=target.absolute().parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(json.dumps(self.to_dict(), indent=1) + "\n")
-        os.replace(temporary, target)
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+        temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        temporary.replace(target)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ModelPlan:
