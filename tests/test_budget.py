@@ -120,11 +120,17 @@ def taken_by_blocks(budget: int, steps: int) -> list[int]:
 
 
 def test_blocks_that_are_compiled_one_by_one_share_a_budget():
-    """Steps after the first, for a first step is compiled in; three blocks need more together than one foresees."""
+    """Three need more together than one foresees: the first step says how much, and at that none is exceeded (but by what
+    compiling takes, in the first step)."""
     roomy = taken_by_blocks(2**40, 3)[1:]
-    budget = int(0.85 * max(roomy))
-    tight = taken_by_blocks(budget, 3)
-    assert max(tight[1:]) <= budget < min(roomy)
+    budget = max(roomy) // 2
+    for _ in range(3):
+        try:
+            tight = taken_by_blocks(budget, 3)[1:]
+            break
+        except Exception as error:  # Dynamo wraps what a backend raises
+            budget = getattr(error, "inner_exception", error).least
+    assert max(tight) <= budget < min(roomy)
 
 
 @pytest.mark.parametrize("build", [llama, broken])
