@@ -190,15 +190,18 @@ class Partitioner(CustomPartitionerFn):
 
 
 _LEAST_SHARED_BYTES = 2**16
-"""Under a budget or a plan, loops that share fewer bytes than this are not fused. Inductor's 10 let a rope's 32 frequencies
-fuse loops of two layers; where both are run again, that keeps a layer's tensors alive through the next one's backward (0.06 of
+"""Under a budget, loops that share fewer bytes than this are not fused. Inductor's 10 let a rope's 32 frequencies fuse loops of
+two layers; where both are run again, that keeps a layer's tensors alive through the next one's backward (0.06 of
 llama-mini's peak) to save a read of 128 bytes."""
 
 
 def _inductor_options(config: Config) -> dict[str, Any]:
-    careful = config.plan is not None or config.memory_budget not in (None, 1.0)
-    budget = {"score_fusion_memory_threshold": _LEAST_SHARED_BYTES} if careful else {}
-    return {**budget, **(list_mode_options(config.mode) if config.mode else {}), **dict(config.inductor)}
+    fusion: dict[str, Any] = {}
+    if config.plan is not None:
+        fusion = {"score_fusion_memory_threshold": max(r.least_shared_bytes for r in config.plan.regions)}
+    elif config.memory_budget not in (None, 1.0):
+        fusion = {"score_fusion_memory_threshold": _LEAST_SHARED_BYTES}
+    return {**fusion, **(list_mode_options(config.mode) if config.mode else {}), **dict(config.inductor)}
 
 
 def device_of(example_inputs: Sequence[Any]) -> torch.device:

@@ -110,6 +110,12 @@ class Region:
         return Recomputation(self.joint)
 
     @cached_property
+    def step_flops(self) -> int:
+        """FLOPs of the matmuls and fused attentions of one step without recomputation, those of the loss's pieces with them."""
+        graphs = (self.default.forward.graph, self.default.backward.graph)
+        return sum(self.recomputation.flops(list(g.nodes)) for g in graphs)
+
+    @cached_property
     def _weights(self) -> dict[str, tuple[str, ...]]:
         return {c.node: c.parameters for c in self.finding.contractions}
 
@@ -117,7 +123,11 @@ class Region:
         """What crosses ``cut`` of ``joint``: of this one, or of what was rewritten of it."""
         return find_saved(cut, joint, self._weights, self.config.smallest, recomputation)
 
-    def measured(self, cut: Cut, tensors: Sequence[SavedTensor]) -> dict[str, Sensitivity]:
+    def costs(self, cut: Cut, tensors: Sequence[SavedTensor]) -> Costs:
+        """What forms of ``tensors``, which cross ``cut``, are weighed by."""
+        return Costs(self.step_flops, sum(t.elements for t in tensors), self._measured(cut, tensors))
+
+    def _measured(self, cut: Cut, tensors: Sequence[SavedTensor]) -> dict[str, Sensitivity]:
         """By node, what a calibration says of ``tensors``. Only how they compare: all together weigh what they do without one,
         against which `NOISE_PER_STEP` was set."""
         calibration, nodes = self.config.calibration, {n.name: n for n in cut.forward.graph.nodes}
@@ -265,8 +275,7 @@ class _Search:
 
     def _menus(self, cut: Cut, *, again: bool) -> list[Menu]:
         tensors = self.region.saved(self.region.joint, cut, self.region.recomputation)
-        measured = self.region.measured(cut, tensors)
-        costs = Costs(self.region.recomputation.step_flops, sum(t.elements for t in tensors), measured)
+        costs = self.region.costs(cut, tensors)
         return menus(tensors, self.region.config.treatment_of_any, sizes_in(cut), costs, again=again)
 
     @property

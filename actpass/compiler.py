@@ -23,7 +23,7 @@ from typing import Any
 from torch import fx
 
 from actpass import follow, verify
-from actpass._torch import fx_graph_cse
+from actpass._torch import fx_graph_cse, inductor_config
 from actpass.budget import Choice, PeakBudget, Region, choose_cut
 from actpass.candidates import find_candidates
 from actpass.chunking import chunk
@@ -202,6 +202,7 @@ def _whole(plan: Plan, storages: tuple[Storage, ...], region: Region, setting: S
         rebuild=setting.rebuild,
         chunked=region.chunked,
         seeded=region.joint.seed is not None,
+        least_shared_bytes=inductor_config.score_fusion_memory_threshold,
     )
 
 

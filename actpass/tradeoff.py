@@ -9,7 +9,6 @@ from actpass.compiler import Decided
 from actpass.graph.cost import is_attention, is_matmul
 from actpass.graph.recompute import Recomputation
 from actpass.partition import Cut, Setting, cut
-from actpass.plan.menu import Costs
 from actpass.plan.tradeoff import Point, Tradeoff
 from actpass.saved import EARLY_GRADIENT
 
@@ -26,7 +25,7 @@ def tradeoff(decided: Decided) -> Tradeoff:
     chosen = _point(region, decided.choice, 0)
     tensors = region.saved(region.joint, decided.choice.cut)
     return Tradeoff(
-        recomputation.step_flops,
+        region.step_flops,
         sum(t.elements for t in tensors),
         sum(t.nbytes for t in tensors if t.obstacle == EARLY_GRADIENT),
         tuple(_stock(decided, recomputation, level) for level in STOCK),
@@ -44,7 +43,7 @@ def _stock(decided: Decided, recomputation: Recomputation, level: float) -> Poin
 def _point(region: Region, choice: Choice, capacity: int) -> Point:
     tensors = region.saved(region.joint, choice.cut, region.recomputation)
     storages = region.storages(region.joint, choice)
-    costs = Costs(region.recomputation.step_flops, sum(t.elements for t in tensors))
+    costs = region.costs(choice.cut, tensors)
     error, flops = 0.0, float(region.recomputation.flops(_run_again(choice.cut)))
     for t, s in zip(tensors, storages, strict=True):
         error += costs.error_of_form(t, s.codec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,17 @@ import torch
 from torch import nn
 
 import actpass
+from actpass.budget import Region
 from actpass.calibrate import _Gradients, _rounded, _sample
+from actpass.explain import explain_model
+from actpass.graph.joint import module_path
+from actpass.plan.menu import ERROR
 
 from . import models
 from .helpers import Grads, eager_actcomp, step
 
 OPTIONS = {"smallest": 0, "chunk_loss": False}
+BLOCKS = ("blocks.0", "blocks.1", "blocks.2")
 
 
 def noise(got: Grads, want: Grads) -> float:
@@ -94,24 +100,30 @@ def test_rounding_changes_every_view_of_one_memory_and_nothing_else():
 
 
 def test_a_budget_weighs_by_it():
-    """With all sensitivity in one block, a budget that has room for less keeps that block exact and codes others."""
+    """Where one block alone is sensitive, an error in it costs all that errors cost, whichever it is; what all together cost
+    stays the same."""
     model, inputs = models.transformer(layers=3)
     calibration = actpass.calibrate(model, inputs, options=OPTIONS)
-    rows = tuple(
-        actpass.plan.calibration.Sensitivity(r.module, r.node, r.errors, 1.0 if "blocks.1" in r.module else 1e-9)
-        for r in calibration.rows
-    )
-    loud = actpass.Calibration(rows, "by hand")
 
-    def coded(calibration: actpass.Calibration | None) -> set[str]:
+    def errors(loud: str) -> dict[str, float]:
+        rows = tuple(replace(r, factor=1.0 if loud in r.module else 0.0) for r in calibration.rows)
+        options = {**OPTIONS, "calibration": actpass.Calibration(rows, "by hand")}
         torch.compiler.reset()
-        options = {**OPTIONS, "memory_budget": 0.4, "calibration": calibration}
-        report = actpass.explain(model, options=options, **inputs)
-        return {s.module for r in report.regions for s in r.sites if s.codec not in (None, "int16")}
+        decided = explain_model(model, (), inputs, options).regions[0].decided
+        assert decided is not None
+        region, cut = decided.region, decided.choice.cut
+        tensors = [t for t in region.saved(region.joint, cut) if calibration.find(module_of(region, t.node), t.node)]
+        costs = region.costs(cut, tensors)
+        return {b: sum(costs.error_of_form(t, "int8") for t in tensors if b in module_of(region, t.node)) for b in BLOCKS}
 
-    assert any("blocks.1" in m for m in coded(None))
-    assert not any("blocks.1" in m for m in coded(loud))
-    assert any("blocks.0" in m or "blocks.2" in m for m in coded(loud))
+    one, other = errors(BLOCKS[0]), errors(BLOCKS[1])
+    assert one[BLOCKS[0]] == pytest.approx(ERROR["int8"], rel=0.3)
+    assert other[BLOCKS[1]] == pytest.approx(ERROR["int8"], rel=0.3)
+    assert one[BLOCKS[1]] == one[BLOCKS[2]] == other[BLOCKS[0]] == 0.0
+
+
+def module_of(region: Region, name: str) -> str:
+    return next(module_path(n) for n in region.joint.gm.graph.nodes if n.name == name)
 
 
 def test_a_file_gives_it_back_and_a_broken_one_is_an_error(tmp_path: Path):

@@ -8,6 +8,7 @@ import torch
 from actpass.codecs import QUANTIZERS
 from actpass.config import Treatment
 from actpass.plan import SavedTensor
+from actpass.plan.calibration import Sensitivity
 from actpass.plan.knapsack import solve
 from actpass.plan.menu import AGAIN, ERROR, Costs, menus
 from actpass.swap import layout_of
@@ -103,7 +104,7 @@ def test_a_form_that_was_asked_for_is_the_only_one():
 def test_a_tensor_that_weighs_more_in_the_gradient_keeps_more_bits():
     """Of two alike, at half of their bytes."""
     tensors = [tensor("a", again=()), tensor("b", again=())]
-    costs = Costs(10**12, 2 * T * N, {"a": 0.9, "b": 1e-4})
+    costs = Costs(10**12, 2 * T * N, {name: Sensitivity("", name, (), factor) for name, factor in (("a", 0.9), ("b", 1e-4))})
     found = menus(tensors, lambda _: Treatment(), stored, costs, again=False)
     solution = solve([m.options for m in found], stored(tensors[0], "int8", None) + stored(tensors[1], "int4", None))
     assert solution is not None

@@ -110,11 +110,6 @@ class Recomputation:
     def flops(self, nodes: Collection[fx.Node]) -> int:
         return sum(matmul_flops(n) + attention_flops(n) for n in nodes)
 
-    @cached_property
-    def step_flops(self) -> int:
-        """FLOPs of the matmuls and fused attentions of one forward and backward without recomputation."""
-        return self.flops(list(self.joint.gm.graph.nodes))
-
 
 def attention_flops(node: fx.Node) -> int:
     """FLOPs of a fused attention's two products, or its backward's five; masks are not counted as savings. 0 for any other."""

@@ -225,6 +225,7 @@ _REGION: dict[str, Check] = {
     "storages": _unique("tensor", _storage, lambda s: (s.node,)),
     "decisions": _unique("matmul", _decision, lambda d: d.matmuls),
     "modules": _pairs,
+    "least_shared_bytes": _integer(),
     "predicted": _optional(_predicted),
 }
 _FILE: dict[str, Check] = {"hash": _text, "regions": _tuple_of(region)}

@@ -181,7 +181,8 @@ class Plan:
     whether the loss is formed in pieces. seeded: whether the region takes the step's seed as an input, drawn from or not:
     upstream's min-cut breaks ties otherwise with one input more. graph: fingerprint of the joint graph that the plan is for
     (`actpass.graph.identity`); no node's name means anything in another. inputs: (name, dtype and shape) of the region's
-    inputs but parameters. modules: (node, module) for the nodes of ``again`` and ``keep``. predicted: what it takes.
+    inputs but parameters. modules: (node, module) for the nodes of ``again`` and ``keep``. least_shared_bytes: Inductor fuses
+    no loops that share fewer (its ``score_fusion_memory_threshold``), on which the peak depends. predicted: what it takes.
     """
 
     decisions: tuple[Decision, ...] = ()
@@ -194,6 +195,7 @@ class Plan:
     graph: str = ""
     inputs: tuple[tuple[str, str], ...] = ()
     modules: tuple[tuple[str, str], ...] = ()
+    least_shared_bytes: int = 0
     predicted: Predicted | None = None
 
     @property
