@@ -134,8 +134,8 @@ def _compile(
     notes = (*done.notes, *([choice.note] if choice.note is not None else []))
     record = replace(record, notes=(*record.notes, *notes))
     if peak is not None:
-        resident = replace(record.totals, resident_bytes=peak.resident.total)
-        record = replace(record, totals=resident, levels=choice.levels)
+        totals = replace(record.totals, resident_bytes=peak.resident.total, scratch_bytes=peak.resident.scratch)
+        record = replace(record, totals=totals, levels=choice.levels)
     if done.off is not None:
         record = replace(record, active=False, inactive_because=done.off)
     forward, backward = done.swapped.forward, done.swapped.backward

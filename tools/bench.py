@@ -11,16 +11,19 @@ Rows run in one process, interleaved, from the same weights on the same random t
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from arguments import positive_int, probability
 from bench_compile_time import measure_compile_times, work
-from bench_rows import ROW_FORMS, RowSpec, Setup, parse_row, run_rows
+from bench_rows import ROW_FORMS, Row, RowSpec, Setup, parse_row, run_rows
 from bench_tables import COMPILE_COLUMNS, COMPILE_NOTES, ROW_COLUMNS, add_ratios, finish, header, markdown, row_notes
 from torch._dynamo import config as dynamo_config
 from workloads import (
@@ -38,7 +41,6 @@ from workloads import (
 )
 
 import actpass
-from actpass.report.record import Totals
 
 ROWS = ("eager", "inductor", "inductor-budget=0.5", "inductor-recompute", "actcomp:exact", "actcomp:haar:0.25")
 COMPILE_ROWS = ("inductor", "actcomp:exact", "actcomp:haar:0.25")
@@ -109,23 +111,41 @@ def budget_rows(setup: Setup, count: int) -> list[RowSpec]:
     model = setup.copy_model()
     optimizer = torch.optim.AdamW(model.parameters()) if setup.optimizer else None
 
-    def explain(budget: int) -> Totals:
-        return actpass.explain(model, options={"memory_budget": budget}, **setup.batches[0]).totals
+    def explain(budget: int, model: torch.nn.Module = model) -> actpass.Report:
+        return actpass.explain(model, options={"memory_budget": budget}, **setup.batches[0])
 
-    try:
-        explain(2)
-        raise AssertionError("two bytes are no budget")
-    except Exception as error:
-        least = getattr(getattr(error, "inner_exception", error), "least", None)
-        if least is None:
-            raise
-    totals = explain(least)
+    least = least_of(explain, 2)
+    assert least is not None
+    report = explain(least)
+    totals = report.totals
     assert totals.resident_bytes is not None
     assert totals.peak_bytes_default is not None
     most = totals.resident_bytes + int(1.05 * totals.peak_bytes_default)
-    del optimizer
+    del optimizer, model
+    more = least if len(report.regions) > 1 else None  # what they need together is known when a step has shown them
+    while more is not None:
+        least, more = more, least_of(functools.partial(train_at, setup), more)
     budgets = [least + (most - least) * i // max(count - 1, 1) for i in range(count)]
     return [parse_row(f"actcomp:auto,memory_budget={b}") for b in budgets]
+
+
+def least_of(call: Callable[[int], Any], budget: int) -> int | None:
+    """The least budget that the error names that ``budget`` raises; None if it raises none."""
+    try:
+        call(budget)
+    except Exception as error:  # Dynamo wraps what a backend raises
+        least = getattr(getattr(error, "inner_exception", error), "least", None)
+        if least is None:
+            raise
+        return int(least)
+    return None
+
+
+def train_at(setup: Setup, budget: int) -> None:
+    torch.compiler.reset()
+    row = Row.prepare(parse_row(f"actcomp:auto,memory_budget={budget}"), setup)
+    for i in range(2):
+        row.step(i)
 
 
 def check_device(device: str) -> None:

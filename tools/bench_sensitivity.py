@@ -190,8 +190,9 @@ def steps(model: Any, call: Callable[..., Tensor], text: Text, seed: int, count:
 
 
 def correlations(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Of each predictor with the gap: of ranks (Spearman), and of logarithms over the groups whose gap is above 0."""
-    found = {}
+    """Of each predictor with the gap: of ranks (Spearman), and of logarithms over the groups whose gap is above 0. Groups whose
+    training ended in NaN are left out."""
+    found, rows = {}, [r for r in rows if math.isfinite(r["gap"])]
     for name in PREDICTORS:
         x, y = [r[name] for r in rows], [r["gap"] for r in rows]
         both = [(math.log(a), math.log(b)) for a, b in zip(x, y, strict=True) if a > 0 and b > 0]

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-HEADS = ("causal-lm", "masked-lm", "classification")
+HEADS = ("causal-lm", "masked-lm", "classification", "causal-lm-in-parts")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LOSS_TYPES = ("ForCausalLM", "ForMaskedLM", "ForSequenceClassification")
 _ARCHITECTURES = {**{name: i for i, name in enumerate(_LOSS_TYPES)}, "LMHeadModel": 0}
@@ -67,11 +67,13 @@ def _roberta(name: str, **fields: Any) -> Workload:
     return Workload(name, "roberta", fields, "classification", (16, 128), (16, 128))
 
 
+_MINI = _llama("llama-mini", 256, 688, 4, 8, (16, 128), (16, 128), num_key_value_heads=4, vocab_size=8192)
 _LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 WORKLOADS = {
     w.name: w
     for w in (
-        _llama("llama-mini", 256, 688, 4, 8, (16, 128), (16, 128), num_key_value_heads=4, vocab_size=8192),
+        _MINI,
+        replace(_MINI, name="llama-mini-in-parts", head="causal-lm-in-parts"),
         _llama("llama-60m", 512, 1376, 8, 8, (8, 256), (256, 256)),
         _llama("llama-130m", 768, 2048, 12, 12, (4, 256), (128, 256)),
         _llama("llama-350m", 1024, 2736, 24, 16, (2, 256), (128, 256)),
@@ -153,8 +155,31 @@ class LossOnly(nn.Module):
         return self.model(input_ids=input_ids, labels=labels).loss
 
 
-def build_model(config: Any, head: str, dtype: torch.dtype) -> LossOnly:
+class InParts(nn.Module):
+    """A language model with two graph breaks: half of its layers, the other half, and head and loss are regions."""
+
+    def __init__(self, config: Any, dtype: torch.dtype) -> None:
+        from transformers import AutoModel
+
+        super().__init__()
+        half = type(config).from_dict({**config.to_dict(), "num_hidden_layers": config.num_hidden_layers // 2})
+        self.first, self.second = (AutoModel.from_config(half, dtype=dtype) for _ in range(2))
+        self.second.embed_tokens = None
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        h = self.first(input_ids=input_ids).last_hidden_state
+        torch._dynamo.graph_break()
+        h = self.second(inputs_embeds=h).last_hidden_state
+        torch._dynamo.graph_break()
+        logits = self.head(h[:, :-1])
+        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten())
+
+
+def build_model(config: Any, head: str, dtype: torch.dtype) -> nn.Module:
     """The model with random weights, in training mode, on torch's default device; seed torch's generator before."""
+    if head == "causal-lm-in-parts":
+        return InParts(config, dtype).train()
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
     classes = (AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification)

@@ -26,7 +26,7 @@ from actpass.plan.tradeoff import Point, Tradeoff
 from actpass.report.peak import curves_of
 from actpass.rewrite import Rewritten
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +65,8 @@ class SiteRow:
 @dataclass(frozen=True, slots=True)
 class Totals:
     """peak_bytes, peak_bytes_default: predicted, of a forward and its backward above parameters and optimizer state, now and as
-    Inductor's default; None where it is not known. resident_bytes: of parameters, inputs and optimizer state,
-    counted where a budget of peak bytes asks for it."""
+    Inductor's default; None where it is not known. resident_bytes: of parameters, inputs and optimizer state;
+    scratch_bytes: what an optimizer's step takes beside all gradients; counted where a budget of peak bytes asks for them."""
 
     saved_bytes_eager: int | None
     saved_bytes_default: int
@@ -78,6 +78,7 @@ class Totals:
     peak_bytes_default: int | None = None
     peak_bytes: int | None = None
     resident_bytes: int | None = None
+    scratch_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

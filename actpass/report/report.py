@@ -49,8 +49,20 @@ class Report:
             sums["saved_bytes_eager"] = None
         sums["peak_bytes"] = _peak([r.footprint for r in self.regions])
         sums["peak_bytes_default"] = _peak([r.footprint_default for r in self.regions])
-        sums["resident_bytes"] = max((t.resident_bytes for t in rows if t.resident_bytes is not None), default=None)
+        for name in ("resident_bytes", "scratch_bytes"):
+            known = [getattr(t, name) for t in rows]
+            sums[name] = max((n for n in known if n is not None), default=None)
         return Totals(**sums)
+
+    @property
+    def step_bytes(self) -> int | None:
+        """The predicted peak of a whole step: what is resident, and the more of what forward and backward and what the
+        optimizer's step take above it. Known under a budget of peak bytes."""
+        totals, footprints = self.totals, [r.footprint for r in self.regions]
+        if totals.peak_bytes is None or totals.resident_bytes is None:
+            return None
+        gradients = sum(f.gradients for f in footprints if f is not None)
+        return totals.resident_bytes + max(totals.peak_bytes, gradients + (totals.scratch_bytes or 0))
 
     @property
     def plan_hash(self) -> str:
@@ -118,7 +130,7 @@ class Report:
                 yield f"-- region {number} of {len(self.regions)}"
             yield from _region_lines(region)
         if self.regions:
-            yield from _total_lines(self.totals)
+            yield from _total_lines(self.totals, self.step_bytes)
 
     def _status(self) -> str:
         if not self.regions:
@@ -159,7 +171,7 @@ def _region_lines(region: Record) -> Iterator[str]:
         yield f"  note: {note}"
 
 
-def _total_lines(t: Totals) -> Iterator[str]:
+def _total_lines(t: Totals, step_bytes: int | None) -> Iterator[str]:
     eager = f"eager {_mb(t.saved_bytes_eager)}, " if t.saved_bytes_eager is not None else ""
     yield (
         f"saved for backward: {eager}Inductor default {_mb(t.saved_bytes_default)}, now {_mb(t.saved_bytes)} "
@@ -170,10 +182,10 @@ def _total_lines(t: Totals) -> Iterator[str]:
             f"predicted peak above parameters and optimizer state: Inductor default {_mb(t.peak_bytes_default)}, now "
             f"{_mb(t.peak_bytes)} ({t.peak_bytes / max(t.peak_bytes_default, 1):.2f})"
         )
-    if t.peak_bytes is not None and t.resident_bytes is not None:
+    if step_bytes is not None:
         yield (
-            f"predicted peak of a step: {_mb(t.resident_bytes + t.peak_bytes)}, of which {_mb(t.resident_bytes)} are "
-            "parameters, inputs and optimizer state"
+            f"predicted peak of a step: {_mb(step_bytes)}, of which {_mb(t.resident_bytes or 0)} are parameters, inputs and "
+            "optimizer state"
         )
     yield (
         f"backward matmuls: {t.backward_matmul_flops_default / 1e9:.2f} -> {t.backward_matmul_flops / 1e9:.2f} GFLOP "
