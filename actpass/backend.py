@@ -77,6 +77,7 @@ def actcomp(
     - ``seed``: base seed of all bases (default 0).
     - ``memory_budget``: bytes of the peak of a step (an int > 1, ``"20GiB"``), ``"auto"``, or a float in [0, 1], the fraction
       of the bytes that Inductor's default would save for backward; see `actpass.budget`.
+    - ``calibration``: what `actpass.calibrate` returned, or the path of its file: what a budget weighs errors by.
     - ``overrides``: ``{"lm_head": "keep", "layers.*.mlp": {"method": "srht", "rank": 64}}``, by module path: of the weight for
       projections, of the module that made a tensor or the weight whose gradient reads it for low-bit forms.
     - ``profitable_only``: True (default) leaves a tensor exact where projecting it costs FLOPs and frees no bytes.
