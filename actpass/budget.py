@@ -13,7 +13,7 @@ as without a budget, and what is left of the capacity is shared out to the proje
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -87,6 +87,12 @@ class Choice:
     note: str | None = None
     levels: tuple[Level, ...] = ()
     ranks: Mapping[str, int] | None = None
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for choices that are carried out alike."""
+        codecs, ranks = (None if m is None else tuple(sorted(m.items(), key=str)) for m in (self.codecs, self.ranks))
+        return self.setting, codecs, ranks
 
 
 @dataclass(frozen=True)
@@ -266,7 +272,7 @@ class _Search:
         self.cuts: dict[frozenset[str], tuple[Setting, Cut, list[Menu]]] = {}
 
     in_the_way = ""
-    stride = 1
+    stride = 4
 
     @property
     def tensors(self) -> list[SavedTensor]:
@@ -443,11 +449,14 @@ def _within_peak(search: _Search | _Ranks, cut_of: Callable[[Choice], Cut], budg
     """The largest capacity whose predicted peak is within ``budget``."""
     capacities = search.capacities(_STEP)
     known: dict[int, tuple[Choice, Cut]] = {}
+    cuts: dict[Hashable, Cut] = {}  # several capacities may give one choice
 
     def fits(i: int) -> bool:
         if i not in known:
             choice = search.at(capacities[i]).choice
-            known[i] = choice, cut_of(choice)
+            if choice.key not in cuts:
+                cuts[choice.key] = cut_of(choice)
+            known[i] = choice, cuts[choice.key]
         return budget.needs(known[i][1]) <= budget.nbytes
 
     low, high = 0, len(capacities) - 1
