@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 from actpass.config import Config
 from actpass.errors import BudgetError
@@ -24,6 +24,7 @@ from actpass.partition import Cut, Setting, cut
 from actpass.plan import SavedTensor, Storage, choose_storage
 from actpass.plan.knapsack import least_bytes, solve
 from actpass.plan.menu import AGAIN, Costs, Menu, menus
+from actpass.plan.policy import StoredBytes
 from actpass.plan.spread import Level, needs
 from actpass.plan.types import KEEP
 from actpass.runtime.resident import Resident
@@ -102,6 +103,17 @@ class Region:
     def cut(self, setting: Setting) -> Cut:
         return cut(self.joint, self.joint_inputs, self.kwargs, setting)
 
+    def tensors(self, cut: Cut) -> list[SavedTensor]:
+        """What crosses ``cut``, and what it takes to run it again."""
+        return self.saved(self.joint, cut, self.recomputation)
+
+    def sizes(self, cut: Cut) -> StoredBytes:
+        return sizes_in(cut)
+
+    @property
+    def step_flops(self) -> int:
+        return self.recomputation.step_flops
+
     @cached_property
     def recomputation(self) -> Recomputation:
         return Recomputation(self.joint)
@@ -120,7 +132,7 @@ class Region:
         return choose_storage(tensors, self.config.treatment_of_any, sizes_in(choice.cut), choice.codecs)
 
 
-def sizes_in(cut: Cut) -> Callable[[SavedTensor, str, int | None], int | None]:
+def sizes_in(cut: Cut) -> StoredBytes:
     """Bytes of a tensor that crosses ``cut`` in a codec and a group size."""
     nodes = {n.name: n for n in cut.forward.graph.nodes}
 
@@ -140,16 +152,16 @@ def choose_cut(region: Region, cut_of: Callable[[Choice], Cut], peak: PeakBudget
     budget = region.config.memory_budget
     if budget == 1.0:
         return Choice(Setting(rebuild=False), region.default, {})
-    free = _free(region)
+    free = free_choice(region)
     if budget is None:
         return free
-    search = _Search(region, free)
+    search = Search(region, free)
     if peak is not None and peak.capacity is not None:
         return search.at(peak.capacity).choice
     if peak is not None and peak.part:
         return _least_of_ladder(search, cut_of)
     if peak is not None:
-        return _within_peak(search, cut_of, peak)
+        return within_peak(search, cut_of, peak)
     assert isinstance(budget, float)
     capacity = int(budget * region.default.saved_bytes)
     found = search.at(capacity)
@@ -173,7 +185,7 @@ def choose_cut(region: Region, cut_of: Callable[[Choice], Cut], peak: PeakBudget
     )
 
 
-def _free(region: Region) -> Choice:
+def free_choice(region: Region) -> Choice:
     """The cut that runs no matmul again and has the fewest bytes, as they will be stored.
 
     The residual stream is asked for as such where that costs nothing: upstream would as soon save every addend of it, which
@@ -207,18 +219,30 @@ class _Found:
     cost: int
 
 
-class _Search:
+class Searched(Protocol):
+    """What a search asks of a region, be it one that was traced or one that is reckoned (`actpass.folded`)."""
+
+    @property
+    def config(self) -> Config: ...
+    @property
+    def step_flops(self) -> int: ...
+    def cut(self, setting: Setting) -> Any: ...
+    def tensors(self, cut: Any) -> list[SavedTensor]: ...
+    def sizes(self, cut: Any) -> StoredBytes: ...
+
+
+class Search:
     """Choices within capacities of saved bytes."""
 
-    def __init__(self, region: Region, free: Choice) -> None:
+    def __init__(self, region: Searched, free: Choice) -> None:
         self.region, self.free = region, free
         self.menus = self._menus(free.cut, again=True)
         self.cuts: dict[frozenset[str], tuple[Setting, Cut, list[Menu]]] = {}
 
     def _menus(self, cut: Cut, *, again: bool) -> list[Menu]:
-        tensors = self.region.saved(self.region.joint, cut, self.region.recomputation)
-        costs = Costs(self.region.recomputation.step_flops, sum(t.elements for t in tensors))
-        return menus(tensors, self.region.config.treatment_of_any, sizes_in(cut), costs, again=again)
+        tensors = self.region.tensors(cut)
+        costs = Costs(self.region.step_flops, sum(t.elements for t in tensors))
+        return menus(tensors, self.region.config.treatment_of_any, self.region.sizes(cut), costs, again=again)
 
     @property
     def least(self) -> int:
@@ -277,7 +301,7 @@ def _solve(listed: list[Menu], capacity: int) -> tuple[int, ...]:
     return solution.chosen
 
 
-def _least_of_ladder(search: _Search, cut_of: Callable[[Choice], Cut]) -> Choice:
+def _least_of_ladder(search: Search, cut_of: Callable[[Choice], Cut]) -> Choice:
     """The choice with the least peak, and all of the ladder."""
     levels: list[tuple[Level, Choice]] = []
     for capacity in search.capacities(_STEP_OF_LADDER):
@@ -288,10 +312,19 @@ def _least_of_ladder(search: _Search, cut_of: Callable[[Choice], Cut]) -> Choice
     return replace(choice, levels=tuple(level for level, _ in levels))
 
 
-def _within_peak(search: _Search, cut_of: Callable[[Choice], Cut], budget: PeakBudget) -> Choice:
-    """The largest capacity whose predicted peak is within ``budget``."""
+class Limit(Protocol):
+    """A budget of peak bytes, of one device or of each rank."""
+
+    @property
+    def nbytes(self) -> int: ...
+    def needs(self, choice: Choice, cut: Any) -> int: ...
+    def error(self, choice: Choice, cut: Any, method: str) -> BudgetError: ...
+
+
+def within_peak(search: Search, cut_of: Callable[[Choice], Any], budget: Limit) -> Choice:
+    """The choice of the largest capacity whose predicted peak is within ``budget``. Raises its error if there is none."""
     capacities = search.capacities(_STEP)
-    known: dict[int, tuple[Choice, Cut]] = {}
+    known: dict[int, tuple[Choice, Any]] = {}
 
     def fits(i: int) -> bool:
         if i not in known:

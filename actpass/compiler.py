@@ -25,7 +25,7 @@ from torch import fx
 from actpass import verify
 from actpass._torch import fx_graph_cse
 from actpass.budget import Choice, PeakBudget, Region, choose_cut
-from actpass.chunking import chunk
+from actpass.chunking import Chunked, chunk
 from actpass.config import Config
 from actpass.errors import ActpassError, ActpassWarning, GraphUnsupported
 from actpass.graph import Contraction, Finding, GraphInputs, Joint, classify_uses, find_contractions
@@ -40,13 +40,26 @@ from actpass.swap import swap
 
 @dataclass(frozen=True)
 class Compiled:
-    """The graphs to hand to Inductor, what was done, the cut that they are, and every stage's graph by name."""
+    """The graphs to hand to Inductor, what was done, the cut that they are, every stage's graph by name, and the joint graph as
+    it came."""
 
     forward: fx.GraphModule
     backward: fx.GraphModule
     record: Record
     cut: Cut
     stages: dict[str, fx.GraphModule]
+    traced: Traced
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A joint graph before anything is decided. default: Inductor's own cut of it."""
+
+    joint: Joint
+    joint_inputs: Sequence[object]
+    kwargs: Mapping[str, Any]
+    config: Config
+    default: Cut
 
 
 def compile_joint(
@@ -61,8 +74,9 @@ def compile_joint(
     reason in the record; a mistake in the options raises. peak: the budget, if it is one of peak bytes."""
     joint = _prepare(gm, inputs, partition_kwargs)
     default = cut(joint, joint_inputs, partition_kwargs, Setting(rebuild=False))
+    traced = Traced(joint, joint_inputs, partition_kwargs, config, default)
     try:
-        return _compile(joint, joint_inputs, config, partition_kwargs, default, peak)
+        return _compile(traced, peak)
     except ActpassError as error:
         if not isinstance(error, GraphUnsupported):
             raise
@@ -71,7 +85,7 @@ def compile_joint(
         reason = f"{type(error).__name__}: {error}"
     warnings.warn(f"actpass left a region to Inductor alone, because {reason}", ActpassWarning, stacklevel=2)
     record = describe_fallback(joint, default, config, reason)
-    return Compiled(default.forward, default.backward, record, default, {"joint": joint.gm})
+    return Compiled(default.forward, default.backward, record, default, {"joint": joint.gm}, traced)
 
 
 def _prepare(gm: fx.GraphModule, inputs: GraphInputs, partition_kwargs: Mapping[str, Any]) -> Joint:
@@ -84,27 +98,30 @@ def _prepare(gm: fx.GraphModule, inputs: GraphInputs, partition_kwargs: Mapping[
     return Joint(copy, inputs, partition_kwargs["num_fwd_outputs"], static)
 
 
-def _compile(
-    joint: Joint,
-    joint_inputs: Sequence[object],
-    config: Config,
-    kwargs: Mapping[str, Any],
-    default: Cut,
-    peak: PeakBudget | None,
-) -> Compiled:
-    whole, chunked, why_whole = joint, None, None
+def read(traced: Traced, default_bytes: int | None = None) -> tuple[Region, Chunked | None, str | None]:
+    """What a plan can be made for: the joint graph, with its loss in pieces if that pays (how, or why not). default_bytes: what
+    Inductor's default saves, which the logits are weighed against, if it is not the traced graph's own."""
+    joint, config, default = traced.joint, traced.config, traced.default
+    chunked, why_whole = None, None
     if config.chunk_loss and config.memory_budget != 1.0:
         try:
-            chunked = chunk(joint, default.saved_bytes)
+            chunked = chunk(joint, default.saved_bytes if default_bytes is None else default_bytes)
         except GraphUnsupported as error:
             why_whole = str(error)
-    joint = chunked.joint if chunked is not None else whole
-    region = Region(joint, joint_inputs, kwargs, config, find_contractions(joint), default, chunked is not None)
-    choice = choose_cut(region, lambda choice: _finish(region, choice).swapped, peak)
-    done = _finish(region, choice)
+    joint = chunked.joint if chunked is not None else joint
+    finding = find_contractions(joint)
+    region = Region(joint, traced.joint_inputs, traced.kwargs, config, finding, default, chunked is not None)
+    return region, chunked, why_whole
+
+
+def _compile(traced: Traced, peak: PeakBudget | None) -> Compiled:
+    region, chunked, why_whole = read(traced)
+    whole, joint, config = traced.joint, region.joint, traced.config
+    choice = choose_cut(region, lambda choice: finish(region, choice).swapped, peak)
+    done = finish(region, choice)
     if done.off is not None:
         warnings.warn(f"actpass: {done.off}", ActpassWarning, stacklevel=2)
-    cuts = Cuts(default, choice.cut, done.final, done.swapped)
+    cuts = Cuts(traced.default, choice.cut, done.final, done.swapped)
     record = describe(whole, joint, region.finding, done.plan, cuts, done.rewritten, config, chunked, why_whole)
     if choice.note is not None:
         record = replace(record, notes=(*record.notes, choice.note))
@@ -115,11 +132,11 @@ def _compile(
         record = replace(record, active=False, inactive_because=done.off)
     forward, backward = done.swapped.forward, done.swapped.backward
     stages = {"joint": joint.gm, "rewritten": done.joint.gm, "forward": forward, "backward": backward}
-    return Compiled(forward, backward, record, done.swapped, stages)
+    return Compiled(forward, backward, record, done.swapped, stages, traced)
 
 
 @dataclass(frozen=True)
-class _Finished:
+class Finished:
     """plan: what was chosen. joint, rewritten, final: after the contractions were rewritten. swapped: with what crosses in its
     stored form. off: what could not be done, and why."""
 
@@ -131,7 +148,7 @@ class _Finished:
     off: str | None
 
 
-def _finish(region: Region, choice: Choice) -> _Finished:
+def finish(region: Region, choice: Choice) -> Finished:
     """Carry out what was chosen, the projections first."""
     joint, finding, config = region.joint, region.finding, region.config
     candidates = _candidates(joint, finding, choice.cut, config)
@@ -149,7 +166,7 @@ def _finish(region: Region, choice: Choice) -> _Finished:
         off = f"{off + '; ' if off else ''}the low-bit forms of this region are off: {error}"
         storages, swapped = (), final
     again = tuple(sorted(choice.setting.again))
-    return _Finished(replace(plan, storages=storages, again=again), changed, done, final, swapped, off)
+    return Finished(replace(plan, storages=storages, again=again), changed, done, final, swapped, off)
 
 
 def _project(region: Region, choice: Choice, plan: Plan) -> tuple[Joint, Rewritten, Cut]:
