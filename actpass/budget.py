@@ -56,17 +56,21 @@ class PeakBudget:
 
     def needs(self, choice: Choice, cut: Cut) -> int:
         """Bytes to allow for ``choice``, which is ``cut`` when it is carried out."""
-        optimizer = cut.footprint.gradients + self.resident.scratch
-        return self.resident.total + max(math.ceil(cut.peak_bytes * (1 + margin(choice))), optimizer)
+        return max(self.resident.total + math.ceil(cut.peak_bytes * (1 + margin(choice))), self.floor(cut))
+
+    def floor(self, cut: Cut) -> int:
+        """Bytes that no choice changes: while the optimizer steps, beside all gradients."""
+        return self.resident.total + cut.footprint.gradients + self.resident.scratch
 
     def error(self, choice: Choice, cut: Cut, method: str) -> BudgetError:
         """For when even ``choice`` needs too much."""
         needed = self.needs(choice, cut)
+        step = cut.footprint.gradients + self.resident.scratch
         largest = ", ".join(f"{name} ({nbytes})" for name, nbytes in cut.largest_at_peak[:3])
         return BudgetError(
             f"memory_budget={self.nbytes} bytes of peak can't be met. The least that method={method!r} reaches here is "
-            f"{needed} bytes: {self.resident}, and {cut.peak_bytes} predicted above them (and a margin), the largest of which "
-            f"are {largest}. Use memory_budget={needed} or more, or a smaller batch.",
+            f"{needed} bytes: {self.resident}, and above them the larger of {step} while the optimizer steps and "
+            f"{cut.peak_bytes} predicted before (and a margin), the largest of which are {largest}. Use memory_budget={needed} or more, or a smaller batch.",
             needed,
         )
 
@@ -318,6 +322,7 @@ class Limit(Protocol):
     @property
     def nbytes(self) -> int: ...
     def needs(self, choice: Choice, cut: Any) -> int: ...
+    def floor(self, cut: Any) -> int: ...
     def error(self, choice: Choice, cut: Any, method: str) -> BudgetError: ...
 
 
@@ -330,7 +335,7 @@ def within_peak(search: Search, cut_of: Callable[[Choice], Any], budget: Limit) 
         if i not in known:
             choice = search.at(capacities[i]).choice
             known[i] = choice, cut_of(choice)
-        return budget.needs(*known[i]) <= budget.nbytes
+        return budget.needs(*known[i]) <= max(budget.nbytes, budget.floor(known[i][1]))
 
     low, high = 0, len(capacities) - 1
     while low < high:
@@ -341,7 +346,7 @@ def within_peak(search: Search, cut_of: Callable[[Choice], Any], budget: Limit) 
             low = middle + 1
     if not fits(low):  # the least bytes need not have the least peak
         low = next((i for i in range(len(capacities)) if fits(i)), -1)
-    if low >= 0:
+    if low >= 0 and budget.needs(*known[low]) <= budget.nbytes:
         return known[low][0]
-    least = min(known.values(), key=lambda item: budget.needs(*item))
+    least = known[low] if low >= 0 else min(known.values(), key=lambda item: budget.needs(*item))
     raise budget.error(*least, search.region.config.treatment.method)

@@ -411,7 +411,7 @@ class _Reading:
                 kernel.unwritten = sum(self.bytes[w] for w in kernel.writes) - sum(self.bytes[w] for w in written)
                 kernel.writes = written
             kernel.size = sum(self.bytes[w] for w in kernel.writes)
-        return _sorted(list(fused.values()))
+        return in_order(list(fused.values()))
 
 
 def _key(buffer: Buffer, nbytes: int) -> tuple[torch.dtype, int]:
@@ -473,15 +473,19 @@ def _sources(kernels: Sequence[Kernel]) -> dict[Kernel, list[Kernel]]:
     return {k: list(dict.fromkeys(made[r] for r in k.reads if r in made)) for k in kernels}
 
 
-def _sorted(kernels: list[Kernel]) -> list[Kernel]:
-    """In the graph's order, each as early as what it reads allows."""
+def in_order(kernels: list[Kernel]) -> list[Kernel]:
+    """In the graph's order, each as early as what it reads allows. Raises `ValueError` if some read one another in a circle."""
     sources = _sources(kernels)
     done: dict[Kernel, None] = {}
+    begun: set[Kernel] = set()
     for kernel in sorted(kernels, key=lambda k: k.position):
         todo = [kernel]
         while todo:
             missing = [s for s in sources[todo[-1]] if s not in done]
+            if missing and todo[-1] in begun:
+                raise ValueError(f"the kernel of {todo[-1].node.name} and others read one another in a circle")
             if missing:
+                begun.add(todo[-1])
                 todo.extend(sorted(missing, key=lambda k: -k.position))
             else:
                 done[todo.pop()] = None
