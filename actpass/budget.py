@@ -70,7 +70,8 @@ class PeakBudget:
         return BudgetError(
             f"memory_budget={self.nbytes} bytes of peak can't be met. The least that method={method!r} reaches here is "
             f"{needed} bytes: {self.resident}, and above them the larger of {step} while the optimizer steps and "
-            f"{cut.peak_bytes} predicted before (and a margin), the largest of which are {largest}. Use memory_budget={needed} or more, or a smaller batch.",
+            f"{cut.peak_bytes} predicted before (and a margin), the largest of which are {largest}. Use "
+            f"memory_budget={needed} or more, or a smaller batch.",
             needed,
         )
 

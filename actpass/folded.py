@@ -10,6 +10,7 @@ all its kernels, and with gradients that pile up layer by layer.
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -172,10 +173,14 @@ class Block:
                 layer, like = self.names.place[node.name]
                 found[node] = layer, (path, like)
                 continue
-            source = next((found[a] for a in reversed(node.all_input_nodes) if found[a][0] is not None), (layer, ()))
-            key = (path, *source[1], str(node.target))
-            counts[source[0], key] += 1
-            found[node] = source[0], (*key, counts[source[0], key])
+            sources = (found[a] for a in reversed(node.all_input_nodes) if found[a][0] is not None)
+            layer, base = next(sources, (layer, (path,)))
+            if arrived and node.target is operator.getitem:  # decoded: the same as the tensor in a layer where it is exact
+                found[node] = layer, base[:2]
+                continue
+            key = (*base, str(node.target))
+            counts[layer, key] += 1
+            found[node] = layer, (*key, counts[layer, key])
         return found
 
     def layer_of(self, saved: Saved) -> int | None:
@@ -429,7 +434,7 @@ class FoldedRegion:
                     self._traced_names(own, by.get(None, none), deep)
                     for own, by, deep in ((key[0], again, setting.again), (key[1], keep, setting.keep))
                 )
-                known[key] = Setting(setting.rebuild, *names)
+                known[key] = Setting(setting.rebuild, *names, part=bool(setting.again))
             return known[key]
 
         settings = [traced(layer) for layer in range(self.fold.layers)]

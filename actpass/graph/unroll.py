@@ -56,6 +56,15 @@ class Layered:
             running[kernel] = last
         return running
 
+    @cached_property
+    def moment(self) -> dict[Kernel, float]:
+        """How far the layer has got that runs when a kernel does, from 0 to 1: alike for graphs that differ in length."""
+        span: dict[int | None, list[int]] = {}
+        for kernel, layer in self.running.items():
+            span.setdefault(layer, []).append(kernel.position)
+        ends = {layer: (min(found), max(found)) for layer, found in span.items()}
+        return {k: (k.position - ends[u][0]) / max(ends[u][1] - ends[u][0], 1) for k, u in self.running.items()}
+
 
 def _is_apart(position: int, layer: int, middle: Mapping[int, float]) -> bool:
     """Whether the middle of another layer lies between ``position`` and that of its own."""
@@ -74,24 +83,25 @@ class Unrolled:
 def unroll(fold: Fold, block_of: Sequence[Layered], rest: Layered, *, downwards: bool) -> Unrolled:
     """block_of: for each layer of the deep model, the graph whose traced layer it is a copy of: those layers are alike in form.
     rest: the graph of what lies in no layer. downwards: whether the last layer runs first (a backward)."""
-    return _Unrolling(fold, downwards).run(block_of, rest)
+    return _Unrolling(fold, downwards, block_of).run(rest)
 
 
 @dataclass
 class _Unrolling:
     fold: Fold
     downwards: bool
+    blocks: Sequence[Layered]
     copies: dict[tuple[int | None, Key], Copy] = field(default_factory=dict)
-    kernels: list[tuple[tuple[int, int], int | None, Kernel]] = field(default_factory=list)
+    kernels: list[tuple[tuple[int, float, int], int | None, Kernel]] = field(default_factory=list)
     nbytes: dict[Copy, int] = field(default_factory=dict)
     believed: dict[Copy, int] = field(default_factory=dict)
     freed: dict[Copy, None] = field(default_factory=dict)
     outputs: set[Copy] = field(default_factory=set)
     inlined: dict[Copy, dict[Copy, None]] = field(default_factory=dict)
 
-    def run(self, block_of: Sequence[Layered], rest: Layered) -> Unrolled:
+    def run(self, rest: Layered) -> Unrolled:
         self._add(rest, None, None)
-        for layer, graph in enumerate(block_of):
+        for layer, graph in enumerate(self.blocks):
             self._add(graph, self.fold.traced(layer), layer)
         self.kernels.sort(key=lambda item: item[0])
         known = {*self.freed, *self.believed, *(w for _, _, k in self.kernels for w in k.writes)}
@@ -150,10 +160,21 @@ class _Unrolling:
             found = self.copies[layer, key] = Copy(name, node.op, node.meta, layer, label)
         return found
 
-    def _slot(self, graph: Layered, kernel: Kernel, layer: int | None) -> tuple[int, int]:
-        """Where a kernel stands in the order of the graph: among those of the layer that runs then, be it its own or not."""
+    def _slot(self, graph: Layered, kernel: Kernel, layer: int | None) -> tuple[int, float, int]:
+        """Where a kernel stands in the order of the graph: among those of the layer that runs then, be it its own or not. If that
+        layer has another form here, it is not known when it needs the kernel, which then comes last and is called when needed."""
         running = graph.running[kernel]
         if running is None:
-            return -1, kernel.position
-        where = self.fold.seen_from(layer, running)[0 if self.downwards else -1]
-        return (self.fold.layers - 1 - where if self.downwards else where), kernel.position
+            known = layer is None or self.blocks[self._turn(0)] is graph
+            turn = -1
+        else:
+            where = self.fold.seen_from(layer, running)[0 if self.downwards else -1]
+            known = where == layer or self.blocks[where] is graph
+            turn = self._turn(where)
+        if known:
+            return turn, graph.moment[kernel], kernel.position
+        return self.fold.layers if layer is None else self._turn(layer), 1.0, kernel.position
+
+    def _turn(self, layer: int) -> int:
+        """When ``layer`` runs (or which layer runs at that turn), from 0."""
+        return self.fold.layers - 1 - layer if self.downwards else layer
