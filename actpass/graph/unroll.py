@@ -161,8 +161,9 @@ class _Unrolling:
         return found
 
     def _slot(self, graph: Layered, kernel: Kernel, layer: int | None) -> tuple[int, float, int]:
-        """Where a kernel stands in the order of the graph: among those of the layer that runs then, be it its own or not. If that
-        layer has another form here, it is not known when it needs the kernel, which then comes last and is called when needed."""
+        """Where a kernel stands in the order of the graph: among those of the layer that runs then, be it its own or not. If
+        that layer has another form here, it is not known when it needs the kernel: it comes last, and earlier if it is read.
+        """
         running = graph.running[kernel]
         if running is None:
             known = layer is None or self.blocks[self._turn(0)] is graph

@@ -132,7 +132,7 @@ class Sharded:
             peaks.append(RankPeak(activations, whole, made - sharded, buffer))
             for unit, gradients in ends.get(i, ()):
                 buffer, kept = unit.padded_bytes(self.ranks), unit.shard(self.ranks).nbytes
-                whole = self.whole_parameters(None, following) if unit is not self.root else whole
+                whole = 0 if unit is self.root else self.whole_parameters(None, following)  # its own are sharded again
                 peaks.append(RankPeak(activations, whole, made - sharded + kept, buffer))
                 sharded += gradients - kept
         return max(peaks, key=lambda peak: peak.total)
@@ -146,7 +146,7 @@ class Sharded:
                 totals[layer] = totals.get(layer, 0) + nbytes
                 last[layer] = len(moments) - 1 if layer is None else i  # the root's are exchanged when all is done
         ends: dict[int, list[tuple[Unit, int]]] = {}
-        for layer, i in last.items():
+        for layer, i in sorted(last.items(), key=lambda item: item[0] is None):
             ends.setdefault(i, []).append((self.root if layer is None else self.layers[layer], totals[layer]))
         return ends
 
