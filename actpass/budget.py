@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from actpass.candidates import find_candidates
 from actpass.config import Config
@@ -29,6 +29,7 @@ from actpass.plan import Candidate, SavedTensor, Storage, choose_storage, noise,
 from actpass.plan.calibration import Sensitivity
 from actpass.plan.knapsack import least_bytes, solve
 from actpass.plan.menu import AGAIN, NOISE_PER_STEP, SHARE_IN_A_CONTRACTION, UNIT, Costs, Menu, menus
+from actpass.plan.policy import StoredBytes
 from actpass.plan.ranks import RankSite, bytes_at, choose_ranks
 from actpass.plan.ranks import least_bytes as least_bytes_of_ranks
 from actpass.plan.spread import Level, needs
@@ -60,17 +61,22 @@ class PeakBudget:
 
     def needs(self, cut: Cut) -> int:
         """Bytes to allow for what will be compiled as ``cut``."""
-        optimizer = cut.footprint.gradients + self.resident.scratch
-        return self.resident.total + max(math.ceil(cut.peak_bytes * (1 + MARGIN)), optimizer)
+        return max(self.resident.total + math.ceil(cut.peak_bytes * (1 + MARGIN)), self.floor(cut))
+
+    def floor(self, cut: Cut) -> int:
+        """Bytes that no choice changes: while the optimizer steps, beside all gradients."""
+        return self.resident.total + cut.footprint.gradients + self.resident.scratch
 
     def error(self, cut: Cut, method: str) -> BudgetError:
         """For when even ``cut`` needs too much."""
         needed = self.needs(cut)
+        step = cut.footprint.gradients + self.resident.scratch
         largest = ", ".join(f"{name} ({nbytes})" for name, nbytes in cut.largest_at_peak[:3])
         return BudgetError(
             f"memory_budget={self.nbytes} bytes of peak can't be met. The least that method={method!r} reaches here is "
-            f"{needed} bytes: {self.resident}, and {cut.peak_bytes} predicted above them (and a margin), the largest of which "
-            f"are {largest}. Use memory_budget={needed} or more, or a smaller batch.",
+            f"{needed} bytes: {self.resident}, and above them the larger of {step} while the optimizer steps and "
+            f"{cut.peak_bytes} predicted before (and a margin), the largest of which are {largest}. Use "
+            f"memory_budget={needed} or more, or a smaller batch.",
             needed,
         )
 
@@ -110,6 +116,13 @@ class Region:
 
     def cut(self, setting: Setting) -> Cut:
         return cut(self.joint, self.joint_inputs, self.kwargs, setting)
+
+    def tensors(self, cut: Cut) -> list[SavedTensor]:
+        """What crosses ``cut``, and what it takes to run it again."""
+        return self.saved(self.joint, cut, self.recomputation)
+
+    def sizes(self, cut: Cut) -> StoredBytes:
+        return sizes_in(cut)
 
     @cached_property
     def recomputation(self) -> Recomputation:
@@ -155,7 +168,7 @@ class Region:
         return choose_storage(tensors, self.config.treatment_of_any, sizes_in(choice.cut), choice.codecs)
 
 
-def sizes_in(cut: Cut) -> Callable[[SavedTensor, str, int | None], int | None]:
+def sizes_in(cut: Cut) -> StoredBytes:
     """Bytes of a tensor that crosses ``cut`` in a codec and a group size."""
     nodes = {n.name: n for n in cut.forward.graph.nodes}
 
@@ -175,18 +188,18 @@ def choose_cut(region: Region, cut_of: Callable[[Choice], Cut], peak: PeakBudget
     budget = region.config.memory_budget
     if budget == 1.0:
         return Choice(Setting(rebuild=False), region.default, {})
-    free = _free(region)
+    free = free_choice(region)
     if budget is None:
         return free
     if not region.config.ranks_from_budget:
-        return _within(_Search(region, free), cut_of, peak)
+        return _within(Search(region, free), cut_of, peak)
     search = _Ranks(region, free, cut_of)
     choice = _within(search, search.cut_of, peak)
     notes = [n for n in (search.note(choice), choice.note) if n is not None]
     return replace(choice, note="; ".join(notes) or None)
 
 
-def _within(search: _Search | _Ranks, cut_of: Callable[[Choice], Cut], peak: PeakBudget | None) -> Choice:
+def _within(search: Search[Region] | _Ranks, cut_of: Callable[[Choice], Cut], peak: PeakBudget | None) -> Choice:
     """The best choice within the budget of the search's region."""
     region = search.region
     budget = region.config.memory_budget
@@ -195,7 +208,7 @@ def _within(search: _Search | _Ranks, cut_of: Callable[[Choice], Cut], peak: Pea
     if peak is not None and peak.part:
         return _least_of_ladder(search, cut_of)
     if peak is not None:
-        return _within_peak(search, cut_of, peak)
+        return within_peak(search, cut_of, peak)
     assert isinstance(budget, float)
     capacity = int(budget * region.default.saved_bytes)
     found = search.at(capacity)
@@ -219,7 +232,7 @@ def _within(search: _Search | _Ranks, cut_of: Callable[[Choice], Cut], peak: Pea
     )
 
 
-def _free(region: Region) -> Choice:
+def free_choice(region: Region) -> Choice:
     """The cut that runs no matmul again and has the fewest bytes, as they will be stored.
 
     The residual stream is asked for as such where that costs nothing: upstream would as soon save every addend of it, which
@@ -242,7 +255,7 @@ def _free(region: Region) -> Choice:
 
 def alternatives(region: Region, count: int) -> list[tuple[int, Choice]]:
     """(capacity, choice) for ``count`` capacities of saved bytes, from the most that is of use down to the least, or a 64th."""
-    search = _Search(region, _free(region))
+    search = Search(region, free_choice(region))
     most, least = search.most, max(search.least, search.most // _RANGE)
     ratio = (least / most) ** (1 / (count - 1)) if most else 1.0
     capacities = [max(search.least, round(most * ratio**i)) for i in range(count)]
@@ -262,11 +275,25 @@ class _Found:
     cost: int
 
 
-class _Search:
+class Searched(Protocol):
+    """What a search asks of a region, be it one that was traced or one that is reckoned (`actpass.folded`)."""
+
+    @property
+    def config(self) -> Config: ...
+    def cut(self, setting: Setting) -> Any: ...
+    def tensors(self, cut: Any) -> list[SavedTensor]: ...
+    def sizes(self, cut: Any) -> StoredBytes: ...
+    def costs(self, cut: Any, tensors: Sequence[SavedTensor]) -> Costs: ...
+
+
+R = TypeVar("R", bound=Searched)
+
+
+class Search(Generic[R]):
     """Choices within capacities of saved bytes. stride: each how manieth capacity is looked at where a search by halves finds
     none that fits."""
 
-    def __init__(self, region: Region, free: Choice) -> None:
+    def __init__(self, region: R, free: Choice) -> None:
         self.region, self.free = region, free
         self.menus = self._menus(free.cut, again=True)
         self.cuts: dict[frozenset[str], tuple[Setting, Cut, list[Menu]]] = {}
@@ -280,9 +307,9 @@ class _Search:
         return [t for m in self.menus for t in m.members]
 
     def _menus(self, cut: Cut, *, again: bool) -> list[Menu]:
-        tensors = self.region.saved(self.region.joint, cut, self.region.recomputation)
+        tensors = self.region.tensors(cut)
         costs = self.region.costs(cut, tensors)
-        return menus(tensors, self.region.config.treatment_of_any, sizes_in(cut), costs, again=again)
+        return menus(tensors, self.region.config.treatment_of_any, self.region.sizes(cut), costs, again=again)
 
     @property
     def least(self) -> int:
@@ -368,7 +395,7 @@ class _Ranks:
         return self._smallest.stored
 
     def capacities(self, step: float) -> list[int]:
-        """As those of `_Search`, of what is left for the projections."""
+        """As those of `Search`, of what is left for the projections."""
         most, least = bytes_at(self._listed, [s.most for s in self._listed]), least_bytes_of_ranks(self._listed)
         found = [most]
         while found[-1] * step > max(least, most / _RANGE):
@@ -434,7 +461,7 @@ def _solve(listed: list[Menu], capacity: int) -> tuple[int, ...]:
     return solution.chosen
 
 
-def _least_of_ladder(search: _Search | _Ranks, cut_of: Callable[[Choice], Cut]) -> Choice:
+def _least_of_ladder(search: Search[Any] | _Ranks, cut_of: Callable[[Choice], Cut]) -> Choice:
     """The choice with the least peak, and all of the ladder."""
     levels: list[tuple[Level, Choice]] = []
     for capacity in search.capacities(_STEP_OF_LADDER):
@@ -445,11 +472,21 @@ def _least_of_ladder(search: _Search | _Ranks, cut_of: Callable[[Choice], Cut]) 
     return replace(choice, levels=tuple(level for level, _ in levels))
 
 
-def _within_peak(search: _Search | _Ranks, cut_of: Callable[[Choice], Cut], budget: PeakBudget) -> Choice:
-    """The largest capacity whose predicted peak is within ``budget``."""
+class Limit(Protocol):
+    """A budget of peak bytes, of one device or of each rank."""
+
+    @property
+    def nbytes(self) -> int: ...
+    def needs(self, cut: Any) -> int: ...
+    def floor(self, cut: Any) -> int: ...
+    def error(self, cut: Any, method: str) -> BudgetError: ...
+
+
+def within_peak(search: Search[Any] | _Ranks, cut_of: Callable[[Choice], Any], budget: Limit) -> Choice:
+    """The choice of the largest capacity whose predicted peak is within ``budget``. Raises its error if there is none."""
     capacities = search.capacities(_STEP)
-    known: dict[int, tuple[Choice, Cut]] = {}
-    cuts: dict[Hashable, Cut] = {}  # several capacities may give one choice
+    known: dict[int, tuple[Choice, Any]] = {}
+    cuts: dict[Hashable, Any] = {}  # several capacities may give one choice
 
     def fits(i: int) -> bool:
         if i not in known:
@@ -457,7 +494,7 @@ def _within_peak(search: _Search | _Ranks, cut_of: Callable[[Choice], Cut], budg
             if choice.key not in cuts:
                 cuts[choice.key] = cut_of(choice)
             known[i] = choice, cuts[choice.key]
-        return budget.needs(known[i][1]) <= budget.nbytes
+        return budget.needs(known[i][1]) <= max(budget.nbytes, budget.floor(known[i][1]))
 
     low, high = 0, len(capacities) - 1
     while low < high:
@@ -468,7 +505,7 @@ def _within_peak(search: _Search | _Ranks, cut_of: Callable[[Choice], Cut], budg
             low = middle + 1
     if not fits(low):  # the least bytes need not have the least peak
         low = next((i for i in range(0, len(capacities), search.stride) if fits(i)), -1)
-    if low >= 0:
+    if low >= 0 and budget.needs(known[low][1]) <= budget.nbytes:
         return known[low][0]
-    least = min(known.values(), key=lambda item: budget.needs(item[1]))
+    least = known[low] if low >= 0 else min(known.values(), key=lambda item: budget.needs(item[1]))
     raise budget.error(least[1], search.region.config.treatment.method)

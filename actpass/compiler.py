@@ -26,7 +26,7 @@ from actpass import follow, verify
 from actpass._torch import fx_graph_cse, inductor_config
 from actpass.budget import Choice, PeakBudget, Region, choose_cut
 from actpass.candidates import find_candidates
-from actpass.chunking import chunk
+from actpass.chunking import Chunked, chunk
 from actpass.config import Config
 from actpass.errors import ActpassError, ActpassWarning, GraphUnsupported, PlanError
 from actpass.graph import GraphInputs, Joint, find_contractions, fingerprint, plain_inputs
@@ -50,15 +50,27 @@ class Decided:
 
 @dataclass(frozen=True)
 class Compiled:
-    """The graphs to hand to Inductor, what was done, the cut that they are, and every stage's graph by name. decided: None if
-    the region was left to Inductor."""
+    """The graphs to hand to Inductor, what was done, the cut that they are, every stage's graph by name, and the joint graph as
+    it came. decided: None if the region was left to Inductor."""
 
     forward: fx.GraphModule
     backward: fx.GraphModule
     record: Record
     cut: Cut
     stages: dict[str, fx.GraphModule]
+    traced: Traced
     decided: Decided | None = None
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A joint graph before anything is decided. default: Inductor's own cut of it."""
+
+    joint: Joint
+    joint_inputs: Sequence[object]
+    kwargs: Mapping[str, Any]
+    config: Config
+    default: Cut
 
 
 def compile_joint(
@@ -75,8 +87,9 @@ def compile_joint(
     joint = _prepare(gm, inputs, partition_kwargs)
     given = follow.find(config.plan, joint) if config.plan is not None else None
     default = cut(joint, joint_inputs, partition_kwargs, Setting(rebuild=False))
+    traced = Traced(joint, joint_inputs, partition_kwargs, config, default)
     try:
-        return _compile(joint, joint_inputs, config, partition_kwargs, default, peak, given)
+        return _compile(traced, peak, given)
     except ActpassError as error:
         if not isinstance(error, GraphUnsupported):
             raise
@@ -87,7 +100,7 @@ def compile_joint(
         raise follow.refusal(reason) from cause
     warnings.warn(f"actpass left a region to Inductor alone, because {reason}", ActpassWarning, stacklevel=2)
     record = describe_fallback(joint, default, config, reason)
-    return Compiled(default.forward, default.backward, record, default, {"joint": joint.gm})
+    return Compiled(default.forward, default.backward, record, default, {"joint": joint.gm}, traced)
 
 
 def _prepare(gm: fx.GraphModule, inputs: GraphInputs, partition_kwargs: Mapping[str, Any]) -> Joint:
@@ -100,35 +113,40 @@ def _prepare(gm: fx.GraphModule, inputs: GraphInputs, partition_kwargs: Mapping[
     return Joint(copy, inputs, partition_kwargs["num_fwd_outputs"], static)
 
 
-def _compile(
-    joint: Joint,
-    joint_inputs: Sequence[object],
-    config: Config,
-    kwargs: Mapping[str, Any],
-    default: Cut,
-    peak: PeakBudget | None,
-    given: Plan | None,
-) -> Compiled:
-    whole, chunked, why_whole = joint, None, None
+def read(
+    traced: Traced, default_bytes: int | None = None, given: Plan | None = None
+) -> tuple[Region, Chunked | None, str | None]:
+    """What a plan can be made for: the joint graph, with its loss in pieces if that pays (how, or why not), or if the ``given``
+    plan has it so. default_bytes: what Inductor's default saves, which the logits are weighed against, if it is not the traced
+    graph's own."""
+    joint, config, default = traced.joint, traced.config, traced.default
+    chunked, why_whole = None, None
     if given.chunked if given is not None else config.chunk_loss and config.memory_budget != 1.0:
         try:
-            chunked = chunk(joint, default.saved_bytes)
+            chunked = chunk(joint, default.saved_bytes if default_bytes is None else default_bytes)
         except GraphUnsupported as error:
             why_whole = str(error)
     if given is not None and given.chunked and chunked is None:
         raise PlanError(f"the plan forms the loss in pieces, which is not possible: {why_whole or 'no logits weigh'}.")
-    joint = chunked.joint if chunked is not None else whole
-    region = Region(joint, joint_inputs, kwargs, config, find_contractions(joint), default, chunked is not None)
+    joint = chunked.joint if chunked is not None else joint
+    finding = find_contractions(joint)
+    region = Region(joint, traced.joint_inputs, traced.kwargs, config, finding, default, chunked is not None)
+    return region, chunked, why_whole
+
+
+def _compile(traced: Traced, peak: PeakBudget | None, given: Plan | None) -> Compiled:
+    region, chunked, why_whole = read(traced, given=given)
+    whole, joint, config = traced.joint, region.joint, traced.config
     if given is not None:
         choice = follow.choose(region, given)
-        done = _finish(region, choice, given)
+        done = finish(region, choice, given)
         choice = follow.check_budget(region, choice, done.swapped, done.plan.storages, peak)
     else:
-        choice = choose_cut(region, lambda choice: _finish(region, choice).swapped, peak)
-        done = _finish(region, choice)
+        choice = choose_cut(region, lambda choice: finish(region, choice).swapped, peak)
+        done = finish(region, choice)
     if done.off is not None:
         warnings.warn(f"actpass: {done.off}", ActpassWarning, stacklevel=2)
-    cuts = Cuts(default, choice.cut, done.final, done.swapped)
+    cuts = Cuts(traced.default, choice.cut, done.final, done.swapped)
     plan = replace(done.plan, graph=fingerprint(whole), inputs=plain_inputs(whole))
     record = describe(whole, joint, region.finding, plan, cuts, done.rewritten, config, chunked, why_whole)
     notes = (*done.notes, *([choice.note] if choice.note is not None else []))
@@ -140,11 +158,11 @@ def _compile(
         record = replace(record, active=False, inactive_because=done.off)
     forward, backward = done.swapped.forward, done.swapped.backward
     stages = {"joint": joint.gm, "rewritten": done.joint.gm, "forward": forward, "backward": backward}
-    return Compiled(forward, backward, record, done.swapped, stages, Decided(whole, region, choice))
+    return Compiled(forward, backward, record, done.swapped, stages, traced, Decided(whole, region, choice))
 
 
 @dataclass(frozen=True)
-class _Finished:
+class Finished:
     """plan: what was chosen. joint, rewritten, final: after the contractions were rewritten. swapped: with what crosses in its
     stored form. off: what could not be done, and why. notes: what the user should know of it."""
 
@@ -157,7 +175,7 @@ class _Finished:
     notes: tuple[str, ...] = ()
 
 
-def _finish(region: Region, choice: Choice, given: Plan | None = None) -> _Finished:
+def finish(region: Region, choice: Choice, given: Plan | None = None) -> Finished:
     """Carry out what was chosen, the projections first. given: the plan, if it was not searched for."""
     joint, finding, config = region.joint, region.finding, region.config
     if given is not None:
@@ -185,7 +203,7 @@ def _finish(region: Region, choice: Choice, given: Plan | None = None) -> _Finis
             raise
         off = f"{off + '; ' if off else ''}the low-bit forms of this region are off: {error}"
         storages, swapped = (), final
-    return _Finished(_whole(plan, storages, region, choice.setting), changed, done, final, swapped, off, notes)
+    return Finished(_whole(plan, storages, region, choice.setting), changed, done, final, swapped, off, notes)
 
 
 def _whole(plan: Plan, storages: tuple[Storage, ...], region: Region, setting: Setting) -> Plan:

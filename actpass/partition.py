@@ -104,13 +104,15 @@ class Setting:
     only reason why weight-gradient operands (norm outputs, activation products) are saved; without it they are rebuilt from
     a neighbour by pointwise operators: no extra matmul, no attention, exact.
     again: forward nodes (matmuls, fused attentions) that the backward may run again, where that saves bytes. keep: nodes that
-    are stored, whatever the bytes. stock: upstream's own ``activation_memory_budget``; None: the user's.
+    are stored, whatever the bytes. stock: upstream's own ``activation_memory_budget``; None: the user's. part: whether the
+    graph stands for a part of a deeper one in which something runs again: upstream cuts all of that in another way.
     """
 
     rebuild: bool
     again: frozenset[str] = frozenset()
     keep: frozenset[str] = frozenset()
     stock: float | None = None
+    part: bool = False
 
 
 _LEAST_BUDGET = 1e-9
@@ -150,7 +152,7 @@ def cut(
     for node in gm.graph.nodes:
         if node.name in setting.keep:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-    if setting.again:
+    if setting.again or setting.part:
         patch["activation_memory_budget"] = _LEAST_BUDGET
         patch["activation_memory_budget_solver"] = _RunAgain(setting.again)
         patch["activation_memory_budget_runtime_estimator"] = "testing"  # unused: what runs again is decided

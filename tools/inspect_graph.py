@@ -143,7 +143,7 @@ def explain(given: argparse.Namespace, options: Mapping[str, Any], device: str, 
         count = sum(p.numel() for p in target.model.parameters())
         how = f"fake {device} tensors" if fake else device
         stack.enter_context(torch.autocast(device, dtype=torch.bfloat16, enabled=given.autocast))
-        stack.enter_context(_errors_unwrapped())
+        stack.enter_context(errors_unwrapped())
         explore = given.plot_pareto is not None
         explained = explain_model(target.model, target.args, target.kwargs, options, explore=explore)
         print(f"{target.title}, {count / 1e6:.1f} M parameters, traced with {how}, options {options or 'default'}")
@@ -151,7 +151,7 @@ def explain(given: argparse.Namespace, options: Mapping[str, Any], device: str, 
 
 
 @contextmanager
-def _errors_unwrapped() -> Iterator[None]:
+def errors_unwrapped() -> Iterator[None]:
     """actpass's own errors without Dynamo's wrapping."""
     try:
         with warnings.catch_warnings():

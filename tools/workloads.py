@@ -84,6 +84,16 @@ WORKLOADS = {
     )
 }
 
+LARGE = {
+    w.name: w
+    for w in (
+        _llama("llama-7b", 4096, 11008, 32, 32, (1, 4096), (1, 4096), max_position_embeddings=4096),
+        _llama("llama-13b", 5120, 13824, 40, 40, (1, 4096), (1, 4096), max_position_embeddings=4096),
+        _llama("llama-70b", 8192, 28672, 80, 64, (1, 4096), (1, 4096), num_key_value_heads=8, max_position_embeddings=4096),
+    )
+}
+"""To plan for, not to run here (Touvron et al., "Llama 2", 2023, arXiv 2307.09288)."""
+
 
 def workload_named(name: str) -> Workload:
     if name not in WORKLOADS:

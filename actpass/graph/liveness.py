@@ -21,6 +21,7 @@ import operator
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import fx
@@ -84,20 +85,31 @@ class Timeline:
         return max(self.levels, default=0)
 
 
+class Buffer(Protocol):
+    """A tensor in memory: a node of a graph, or a copy of one (`actpass.graph.unroll`)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def op(self) -> str: ...
+    @property
+    def meta(self) -> dict[str, Any]: ...
+
+
 @dataclass(eq=False)
-class _Kernel:
+class Kernel:
     """node: its first. loops: what it runs over (`_Reading._loops`), None for what is no loop. scratch: bytes that it needs
     while it runs, its results among them, if more than they. writes, reads: what it leaves in memory and reads from there;
     size: bytes of the former. members: its results in order, with those that only the kernel itself reads. unwritten: bytes
     of the latter, which never get to memory, but Inductor counts them."""
 
-    node: fx.Node
+    node: Any
     position: int
     loops: tuple[int, int] | None
     scratch: int = 0
-    writes: list[fx.Node] = field(default_factory=list)
-    reads: list[fx.Node] = field(default_factory=list)
-    members: list[fx.Node] = field(default_factory=list)
+    writes: list[Any] = field(default_factory=list)
+    reads: list[Any] = field(default_factory=list)
+    members: list[Any] = field(default_factory=list)
     size: int = 0
     unwritten: int = 0
 
@@ -109,14 +121,124 @@ class _Kernel:
 def timeline(gm: fx.GraphModule, freed: Mapping[str, str] | None = None) -> Timeline:
     """The live bytes of ``gm``. freed: inputs that count and are freed behind their last reader (a backward's saved tensors
     and tangents), by name -> the memory that they show, of which several may show one; all other inputs are resident."""
-    reading = _Reading(gm, freed or {})
-    orders = (reading.kernels, _least_memory_first(reading), _depth_first(reading))
-    return reading.run(min(orders, key=lambda order: max(reading.believed_steps(order), default=0)))
+    return read(gm, freed).timeline()
+
+
+def read(gm: fx.GraphModule, freed: Mapping[str, str] | None = None) -> Program:
+    """What `timeline` runs."""
+    return _Reading(gm, freed or {}).program
+
+
+class Program:
+    """Kernels in the graph's order, and the memory that they read and write.
+
+    bytes: of every buffer. believed: the inputs that Inductor counts when it chooses an order, a transposed weight among them,
+    and how many bytes. freed: the inputs that count. outputs: what stays. inlined: what each result is computed from in memory.
+    """
+
+    def __init__(
+        self,
+        kernels: list[Kernel],
+        nbytes: Mapping[Any, int],
+        believed: Mapping[Any, int],
+        freed: list[Any],
+        outputs: set[Any],
+        inlined: Mapping[Any, Mapping[Any, None]],
+    ) -> None:
+        self.kernels, self.bytes, self.believed, self.freed = kernels, nbytes, believed, freed
+        self.outputs, self.inlined = outputs, inlined
+        self.readers: dict[Any, list[Kernel]] = defaultdict(list)
+        for kernel in kernels:
+            for node in kernel.reads:
+                self.readers[node].append(kernel)
+        self.counted = {*freed, *believed, *(w for k in kernels for w in k.writes)}
+        self.owned = {*freed, *(w for k in kernels for w in k.writes)} - outputs
+
+    def timeline(self) -> Timeline:
+        """Of the orders that Inductor considers, the one that it takes."""
+        orders = (self.kernels, _least_memory_first(self), _depth_first(self))
+        return self.run(min(orders, key=lambda order: max(self.believed_steps(order), default=0)))
+
+    def _taken(self, kernel: Kernel, dead: Sequence[Any]) -> dict[Any, Any]:
+        """Result -> the input in whose memory it is written: of its size, dead behind ``kernel``, and read by nothing but the
+        result and what the result is computed from. What never gets to memory comes first, and then nothing is taken over."""
+        if kernel.loops is None:
+            return {}
+        written = set(kernel.writes)
+        inner = {m for m in kernel.members if m not in written}
+        mortal = inner | {n for n in dead if n not in written and n in self.owned}
+        sources: dict[Any, set[Any]] = {}  # of a member: itself and all members that it is computed from
+        for m in kernel.members:
+            sources[m] = {m}.union(*(sources.get(r, ()) for r in self.inlined[m]))
+        taken: dict[Any, Any] = {}
+        for node in kernel.writes:
+            fits = [r for r in self.inlined[node] if r in mortal and self.bytes[r] == self.bytes[node]]
+            alone = [r for r in fits if all(m in sources[node] for m in kernel.members if r in self.inlined[m])]
+            chosen = next((r for r in alone if r in inner), next(iter(alone), None))
+            if chosen is not None and chosen not in inner:
+                taken[node] = chosen
+        return taken
+
+    def _deaths(self, order: Sequence[Kernel]) -> list[list[Any]]:
+        """What is dead behind each kernel of ``order``."""
+        last = {n: i for i, kernel in enumerate(order) for n in (*kernel.writes, *kernel.reads)}
+        deaths: list[list[Any]] = [[] for _ in order]
+        for node, i in last.items():
+            if node in self.counted and node not in self.outputs:
+                deaths[i].append(node)
+        return deaths
+
+    def believed_steps(self, order: Sequence[Kernel]) -> list[int]:
+        """Live bytes while each kernel runs, as Inductor sees them."""
+        return self._steps(order, self.believed, {k: k.needs + k.unwritten for k in order})
+
+    def _steps(self, order: Sequence[Kernel], inputs: Mapping[Any, int], needs: Mapping[Kernel, int]) -> list[int]:
+        """Live bytes while each kernel runs, if nothing is taken over and everything is freed at once."""
+        level, steps = sum(inputs.values()), []
+        size = {**{w: self.bytes[w] for k in order for w in k.writes}, **inputs}
+        for kernel, dead in zip(order, self._deaths(order), strict=True):
+            steps.append(level + needs[kernel])
+            level += kernel.size - sum(size.get(n, 0) for n in dead)
+        return steps
+
+    def run(self, order: Sequence[Kernel]) -> Timeline:
+        deaths = self._deaths(order)
+        steps = self.believed_steps(order)
+        levels = self._steps(order, {n: self.bytes[n] for n in self.freed}, {k: k.needs for k in order})
+        limit = max(steps, default=0)
+        free: dict[tuple[torch.dtype, int], list[int]] = defaultdict(list)
+        for i, (kernel, dead) in enumerate(zip(order, deaths, strict=True)):
+            taken = self._taken(kernel, dead)
+            for node in kernel.writes:
+                size = self.bytes[node]
+                if node in taken:
+                    levels[i] -= size
+                    continue
+                since = free[_key(node, self.bytes[node])]
+                if since and (since[-1] + 1 == i or size + max(steps[since[-1] + 1 : i]) <= limit):
+                    for j in range(since.pop() + 1, i):
+                        steps[j] += size
+                        levels[j] += size
+            for node in dead:
+                if node not in taken.values() and node.op == "call_function":
+                    free[_key(node, self.bytes[node])].append(i)
+        at = max(range(len(levels)), key=levels.__getitem__, default=0)
+        return Timeline(tuple(levels), tuple(k.node.name for k in order), self._live(order, deaths, at), self._kept(order))
+
+    def _live(self, order: Sequence[Kernel], deaths: list[list[Any]], at: int) -> tuple[tuple[str, int], ...]:
+        """(node, bytes) of what is in use while kernel ``at`` runs, the largest first."""
+        gone = {n for dead in deaths[:at] for n in dead}
+        made = [*self.freed, *(w for k in order[: at + 1] for w in k.writes)]
+        live = [(n.name, self.bytes[n]) for n in made if n not in gone and self.bytes[n]]
+        return tuple(sorted(live, key=lambda item: (-item[1], item[0])))
+
+    def _kept(self, order: Sequence[Kernel]) -> int:
+        made = [*self.freed, *(w for k in order for w in k.writes)]
+        return sum(self.bytes[n] for n in made if n in self.outputs)
 
 
 class _Reading:
-    """What one graph's kernels are. outputs: what stays in memory. freed: inputs that count. believed: those that Inductor
-    counts when it chooses an order, a transposed weight among them, and how many bytes."""
+    """Finds the kernels of one graph. The names are those of `Program`, which is made of them."""
 
     def __init__(self, gm: fx.GraphModule, freed: Mapping[str, str]) -> None:
         self.gm = gm
@@ -135,13 +257,8 @@ class _Reading:
         self.users = {n: _users(n) for n in self.nodes if not is_view(n)}
         self.sums = {n: product for n in self.nodes if (product := _product_in(n, self.users)) is not None}
         self.stored, self.inlined = self._inline()
-        self.kernels = self._fused(self._kernels())
-        self.readers: dict[fx.Node, list[_Kernel]] = defaultdict(list)
-        for kernel in self.kernels:
-            for node in kernel.reads:
-                self.readers[node].append(kernel)
-        self.counted = {*self.freed, *self.believed, *(w for k in self.kernels for w in k.writes)}
-        self.owned = {*self.freed, *(w for k in self.kernels for w in k.writes)} - self.outputs
+        kernels = self._fused(self._kernels())
+        self.program = Program(kernels, self.bytes, self.believed, self.freed, self.outputs, self.inlined)
 
     def _inline(self) -> tuple[set[fx.Node], dict[fx.Node, dict[fx.Node, None]]]:
         """The nodes whose values are in memory; and for every node what its value is computed from in memory (an ordered
@@ -196,8 +313,8 @@ class _Reading:
         copied = user.args[0] if user.target in WRITES else None
         return any(storage_root(a) is node for a in user.all_input_nodes if a is not copied) or user.op == "output"
 
-    def _kernels(self) -> list[_Kernel]:
-        kernels: dict[fx.Node, _Kernel] = {}
+    def _kernels(self) -> list[Kernel]:
+        kernels: dict[fx.Node, Kernel] = {}
         for node in self.nodes:
             if node not in self.stored:
                 continue
@@ -205,7 +322,7 @@ class _Reading:
             while owner.target is operator.getitem:
                 owner = owner.all_input_nodes[0]
             if owner not in kernels:
-                kernels[owner] = _Kernel(owner, self.position[owner], self._loops(owner), self._scratch(owner))
+                kernels[owner] = Kernel(owner, self.position[owner], self._loops(owner), self._scratch(owner))
                 kernels[owner].reads = [r for r in self.inlined[owner] if isinstance(r.meta.get("val"), torch.Tensor)]
             if self.bytes[node]:
                 kernels[owner].writes.append(node)
@@ -229,7 +346,7 @@ class _Reading:
             return 0
         return timeline(getattr(self.gm, str(node.args[0].target))).peak
 
-    def _fused(self, kernels: list[_Kernel]) -> list[_Kernel]:
+    def _fused(self, kernels: list[Kernel]) -> list[Kernel]:
         """Merge loops over as many elements that share a buffer, those that share most first, where no third kernel lies
         between."""
         source = {w: i for i, k in enumerate(kernels) for w in k.writes}
@@ -295,7 +412,7 @@ class _Reading:
             worthwhile = near and shared[first, other] >= enough
             if (worthwhile or reads(i, j) or reads(j, i)) and not between(i, j) and not between(j, i):
                 merge(i, j)
-        fused: dict[int, _Kernel] = {}
+        fused: dict[int, Kernel] = {}
         for i, kernel in enumerate(kernels):
             if group[i] in fused:
                 whole = fused[group[i]]
@@ -313,89 +430,12 @@ class _Reading:
                 kernel.unwritten = sum(self.bytes[w] for w in kernel.writes) - sum(self.bytes[w] for w in written)
                 kernel.writes = written
             kernel.size = sum(self.bytes[w] for w in kernel.writes)
-        return _sorted(list(fused.values()))
-
-    def _taken(self, kernel: _Kernel, dead: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
-        """Result -> the input in whose memory it is written: of its size, dead behind ``kernel``, and read by nothing but the
-        result and what the result is computed from. What never gets to memory comes first, and then nothing is taken over."""
-        if kernel.loops is None:
-            return {}
-        written = set(kernel.writes)
-        inner = {m for m in kernel.members if m not in written}
-        mortal = inner | {n for n in dead if n not in written and n in self.owned}
-        sources: dict[fx.Node, set[fx.Node]] = {}  # of a member: itself and all members that it is computed from
-        for m in kernel.members:
-            sources[m] = {m}.union(*(sources.get(r, ()) for r in self.inlined[m]))
-        taken: dict[fx.Node, fx.Node] = {}
-        for node in kernel.writes:
-            fits = [r for r in self.inlined[node] if r in mortal and self.bytes[r] == self.bytes[node]]
-            alone = [r for r in fits if all(m in sources[node] for m in kernel.members if r in self.inlined[m])]
-            chosen = next((r for r in alone if r in inner), next(iter(alone), None))
-            if chosen is not None and chosen not in inner:
-                taken[node] = chosen
-        return taken
-
-    def _deaths(self, order: Sequence[_Kernel]) -> list[list[fx.Node]]:
-        """What is dead behind each kernel of ``order``."""
-        last = {n: i for i, kernel in enumerate(order) for n in (*kernel.writes, *kernel.reads)}
-        deaths: list[list[fx.Node]] = [[] for _ in order]
-        for node, i in last.items():
-            if node in self.counted and node not in self.outputs:
-                deaths[i].append(node)
-        return deaths
-
-    def believed_steps(self, order: Sequence[_Kernel]) -> list[int]:
-        """Live bytes while each kernel runs, as Inductor sees them."""
-        return self._steps(order, self.believed, {k: k.needs + k.unwritten for k in order})
-
-    def _steps(self, order: Sequence[_Kernel], inputs: Mapping[fx.Node, int], needs: Mapping[_Kernel, int]) -> list[int]:
-        """Live bytes while each kernel runs, if nothing is taken over and everything is freed at once."""
-        level, steps = sum(inputs.values()), []
-        size = {**{w: self.bytes[w] for k in order for w in k.writes}, **inputs}
-        for kernel, dead in zip(order, self._deaths(order), strict=True):
-            steps.append(level + needs[kernel])
-            level += kernel.size - sum(size.get(n, 0) for n in dead)
-        return steps
-
-    def run(self, order: Sequence[_Kernel]) -> Timeline:
-        deaths = self._deaths(order)
-        steps = self.believed_steps(order)
-        levels = self._steps(order, {n: self.bytes[n] for n in self.freed}, {k: k.needs for k in order})
-        limit = max(steps, default=0)
-        free: dict[tuple[torch.dtype, int], list[int]] = defaultdict(list)
-        for i, (kernel, dead) in enumerate(zip(order, deaths, strict=True)):
-            taken = self._taken(kernel, dead)
-            for node in kernel.writes:
-                size = self.bytes[node]
-                if node in taken:
-                    levels[i] -= size
-                    continue
-                since = free[_key(node)]
-                if since and (since[-1] + 1 == i or size + max(steps[since[-1] + 1 : i]) <= limit):
-                    for j in range(since.pop() + 1, i):
-                        steps[j] += size
-                        levels[j] += size
-            for node in dead:
-                if node not in taken.values() and node.op == "call_function":
-                    free[_key(node)].append(i)
-        at = max(range(len(levels)), key=levels.__getitem__, default=0)
-        return Timeline(tuple(levels), tuple(k.node.name for k in order), self._live(order, deaths, at), self._kept(order))
-
-    def _live(self, order: Sequence[_Kernel], deaths: list[list[fx.Node]], at: int) -> tuple[tuple[str, int], ...]:
-        """(node, bytes) of what is in use while kernel ``at`` runs, the largest first."""
-        gone = {n for dead in deaths[:at] for n in dead}
-        made = [*self.freed, *(w for k in order[: at + 1] for w in k.writes)]
-        live = [(n.name, self.bytes[n]) for n in made if n not in gone and self.bytes[n]]
-        return tuple(sorted(live, key=lambda item: (-item[1], item[0])))
-
-    def _kept(self, order: Sequence[_Kernel]) -> int:
-        made = [*self.freed, *(w for k in order for w in k.writes)]
-        return sum(self.bytes[n] for n in made if n in self.outputs)
+        return in_order(list(fused.values()))
 
 
-def _key(node: fx.Node) -> tuple[torch.dtype, int]:
-    """What a later result must share to get the memory of ``node``."""
-    return value(node).dtype, tensor_bytes(node)
+def _key(buffer: Buffer, nbytes: int) -> tuple[torch.dtype, int]:
+    """What a later result must share to get the memory of ``buffer``."""
+    return buffer.meta["val"].dtype, nbytes
 
 
 def _believed(tensor: fx.Node) -> int:
@@ -452,32 +492,36 @@ def _product_in(node: fx.Node, users: Mapping[fx.Node, list[fx.Node]]) -> fx.Nod
     return products[0] if products and others else None
 
 
-def _sources(kernels: Sequence[_Kernel]) -> dict[_Kernel, list[_Kernel]]:
+def _sources(kernels: Sequence[Kernel]) -> dict[Kernel, list[Kernel]]:
     """For each kernel those whose results it reads."""
-    made = {w: k for k in kernels for w in k.writes}
+    made: dict[Any, Kernel] = {w: k for k in kernels for w in k.writes}
     return {k: list(dict.fromkeys(made[r] for r in k.reads if r in made)) for k in kernels}
 
 
-def _sorted(kernels: list[_Kernel]) -> list[_Kernel]:
-    """In the graph's order, each as early as what it reads allows."""
+def in_order(kernels: list[Kernel]) -> list[Kernel]:
+    """In the graph's order, each as early as what it reads allows. Raises `ValueError` if some read one another in a circle."""
     sources = _sources(kernels)
-    done: dict[_Kernel, None] = {}
+    done: dict[Kernel, None] = {}
+    begun: set[Kernel] = set()
     for kernel in sorted(kernels, key=lambda k: k.position):
         todo = [kernel]
         while todo:
             missing = [s for s in sources[todo[-1]] if s not in done]
+            if missing and todo[-1] in begun:
+                raise ValueError(f"the kernel of {todo[-1].node.name} and others read one another in a circle")
             if missing:
+                begun.add(todo[-1])
                 todo.extend(sorted(missing, key=lambda k: -k.position))
             else:
                 done[todo.pop()] = None
     return list(done)
 
 
-def _least_memory_first(reading: _Reading) -> list[_Kernel]:
+def _least_memory_first(reading: Program) -> list[Kernel]:
     """Of the kernels that can run, the one that raises the peak least, and then the one that leaves the fewest bytes."""
     kernels = reading.kernels
     sources = _sources(kernels)
-    targets: dict[_Kernel, list[_Kernel]] = defaultdict(list)
+    targets: dict[Kernel, list[Kernel]] = defaultdict(list)
     for kernel, needed in sources.items():
         for s in needed:
             targets[s].append(kernel)
@@ -492,7 +536,7 @@ def _least_memory_first(reading: _Reading) -> list[_Kernel]:
     level = sum(reading.believed.values())
     peak = max(level, sum(reading.bytes[n] for n in reading.outputs if n in reading.counted))
     ready = {k: None for k, count in missing.items() if not count}
-    order: list[_Kernel] = []
+    order: list[Kernel] = []
     while ready:
         gap = peak - level
         chosen = min(ready, key=lambda k: (k.needs if k.needs > gap else 0, k.size - frees[k], k.position))
@@ -513,16 +557,16 @@ def _least_memory_first(reading: _Reading) -> list[_Kernel]:
     return order
 
 
-def _depth_first(reading: _Reading) -> list[_Kernel]:
+def _depth_first(reading: Program) -> list[Kernel]:
     """What each kernel needs right before it, the lightest first."""
     kernels = reading.kernels
     sources = _sources(kernels)
     weight = {k: k.size + sum(reading.bytes[r] for r in k.reads if r in reading.counted) for k in kernels}
 
-    def key(kernel: _Kernel) -> tuple[int, int]:
+    def key(kernel: Kernel) -> tuple[int, int]:
         return weight[kernel], kernel.position
 
-    done: dict[_Kernel, None] = {}
+    done: dict[Kernel, None] = {}
     for kernel in sorted(kernels, key=key):
         todo = [kernel]
         while todo:

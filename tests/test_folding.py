@@ -1,0 +1,185 @@
+"""Planning a deep model from five traced layers: against the same model traced whole."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from actpass.budget import PeakBudget, Region, Search, free_choice
+from actpass.compiler import finish, read
+from actpass.errors import BudgetError, GraphUnsupported
+from actpass.explain import explain_model
+from actpass.folded import FoldedRegion, Stack
+from actpass.plan.folding import TRACED, Fold
+from actpass.runtime.resident import Resident
+
+LAYERS = 8
+TOOLS = Path(__file__).parent.parent / "tools"
+
+# What is saved is the same to the byte. A peak may differ by a tensor or two of one layer where layers of different forms meet:
+# what the first layer alone makes (a mask) may be made a few kernels earlier or later, and other memory is then free for it.
+PEAK = 0.015
+
+
+def llama(layers: int) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=176, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, use_cache=False,
+    )  # fmt: skip
+    return built(LlamaForCausalLM(config))
+
+
+def gpt2(layers: int) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=512, n_embd=64, n_layer=layers, n_head=4, n_positions=128, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        use_cache=False, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config)
+    model.loss_type = "ForCausalLM"
+    return built(model)
+
+
+def built(model: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    class LossOnly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.model(input_ids=tokens, labels=tokens).loss
+
+    return LossOnly(), {"tokens": torch.randint(0, 512, (8, 128), generator=torch.Generator().manual_seed(0))}
+
+
+BUILT = {"llama": (llama, "model.model.layers"), "gpt2": (gpt2, "model.transformer.h")}
+
+
+@pytest.fixture(scope="module", params=BUILT)
+def both(request: pytest.FixtureRequest) -> tuple[Region, FoldedRegion]:
+    """(a model of `LAYERS` traced whole, the same from five layers)."""
+    build, path = BUILT[request.param]
+    traced = []
+    for layers in (LAYERS, TRACED):
+        torch.compiler.reset()
+        model, inputs = build(layers)
+        (region,) = explain_model(model, (), inputs, {"smallest": 1024}).regions
+        traced.append(region.traced)
+    whole, _, _ = read(traced[0])
+    return whole, FoldedRegion(traced[1], Stack(path, LAYERS))
+
+
+def test_without_a_budget_all_is_the_same_to_the_byte(both: tuple[Region, FoldedRegion]):
+    whole, folded = both
+    assert folded.default.saved_bytes == whole.default.saved_bytes
+    assert folded.default.footprint == whole.default.footprint
+    assert folded.step_flops == whole.step_flops
+    free, folded_free = finish(whole, free_choice(whole)).swapped, folded.carry_out(folded.free())
+    assert folded_free.saved_bytes == free.saved_bytes
+    assert folded_free.footprint == free.footprint
+
+
+def test_from_the_most_to_the_least_saved_bytes_forms_and_peaks_agree(both: tuple[Region, FoldedRegion]):
+    whole, folded = both
+    direct = Search(whole, free_choice(whole))
+    capacities = direct.capacities(0.92)
+    assert capacities == folded.search.capacities(0.92)
+    again = set()
+    for capacity in (*capacities[:-1:9], capacities[-1]):
+        want, got = direct.at(capacity), folded.search.at(capacity)
+        done, cut = finish(whole, want.choice), folded.carry_out(got.choice)
+        plan = folded.describe(got.choice).plan
+        assert (got.stored, got.cost) == (want.stored, want.cost)
+        assert Counter((s.codec, s.nbytes, s.stored_bytes) for s in plan.storages) == Counter(
+            (s.codec, s.nbytes, s.stored_bytes) for s in done.plan.storages
+        )
+        assert len(plan.again) == len(done.plan.again)
+        assert cut.saved_bytes == done.swapped.saved_bytes
+        assert cut.footprint.gradients == done.swapped.footprint.gradients
+        assert cut.peak_bytes == pytest.approx(done.swapped.peak_bytes, rel=PEAK)
+        again.add(len(plan.again))
+    assert len(again) > 2
+
+
+def test_a_budget_is_met_by_the_same_choice(both: tuple[Region, FoldedRegion]):
+    whole, folded = both
+    free = finish(whole, free_choice(whole)).swapped
+    nbytes = int(0.85 * free.peak_bytes)
+    budget = PeakBudget(nbytes, Resident(0, 0, 0))
+    choice = folded.choose(budget)
+    cut = folded.carry_out(choice)
+    assert budget.needs(choice, cut) <= nbytes
+    assert cut.saved_bytes < free.saved_bytes
+    with pytest.raises(BudgetError, match="can't be met") as raised:
+        folded.choose(PeakBudget(1000, Resident(0, 0, 0)))
+    assert isinstance(raised.value.least, int)
+    least = folded.choose(PeakBudget(raised.value.least, Resident(0, 0, 0)))
+    assert folded.carry_out(least).peak_bytes < cut.peak_bytes
+
+
+def test_kinds_of_layers_cover_each_layer_once_and_their_bytes_add_up(both: tuple[Region, FoldedRegion]):
+    _, folded = both
+    search = folded.search
+    plan = folded.describe(search.at((search.most + search.least) // 2).choice)
+    assert sorted(i for kind in plan.kinds for i in kind.layers) == list(range(LAYERS))
+    total = sum(len(kind.layers) * sum(r.bytes_after for r in kind.rows) for kind in plan.kinds)
+    assert total + sum(r.bytes_after for r in plan.rest.rows) == plan.cut.saved_bytes
+    assert plan.plan.hash == folded.describe(search.at((search.most + search.least) // 2).choice).plan.hash
+
+
+def test_layers_that_are_not_alike_are_refused():
+    torch.compiler.reset()
+    model, inputs = llama(TRACED)
+    model.model.model.layers[3].mlp.act_fn = nn.Tanh()  # pyright: ignore[reportAttributeAccessIssue]
+    (region,) = explain_model(model, (), inputs, {}).regions
+    with pytest.raises(GraphUnsupported, match="not alike"):
+        FoldedRegion(region.traced, Stack("model.model.layers", LAYERS))
+
+
+def test_every_layer_is_stood_for_by_one_of_the_traced_and_sees_its_neighbours():
+    for layers in (5, 6, 9, 80):
+        fold = Fold(layers)
+        found = [i for traced in range(TRACED) for i in fold.deep(traced)]
+        assert found == list(range(layers))
+        for layer in range(layers):
+            traced = fold.traced(layer)
+            assert layer in fold.deep(traced)
+            assert fold.seen_from(layer, traced) == (layer,)
+            for step in (-1, 1):
+                if 0 <= traced + step < TRACED:
+                    assert fold.seen_from(layer, traced + step) == (layer + step,)
+    assert Fold(80).seen_from(40, 0) == (0,)
+    assert Fold(80).seen_from(40, 4) == (79,)
+    assert Fold(80).seen_from(0, 2) == (77,)
+    assert Fold(80).seen_from(None, 2) == tuple(range(2, 78))
+
+
+def test_the_tool_says_the_least_that_can_for_one_gpu_and_for_each_rank(tmp_path: Path):
+    config: dict[str, Any] = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 512, "hidden_size": 64,
+        "intermediate_size": 176, "num_hidden_layers": 12, "num_attention_heads": 4, "num_key_value_heads": 2,
+    }  # fmt: skip
+    (tmp_path / "tiny.json").write_text(json.dumps(config))
+    out = tmp_path / "plan.json"
+    command = [sys.executable, str(TOOLS / "plan.py"), str(tmp_path / "tiny.json"), "--memory-budget", "2MB", "--fsdp", "4"]
+    done = subprocess.run([*command, "--seq", "128", "--json", str(out)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout.count("CAN'T BE MET") == 2
+    one, rank = json.loads(out.read_text())["outcomes"]
+    assert not one["met"]
+    assert not rank["met"]
+    assert rank["needs"] < one["needs"]
+    parameters = 2 * 512 * 64 + 64 + 12 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 176 + 2 * 64)
+    assert rank["peak"]["sharded parameters"] == parameters * 2 / 4
+    assert sum(len(k["layers"]) for k in one["kinds"]) == 12
