@@ -3,7 +3,7 @@
 Nothing here decides: the search is that of `actpass.budget`, over the tensors of *all* layers, each of which has its own form.
 What is folded is only what has to be traced. Layers that end up in one form (the same tensors run again, the same codecs) are
 read from one cut of the traced model in which every layer has that form, and the kernels of the deep model are put together
-from those of these cuts (`actpass.graph.unroll`), so that its peak is found as for any other graph: with Inductor's order of
+from those of these cuts (`actpass.unroll`), so that its peak is found as for any other graph: with Inductor's order of
 all its kernels, and with gradients that pile up layer by layer.
 """
 
@@ -30,7 +30,6 @@ from actpass.errors import BudgetError, GraphUnsupported
 from actpass.graph.joint import module_path
 from actpass.graph.liveness import Timeline
 from actpass.graph.liveness import read as read_kernels
-from actpass.graph.unroll import Key, Layered, Unrolled, unroll
 from actpass.partition import Cut, Cuts, Saved, Setting
 from actpass.plan import Plan, SavedTensor
 from actpass.plan.folding import MIDDLE, TRACED, Fold
@@ -39,6 +38,7 @@ from actpass.plan.menu import Costs
 from actpass.plan.policy import StoredBytes
 from actpass.plan.sharding import Moment, Optimizer, RankPeak, Sharded, Unit
 from actpass.report.record import Record, SiteRow, describe
+from actpass.unroll import Key, Layered, Unrolled, unroll
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,7 @@ class Timeline:
 
 
 class Buffer(Protocol):
-    """A tensor in memory: a node of a graph, or a copy of one (`actpass.graph.unroll`)."""
+    """A tensor in memory: a node of a graph, or a copy of one (`actpass.unroll`)."""
 
     @property
     def name(self) -> str: ...
