@@ -54,15 +54,15 @@ class PeakBudget:
     part: bool = False
     capacity: int | None = None
 
-    def needs(self, choice: Choice, cut: Cut) -> int:
+    def needs(self, choice: Choice, cut: Any) -> int:
         """Bytes to allow for ``choice``, which is ``cut`` when it is carried out."""
         return max(self.resident.total + math.ceil(cut.peak_bytes * (1 + margin(choice))), self.floor(cut))
 
-    def floor(self, cut: Cut) -> int:
+    def floor(self, cut: Any) -> int:
         """Bytes that no choice changes: while the optimizer steps, beside all gradients."""
         return self.resident.total + cut.footprint.gradients + self.resident.scratch
 
-    def error(self, choice: Choice, cut: Cut, method: str) -> BudgetError:
+    def error(self, choice: Choice, cut: Any, method: str) -> BudgetError:
         """For when even ``choice`` needs too much."""
         needed = self.needs(choice, cut)
         step = cut.footprint.gradients + self.resident.scratch
@@ -327,8 +327,9 @@ class Limit(Protocol):
     def error(self, choice: Choice, cut: Any, method: str) -> BudgetError: ...
 
 
-def within_peak(search: Search, cut_of: Callable[[Choice], Any], budget: Limit) -> Choice:
-    """The choice of the largest capacity whose predicted peak is within ``budget``. Raises its error if there is none."""
+def within_peak(search: Search, cut_of: Callable[[Choice], Any], budget: Limit, stride: int = 1) -> Choice:
+    """The choice of the largest capacity whose predicted peak is within ``budget``. Raises its error if there is none. stride: of
+    the capacities, every so many are tried if the least bytes do not meet the budget."""
     capacities = search.capacities(_STEP)
     known: dict[int, tuple[Choice, Any]] = {}
 
@@ -346,7 +347,7 @@ def within_peak(search: Search, cut_of: Callable[[Choice], Any], budget: Limit) 
         else:
             low = middle + 1
     if not fits(low):  # the least bytes need not have the least peak
-        low = next((i for i in range(len(capacities)) if fits(i)), -1)
+        low = next((i for i in range(0, len(capacities), stride) if fits(i)), -1)
     if low >= 0 and budget.needs(*known[low]) <= budget.nbytes:
         return known[low][0]
     least = known[low] if low >= 0 else min(known.values(), key=lambda item: budget.needs(*item))

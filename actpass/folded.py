@@ -39,6 +39,9 @@ from actpass.plan.policy import StoredBytes
 from actpass.plan.sharding import Moment, Optimizer, RankPeak, Sharded, Unit
 from actpass.report.record import Record, SiteRow, describe
 
+_STRIDE = 6
+"""Of the capacities from the most bytes to the least, each 0.92 of the one before, every so many are the last resort."""
+
 
 @dataclass(frozen=True, slots=True)
 class Stack:
@@ -543,14 +546,16 @@ class FoldedRegion:
         return Search(self, self.free())
 
     def choose(self, limit: Limit) -> Choice:
-        """The choice for a budget of peak bytes. Raises `BudgetError` if nothing meets it."""
-        return within_peak(self.search, self.carry_out, limit)
+        """The choice for a budget of peak bytes. Raises `BudgetError` if nothing meets it: then not every capacity was looked at,
+        which takes seconds each, and one between may need somewhat less than what the error says."""
+        return within_peak(self.search, self.carry_out, limit, stride=_STRIDE)
 
     # --------------------------------------------------------------------------------------------------------- in words
 
     def describe(self, choice: Choice) -> FoldedPlan:
         layers, rest = self.finished(choice)
-        records = {id(done): self._record(chosen, done) for chosen, done, _ in (*layers, rest)}
+        different = {id(done): (chosen, done) for chosen, done, _ in (*layers, rest)}
+        records = {key: self._record(*found) for key, found in different.items()}
         kinds: dict[Any, list[int]] = {}
         for layer, (chosen, done, _) in enumerate(layers):
             traced = self.fold.traced(layer)
