@@ -59,15 +59,15 @@ class PeakBudget:
     part: bool = False
     capacity: int | None = None
 
-    def needs(self, cut: Cut) -> int:
+    def needs(self, cut: Any) -> int:
         """Bytes to allow for what will be compiled as ``cut``."""
         return max(self.resident.total + math.ceil(cut.peak_bytes * (1 + MARGIN)), self.floor(cut))
 
-    def floor(self, cut: Cut) -> int:
+    def floor(self, cut: Any) -> int:
         """Bytes that no choice changes: while the optimizer steps, beside all gradients."""
         return self.resident.total + cut.footprint.gradients + self.resident.scratch
 
-    def error(self, cut: Cut, method: str) -> BudgetError:
+    def error(self, cut: Any, method: str) -> BudgetError:
         """For when even ``cut`` needs too much."""
         needed = self.needs(cut)
         step = cut.footprint.gradients + self.resident.scratch

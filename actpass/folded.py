@@ -545,14 +545,16 @@ class FoldedRegion:
         return Search(self, self.free())
 
     def choose(self, limit: Limit) -> Choice:
-        """The choice for a budget of peak bytes. Raises `BudgetError` if nothing meets it."""
+        """The choice for a budget of peak bytes. Raises `BudgetError` if nothing meets it: then not every capacity was looked
+        at, which takes seconds each, and one between may need somewhat less than what the error says."""
         return within_peak(self.search, self.carry_out, limit)
 
     # --------------------------------------------------------------------------------------------------------- in words
 
     def describe(self, choice: Choice) -> FoldedPlan:
         layers, rest = self.finished(choice)
-        records = {id(done): self._record(chosen, done) for chosen, done, _ in (*layers, rest)}
+        different = {id(done): (chosen, done) for chosen, done, _ in (*layers, rest)}
+        records = {key: self._record(*found) for key, found in different.items()}
         kinds: dict[Any, list[int]] = {}
         for layer, (chosen, done, _) in enumerate(layers):
             traced = self.fold.traced(layer)

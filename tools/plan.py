@@ -45,7 +45,8 @@ from workloads import (
     workload_from_file,
 )
 
-from actpass.budget import Choice, PeakBudget, margin
+from actpass.budget import Choice, PeakBudget, Region, Search, free_choice, margin
+from actpass.compiler import Traced, finish, read
 from actpass.config import memory_budget as bytes_of
 from actpass.errors import ActpassError, BudgetError
 from actpass.explain import explain_model
@@ -63,12 +64,14 @@ UNLIMITED = sys.maxsize
 
 @dataclass(frozen=True)
 class Model:
-    """A deep model, of which a few layers were traced. inputs: bytes of a batch and of buffers."""
+    """A deep model, of which a few layers were traced. inputs: bytes of a batch and of buffers. check: a less deep one that was
+    traced whole, and the same reckoned."""
 
     title: str
     region: FoldedRegion
     sharded: Sharded
     inputs: int
+    check: tuple[Region, FoldedRegion] | None = None
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dropout", type=probability, help="replaces the config's dropout probabilities")
     parser.add_argument("--fsdp", type=positive_int, metavar="RANKS", help="plan for each of so many ranks, too")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="adamw is torch's default on a GPU (foreach)")
+    parser.add_argument("--check", type=positive_int, metavar="LAYERS", help="trace so many layers whole, too, and compare")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
     group = parser.add_argument_group("actpass options", "as in torch.compile(..., options={...})")
@@ -142,27 +146,45 @@ def trace(given: argparse.Namespace) -> Model:
     shape = given.batch or batch, given.seq or seq
     config = build_config(workload, shape[1], given.dropout)
     layers, group = config.num_hidden_layers, _group(config)
-    depth = min(TRACED * group, layers)
     if layers < TRACED * group:
         raise UsageError(f"{workload.name!r} has {layers} layers: fewer than {TRACED * group} are planned by inspect_graph.py.")
-    _set_depth(config, depth)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
-        torch.manual_seed(0)
-        model = build_model(config, workload.head, DTYPES[given.dtype])
-        inputs = make_batch(config, workload.head, shape, "cpu", seed=0)
-        stack = Stack(_list_of(model, depth), layers // group, group)
-        root, units = stack.units(model)
-        options = options_from(argparse.Namespace(**{**vars(given), "memory_budget": None, "rank": None, "off": False}))
-        with errors_unwrapped():
-            explained = explain_model(model, (), inputs, options)
-    if len(explained.regions) != 1:
-        raise UsageError(f"{workload.name!r} is traced as {len(explained.regions)} graphs; only one can be folded.")
+    kinds = getattr(config, "layer_types", None)
+    options = options_from(argparse.Namespace(**{**vars(given), "memory_budget": None, "rank": None, "off": False}))
+
+    def traced(depth: int) -> tuple[nn.Module, dict[str, torch.Tensor], Traced]:
+        """The model with ``depth`` layers, a batch, and its joint graph."""
+        config.num_hidden_layers = depth
+        if kinds:
+            config.layer_types = kinds[:depth]
+        torch.compiler.reset()
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"), errors_unwrapped():
+            torch.manual_seed(0)
+            model = build_model(config, workload.head, DTYPES[given.dtype])
+            inputs = make_batch(config, workload.head, shape, "cpu", seed=0)
+            regions = explain_model(model, (), inputs, options).regions
+        if len(regions) != 1:
+            raise UsageError(f"{workload.name!r} is traced as {len(regions)} graphs; only one can be folded.")
+        return model, inputs, regions[0].traced
+
+    model, inputs, few = traced(TRACED * group)
+    stack = Stack(_list_of(model, TRACED * group), layers // group, group)
+    root, units = stack.units(model)
+    check = None
+    if given.check is not None:
+        if given.check % group or not TRACED * group <= given.check <= layers:
+            raise UsageError(f"--check {given.check}: allowed are {TRACED * group} to {layers} layers, in steps of {group}.")
+        whole = read(traced(given.check)[2])[0]
+        check = whole, FoldedRegion(few, replace(stack, layers=given.check // group))
     there = [*model.buffers(), *inputs.values()]
-    sharded = Sharded(root, units, given.fsdp or 1)
     count = (root.nbytes + sum(u.nbytes for u in units)) / root.element_size
     title = f"{workload.name}, {count / 1e9:.2f} G parameters, {layers} layers, {shape[0]} x {shape[1]} tokens, {given.dtype}"
-    region = FoldedRegion(explained.regions[0].traced, stack)
-    return Model(f"{title}, optimizer {given.optimizer}", region, sharded, sum(t.numel() * t.element_size() for t in there))
+    return Model(
+        f"{title}, optimizer {given.optimizer}",
+        FoldedRegion(few, stack),
+        Sharded(root, units, given.fsdp or 1),
+        sum(t.numel() * t.element_size() for t in there),
+        check,
+    )
 
 
 def _workload(given: argparse.Namespace) -> Workload:
@@ -185,13 +207,6 @@ def _group(config: Any) -> int:
         if len(kinds) % group == 0 and kinds == kinds[:group] * (len(kinds) // group):
             return group
     raise AssertionError("a list is a repetition of itself")
-
-
-def _set_depth(config: Any, depth: int) -> None:
-    kinds = getattr(config, "layer_types", None)
-    config.num_hidden_layers = depth
-    if kinds:
-        config.layer_types = kinds[:depth]
 
 
 def _list_of(model: nn.Module, depth: int) -> str:
@@ -244,6 +259,8 @@ def _lines(model: Model, outcomes: list[Outcome], spent: str) -> Iterator[str]:
         yield f"== {outcome.where}" + (f", memory_budget={outcome.limit.nbytes}" if outcome.limit.nbytes != UNLIMITED else "")
         yield from _plan_lines(outcome.plan)
         yield from _peak_lines(outcome)
+        if model.check is not None:
+            yield _check_line(model, outcome)
     yield ""
     yield f"planned in {spent}"
 
@@ -261,6 +278,21 @@ def _plan_lines(plan: FoldedPlan) -> Iterator[str]:
     yield from (f"note: {note}" for note in plan.notes)
     now, default = plan.cut.saved_bytes, plan.default.saved_bytes
     yield f"saved for backward: Inductor default {_gb(default)}, now {_gb(now)} ({now / default:.2f})"
+
+
+def _check_line(model: Model, outcome: Outcome) -> str:
+    """The prediction for a less deep model from the traced layers, against that from the whole of it, at as tight a plan."""
+    assert model.check is not None
+    whole, folded = model.check
+    deep, direct, few = model.region.search, Search(whole, free_choice(whole)), folded.search
+    share = (outcome.plan.cut.saved_bytes - deep.least) / (deep.most - deep.least)
+    capacity = direct.least + int(min(max(share, 0.0), 1.0) * (direct.most - direct.least))
+    want, got = finish(whole, direct.at(capacity).choice).swapped, folded.carry_out(few.at(capacity).choice)
+    return (
+        f"checked on {folded.stack.layers * folded.stack.group} layers traced whole, as tight a plan: saved "
+        f"{want.saved_bytes} bytes, reckoned {got.saved_bytes}; peak {want.peak_bytes}, reckoned {got.peak_bytes} "
+        f"({got.peak_bytes / want.peak_bytes - 1:+.2%})"
+    )
 
 
 def _which(layers: tuple[int, ...]) -> str:
