@@ -403,10 +403,10 @@ class FoldedRegion:
     # ------------------------------------------------------------------------------------------- what a search asks for
 
     def costs(self, cut: FoldedSetting, tensors: Sequence[SavedTensor]) -> Costs:
-        return Costs(self._step_flops, sum(t.elements for t in tensors))
+        return Costs(self.step_flops, sum(t.elements for t in tensors))
 
     @cached_property
-    def _step_flops(self) -> int:
+    def step_flops(self) -> int:
         flops: Counter[int | None] = Counter()
         for node in self.whole.gm.graph.nodes:  # with the head, which a loss in pieces hides
             layer, _ = self.place.get(node.name, (None, ""))

@@ -45,7 +45,7 @@ from workloads import (
     workload_from_file,
 )
 
-from actpass.budget import Choice, PeakBudget, Region, Search, free_choice, margin
+from actpass.budget import MARGIN, Choice, PeakBudget, Region, Search, free_choice
 from actpass.compiler import Traced, finish, read
 from actpass.config import memory_budget as bytes_of
 from actpass.errors import ActpassError, BudgetError
@@ -316,7 +316,7 @@ def _peak_lines(outcome: Outcome) -> Iterator[str]:
     if isinstance(outcome.limit, PeakBudget):
         largest = ", ".join(f"{what} {_gb(nbytes)}" for what, nbytes in outcome.plan.cut.largest_at_peak[:6])
         yield f"  largest while forward and backward run, all layers together: {largest}"
-    yield f"  to allow for, with a margin of {margin(outcome.choice):.0%} for the prediction: {_gb(outcome.needs)}"
+    yield f"  to allow for, with a margin of {MARGIN:.0%} for the prediction: {_gb(outcome.needs)}"
     if outcome.failed is not None:
         yield f"CAN'T BE MET: {outcome.failed}"
 
