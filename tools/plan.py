@@ -149,7 +149,8 @@ def trace(given: argparse.Namespace) -> Model:
     if layers < TRACED * group:
         raise UsageError(f"{workload.name!r} has {layers} layers: fewer than {TRACED * group} are planned by inspect_graph.py.")
     kinds = getattr(config, "layer_types", None)
-    options = options_from(argparse.Namespace(**{**vars(given), "memory_budget": None, "rank": None, "plan": None, "off": False}))
+    decided_later = {"memory_budget": None, "rank": None, "plan": None, "off": False}
+    options = options_from(argparse.Namespace(**{**vars(given), **decided_later}))
 
     def traced(depth: int) -> tuple[nn.Module, dict[str, torch.Tensor], Traced]:
         """The model with ``depth`` layers, a batch, and its joint graph."""
