@@ -190,20 +190,24 @@ def steps(model: Any, call: Callable[..., Tensor], text: Text, seed: int, count:
 
 
 def correlations(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Of each predictor with the gap: of ranks (Spearman), and of logarithms over the groups whose gap is above 0. Groups whose
-    training ended in NaN are left out."""
-    found, rows = {}, [r for r in rows if math.isfinite(r["gap"])]
+    """Of each predictor with the gap: of ranks (Spearman; training that ended in NaN, and a cosine that is NaN, are the worst),
+    and of logarithms over the groups whose gap is a number above 0."""
+    found = {}
     for name in PREDICTORS:
-        x, y = [r[name] for r in rows], [r["gap"] for r in rows]
-        both = [(math.log(a), math.log(b)) for a, b in zip(x, y, strict=True) if a > 0 and b > 0]
+        x, y = ([_or_worst(r[key]) for r in rows] for key in (name, "gap"))
+        both = [(math.log(a), math.log(b)) for a, b in zip(x, y, strict=True) if 0 < a < math.inf and 0 < b < math.inf]
         logs = statistics.correlation([a for a, _ in both], [b for _, b in both]) if len(both) > 1 else math.nan
         found[name] = {"rank": statistics.correlation(ranks(x), ranks(y)), "log": logs}
     return found
 
 
+def _or_worst(value: float) -> float:
+    return value if math.isfinite(value) else math.inf
+
+
 def ranks(values: Sequence[float]) -> list[float]:
-    order = sorted(range(len(values)), key=values.__getitem__)
-    return [float(order.index(i)) for i in range(len(values))]
+    """Equal values share the mean of their ranks."""
+    return [sum(w < v for w in values) + (sum(w == v for w in values) - 1) / 2 for v in values]
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
