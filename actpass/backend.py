@@ -196,12 +196,15 @@ two layers; where both are run again, that keeps a layer's tensors alive through
 llama-mini's peak) to save a read of 128 bytes."""
 
 
+def fusion_within(memory_budget: float | int | str | None) -> dict[str, Any]:
+    """Inductor's options for what is compiled within a budget."""
+    return {} if memory_budget in (None, 1.0) else {"score_fusion_memory_threshold": _LEAST_SHARED_BYTES}
+
+
 def _inductor_options(config: Config) -> dict[str, Any]:
-    fusion: dict[str, Any] = {}
+    fusion = fusion_within(config.memory_budget)
     if config.plan is not None:
         fusion = {"score_fusion_memory_threshold": max(r.least_shared_bytes for r in config.plan.regions)}
-    elif config.memory_budget not in (None, 1.0):
-        fusion = {"score_fusion_memory_threshold": _LEAST_SHARED_BYTES}
     return {**fusion, **(list_mode_options(config.mode) if config.mode else {}), **dict(config.inductor)}
 
 

@@ -27,6 +27,7 @@ from actpass.graph.recompute import Recomputation
 from actpass.partition import Cut, Setting, cut
 from actpass.plan import Candidate, SavedTensor, Storage, choose_storage, noise, rank_sites
 from actpass.plan.calibration import Sensitivity
+from actpass.plan.footprint import MARGIN
 from actpass.plan.knapsack import least_bytes, solve
 from actpass.plan.menu import AGAIN, NOISE_PER_STEP, SHARE_IN_A_CONTRACTION, UNIT, Costs, Menu, menus
 from actpass.plan.policy import StoredBytes
@@ -43,9 +44,6 @@ _STEP = 0.92
 _STEP_OF_LADDER = 0.75
 _RANGE = 64
 _TRIES = 4
-
-MARGIN = 0.04
-"""What a predicted peak may fall short by: 2 % at most was seen (tests/test_liveness.py, tools/results/budgets-*.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,13 +291,13 @@ class Search(Generic[R]):
     """Choices within capacities of saved bytes. stride: each how manieth capacity is looked at where a search by halves finds
     none that fits."""
 
+    in_the_way = ""
+    stride = 4
+
     def __init__(self, region: R, free: Choice) -> None:
         self.region, self.free = region, free
         self.menus = self._menus(free.cut, again=True)
         self.cuts: dict[frozenset[str], tuple[Setting, Cut, list[Menu]]] = {}
-
-    in_the_way = ""
-    stride = 4
 
     @property
     def tensors(self) -> list[SavedTensor]:
@@ -467,7 +465,7 @@ def _least_of_ladder(search: Search[Any] | _Ranks, cut_of: Callable[[Choice], Cu
     for capacity in search.capacities(_STEP_OF_LADDER):
         found = search.at(capacity)
         footprint = cut_of(found.choice).footprint
-        levels.append((Level(capacity, found.cost, MARGIN, footprint), found.choice))
+        levels.append((Level(capacity, found.cost, footprint), found.choice))
     _, choice = min(levels, key=lambda item: (needs([item[0]]), item[0].cost))
     return replace(choice, levels=tuple(level for level, _ in levels))
 

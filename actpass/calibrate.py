@@ -108,11 +108,11 @@ class _Region:
             if t.obstacle is not None or not at:
                 continue
             form = "int16" if SCORE in t.kinds else "int8"
-            errors = {f: _rounded(args, at, f)[1] for f in FORMS}
-            changed, error = _rounded(args, at, form)
-            if error > 0:
-                difference = exact.error(_run(gm, changed))
-                self.found[module_path(made[t.node]), t.node].append((errors, difference / error))
+            errors = {f: _rounded(args, at, f)[1] for f in FORMS if f != form}
+            changed, errors[form] = _rounded(args, at, form)
+            if errors[form] > 0:
+                factor = exact.error(_run(gm, changed)) / errors[form]
+                self.found[module_path(made[t.node]), t.node].append((errors, factor))
 
 
 def _run(gm: fx.GraphModule, args: Sequence[Any]) -> Sequence[Any]:

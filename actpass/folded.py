@@ -23,7 +23,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from actpass.budget import MARGIN, Choice, Limit, Search, free_choice, sizes_in, within_peak
+from actpass.budget import Choice, Limit, Search, free_choice, sizes_in, within_peak
 from actpass.compiler import Finished, Traced, finish, read
 from actpass.config import Config
 from actpass.errors import BudgetError, GraphUnsupported
@@ -33,7 +33,7 @@ from actpass.graph.liveness import read as read_kernels
 from actpass.partition import Cut, Cuts, Saved, Setting
 from actpass.plan import Plan, SavedTensor
 from actpass.plan.folding import MIDDLE, TRACED, Fold
-from actpass.plan.footprint import Footprint, step_peak
+from actpass.plan.footprint import MARGIN, Footprint, step_peak
 from actpass.plan.menu import Costs
 from actpass.plan.policy import StoredBytes
 from actpass.plan.sharding import Moment, Optimizer, RankPeak, Sharded, Unit

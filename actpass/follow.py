@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from actpass.budget import MARGIN, Choice, PeakBudget, Region, sizes_in
+from actpass.budget import Choice, PeakBudget, Region, sizes_in
 from actpass.config import Treatment
 from actpass.errors import BudgetError, PlanError
 from actpass.graph import Contraction, Joint, fingerprint, plain_inputs
@@ -287,7 +287,7 @@ def check_budget(region: Region, choice: Choice, done: Cut, tensors: Sequence[St
                 "more, or another plan.",
                 needed,
             )
-        level = Level(0, 0, MARGIN, done.footprint)
+        level = Level(0, 0, done.footprint)
         return replace(choice, levels=(level,) if peak.part else ())
     if isinstance(budget, float):
         early = sum(s.nbytes for s in tensors if s.reason == EARLY_GRADIENT)

@@ -52,12 +52,12 @@ class Broken(nn.Module):
 
 
 class Blocks(nn.Module):
-    """Three stages, each compiled on its own, from one code."""
+    """Four stages, each compiled on its own, from one code."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.stages = nn.ModuleList(Stage(256, 1024) for _ in range(3))
+        self.stages = nn.ModuleList(Stage(256, 1024) for _ in range(4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for stage in self.stages:
@@ -120,7 +120,7 @@ def taken_by_blocks(budget: int, steps: int) -> list[int]:
 
 
 def test_blocks_that_are_compiled_one_by_one_share_a_budget():
-    """Three need more together than one foresees: the first step says how much, and at that none is exceeded (but by what
+    """Four need more together than one foresees: the first step says how much, and at that none is exceeded (but by what
     compiling takes, in the first step)."""
     roomy = taken_by_blocks(2**40, 3)[1:]
     budget = max(roomy) // 2
@@ -167,7 +167,10 @@ def test_gradients_accumulated_before_the_first_step_count_once():
     from actpass.runtime.steps import _once
 
     assert _once(["a", "b", "c"] * 4) == ["a", "b", "c"]
-    assert _once(["a", "a", "a"]) == ["a", "a", "a"]
+    assert _once(["a"] * 4) == ["a"] * 4  # a module that is called again and again
+    blocks = [("a", 1), ("a", 2), ("a", 3), ("a", 4)]  # one code for four modules
+    assert _once(blocks) == blocks
+    assert _once(blocks * 2) == blocks
     assert _once(["a", "b", "a"]) == ["a", "b", "a"]
 
 

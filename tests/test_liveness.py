@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import actpass
-from actpass.budget import MARGIN
 from actpass.measure import measure
+from actpass.plan.footprint import MARGIN
 
 from . import models
 from .test_report import LossOnly

@@ -45,13 +45,16 @@ from workloads import (
     workload_from_file,
 )
 
-from actpass.budget import MARGIN, Choice, PeakBudget, Region, Search, free_choice
+from actpass._torch import inductor_config
+from actpass.backend import fusion_within
+from actpass.budget import Choice, PeakBudget, Region, Search, free_choice
 from actpass.compiler import Traced, finish, read
 from actpass.config import memory_budget as bytes_of
 from actpass.errors import ActpassError, BudgetError
 from actpass.explain import explain_model
 from actpass.folded import FoldedCut, FoldedPlan, FoldedRegion, LayerKind, ShardedBudget, Stack
 from actpass.plan.folding import TRACED
+from actpass.plan.footprint import MARGIN
 from actpass.plan.sharding import Optimizer, Sharded
 from actpass.report.record import SiteRow
 from actpass.report.report import table
@@ -100,8 +103,9 @@ def main() -> int:
     given = parser.parse_args()
     started = time.perf_counter()
     try:
-        model = trace(given)
-        outcomes = [plan_for(model, limit, where) for where, limit in limits(given, model)]
+        with inductor_config.patch(fusion_within(given.memory_budget)):  # as what is planned will be compiled
+            model = trace(given)
+            outcomes = [plan_for(model, limit, where) for where, limit in limits(given, model)]
     except (UsageError, ActpassError) as error:
         parser.error(str(error))
     spent = f"{time.perf_counter() - started:.0f} s, {_peak_rss() / 2**30:.2f} GiB of this machine's memory"
@@ -230,7 +234,8 @@ def limits(given: argparse.Namespace, model: Model) -> Iterator[tuple[str, PeakB
     optimizer, one = OPTIMIZERS[given.optimizer], replace(model.sharded, ranks=1)
     parameters = one.parameters
     state, scratch = optimizer.state_bytes(parameters, one.count), optimizer.scratch_bytes(parameters, one.largest)
-    yield "one GPU", PeakBudget(nbytes, Resident(parameters + model.inputs, state, 0, scratch))
+    resident = Resident(inputs=parameters + model.inputs, optimizer_state=state, accumulated=0, scratch=scratch)
+    yield "one GPU", PeakBudget(nbytes, resident)
     if given.fsdp is not None:
         yield f"each of {given.fsdp} ranks under FSDP2", ShardedBudget(nbytes, model.sharded, optimizer, model.inputs)
 

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from actpass.plan.footprint import Footprint, step_peak
+from actpass.plan.footprint import MARGIN, Footprint, step_peak
 from actpass.plan.knapsack import Option, least_bytes, solve
 
 _CAPACITIES = 32
@@ -16,17 +16,16 @@ _CAPACITIES = 32
 @dataclass(frozen=True, slots=True)
 class Level:
     """A plan of one region. capacity: of saved bytes, from which the region finds it again. cost: see `actpass.plan.menu`.
-    margin: what its prediction may fall short by. footprint: what it takes."""
+    footprint: what it takes."""
 
     capacity: int
     cost: int
-    margin: float
     footprint: Footprint
 
 
 def needs(calls: Sequence[Level]) -> int:
-    """Bytes to allow above what is resident for a step of ``calls``: the predicted peak and the largest margin."""
-    return int(step_peak([c.footprint for c in calls]) * (1 + max(c.margin for c in calls))) + 1
+    """Bytes to allow above what is resident for a step of ``calls``: the predicted peak and its margin."""
+    return int(step_peak([c.footprint for c in calls]) * (1 + MARGIN)) + 1
 
 
 K = TypeVar("K", bound=Hashable)

@@ -26,7 +26,7 @@ from actpass.plan.tradeoff import Point, Tradeoff
 from actpass.report.peak import curves_of
 from actpass.rewrite import Rewritten
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 
 
 @dataclass(frozen=True, slots=True)

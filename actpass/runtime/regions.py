@@ -44,7 +44,7 @@ class Region:
         _calls += 1
         self.called = _calls
         if self.peak is not None and self.peak.part:
-            steps.note(self)
+            steps.note(self, id(args[self.positions[0]]) if self.positions else None)
         if not self.positions:
             self.follows = _last
             return

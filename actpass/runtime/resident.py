@@ -20,7 +20,7 @@ _PROBE = 64
 """The longest axis of the parameter on which an optimizer's state is measured."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Resident:
     """Bytes. inputs: parameters, buffers and a region's other inputs. optimizer_state: of the optimizers that step the region's
     parameters, what is there and what their first step will add. accumulated: gradients that are there already, to which a

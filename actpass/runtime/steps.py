@@ -28,8 +28,9 @@ class Part(Protocol):
 _Part = tuple[types.CodeType | None, str, int]
 """What a region is known by: its code, the shapes of its inputs, and the budget in bytes."""
 
-_calls: list[weakref.ref[Part]] = []
-"""The parts of the step that is running, in the order of their forwards."""
+_calls: list[tuple[weakref.ref[Part], int | None]] = []
+"""The parts of the step that is running, in the order of their forwards, each with the parameter that it ran with: one code may
+serve several modules."""
 _planned: set[tuple[Any, ...]] = set()
 """Sequences of parts for which there is a plan."""
 _capacities: dict[_Part, tuple[int, tuple[Level, ...]]] = {}
@@ -50,8 +51,9 @@ def clear() -> None:
     _capacities.clear()
 
 
-def note(region: Part) -> None:
-    _calls.append(weakref.ref(region))
+def note(region: Part, parameter: int | None) -> None:
+    """A call of ``region`` with the parameter of that id (None: it has none)."""
+    _calls.append((weakref.ref(region), parameter))
 
 
 def capacity_of(code: types.CodeType | None, shapes: str, nbytes: int) -> int | None:
@@ -65,11 +67,11 @@ def complete() -> None:
 
     Raises `BudgetError` if the budget has no room for them together.
     """
-    calls = [r for r in (ref() for ref in _calls) if r is not None]
+    noted = [(r, parameter) for r, parameter in ((ref(), parameter) for ref, parameter in _calls) if r is not None]
     _calls.clear()
-    parts = [(r.code, r.shapes, r.peak.nbytes) for r in calls if r.peak is not None]
-    keys: list[_Part] = _once(parts)
-    regions = dict(zip(parts, calls, strict=True))
+    calls = [((r.code, r.shapes, r.peak.nbytes), parameter) for r, parameter in noted if r.peak is not None]
+    keys: list[_Part] = [part for part, _ in _once(calls)]
+    regions = {part: r for (part, _), (r, _) in zip(calls, noted, strict=True)}
     ladders = {k: r.record.levels or _capacities.get(k, (0, ()))[1] for k, r in regions.items()}
     if not keys or tuple(keys) in _planned or not all(ladders.values()):
         return
@@ -77,7 +79,8 @@ def complete() -> None:
     peaks = [r.peak for r in regions.values() if r.peak is not None]
     nbytes, resident = min(p.nbytes for p in peaks), max(p.resident.total for p in peaks)
     chosen, needed = spread(keys, ladders, nbytes - resident)
-    gradients = sum(r.record.footprint.gradients for r in regions.values() if r.record.footprint is not None)
+    footprints = [regions[k].record.footprint for k in keys]
+    gradients = sum(f.gradients for f in footprints if f is not None)
     needed = max(needed, gradients + max(p.resident.scratch for p in peaks))  # while the optimizer steps
     if resident + needed > nbytes:
         raise BudgetError(
@@ -94,8 +97,10 @@ def complete() -> None:
 
 
 def _once(keys: list[Any]) -> list[Any]:
-    """One micro-step of several: the shortest sequence of more than one part of which ``keys`` is a repetition."""
+    """One micro-step of several: the shortest sequence of different calls of which ``keys`` is a repetition. Calls that are all
+    the same may be one module that is called again and again, and stay as they are."""
     for length in range(2, len(keys) // 2 + 1):
-        if len(keys) % length == 0 and keys == keys[:length] * (len(keys) // length):
-            return keys[:length]
+        unit = keys[:length]
+        if len(set(unit)) > 1 and len(keys) % length == 0 and keys == unit * (len(keys) // length):
+            return unit
     return keys
