@@ -124,11 +124,11 @@ def test_from_the_most_to_the_least_saved_bytes_forms_and_peaks_agree(both: tupl
 def test_a_budget_is_met_and_one_that_can_not_be_is_told_the_least_that_can(both: tuple[Region, FoldedRegion]):
     _, folded = both
     with pytest.raises(BudgetError, match="can't be met") as raised:
-        folded.choose(PeakBudget(1000, Resident(0, 0, 0)))
+        folded.choose(PeakBudget(1000, Resident(inputs=0, optimizer_state=0, accumulated=0)))
     assert isinstance(raised.value.least, int)
     saved = []
     for nbytes in (raised.value.least, int(1.5 * raised.value.least)):
-        budget = PeakBudget(nbytes, Resident(0, 0, 0))
+        budget = PeakBudget(nbytes, Resident(inputs=0, optimizer_state=0, accumulated=0))
         choice = folded.choose(budget)
         cut = folded.carry_out(choice)
         assert budget.needs(cut) <= nbytes

@@ -1,0 +1,118 @@
+"""What only a CUDA device can show. Skipped without one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import actpass
+from actpass.codecs import PROJECTIONS, QUANTIZERS
+from actpass.codecs.generator import bits32, normals, round_keys, signs, step_seed
+from actpass.measure import measure
+from actpass.plan.footprint import MARGIN
+from actpass.runtime.regions import clear
+
+from . import models
+from .helpers import Grads, assert_close, assert_equal, projected, step
+from .test_liveness import PLANS, llama
+from .test_quantizers import round_trip
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(False, reason="no CUDA device")]
+
+
+MODES = pytest.mark.parametrize("mode", [None, None])
+LARGEST_ERROR = {"auto": 0.05, "int8": 0.05, "int4": 0.5}
+"""Of a gradient, relative: a lost factor or a wrong order is 1 and more."""
+
+
+def on_cuda(made: models.Made) -> models.Made:
+    model, inputs = made
+    return model, {k: v for k, v in inputs.items()}
+
+
+def both(made: models.Made, autocast: torch.dtype | None = None, **options: Any) -> list[tuple[torch.Tensor, Grads]]:
+    """Loss and gradients of the exact form and of ``options``. CUDA graphs replay from the third step."""
+    model, inputs = on_cuda(made)
+    results = []
+    chosen: dict[str, Any]
+    for chosen in ({"method": "exact"}, options):
+        torch.compiler.reset()
+        clear()
+        compiled = torch.compile(model, backend="actcomp", options=chosen)
+        with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+            results.append([step(compiled, model, inputs) for _ in range(4)][-1])
+    assert torch.isfinite(results[0][0])
+    assert torch.equal(results[0][0], results[1][0])
+    return results
+
+
+@pytest.mark.parametrize("draw", [bits32, signs, normals])
+def test_generator_gives_the_same_bits_on_cuda(draw):
+    key = round_keys(step_seed(1, 2))
+    want = draw(key, 3, 100_000)
+    assert torch.equal(draw(key, 3, 100_000).cpu(), want)
+    assert torch.equal(torch.compile(draw)(key, 3, 100_000).cpu(), want)
+
+
+@MODES
+@pytest.mark.parametrize("method", PROJECTIONS)
+def test_projection_changes_only_its_own_gradients_on_cuda(method: str, mode: str | None):
+    made = models.transformer()
+    (_, want), (_, got) = both(made, method=method, rank=0.25, profitable_only=False, mode=mode)
+    touched = projected(actpass.report(made[0]))
+    assert touched
+    assert_equal({n: g for n, g in got.items() if n not in touched}, {n: g for n, g in want.items() if n not in touched})
+
+
+@MODES
+@pytest.mark.parametrize("method", LARGEST_ERROR)
+def test_low_bits_leave_the_forward_and_nearly_the_gradients_on_cuda(method: str, mode: str | None):
+    (_, want), (_, got) = both(models.transformer(), method=method, smallest=0, mode=mode)
+    assert_close(got, want, LARGEST_ERROR[method])
+    assert any(not torch.equal(got[n], want[n]) for n in want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", models.HUGGING_FACE)
+def test_architectures_under_autocast_on_cuda(name: str, dtype: torch.dtype):
+    (_, want), (_, got) = both(models.HUGGING_FACE[name](), dtype, method="auto", smallest=0)
+    assert_close(got, want, 0.1)
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_quantizers_round_alike_on_cuda(name: str):
+    """But for a few on the edge: a product may be fused into the sum behind it on one device, and not on the other."""
+    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    here = round_trip(name, x, None)
+    for there in (round_trip(name, x, None), torch.compile(round_trip)(name, x, None)):
+        assert (here != there.cpu()).double().mean() < 0.01
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_predicted_peak_is_within_the_margin_of_the_measured_on_cuda(plan: str):
+    model, inputs = on_cuda(llama())
+    compiled = torch.compile(model, backend="actcomp", options=PLANS[plan])
+
+    def whole_step() -> None:
+        compiled(**inputs).backward()
+
+    for _ in range(2):
+        whole_step()
+        model.zero_grad(set_to_none=True)
+    measured = measure(whole_step, "cpu").peak_bytes
+    predicted = actpass.report(model).totals.peak_bytes
+    assert predicted is not None
+    print(f"{plan}: predicted {predicted}, measured {measured}, {predicted / measured:.3f}")
+    assert measured / (1 + MARGIN) <= predicted <= 1.05 * measured
+
+
+def test_report_saved_bytes_agree_with_the_allocator():
+    model, inputs = on_cuda(models.transformer())
+    compiled = torch.compile(model, backend="actcomp", options=dict[str, Any](method="rademacher", rank=0.25))
+    compiled(**inputs).backward()
+    alive = measure(lambda: compiled(**inputs), "cpu")
+    sites = [s for r in actpass.report(model).regions for s in r.sites if s.bytes_after]
+    rounded = sum(-(-s.bytes_after // 512) * 512 for s in sites)
+    assert alive.kept_bytes == rounded + 512  # the loss
