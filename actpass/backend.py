@@ -70,8 +70,9 @@ def actcomp(
     - ``group``: elements that share a scale (default: the form's own, 32 or 64). ``rotate``: True spreads outliers by a
       Hadamard rotation of each group.
     - ``smallest``: bytes below which a tensor is stored as it is (default 16384).
-    - ``chunk_loss``: True (default) forms large logits, the loss and the head's gradients in pieces of rows; see
-      `actpass.chunking`.
+    - ``chunk_loss``: True (default) forms large logits, the loss and the head's gradients in pieces of rows, as
+      many as suit the device (half as many as features on a CPU, else four times; an int sets it: fewer take less memory, more
+      are faster); see `actpass.chunking`.
     - ``scale``: ``"unbiased"`` (default) or ``"none"`` (orthonormal scaling, for an optimizer inside a fixed subspace).
     - ``refresh_interval``: optimizer steps for which a basis stays (default 1).
     - ``seed``: base seed of all bases (default 0).

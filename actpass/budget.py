@@ -101,8 +101,8 @@ class Choice:
 
 @dataclass(frozen=True)
 class Region:
-    """One joint graph on its way. default: Inductor's own cut of it (before the loss went to pieces, if it did). chunked:
-    whether it did."""
+    """One joint graph on its way. default: Inductor's own cut of it (before the loss went to pieces, if it did).
+    chunk_rows: of a piece of the loss; 0: it is formed whole."""
 
     joint: Joint
     joint_inputs: Sequence[object]
@@ -110,7 +110,7 @@ class Region:
     config: Config
     finding: Finding
     default: Cut
-    chunked: bool
+    chunk_rows: int
 
     def cut(self, setting: Setting) -> Cut:
         return cut(self.joint, self.joint_inputs, self.kwargs, setting)
@@ -246,7 +246,7 @@ def free_choice(region: Region) -> Choice:
             setting, found = kept, other
     free = Choice(setting, found, None)
     default = Choice(Setting(rebuild=False), region.default, None)
-    if not region.chunked and _stored(region, free) > _stored(region, default):
+    if not region.chunk_rows and _stored(region, free) > _stored(region, default):
         return default
     return free
 

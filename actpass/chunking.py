@@ -39,6 +39,10 @@ from actpass.rewrite import call, splice
 aten = torch.ops.aten
 
 _LEAST_ROWS = 128
+_ROWS_PER_FEATURE = {"cpu": 0.5}
+_ROWS_PER_FEATURE_ELSEWHERE = 4
+"""Rows of a piece to features N. Each piece reads and writes dW, some 10 N V bytes, beside some 12 bytes of each of its logits:
+with 4 N rows that is a fifth. A CPU is faster with pieces that its cache holds."""
 _LEAST_SHARE = 8
 """Logits below this fraction (one in eight) of what Inductor's default saves are not worth it."""
 _RESHAPES = (
@@ -57,29 +61,34 @@ _MOVES = (aten.neg.default, aten.sum.default, aten.sum.dim_IntList, aten.clone.d
 
 @dataclass(frozen=True)
 class Chunked:
-    """joint: with the head in pieces. logits_bytes: of the tensor that is no longer formed. pieces: how many."""
+    """joint: with the head in pieces. logits_bytes: of the tensor that is no longer formed. pieces: how many. rows: of a piece,
+    the last may have fewer."""
 
     joint: Joint
     logits_bytes: int
     pieces: int
+    rows: int
 
 
-def chunk(joint: Joint, saved_bytes: int) -> Chunked | None:
-    """``joint`` with its head in pieces of rows; None if it has no head whose logits weigh. saved_bytes: what Inductor's
-    default saves. Raises `GraphUnsupported` with the reason if such a head can't be taken apart."""
+def chunk(joint: Joint, saved_bytes: int, rows: int | None = None) -> Chunked | None:
+    """``joint`` with its head in pieces of ``rows`` rows (None: as many as suit the device); None if it has no head whose
+    logits weigh. saved_bytes: what Inductor's default saves. Raises `GraphUnsupported` with the reason if such a head can't be
+    taken apart."""
     head = _find_head(joint, saved_bytes)
     if head is None:
         return None
     copy, mapping = copy_module(joint.gm)
     changed = Joint(copy, joint.inputs, joint.num_fwd_outputs, joint.static)
     try:
-        pieces = _Region(changed, mapping[head]).split()
+        region = _Region(changed, mapping[head])
+        sizes = _pieces(region.rows, rows or _rows_of_a_piece(value(region.hidden)))
+        region.split(sizes)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise GraphUnsupported(f"it does not run on a part of the rows: {error}") from error
     copy.graph.eliminate_dead_code()
     copy.graph.lint()
     copy.recompile()
-    return Chunked(Joint(copy, joint.inputs, joint.num_fwd_outputs, joint.static), tensor_bytes(head), pieces)
+    return Chunked(Joint(copy, joint.inputs, joint.num_fwd_outputs, joint.static), tensor_bytes(head), len(sizes), sizes[0])
 
 
 def _find_head(joint: Joint, saved_bytes: int) -> fx.Node | None:
@@ -266,8 +275,8 @@ class _Region:
 
     # ---------------------------------------------------------------------------------------------------------- pieces
 
-    def split(self) -> int:
-        """Rewrite the graph; returns the number of pieces."""
+    def split(self, sizes: Sequence[int]) -> None:
+        """Rewrite the graph. sizes: rows of each piece."""
         body = [n for n in self.inside if not self._is_only_transposed(n)]
         self._note_inputs(body)
         inside = set(self.inside)
@@ -276,7 +285,6 @@ class _Region:
         unit = self._with_unit_tangent()
         arguments = {n: unit.get(n, n) for n in (*self.row_inputs, *self.whole_inputs)}
         flat = {n: self._flatten(n, arguments[n]) for n in self.row_inputs}
-        sizes = _pieces(self.rows, value(self.hidden).shape[1])
         sums = [n for n in leaving if n in self.sums]
         totals: dict[fx.Node, fx.Node] = {n: self._zeros(n) for n in sums}
         parts: dict[fx.Node, list[fx.Node]] = {n: [] for n in leaving if n not in self.sums}
@@ -301,7 +309,6 @@ class _Region:
             for result in (totals[node],) if node in totals else parts[node]:
                 _keep(result)
             self._leave(node, totals.get(node), parts.get(node, []))
-        return len(sizes)
 
     def _is_only_transposed(self, node: fx.Node) -> bool:
         return node.target in (aten.permute.default, aten.t.default) and all(u in self.sums for u in node.users)
@@ -408,9 +415,13 @@ def _reach(start: set[fx.Node], neighbours: Callable[[fx.Node], Iterable[fx.Node
     return reached
 
 
-def _pieces(rows: int, features: int) -> list[int]:
-    """Rows of each piece: nearly half as many as features, multiples of 16."""
-    size = max(_LEAST_ROWS, features // 2)
+def _rows_of_a_piece(hidden: torch.Tensor) -> int:
+    share = _ROWS_PER_FEATURE.get(hidden.device.type, _ROWS_PER_FEATURE_ELSEWHERE)
+    return max(_LEAST_ROWS, int(share * hidden.shape[1]))
+
+
+def _pieces(rows: int, size: int) -> list[int]:
+    """Rows of each piece: nearly ``size``, multiples of 16, two pieces or more."""
     count = max(2, -(-rows // size))
     size = -(-rows // (count * 16)) * 16
     full, rest = divmod(rows, size)

@@ -121,16 +121,19 @@ def read(
     graph's own."""
     joint, config, default = traced.joint, traced.config, traced.default
     chunked, why_whole = None, None
-    if given.chunked if given is not None else config.chunk_loss and config.memory_budget != 1.0:
+    if given.chunk_rows if given is not None else config.chunk_loss and config.memory_budget != 1.0:
+        rows = given.chunk_rows if given is not None else None if config.chunk_loss is True else config.chunk_loss
         try:
-            chunked = chunk(joint, default.saved_bytes if default_bytes is None else default_bytes)
+            chunked = chunk(joint, default.saved_bytes if default_bytes is None else default_bytes, rows)
         except GraphUnsupported as error:
             why_whole = str(error)
-    if given is not None and given.chunked and chunked is None:
+    if given is not None and given.chunk_rows and chunked is None:
         raise PlanError(f"the plan forms the loss in pieces, which is not possible: {why_whole or 'no logits weigh'}.")
     joint = chunked.joint if chunked is not None else joint
     finding = find_contractions(joint)
-    region = Region(joint, traced.joint_inputs, traced.kwargs, config, finding, default, chunked is not None)
+    region = Region(
+        joint, traced.joint_inputs, traced.kwargs, config, finding, default, chunked.rows if chunked is not None else 0
+    )
     return region, chunked, why_whole
 
 
@@ -218,7 +221,7 @@ def _whole(plan: Plan, storages: tuple[Storage, ...], region: Region, setting: S
         keep=keep,
         modules=modules,
         rebuild=setting.rebuild,
-        chunked=region.chunked,
+        chunk_rows=region.chunk_rows,
         seeded=region.joint.seed is not None,
         least_shared_bytes=inductor_config.score_fusion_memory_threshold,
     )

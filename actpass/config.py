@@ -114,7 +114,7 @@ class Config:
     seed: int = 0
     profitable_only: bool = True
     smallest: int = 16384
-    chunk_loss: bool = True
+    chunk_loss: bool | int = True
     calibration: Calibration | None = None
     mode: str | None = None
     inductor: tuple[tuple[str, Any], ...] = ()
@@ -330,6 +330,12 @@ def _boolean(name: str, value: Any) -> bool:
     return value
 
 
+def _chunk_loss(name: str, value: Any) -> bool | int:
+    if isinstance(value, bool) or (isinstance(value, int) and value >= _LEAST_PIECE):
+        return value
+    raise OptionError(f"{name}={value!r} is not usable. Allowed: True, False, or the rows of a piece, {_LEAST_PIECE} or more.")
+
+
 def _calibration(name: str, value: Any) -> Calibration | None:
     if value is None or isinstance(value, Calibration):
         return value
@@ -427,6 +433,7 @@ def _free_memory(name: str) -> int:
     return usable // step * step
 
 
+_LEAST_PIECE = 16
 _TREATMENT = ("method", "rank", "scale", "quantize", "group", "rounding", "rotate")
 _PARSERS = {
     "overrides": None,
@@ -435,7 +442,7 @@ _PARSERS = {
     "seed": _integer(0, 2**63 - 1),
     "profitable_only": _boolean,
     "smallest": _integer(0, 2**62),
-    "chunk_loss": _boolean,
+    "chunk_loss": _chunk_loss,
     "calibration": _calibration,
     "mode": _mode,
     "inductor": _inductor,

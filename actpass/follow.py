@@ -68,7 +68,7 @@ def choose(region: Region, plan: Plan) -> Choice:
     if plan.again:
         _check_again(region, nodes, plan)
     setting = Setting(plan.rebuild, frozenset(plan.again), frozenset(plan.keep))
-    untouched = setting == Setting(rebuild=False) and not plan.chunked
+    untouched = setting == Setting(rebuild=False) and not plan.chunk_rows
     return Choice(setting, region.default if untouched else region.cut(setting), {})
 
 

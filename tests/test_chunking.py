@@ -215,3 +215,21 @@ def test_compiled_it_needs_less_memory():
         step(function, model, batch)
         peak[chunk_loss] = measure(lambda f=function: f(**batch).backward()).peak_bytes
     assert peak[True] < 0.5 * peak[False]
+
+
+def test_an_int_sets_the_rows_of_a_piece_and_a_plan_keeps_them():
+    torch.manual_seed(0)
+    model = Head(flat)
+    want_loss, want = run(model, chunk_loss=False)
+    for rows in (48, 160):
+        loss, grads = run(model, chunk_loss=rows)
+        assert f"in {-(-TOKENS // rows)} pieces" in notes(model)
+        assert error(loss, want_loss) < 4 * EPS
+        assert all(error(grads[n], want[n]) < 64 * EPS for n in want)
+        plan = actpass.report(model).plan
+        assert [r.chunk_rows for r in plan.regions] == [rows]
+        step(torch.compile(model, backend=eager_actcomp({"plan": plan})), model, inputs())
+        assert f"in {-(-TOKENS // rows)} pieces" in notes(model)
+    for bad in (0, 8, -128, 2.0, "128"):
+        with pytest.raises(actpass.OptionError, match="Allowed: True, False, or the rows of a piece"):
+            run(model, chunk_loss=bad)

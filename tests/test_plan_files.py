@@ -105,7 +105,13 @@ def test_a_plan_from_a_file_gives_the_same_plan_and_the_same_bytes(case: str, tm
     assert again.totals == first.totals
     assert again.regions[0].method == "plan"
     assert again.plan.diff(first.plan) == "the plans are the same"
-    does = {"run again": "again", "loss in pieces": "chunked", "projected": "projections", "auto": "coded", "by name": "coded"}
+    does = {
+        "run again": "again",
+        "loss in pieces": "chunk_rows",
+        "projected": "projections",
+        "auto": "coded",
+        "by name": "coded",
+    }
     assert case not in does or getattr(loaded.regions[0], does[case])
 
 
@@ -221,11 +227,11 @@ def test_a_malformed_field_is_named_with_its_value_and_what_is_allowed(case: str
     [
         ("{", "not JSON"),
         ("[]", "no schema_version"),
-        ('{"schema_version": 99, "hash": "", "regions": []}', "schema_version is 99. Allowed: 1"),
-        ('{"schema_version": 1, "hash": "", "regions": [], "regions": []}', "'regions' stands twice"),
-        ('{"schema_version": 1, "hash": NaN, "regions": []}', "NaN is not a number of JSON"),
-        ('{"schema_version": 1, "regions": []}', "lacks the field 'hash'"),
-        ('{"schema_version": 1, "hash": "", "regions": {}}', r"regions is \{\}. Allowed: a list"),
+        ('{"schema_version": 99, "hash": "", "regions": []}', "schema_version is 99. Allowed: 2"),
+        ('{"schema_version": 2, "hash": "", "regions": [], "regions": []}', "'regions' stands twice"),
+        ('{"schema_version": 2, "hash": NaN, "regions": []}', "NaN is not a number of JSON"),
+        ('{"schema_version": 2, "regions": []}', "lacks the field 'hash'"),
+        ('{"schema_version": 2, "hash": "", "regions": {}}', r"regions is \{\}. Allowed: a list"),
     ],
 )
 def test_a_file_that_is_no_plan_says_why(text: str, message: str, tmp_path: Path):
@@ -269,7 +275,7 @@ FORBIDDEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda r: r["keep"].append("primals_1"),
         "keep names 'primals_1', which is no value that the forward computes",
     ),
-    "no logits": (lambda r: r.update(chunked=True), "forms the loss in pieces, which is not possible: no logits"),
+    "no logits": (lambda r: r.update(chunk_rows=128), "forms the loss in pieces, which is not possible: no logits"),
     "other matmul": (lambda r: r["decisions"][0].update(matmuls=["mm"]), "names the matmul 'mm', which can't be projected"),
 }
 

@@ -38,7 +38,7 @@ def _region(one: Plan, other: Plan) -> Iterator[str]:
         yield from table([header, *_folded(rows)])
     for name in ("again", "keep"):
         yield from _names(name, one, other)
-    for name in ("rebuild", "chunked", "seeded"):
+    for name in ("rebuild", "chunk_rows", "seeded"):
         was, now = getattr(one, name), getattr(other, name)
         if was != now:
             yield f"{name}: {was} -> {now}"

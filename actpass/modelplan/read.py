@@ -14,7 +14,7 @@ from actpass.codecs import PROJECTIONS, QUANTIZERS
 from actpass.errors import PlanError
 from actpass.plan import KEEP, Decision, Plan, Predicted, Storage
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 EXACT = "exact"
 _LARGEST = 2**62
 
@@ -218,7 +218,7 @@ _REGION: dict[str, Check] = {
     "graph": _text,
     "inputs": _pairs,
     "rebuild": _flag,
-    "chunked": _flag,
+    "chunk_rows": _integer(),
     "seeded": _flag,
     "keep": _distinct,
     "again": _distinct,

@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 KEEP = "keep"
 SCORE = "score"
 """The kind of a query or key: a fused attention's backward exponentiates their product, less a statistic of the exact one."""
@@ -177,10 +177,10 @@ class Plan:
     """All that was decided for one region, and what it takes to decide the same again.
 
     decisions, storages: one for every candidate and one for everything that crosses, in graph order. again: the matmuls and
-    fused attentions of the forward that the backward may run again. rebuild, keep: see `actpass.partition.Setting`. chunked:
-    whether the loss is formed in pieces. seeded: whether the region takes the step's seed as an input, drawn from or not:
-    upstream's min-cut breaks ties otherwise with one input more. graph: fingerprint of the joint graph that the plan is for
-    (`actpass.graph.identity`); no node's name means anything in another. inputs: (name, dtype and shape) of the region's
+    fused attentions of the forward that the backward may run again. rebuild, keep: see `actpass.partition.Setting`. chunk_rows:
+    of a piece of the loss; 0: it is formed whole. seeded: whether the region takes the step's seed as an input, drawn from or
+    not: upstream's min-cut breaks ties otherwise with one input more. graph: fingerprint of the joint graph that the plan is
+    for (`actpass.graph.identity`); no node's name means anything in another. inputs: (name, dtype and shape) of the region's
     inputs but parameters. modules: (node, module) for the nodes of ``again`` and ``keep``. least_shared_bytes: Inductor fuses
     no loops that share fewer (its ``score_fusion_memory_threshold``), on which the peak depends. predicted: what it takes.
     """
@@ -190,7 +190,7 @@ class Plan:
     again: tuple[str, ...] = ()
     rebuild: bool = False
     keep: tuple[str, ...] = ()
-    chunked: bool = False
+    chunk_rows: int = 0
     seeded: bool = False
     graph: str = ""
     inputs: tuple[tuple[str, str], ...] = ()
@@ -214,7 +214,7 @@ class Plan:
     @property
     def is_default(self) -> bool:
         """Whether it is Inductor's own cut, untouched."""
-        return not (self.rebuild or self.chunked or self.keep or self.again or self.coded or self.projections)
+        return not (self.rebuild or self.chunk_rows or self.keep or self.again or self.coded or self.projections)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as JSON gives it back."""
@@ -227,6 +227,6 @@ class Plan:
         reasons), nor of what stays exact, nor of the graph it is done to."""
         forms = [(s.node, s.codec, s.group, s.rounding, s.rotate) for s in self.coded]
         projections = [(d.site, sorted(d.matmuls), d.method, d.rank, d.scale, d.project_in) for d in self.projections]
-        settings = [self.rebuild, self.chunked, self.seeded, sorted(self.keep), sorted(self.again)]
+        settings = [self.rebuild, self.chunk_rows, self.seeded, sorted(self.keep), sorted(self.again)]
         canonical = json.dumps([settings, sorted(forms, key=str), sorted(projections, key=str)], separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
