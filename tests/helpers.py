@@ -15,6 +15,8 @@ from actpass.interpret import interpret
 from actpass.report import Report
 
 EPS = torch.finfo(torch.float32).eps
+TORCH_2_11 = torch.__version__.startswith("2.11")
+"""Its Inductor fuses otherwise than 2.13's, on a CPU."""
 Grads = dict[str, torch.Tensor]
 
 

@@ -13,6 +13,7 @@ from actpass.measure import measure
 from actpass.plan.footprint import MARGIN
 
 from . import models
+from .helpers import TORCH_2_11
 from .test_report import LossOnly
 
 PLANS: dict[str, dict[str, Any]] = {
@@ -73,7 +74,7 @@ CASES += [(bert, "auto"), (llama_without_groups, "again")]
 @pytest.mark.parametrize(("build", "plan"), CASES, ids=lambda x: getattr(x, "__name__", x))
 def test_predicted_peak_is_within_the_margin_of_the_measured(build: Any, plan: str):
     predicted, measured = peaks(build, plan)
-    assert measured / (1 + MARGIN) <= predicted <= 1.02 * measured
+    assert measured / (1 + MARGIN) <= predicted <= (1.15 if TORCH_2_11 else 1.02) * measured
 
 
 def peaks(build: Any, plan: str) -> tuple[int, int]:
