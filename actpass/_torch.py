@@ -38,6 +38,7 @@ from torch._inductor.decomposition import select_decomp_table  # codecs are trac
 from torch._inductor.utils import run_and_get_code  # tests read the generated code
 from torch._ops import HigherOrderOperator, OpOverload  # an operator's namespace tells torch's own from a user's
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 try:  # ranks compare plans through the process group's store (2.11 to 2.13); a torch without distributed has none
     from torch.distributed.distributed_c10d import _get_default_store as get_default_store
@@ -69,6 +70,7 @@ __all__ = [
     "current_frame",
     "detect_fake_mode",
     "dynamo",
+    "fake_input",
     "functorch_config",
     "fx_graph_cse",
     "get_default_op_list",
@@ -134,6 +136,14 @@ def plain_input_index(desc: Any) -> int | None:
             desc = getattr(desc, attribute)
     idx = getattr(desc, "idx", None)
     return idx if type(desc).__name__ == "PlainAOTInput" else None
+
+
+def fake_input(mode: FakeTensorMode, real: torch.Tensor, source: Any, *, varies: bool = False) -> torch.Tensor:
+    """The fake tensor of a graph's new input. varies: its length may change from call to call, and be zero."""
+    if not varies:
+        return mode.from_tensor(real, static_shapes=True)
+    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * real.dim())
+    return mode.from_tensor(real, source=source, symbolic_context=context)
 
 
 def size_hint(value: int | torch.SymInt) -> int:

@@ -11,10 +11,11 @@ import torch
 from actpass.audit import Audit, audit_model, loss_of
 from actpass.calibrate import calibrate_model
 from actpass.config import global_budget, parse
-from actpass.errors import ReportError
+from actpass.errors import ReportError, StateError
 from actpass.explain import explain_model
 from actpass.plan.calibration import Calibration
 from actpass.report import Report
+from actpass.runtime import subspaces
 from actpass.runtime.clock import CLOCK
 from actpass.runtime.regions import following_global_budget, recompile, regions_of
 
@@ -132,8 +133,7 @@ def step() -> None:
 def state_dict(model: torch.nn.Module) -> dict[str, Any]:
     """What a resumed run needs to draw the same bases as the run that was not stopped: plain ints and tensors, loads with
     ``torch.load(weights_only=True)``."""
-    _module(model, "state_dict")
-    return CLOCK.state_dict()
+    return {**CLOCK.state_dict(), "subspaces": subspaces.state_dict(_plain(_module(model, "state_dict")))}
 
 
 def load_state_dict(model: torch.nn.Module, state: Mapping[str, Any]) -> None:
@@ -141,8 +141,16 @@ def load_state_dict(model: torch.nn.Module, state: Mapping[str, Any]) -> None:
 
     Raises `StateError` if ``state`` is not such a dict; nothing is changed then.
     """
-    _module(model, "load_state_dict")
-    CLOCK.load_state_dict(dict(state))
+    own = _plain(_module(model, "load_state_dict"))
+    state = dict(state)
+    learned = state.pop("subspaces", {})
+    before = CLOCK.state_dict()
+    CLOCK.load_state_dict(state)
+    try:
+        subspaces.load_state_dict(own, learned)
+    except StateError:
+        CLOCK.load_state_dict(before)
+        raise
 
 
 def register_with_accelerate() -> None:
@@ -166,6 +174,13 @@ def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, Mapping):
         return (), dict(batch)
     return (tuple(batch) if isinstance(batch, tuple | list) else (batch,)), {}
+
+
+def _plain(model: torch.nn.Module) -> torch.nn.Module:
+    """What `torch.compile` and DDP wrapped, whose names of parameters do not change with the wrapping."""
+    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), torch.nn.Module):
+        model = inner
+    return model
 
 
 def _module(model: Any, what: str) -> torch.nn.Module:

@@ -24,6 +24,7 @@ from actpass._torch import (
     current_code,
     current_frame,
     detect_fake_mode,
+    fake_input,
     functorch_config,
     is_part_of_a_step,
     list_mode_options,
@@ -37,7 +38,7 @@ from actpass.eager import with_eager_curve
 from actpass.errors import ActpassWarning
 from actpass.graph import GraphInputs
 from actpass.graph.copying import copy_module
-from actpass.runtime import clock, ranks, records, regions, steps
+from actpass.runtime import clock, ranks, records, regions, steps, subspaces
 from actpass.runtime.resident import resident
 
 _current: ContextVar[list[Compiled]] = ContextVar("actpass_current_compile")
@@ -117,7 +118,11 @@ def compile_region(
     key = records.region_key(gm, example_inputs, plain, config, peak)
     nonce, record = records.load(key)
     device = device_of(example_inputs)
-    compiled, fn = run_passes(gm, example_inputs, config, plain, device, nonce, peak, compile_fx, **compiler_options)
+    if record is not None:
+        sites = subspaces.sites_of(record.plan, plain.paths)
+    else:
+        sites = sites_to_learn(gm, example_inputs, config, plain, device, peak)
+    compiled, fn = run_passes(gm, example_inputs, config, plain, device, nonce, peak, compile_fx, sites, **compiler_options)
     if compiled is not None:
         record = with_eager_curve(compiled.record, gm, example_inputs)
         records.store(key, nonce, record)
@@ -127,7 +132,25 @@ def compile_region(
     positions = tuple(i for i, path in enumerate(plain.paths) if path is not None)
     region = regions.Region(record, config, positions, current_frame(), code=code, shapes=shapes, peak=peak)
     regions.register(region)
+    if sites:
+        return _with_subspaces(subspaces.with_subspaces(fn, sites, config, device), region, config, device)
     return _with_seed(fn, region, config, device) if config.needs_seed else _plain(fn, region)
+
+
+def sites_to_learn(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    config: Config,
+    plain: GraphInputs,
+    device: torch.device,
+    peak: PeakBudget | None,
+) -> tuple[subspaces.Site, ...]:
+    """The learned subspaces that a region will take: the pass is run once without them, and no code is made."""
+    if not config.learned:
+        return ()
+    with functorch_config.patch(enable_autograd_cache=False):
+        compiled, _ = run_passes(gm, example_inputs, config, plain, device, "", peak, compile_fx, inner_compile=no_code)
+    return () if compiled is None else subspaces.sites_of(compiled.record.plan, plain.paths)
 
 
 def peak_budget(config: Config, inputs: Sequence[Any]) -> PeakBudget | None:
@@ -145,13 +168,18 @@ def run_passes(
     nonce: str,
     peak: PeakBudget | None,
     compiler: Callable[..., Any],
+    sites: Sequence[subspaces.Site] = (),
     **compiler_options: Any,
 ) -> tuple[Compiled | None, Callable[..., Any]]:
-    """Give ``gm`` to ``compiler`` (`compile_fx`) with the pass in place of the partitioner. Returns what the pass did (None on
-    a cache hit, or if there is no backward), and the compiled callable."""
+    """Give ``gm`` to ``compiler`` (`compile_fx`) with the pass in place of the partitioner. sites: the learned subspaces that
+    it takes behind the seed and the points at which tokens are sampled; it returns a sketch of each. Returns what the pass did
+    (None on a cache hit, or if there is no backward), and the compiled callable."""
     if config.needs_seed:
-        gm, inputs = _append_seed(gm, example_inputs, device), replace(inputs, seed=len(inputs.paths))
-        example_inputs = [*example_inputs, gm.graph.find_nodes(op="placeholder")[-1].meta["example_value"]]
+        gm, own = _append_state(gm, example_inputs, device, sites)
+        first = len(inputs.paths)
+        if sites:
+            inputs = replace(inputs, points=first + 1, subspaces=tuple(range(first + 2, first + len(own))))
+        inputs, example_inputs = replace(inputs, seed=first), [*example_inputs, *own]
     partitioner = Partitioner(config, inputs, nonce, peak)
     compiled: list[Compiled] = []
     token = _current.set(compiled)
@@ -215,21 +243,63 @@ def device_of(example_inputs: Sequence[Any]) -> torch.device:
     return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
 
 
-def _append_seed(gm: fx.GraphModule, example_inputs: Sequence[Any], device: torch.device) -> fx.GraphModule:
-    """A clone of Dynamo's graph with the step's seed as its last input."""
+def _append_state(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], device: torch.device, sites: Sequence[subspaces.Site]
+) -> tuple[fx.GraphModule, list[torch.Tensor]]:
+    """A clone of Dynamo's graph with the step's seed as its next input, and, if there are ``sites``, the points of sampled
+    tokens (as many as a call brings) and the subspaces; it also returns a tensor for each, where the pass will put the sketch.
+    And the new inputs as fake tensors."""
     clone, mapping = copy_module(gm)
     for old, new in mapping.items():
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source  # pyright: ignore[reportAttributeAccessIssue]
-    placeholders = clone.graph.find_nodes(op="placeholder")
-    with clone.graph.inserting_after(placeholders[-1]) if placeholders else clone.graph.inserting_before():
-        seed = clone.graph.placeholder("actpass_seed")
     mode = detect_fake_mode([n.meta.get("example_value") for n in gm.graph.nodes] + list(example_inputs))
-    real = round_keys(0, device)
-    seed.meta["example_value"] = mode.from_tensor(real, static_shapes=True) if mode is not None else real
-    seed._dynamo_source = ConstantSource("actpass_seed")  # pyright: ignore[reportAttributeAccessIssue]
+    placeholders = clone.graph.find_nodes(op="placeholder")
+    last, own = (placeholders[-1] if placeholders else None), []
+
+    def append(name: str, real: torch.Tensor, *, varies: bool = False) -> fx.Node:
+        nonlocal last
+        with clone.graph.inserting_after(last) if last is not None else clone.graph.inserting_before():
+            last = clone.graph.placeholder(name)
+        source = ConstantSource(name)
+        fake = real if mode is None else fake_input(mode, real, source, varies=varies)
+        last.meta["example_value"] = fake
+        last._dynamo_source = source  # pyright: ignore[reportAttributeAccessIssue]
+        own.append(fake)
+        return last
+
+    append("actpass_seed", round_keys(0, device))
+    if sites:
+        append("actpass_points", torch.zeros(64, device=device), varies=True)
+        states = [append(f"actpass_subspace_{i}", torch.zeros(site.shape, device=device)) for i, site in enumerate(sites)]
+        (output,) = clone.graph.find_nodes(op="output")
+        with clone.graph.inserting_before(output):
+            stand_ins = [clone.graph.call_function(torch.ops.aten.tril.default, (state,)) for state in states]
+        output.args = ((*output.args[0], *stand_ins),)  # pyright: ignore[reportGeneralTypeIssues]
     clone.recompile()
-    return clone
+    return clone, own
+
+
+def no_code(gm: fx.GraphModule, example_inputs: Any, **_: Any) -> Any:
+    """An inner compiler for who only asks what the pass does."""
+
+    def never(args: list[Any]) -> Any:
+        raise AssertionError("this graph was made to be looked at, not to be run")
+
+    return never
+
+
+def _with_subspaces(
+    run: Callable[..., Any], region: regions.Region, config: Config, device: torch.device
+) -> Callable[..., Any]:
+    clock.start()
+
+    def call(*args: Any) -> Any:
+        region.note(args)
+        step = clock.CLOCK.read()
+        return run(args, round_keys(step_seed(config.seed, config.draw_at(step)), device), step)
+
+    return call
 
 
 def _with_seed(fn: Callable[..., Any], region: regions.Region, config: Config, device: torch.device) -> Callable[..., Any]:
@@ -237,8 +307,7 @@ def _with_seed(fn: Callable[..., Any], region: regions.Region, config: Config, d
 
     def run(*args: Any) -> Any:
         region.note(args)
-        draw = clock.CLOCK.read() // config.refresh_interval
-        return fn(*args, round_keys(step_seed(config.seed, draw), device))
+        return fn(*args, round_keys(step_seed(config.seed, config.draw_at(clock.CLOCK.read())), device))
 
     return run
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from actpass.codecs import PROJECTIONS, QUANTIZERS
+from actpass.codecs import ALL_PROJECTIONS, LEARNED, PROJECTIONS, QUANTIZERS
 from actpass.errors import BudgetError, OptionError, PlanError
 from actpass.modelplan import ModelPlan
 from actpass.plan.calibration import Calibration
@@ -24,7 +24,8 @@ Rank = int | float | Literal["budget"]
 Scale = Literal["unbiased", "none"]
 AUTO = "auto"
 ROUNDINGS = (AUTO, "stochastic", "nearest")
-METHODS = (AUTO, "exact", *PROJECTIONS, *QUANTIZERS)
+COMPLEMENTS = ("fresh", "frozen")
+METHODS = (AUTO, "exact", *ALL_PROJECTIONS, *QUANTIZERS)
 KEEP = "keep"
 DEFAULT_RANK = 0.25
 AUTO_PROJECTION = "haar"
@@ -55,7 +56,7 @@ class Treatment:
         """How weight gradients are formed; None: exactly."""
         if self.method == AUTO:
             return None if self.rank is None else AUTO_PROJECTION
-        return self.method if self.method in PROJECTIONS else None
+        return self.method if self.method in ALL_PROJECTIONS else None
 
     @property
     def codec(self) -> str | None:
@@ -73,7 +74,9 @@ class Treatment:
 
     def rank_of(self, width: int) -> int:
         """The rank in directions for a feature axis of ``width``; `OptionError` if an integer rank exceeds it."""
-        rank = DEFAULT_RANK if self.rank is None else self.rank
+        rank = self.rank
+        if rank is None:
+            rank = LEARNED[self.method].default_rank if self.method in LEARNED else DEFAULT_RANK
         assert rank != BUDGET, "ranks from the budget are chosen for all layers together"
         if isinstance(rank, float):
             return max(1, round(rank * width))
@@ -85,8 +88,9 @@ class Treatment:
         return rank
 
     def relative_variance(self, width: int, rank: int) -> float:
-        """Of a weight gradient's estimate at ``rank``; 0 without a projection."""
-        return PROJECTIONS[self.projection].relative_variance(width, rank) if self.projection is not None else 0.0
+        """Of a weight gradient's estimate at ``rank``; 0 without a projection. Of a learned one, if the data's energy is in no
+        direction that it follows."""
+        return ALL_PROJECTIONS[self.projection].relative_variance(width, rank) if self.projection is not None else 0.0
 
     def bytes_of_direction(self, rows: int, element_size: int) -> int:
         """What one direction of rank adds to a projection of ``rows`` rows as it is stored, rounded up."""
@@ -110,7 +114,8 @@ class Config:
     overrides: tuple[tuple[str, Treatment], ...] = ()
     memory_budget: float | int | None = None
     follows_global_budget: bool = False
-    refresh_interval: int = 1
+    refresh_interval: int | None = None
+    complement: str = "fresh"
     seed: int = 0
     profitable_only: bool = True
     smallest: int = 16384
@@ -131,6 +136,27 @@ class Config:
     def ranks_from_budget(self) -> bool:
         """Whether any rank is chosen from the budget. Then the ranks meet it, and nothing is run again."""
         return any(t.ranks_from_budget for t in (self.treatment, *(t for _, t in self.overrides)))
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """The learned projections that any tensor may get."""
+        if self.plan is not None:
+            return tuple(sorted({d.method for r in self.plan.regions for d in r.projections} & set(LEARNED)))
+        return tuple(sorted({t.method for t in (self.treatment, *(t for _, t in self.overrides))} & set(LEARNED)))
+
+    @property
+    def interval(self) -> int:
+        """Optimizer steps for which a basis stays, or between two sketches of a tensor."""
+        if self.refresh_interval is not None:
+            return self.refresh_interval
+        return min((LEARNED[m].refresh_interval for m in self.learned), default=1)
+
+    def draw_at(self, step: int) -> int:
+        """Which draw of random numbers an optimizer step sees: a new one with each basis. Learned subspaces move a step after
+        their sketch; their random part is drawn at each step, or, if it is frozen, stays as long as they do."""
+        if not self.learned:
+            return step // self.interval
+        return step if self.complement == "fresh" else (step + self.interval - 1) // self.interval
 
     def treatment_of(self, paths: tuple[str, ...]) -> tuple[Treatment, str | None]:
         """The treatment for a parameter known under ``paths``, and the override pattern that decided, if any.
@@ -232,15 +258,19 @@ def _treatment(given: Mapping[str, Any], base: Treatment, where: str) -> Treatme
     quantize = given.get("quantize", base.quantize)
     if quantize is not None:
         quantize = _one_of("quantize", quantize, tuple(QUANTIZERS), where)
-    if given.get("quantize") is not None and method not in PROJECTIONS:
+    if given.get("quantize") is not None and method not in ALL_PROJECTIONS:
         raise OptionError(
-            f"quantize={quantize!r}{where} goes with a projection ({', '.join(PROJECTIONS)}), not with method={method!r}. Use "
-            f"method={quantize!r} for low-bit forms alone."
+            f"quantize={quantize!r}{where} goes with a projection ({', '.join(ALL_PROJECTIONS)}), not with method={method!r}. "
+            f"Use method={quantize!r} for low-bit forms alone."
         )
     rank = given.get("rank", base.rank)
     scale = _one_of("scale", given.get("scale", base.scale), ("unbiased", "none"), where)
     if rank == BUDGET:
         _check_rank_from_budget(method, scale, where)
+    if scale == "none" and method in LEARNED:
+        raise OptionError(
+            f"scale='none'{where} has no meaning for {method}, whose columns are orthonormal or weighted. Leave it out."
+        )
     group = given.get("group", base.group)
     if group is not None and (isinstance(group, bool) or not isinstance(group, int) or not 8 <= group <= 4096):
         raise OptionError(f"group={group!r}{where} is not usable. Allowed: an int in [8, 4096], or None.")
@@ -251,7 +281,7 @@ def _treatment(given: Mapping[str, Any], base: Treatment, where: str) -> Treatme
         method,
         None if rank is None else _rank(rank, where),
         scale,
-        quantize if method in PROJECTIONS else None,
+        quantize if method in ALL_PROJECTIONS else None,
         group,
         _one_of("rounding", given.get("rounding", base.rounding), ROUNDINGS, where),
         rotate,
@@ -259,6 +289,11 @@ def _treatment(given: Mapping[str, Any], base: Treatment, where: str) -> Treatme
 
 
 def _check_rank_from_budget(method: str, scale: str, where: str) -> None:
+    if method in LEARNED:
+        raise OptionError(
+            f"rank={BUDGET!r}{where} goes with a seeded projection ({', '.join(PROJECTIONS)}), whose error is known before "
+            f"training; that of {method} is the data's. Give {method} a rank: a float in (0, 1], or an int."
+        )
     if method == AUTO:
         raise OptionError(
             f"rank={BUDGET!r}{where} goes with a projection ({', '.join(PROJECTIONS)}), not with method={AUTO!r}, which meets "
@@ -439,6 +474,7 @@ _PARSERS = {
     "overrides": None,
     "memory_budget": memory_budget,
     "refresh_interval": _integer(1, 2**31),
+    "complement": lambda name, value: _one_of(name, value, COMPLEMENTS, ""),
     "seed": _integer(0, 2**63 - 1),
     "profitable_only": _boolean,
     "smallest": _integer(0, 2**62),

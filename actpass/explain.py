@@ -12,7 +12,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from actpass._torch import compile_fx, detect_fake_mode, dynamo, functorch_config
-from actpass.backend import device_of, peak_budget, run_passes
+from actpass.backend import device_of, no_code, peak_budget, run_passes
 from actpass.compiler import Compiled
 from actpass.config import Config, parse
 from actpass.eager import with_eager_curve
@@ -79,7 +79,7 @@ def _analyse(gm: fx.GraphModule, example_inputs: list[Any], config: Config, expl
             "",
             peak_budget(config, example_inputs),
             compile_fx,
-            inner_compile=_no_compile,
+            inner_compile=no_code,
         )
     if compiled is None:
         return None
@@ -115,13 +115,6 @@ def _off_meta(gm: fx.GraphModule, example_inputs: list[Any]) -> tuple[fx.GraphMo
 def _cpu_for_meta(value: Any) -> Any:
     is_meta = value == "meta" or (isinstance(value, torch.device) and value.type == "meta")
     return torch.device("cpu") if is_meta else value
-
-
-def _no_compile(gm: fx.GraphModule, example_inputs: Any, **_: Any) -> Any:
-    def never(args: list[Any]) -> Any:
-        raise AssertionError("explain() does not run compiled graphs")
-
-    return never
 
 
 def _saved_bytes_eager(model: torch.nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:

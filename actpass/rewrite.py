@@ -17,7 +17,8 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from actpass._torch import FakeTensorMode, detect_fake_mode, invoke_subgraph, select_decomp_table
-from actpass.codecs import PROJECTIONS, contract, encode
+from actpass.codecs import LEARNED, PROJECTIONS, LearnedProjection, contract, encode
+from actpass.codecs.learned import sketch, state_shape
 from actpass.errors import GraphUnsupported
 from actpass.graph import Contraction, Joint
 from actpass.graph.contractions import MATMULS
@@ -29,27 +30,42 @@ BACKWARD_ONLY = "must_be_in_backward"
 
 @dataclass
 class Rewritten:
-    """What `rewrite` did. inserted: every new node. payloads: projected decision -> node of its z."""
+    """What `rewrite` did. inserted: every new node. payloads: projected decision -> node of its z. sketches: what is returned
+    of each learned subspace."""
 
     inserted: set[fx.Node] = field(default_factory=set)
     payloads: dict[Decision, str] = field(default_factory=dict)
+    sketches: set[fx.Node] = field(default_factory=set)
 
 
 def rewrite(joint: Joint, contractions: Sequence[Contraction], plan: Plan) -> Rewritten:
-    """Rewrite ``joint`` in place. One basis for all sites of a (method, width, rank, dtype), one z for all readers of x."""
+    """Rewrite ``joint`` in place. One seeded basis for all sites of a (method, width, rank, dtype), a learned one for each
+    site; one z for all readers of x. Where the subspaces have not arrived yet (the compiler asks which there will be), a
+    basis of zeros stands for a learned one."""
     nodes = {n.name: n for n in joint.gm.graph.nodes}
     found = {c.node: c for c in contractions}
     done = Rewritten()
     bases: dict[Any, fx.Node] = {}
+    returned = _returned(joint)
+    learned = [d for d in plan.projections if d.method in LEARNED]
+    if joint.subspaces and len(joint.subspaces) != len(learned):
+        raise GraphUnsupported(f"{len(joint.subspaces)} subspaces arrived for {len(learned)} sites")
     for decision in plan.projections:
         members = [found[name] for name in decision.matmuls]
         x = nodes[decision.site]
-        basis = _basis(joint, bases, decision, x, done)
+        if decision.method in LEARNED:
+            state = joint.subspaces[learned.index(decision)] if joint.subspaces else None
+            basis = _learned_basis(joint, bases, decision, x, state, done)
+            if state is not None:
+                _sketch(joint, returned[state], x, state, members[0].left, done)
+        else:
+            basis = _basis(joint, bases, decision, x, done)
         z = _payload(joint, x, basis, decision, members[0].left, done)
         for contraction in members:
             _replace(joint, nodes[contraction.node], z, basis, contraction, done)
     joint.gm.graph.eliminate_dead_code()
     joint.gm.graph.lint()
+    done.sketches = {n for n in done.sketches if n.graph is joint.gm.graph}
     done.inserted = {n for n in done.inserted if n.graph is joint.gm.graph and not n._erased}
     return done
 
@@ -70,6 +86,73 @@ def _basis(joint: Joint, bases: dict[Any, fx.Node], decision: Decision, x: fx.No
         last = joint.gm.graph.find_nodes(op="placeholder")[-1]
         bases[key] = splice(joint.gm.graph, draw, [seed], after=last, like=seed, inserted=done.inserted)
     return bases[key]
+
+
+def _learned_basis(
+    joint: Joint, bases: dict[Any, fx.Node], decision: Decision, x: fx.Node, state: fx.Node | None, done: Rewritten
+) -> fx.Node:
+    method, width, rank = LEARNED[decision.method], decision.width, decision.rank
+    assert rank is not None
+    dtype, seed = value(x).dtype, joint.seed
+    if seed is None:
+        raise GraphUnsupported("the step's seed did not arrive in the joint graph")
+    last = joint.gm.graph.find_nodes(op="placeholder")[-1]
+    if state is None:
+
+        def nothing(seed: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(width, rank, dtype=dtype, device=seed.device)
+
+        return splice(joint.gm.graph, nothing, [seed], after=last, like=seed, inserted=done.inserted)
+    if tuple(value(state).shape) != state_shape(method, width, rank):
+        raise GraphUnsupported(f"a subspace of {tuple(value(state).shape)} arrived for {decision.site}")
+    noise = _noise(joint, bases, method, width, rank, seed, done)
+
+    def draw(state: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+        return method.draw(state, noise, rank).to(dtype)
+
+    return splice(joint.gm.graph, draw, [state, noise], after=last, like=seed, inserted=done.inserted)
+
+
+def _noise(
+    joint: Joint,
+    bases: dict[Any, fx.Node],
+    method: LearnedProjection,
+    width: int,
+    rank: int,
+    seed: fx.Node,
+    done: Rewritten,
+) -> fx.Node | None:
+    """What is drawn for the bases of a shape, once."""
+    key = (method.name, width, rank)
+    if not method.draws:
+        return None
+    if key not in bases:
+
+        def noise(seed: torch.Tensor) -> torch.Tensor | None:
+            return method.noise(seed, width, rank)
+
+        last = joint.gm.graph.find_nodes(op="placeholder")[-1]
+        bases[key] = splice(joint.gm.graph, noise, [seed], after=last, like=seed, inserted=done.inserted)
+    return bases[key]
+
+
+def _returned(joint: Joint) -> dict[fx.Node, fx.Node]:
+    """Subspace -> the node that the region returns in place of its sketch: the one that reads it."""
+    (output,) = joint.gm.graph.find_nodes(op="output")
+    return {s: n for s in joint.subspaces for n in s.users if output in n.users}
+
+
+def _sketch(joint: Joint, stand_in: fx.Node, x: fx.Node, state: fx.Node, left: bool, done: Rewritten) -> None:
+    """Return the sketch of ``x`` in place of ``stand_in``."""
+
+    def tokens_of(x: torch.Tensor, state: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+        x = x.transpose(-1, -2) if left else x
+        return sketch(x.reshape(-1, x.shape[-1]), state, points)
+
+    arguments = [x, state, joint.points]
+    new = splice(joint.gm.graph, tokens_of, arguments, after=x, like=x, inserted=done.inserted)
+    stand_in.replace_all_uses_with(new)
+    done.sketches.add(new)
 
 
 def _payload(joint: Joint, x: fx.Node, basis: fx.Node, decision: Decision, left: bool, done: Rewritten) -> fx.Node:

@@ -14,10 +14,10 @@ from actpass.rewrite import Rewritten
 
 
 def only_planned_gradients_changed(joint: Joint, plan: Plan, done: Rewritten) -> None:
-    """Forward outputs, input gradients and the gradients of unplanned parameters read no inserted node."""
+    """Forward outputs but the sketches, input gradients and the gradients of unplanned parameters read no inserted node."""
     planned = {path for d in plan.projections for path in d.parameters}
     free = [g for primal, g in joint.gradients if joint.parameter_path.get(primal) not in planned]
-    touched = done.inserted & _ancestors([*joint.forward_outputs, *free])
+    touched = done.inserted & _ancestors([*(o for o in joint.forward_outputs if o not in done.sketches), *free])
     if touched:
         raise GraphUnsupported(f"the rewrite reached a value that it must not change, through {min(touched)}")
 

@@ -1,7 +1,8 @@
 """The maths of the forms: pure tensor functions, one published method a file.
 
 A codec is traced with ``make_fx`` and spliced into the joint graph; nobody writes FX for one. A new seeded projection is
-one file with a `SeededProjection` and one entry in `PROJECTIONS`; a new low-bit form a `Quantizer` and one in `QUANTIZERS`.
+one file with a `SeededProjection` and one entry in `PROJECTIONS`, a new learned one a `LearnedProjection` in `LEARNED`, a new
+low-bit form a `Quantizer` and one entry in `QUANTIZERS`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from actpass.codecs.gaussian import Gaussian
 from actpass.codecs.groups import Groups
 from actpass.codecs.haar import Haar
 from actpass.codecs.integer import Integer
+from actpass.codecs.learned import LEARNED, LearnedProjection
 from actpass.codecs.projection import SeededProjection, contract, decode, encode
 from actpass.codecs.quantizer import Quantizer
 from actpass.codecs.rademacher import Rademacher
@@ -35,4 +37,9 @@ QUANTIZERS: dict[str, Quantizer] = {
 }
 """Low-bit forms by the name that ``options={"method": ...}`` takes."""
 
-__all__ = ["PROJECTIONS", "QUANTIZERS", "Groups", "Quantizer", "SeededProjection", "contract", "decode", "encode"]
+ALL_PROJECTIONS: dict[str, SeededProjection | LearnedProjection] = {**PROJECTIONS, **LEARNED}
+
+__all__ = [
+    "ALL_PROJECTIONS", "LEARNED", "PROJECTIONS", "QUANTIZERS", "Groups", "LearnedProjection", "Quantizer", "SeededProjection",
+    "contract", "decode", "encode",
+]  # fmt: skip

@@ -17,31 +17,31 @@ from actpass.graph.joint import Joint
 def fingerprint(joint: Joint) -> str:
     """A hash of all nodes, what they compute of which others, and their shapes and dtypes; of the parameters also the paths.
 
-    Not of the seed, which some plans need and others do not, nor of devices: another card of the same kind runs the same
-    graph. The same in every process and on every rank.
+    Not of seed and subspaces, which some plans need and others do not, nor of devices: another card of the same kind runs the
+    same graph. The same in every process and on every rank.
     """
-    lines = (_line(n, joint.parameter_path.get(n, "")) for n in joint.gm.graph.nodes if n is not joint.seed)
+    lines = (_line(n, joint.parameter_path.get(n, ""), joint.state) for n in joint.gm.graph.nodes if n not in joint.state)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def plain_inputs(joint: Joint) -> tuple[tuple[str, str], ...]:
-    """(name, dtype and shape) of every input that is neither parameter nor seed."""
-    own = (n for n in joint.primals if n not in joint.parameter_path and n is not joint.seed)
+    """(name, dtype and shape) of every input that is neither parameter nor of this package."""
+    own = (n for n in joint.primals if n not in joint.parameter_path and n not in joint.state)
     return tuple((n.name, _value(n.meta.get("val"))) for n in own)
 
 
-def _line(node: fx.Node, path: str) -> str:
+def _line(node: fx.Node, path: str, own: frozenset[fx.Node]) -> str:
     target: Any = node.target
     named = isinstance(target, str | OpOverload)
     operator = str(target) if named else getattr(target, "__name__", type(target).__name__)
-    return " ".join((node.name, node.op, operator, *_arguments(node), _value(node.meta.get("val")), path))
+    return " ".join((node.name, node.op, operator, *_arguments(node, own), _value(node.meta.get("val")), path))
 
 
-def _arguments(node: fx.Node) -> Iterator[str]:
+def _arguments(node: fx.Node, own: frozenset[fx.Node]) -> Iterator[str]:
     keywords = {k: v for k, v in node.kwargs.items() if k != "device"}
     yield from keywords
     for argument in pytree.tree_leaves((node.args, keywords)):
-        if argument is None and node.op == "output":  # the seed has no gradient
+        if node.op == "output" and (argument is None or argument in own):  # no gradient of the seed, no sketch
             continue
         yield argument.name if isinstance(argument, fx.Node) else "" if isinstance(argument, torch.device) else repr(argument)
 

@@ -20,11 +20,14 @@ _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 class GraphInputs:
     """paths: for every positional input its parameter path (``layers.0.mlp.up_proj.weight``), or None if it is not a
     parameter. computed: whether it is a value that another region computed (an activation that a graph break passes on).
-    seed: the position of the step's seed, or None if the region takes none."""
+    seed: the position of the step's seed, or None if the region takes none. points, subspaces: those of the points at which
+    tokens are sampled, and of the learned subspaces."""
 
     paths: tuple[str | None, ...]
     computed: tuple[bool, ...]
     seed: int | None = None
+    points: int | None = None
+    subspaces: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> GraphInputs:

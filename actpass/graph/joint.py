@@ -67,9 +67,32 @@ class Joint:
     @cached_property
     def seed(self) -> fx.Node | None:
         """The placeholder of the step's seed."""
-        if self.inputs.seed is None:
+        return self._primal(self.inputs.seed)
+
+    @cached_property
+    def points(self) -> fx.Node | None:
+        """The placeholder of the points at which tokens are sampled."""
+        return self._primal(self.inputs.points)
+
+    @cached_property
+    def subspaces(self) -> tuple[fx.Node, ...]:
+        """The placeholders of the learned subspaces."""
+        return tuple(n for n in map(self._primal, self.inputs.subspaces) if n is not None)
+
+    @cached_property
+    def state(self) -> frozenset[fx.Node]:
+        """What this package added to the user's graph: seed, points and subspaces, and the nodes that read nothing else (what
+        stands where a sketch will be returned)."""
+        own = {n for n in (self.seed, self.points, *self.subspaces) if n is not None}
+        for node in self.gm.graph.nodes:
+            if node.op == "call_function" and node.all_input_nodes and own.issuperset(node.all_input_nodes):
+                own.add(node)
+        return frozenset(own)
+
+    def _primal(self, index: int | None) -> fx.Node | None:
+        if index is None:
             return None
-        return next((n for n in self.primals if plain_input_index(n.meta.get("desc")) == self.inputs.seed), None)
+        return next((n for n in self.primals if plain_input_index(n.meta.get("desc")) == index), None)
 
     @cached_property
     def gradients(self) -> list[tuple[fx.Node, fx.Node]]:
@@ -84,11 +107,11 @@ class Joint:
 
     @cached_property
     def activations(self) -> frozenset[fx.Node]:
-        """Forward nodes that depend on data: on a primal that is neither a parameter, nor static, nor the seed."""
+        """Forward nodes that depend on data: on a primal that is neither a parameter, nor static, nor of this package."""
         data = {
             n
             for i, n in enumerate(self.primals)
-            if n not in self.parameter_path and i not in self.static and n is not self.seed
+            if n not in self.parameter_path and i not in self.static and n not in self.state
         }
         return self._reach(data) - self.backward
 

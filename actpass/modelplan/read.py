@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from actpass.codecs import PROJECTIONS, QUANTIZERS
+from actpass.codecs import ALL_PROJECTIONS, QUANTIZERS
 from actpass.errors import PlanError
 from actpass.plan import KEEP, Decision, Plan, Predicted, Storage
 
@@ -148,7 +148,7 @@ _DECISION: dict[str, Check] = {
     "site": _text,
     "matmuls": _distinct,
     "parameters": _tuple_of(_text),
-    "method": _one_of(EXACT, *PROJECTIONS),
+    "method": _one_of(EXACT, *ALL_PROJECTIONS),
     "reason": _text,
     "width": _integer(),
     "rank": _optional(_integer(1)),

@@ -12,7 +12,7 @@ from torch import fx
 
 from actpass._torch import size_hint
 from actpass.chunking import Chunked
-from actpass.codecs import PROJECTIONS
+from actpass.codecs import ALL_PROJECTIONS, LEARNED
 from actpass.config import Config, matches
 from actpass.graph import Finding, Joint, Use, classify_uses, count_matmuls, fingerprint, plain_inputs
 from actpass.graph.cost import is_attention, is_matmul
@@ -183,7 +183,7 @@ def describe(
         rows[root] = replace(_row(nodes[root], before.get(root, 0), stored.get(root, 0), uses), form=form, reason=reason)
     for decision in plan.decisions:
         root = root_of[decision.site]
-        rows[root] = _with_decision(rows[root], decision, done, stored)
+        rows[root] = _with_decision(rows[root], decision, done, stored, config)
     payloads = {z: root_of[d.site] for d, z in done.payloads.items()}
     for saved in cuts.final.saved:
         if saved.root not in nodes and saved.root not in payloads:
@@ -329,7 +329,7 @@ def _with_storage(row: SiteRow, s: Storage) -> SiteRow:
     )
 
 
-def _with_decision(row: SiteRow, d: Decision, done: Rewritten, after: dict[str, int]) -> SiteRow:
+def _with_decision(row: SiteRow, d: Decision, done: Rewritten, after: dict[str, int], config: Config) -> SiteRow:
     row = replace(row, parameters=row.parameters + d.parameters, kind="linear input" if row.kind == "pointwise" else row.kind)
     if not d.projects or d.rank is None:
         return row if d.method == "exact" and d.reason == KEPT else replace(row, reason=f"{row.reason}; {d.reason}")
@@ -341,11 +341,18 @@ def _with_decision(row: SiteRow, d: Decision, done: Rewritten, after: dict[str, 
         method=d.method if row.method in (None, d.method) else f"{row.method}, {d.method}",
         rank=max(d.rank, row.rank or 0),
         bytes_after=row.bytes_after + stored,
-        unbiased=row.unbiased and d.scale == "unbiased",
-        relative_variance=max(row.relative_variance, PROJECTIONS[d.method].relative_variance(d.width, d.rank)),
+        unbiased=row.unbiased and _is_unbiased(d, config),
+        relative_variance=max(row.relative_variance, ALL_PROJECTIONS[d.method].relative_variance(d.width, d.rank)),
         extra_flops=row.extra_flops + d.extra_flops,
         reason=d.reason if in_forward else f"{row.reason}; {d.reason}",
     )
+
+
+def _is_unbiased(d: Decision, config: Config) -> bool:
+    """Whether the expected gradient is the exact one."""
+    if d.method in LEARNED:
+        return LEARNED[d.method].unbiased and config.complement == "fresh"
+    return d.scale == "unbiased"
 
 
 def _state_row(saved: Saved, cut: Cut) -> SiteRow:

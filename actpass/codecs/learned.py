@@ -1,0 +1,262 @@
+"""Projection onto a subspace that follows the data: what its methods share, and how a subspace moves.
+
+Shapes: T tokens, N in-features, R rank, K columns of the state (kept directions and a few to spare), S sampled tokens.
+
+The compiled region takes the state as an input and, on a refresh step, gives back a sketch of each tensor that it projects:
+Y = X_S^T (X_S Q), one block power step on S sampled tokens, and their energy |X_S|^2. State and sketch are (N + 1, K): Q or
+Y, and a row for what else a method keeps (the probabilities of `sampled`) or a sketch says (the energy). No (T, N) matrix is
+ever factored, and nothing is factored on the way from a step's input to its loss but an R x R Gram matrix of `prac`'s random
+part: between two steps `moved` turns Q and Y into the next Q (a K x K eigenproblem, and QR of N x K).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from actpass.codecs.generator import bits32, normals, stream
+from actpass.codecs.orthonormal import orthonormal
+
+SPARE = 8
+"""Directions beyond the rank that are iterated, too: the last ones that count converge with the gap behind the spare ones
+(N. Halko, P.-G. Martinsson, J. Tropp, "Finding structure with randomness", 2011, arXiv 0909.4061, section 4)."""
+_RIDGE = 1e-6
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """What a sketch says of a tensor. captured: energy along each direction of the state, largest first, as fractions of the
+    whole. A float64 vector on the CPU."""
+
+    captured: torch.Tensor
+
+    def tail(self, rank: int) -> float:
+        """The fraction of the energy beyond the first ``rank`` directions."""
+        return max(0.0, 1.0 - float(self.captured[:rank].sum()))
+
+
+class LearnedProjection(ABC):
+    """A basis P (N, R) built from a state that lives across steps, and from the step's key where a part of it is random.
+
+    What is stored, and what it costs in FLOPs, is as for `SeededProjection`. The state takes (N + 1) K float32 numbers a site.
+    """
+
+    name: ClassVar[str]
+    unbiased: ClassVar[bool]
+    """Whether E[P P^T] = I over the keys."""
+    draws: ClassVar[bool] = False
+    """Whether a part of the basis is random."""
+    default_rank: ClassVar[float] = 0.25
+    refresh_interval: ClassVar[int] = 20
+    """Optimizer steps between two sketches, where ``refresh_interval`` is not given. This project's choice: a warm block power
+    step is cheap enough to follow a run's first thousand steps."""
+    step_size: ClassVar[float] = 1.0
+    """How far a basis moves to what a sketch says; 1: all the way."""
+
+    def columns(self, width: int, rank: int) -> int:
+        """K, the columns of the state."""
+        return min(width, self.principal(rank) + SPARE)
+
+    def principal(self, rank: int) -> int:
+        """How many of the ``rank`` directions follow the data."""
+        return rank
+
+    def noise(self, key: torch.Tensor, width: int, rank: int) -> torch.Tensor | None:
+        """What is drawn for a basis, the same for all sites of a shape, if anything is."""
+        return None
+
+    @abstractmethod
+    def draw(self, state: torch.Tensor, noise: torch.Tensor | None, rank: int) -> torch.Tensor:
+        """The basis (N, R) in float32."""
+
+    def relative_variance(self, width: int, rank: int, tail: float = 1.0) -> float:
+        """E|v P P^T - v|^2 / |v|^2 of a row with the fraction ``tail`` of its energy beyond the principal directions; of a
+        biased method what is lost."""
+        return tail
+
+
+class Pca(LearnedProjection):
+    """P = Q, the leading R right singular directions of x. Biased: what lies beyond them is lost.
+
+    x ~ x Q Q^T (Eckart-Young: no projection of rank R loses less of x). Loses 1 - captured energy. The iteration is
+    this project's choice.
+    """
+
+    name = "pca"
+    unbiased = False
+
+    def draw(self, state: torch.Tensor, noise: torch.Tensor | None, rank: int) -> torch.Tensor:
+        return state[:-1, :rank]
+
+
+class Prac(LearnedProjection):
+    """P = [Q1, sqrt(k) Q2]: r1 principal directions and r2 random ones of their complement, k = (N - r1) / r2.
+
+    Source: Li, Zhang, Fang, "PRAC", ICML 2026, arXiv 2602.23111: x ~ x Q1 Q1^T + k x Q2 Q2^T. Unbiased with the complement
+    drawn from the step's key, as here by default: E[Q2 Q2^T] = (I - Q1 Q1^T) r2 / (N - r1). Relative variance
+    (k - 1) tail, tail the energy beyond Q1. With ``complement="frozen"``, the paper's, Q2 stays until the next
+    refresh, and the gradients between two are biased. The paper's ranks are r1 = r2 = 0.3 N, the default here (rank 0.6).
+    This project's choice: r1 is half of the rank, rounded down.
+    """
+
+    name = "prac"
+    unbiased = True
+    draws = True
+    default_rank = 0.6
+
+    def principal(self, rank: int) -> int:
+        return rank // 2
+
+    def noise(self, key: torch.Tensor, width: int, rank: int) -> torch.Tensor | None:
+        random = rank - self.principal(rank)
+        return normals(key, stream(width, 40), width * random).view(width, random)
+
+    def draw(self, state: torch.Tensor, noise: torch.Tensor | None, rank: int) -> torch.Tensor:
+        assert noise is not None
+        width, principal = state.shape[0] - 1, self.principal(rank)
+        leading_NR = state[:-1, :principal]
+        beyond_NR = noise - leading_NR @ (leading_NR.t() @ noise)
+        beyond_NR = orthonormal(beyond_NR - leading_NR @ (leading_NR.t() @ beyond_NR))
+        scale = ((width - principal) / (rank - principal)) ** 0.5
+        return torch.cat([leading_NR, beyond_NR * scale], 1)
+
+    def relative_variance(self, width: int, rank: int, tail: float = 1.0) -> float:
+        principal = self.principal(rank)
+        return ((width - principal) / (rank - principal) - 1.0) * tail
+
+
+class Oasis(LearnedProjection):
+    """P = Q, moved a little at every step. Biased, as `pca`.
+
+    Source: Choudhary, Saxena, Roy, "OASIS", 2026, arXiv 2604.09406: an Oja update of an orthonormal basis with a step size
+    of its own, re-orthonormalised. This project's choice: Oja's direction is preconditioned by the Gram matrix in the
+    subspace, Q <- orth((1 - eta) Q + eta Y (Q^T Y)^-1), so that one eta serves all directions (plain Oja moves a direction of
+    a thousandth of the leading energy a thousand times slower), and eta = 1 is the block power step of `pca`.
+    """
+
+    name = "oasis"
+    unbiased = False
+    refresh_interval = 1
+    step_size = 0.2
+
+    def draw(self, state: torch.Tensor, noise: torch.Tensor | None, rank: int) -> torch.Tensor:
+        return state[:-1, :rank]
+
+
+class Sampled(LearnedProjection):
+    """R of N orthonormal directions, drawn with probabilities pi_i and weighted 1 / sqrt(pi_i).
+
+    Source: Li et al., "Optimal low-rank stochastic gradient estimation", 2026, arXiv 2603.20632, the law with known
+    covariance: pi_i = min(1, c sqrt(sigma_i)), sum pi = R: leading directions surely, the tail by the root of its energy.
+    Unbiased: E[P P^T] = sum q_i q_i^T. Relative variance sum (1 / pi_i - 1) sigma_i / sum sigma_i. The state has
+    all N directions and pi. This project's choice: sigma is the energy of x along a direction, and the draw
+    is systematic sampling (W. Madow, 1949): one uniform number, always R directions.
+    """
+
+    name = "sampled"
+    unbiased = True
+    draws = True
+
+    def columns(self, width: int, rank: int) -> int:
+        return width
+
+    def noise(self, key: torch.Tensor, width: int, rank: int) -> torch.Tensor | None:
+        return bits32(key, stream(width, 41), 1).to(torch.float32) * 2.0**-32
+
+    def draw(self, state: torch.Tensor, noise: torch.Tensor | None, rank: int) -> torch.Tensor:
+        assert noise is not None
+        width = state.shape[1]
+        directions_NN, probabilities_N = state[:-1], state[-1]
+        points_R = torch.arange(rank, device=state.device, dtype=torch.float32) + noise
+        below_NR = torch.cumsum(probabilities_N, 0).unsqueeze(1) <= points_R.unsqueeze(0)
+        chosen_R = below_NR.sum(0).clamp(max=width - 1)
+        return directions_NN[:, chosen_R] * probabilities_N[chosen_R] ** -0.5
+
+    def relative_variance(self, width: int, rank: int, tail: float = 1.0) -> float:
+        """Of a flat spectrum, the worst."""
+        return (width / rank - 1.0) * tail
+
+
+def inclusion_probabilities(energies_N: torch.Tensor, rank: int) -> torch.Tensor:
+    """pi = min(1, c sqrt(energy)) with sum ``rank``, for energies in falling order; float64. No direction is left out for good:
+    an energy counts as at least a millionth of the mean, which keeps the estimate unbiased where a sketch saw nothing."""
+    energies_N = energies_N.double()
+    floor = max(float(energies_N.mean()) * _RIDGE, torch.finfo(torch.float64).tiny)
+    root_N = energies_N.clamp_min(floor).sqrt()
+    left_N = root_N.flip(0).cumsum(0).flip(0)
+    surely = int((root_N[:rank] * torch.arange(rank, 0, -1, device=root_N.device) > left_N[:rank]).sum())
+    share_N = root_N[surely:] * ((rank - surely) / left_N[surely]) if surely < rank else torch.zeros_like(root_N[surely:])
+    return torch.cat([torch.ones(surely, dtype=torch.float64, device=root_N.device), share_N])
+
+
+def sketch(x_TN: torch.Tensor, state: torch.Tensor, points_S: torch.Tensor) -> torch.Tensor:
+    """(N + 1, K) in float32: X_S^T (X_S Q), and a row of |X_S|^2. points: where to sample tokens, in [0, 1); with none of them
+    it is all zeros, and costs nothing."""
+    rows_S = (points_S * x_TN.shape[0]).to(torch.int64)
+    sample_SN = x_TN.index_select(0, rows_S).to(torch.float32)
+    flat = sample_SN.reshape(1, -1)
+    energy_12 = flat @ flat.reshape(-1, 1).expand(-1, 2)  # a matmul: Inductor's reductions set limits to what they sum
+    return torch.cat([sample_SN.t() @ (sample_SN @ state[:-1]), energy_12[:, :1].expand(1, state.shape[1])])
+
+
+def moved(
+    method: LearnedProjection, state: torch.Tensor, sketched: torch.Tensor, rank: int, size: float
+) -> tuple[torch.Tensor, Spectrum | None]:
+    """The next state, and the spectrum in the present one. size: how far to move; see `LearnedProjection.step_size`.
+
+    Directions come in falling order of energy: the Ritz values of the sampled tokens in the present subspace. A direction in
+    which the sample has no energy stays. A sketch of zeros, or one that is not finite, moves nothing and has no spectrum.
+    """
+    basis_NK, product_NK, energy = state[:-1].double(), sketched[:-1].double(), float(sketched[-1, 0])
+    gram_KK = basis_NK.t() @ product_NK
+    if not math.isfinite(energy) or energy <= 0 or not bool(torch.isfinite(gram_KK).all()):
+        return state, None
+    energies_K, rotation_KK = torch.linalg.eigh((gram_KK + gram_KK.t()) / 2)
+    energies_K, rotation_KK = energies_K.flip(0).clamp_min(0), rotation_KK.flip(1)
+    basis_NK, product_NK = basis_NK @ rotation_KK, product_NK @ rotation_KK
+    seen_K = energies_K > _RIDGE * energies_K[0]
+    stepped_NK = (1 - size) * basis_NK + size * product_NK / torch.where(seen_K, energies_K, 1.0)
+    basis_NK = _upright(torch.where(seen_K, stepped_NK, basis_NK))
+    return _state(method, basis_NK, energies_K, rank), Spectrum((energies_K / energy).cpu())
+
+
+def first_state(method: LearnedProjection, key: torch.Tensor, width: int, rank: int) -> torch.Tensor:
+    """Random directions to begin the iteration with."""
+    columns = method.columns(width, rank)
+    basis_NK = _upright(normals(key, stream(width, 42), width * columns).view(width, columns).double())
+    return _state(method, basis_NK, torch.ones(columns, dtype=torch.float64, device=key.device), rank)
+
+
+def resized(method: LearnedProjection, state: torch.Tensor, key: torch.Tensor, rank: int) -> torch.Tensor:
+    """The subspace for another rank: its leading directions, and behind them random ones where they are too few."""
+    width, wanted = state.shape[0] - 1, method.columns(state.shape[0] - 1, rank)
+    basis_NK, roots_K = state[:-1, :wanted].double(), state[-1, :wanted].double()
+    missing = wanted - basis_NK.shape[1]
+    if missing:
+        more_NK = normals(key, stream(width, 43), width * missing).view(width, missing)
+        basis_NK = _upright(torch.cat([basis_NK, more_NK.double()], 1))
+        roots_K = torch.cat([roots_K, torch.zeros(missing, dtype=torch.float64, device=key.device)])
+    return _state(method, basis_NK, roots_K.square(), rank)
+
+
+def state_shape(method: LearnedProjection, width: int, rank: int) -> tuple[int, int]:
+    return width + 1, method.columns(width, rank)
+
+
+def _state(method: LearnedProjection, basis_NK: torch.Tensor, energies_K: torch.Tensor, rank: int) -> torch.Tensor:
+    last_K = inclusion_probabilities(energies_K, rank) if isinstance(method, Sampled) else torch.zeros_like(energies_K)
+    return torch.cat([basis_NK, last_K.unsqueeze(0)]).float()
+
+
+def _upright(columns_NK: torch.Tensor) -> torch.Tensor:
+    """Orthonormal in float64, by QR: between two steps, where a K x K factor in float32 is no saving."""
+    q_NK, r_KK = torch.linalg.qr(columns_NK)
+    return q_NK * torch.where(r_KK.diagonal() < 0, -1.0, 1.0)
+
+
+LEARNED: dict[str, LearnedProjection] = {p.name: p for p in (Pca(), Prac(), Oasis(), Sampled())}
+"""Learned projections by the name that ``options={"method": ...}`` takes."""
