@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from actpass._torch import compile_fx, dynamo, functorch_config
-from actpass.backend import device_of, peak_budget, run_passes
+from actpass.backend import device_of, peak_budget, run_passes, sites_to_learn
 from actpass.codecs.generator import round_keys, step_seed
 from actpass.config import Config, exactly
 from actpass.errors import OptionError
@@ -19,6 +19,8 @@ from actpass.graph import GraphInputs
 from actpass.graph.joint import fold_indices
 from actpass.interpret import interpret, own_forward, own_gradients, untouched
 from actpass.report.report import table
+from actpass.runtime.clock import CLOCK
+from actpass.runtime.subspaces import STORE, Store, with_subspaces
 
 Gradients = dict[str, torch.Tensor]
 
@@ -214,7 +216,13 @@ class _Step:
             plain = GraphInputs.of(gm, example_inputs)
             with functorch_config.patch(enable_autograd_cache=False):
                 peak = peak_budget(config, example_inputs)
-                fn = run_passes(gm, example_inputs, config, plain, device, "", peak, compile_fx, inner_compile=interpret)[1]
+                sites = sites_to_learn(gm, example_inputs, config, plain, device, peak)
+                fn = run_passes(
+                    gm, example_inputs, config, plain, device, "", peak, compile_fx, sites, inner_compile=interpret
+                )[1]
+            if sites:
+                run = with_subspaces(fn, sites, config, device, Store(STORE))  # those of the training run stay as they are
+                return lambda *args: run(args, round_keys(seed, device), CLOCK.steps)
             return (lambda *args: fn(*args, round_keys(seed, device))) if config.needs_seed else fn
 
         forward = dynamo.optimize(backend)(own_forward(self.model))

@@ -22,7 +22,7 @@ from actpass.codecs.learned import sketch, state_shape
 from actpass.errors import GraphUnsupported
 from actpass.graph import Contraction, Joint
 from actpass.graph.contractions import MATMULS
-from actpass.graph.joint import value
+from actpass.graph.joint import is_view, value
 from actpass.plan import Decision, Plan
 
 BACKWARD_ONLY = "must_be_in_backward"
@@ -145,14 +145,31 @@ def _returned(joint: Joint) -> dict[fx.Node, fx.Node]:
 def _sketch(joint: Joint, stand_in: fx.Node, x: fx.Node, state: fx.Node, left: bool, done: Rewritten) -> None:
     """Return the sketch of ``x`` in place of ``stand_in``."""
 
-    def tokens_of(x: torch.Tensor, state: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-        x = x.transpose(-1, -2) if left else x
-        return sketch(x.reshape(-1, x.shape[-1]), state, points)
+    def take(x: torch.Tensor, state: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+        return sketch(x, state, points, left=left)
 
-    arguments = [x, state, joint.points]
-    new = splice(joint.gm.graph, tokens_of, arguments, after=x, like=x, inserted=done.inserted)
+    x = _in_forward(joint, x, done)
+    new = splice(joint.gm.graph, take, [x, state, joint.points], after=x, like=x, inserted=done.inserted)
     stand_in.replace_all_uses_with(new)
     done.sketches.add(new)
+
+
+def _in_forward(joint: Joint, x: fx.Node, done: Rewritten) -> fx.Node:
+    """``x``, or a copy of it where autograd took a view only for the backward."""
+    if "backward" not in str(x.meta.get("partitioner_tag", "")):
+        return x
+    if not is_view(x):
+        raise GraphUnsupported(f"{x.name} is computed in the backward, and no sketch can be taken of it in the forward")
+    source = _in_forward(joint, x.all_input_nodes[0], done)
+    with joint.gm.graph.inserting_after(max(x, source)):
+        copy = joint.gm.graph.node_copy(x, lambda n: source if n is x.all_input_nodes[0] else n)
+    copy.meta.pop("partitioner_tag", None)
+    args, kwargs = fx.map_arg((copy.args, copy.kwargs), lambda n: n.meta["val"])
+    target: Any = copy.target
+    with _mode([source]):
+        copy.meta["val"] = target(*args, **kwargs)
+    done.inserted.add(copy)
+    return copy
 
 
 def _payload(joint: Joint, x: fx.Node, basis: fx.Node, decision: Decision, left: bool, done: Rewritten) -> fx.Node:

@@ -193,11 +193,15 @@ def inclusion_probabilities(energies_N: torch.Tensor, rank: int) -> torch.Tensor
     return torch.cat([torch.ones(surely, dtype=torch.float64, device=root_N.device), share_N])
 
 
-def sketch(x_TN: torch.Tensor, state: torch.Tensor, points_S: torch.Tensor) -> torch.Tensor:
-    """(N + 1, K) in float32: X_S^T (X_S Q), and a row of |X_S|^2. points: where to sample tokens, in [0, 1); with none of them
-    it is all zeros, and costs nothing."""
-    rows_S = (points_S * x_TN.shape[0]).to(torch.int64)
-    sample_SN = x_TN.index_select(0, rows_S).to(torch.float32)
+def sketch(x: torch.Tensor, state: torch.Tensor, points_S: torch.Tensor, *, left: bool = False) -> torch.Tensor:
+    """(N + 1, K) in float32: X_S^T (X_S Q), and a row of |X_S|^2.
+
+    x: (T, N) or (E, T, N), with ``left`` (N, T) or (E, N, T). points: where to sample tokens, in [0, 1); with none of them
+    it is all zeros, and costs nothing.
+    """
+    tokens = -1 if left else -2
+    sample = x.index_select(tokens, (points_S * x.shape[tokens]).to(torch.int64)).to(torch.float32)
+    sample_SN = (sample.transpose(-1, -2) if left else sample).reshape(-1, state.shape[0] - 1)
     flat = sample_SN.reshape(1, -1)
     energy_12 = flat @ flat.reshape(-1, 1).expand(-1, 2)  # a matmul: Inductor's reductions set limits to what they sum
     return torch.cat([sample_SN.t() @ (sample_SN @ state[:-1]), energy_12[:, :1].expand(1, state.shape[1])])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ def sites_of(plan: Mapping[str, Any], paths: Sequence[str | None]) -> tuple[Site
     found: list[Site] = []
     for d in plan["decisions"]:
         if d["method"] in LEARNED and d["rank"] is not None:
-            path = d["parameters"][0]
+            path = min(d["parameters"])  # the same in every graph, whatever order its backward has
             number = sum(s.path == path for s in found)
             found.append(Site(d["method"], d["width"], d["rank"], paths.index(path), path, number))
     return tuple(found)
@@ -101,19 +101,19 @@ class Subspace:
 
 
 class Store:
-    """The subspaces of parameters, which it does not keep alive."""
+    """The subspaces of parameters, which it does not keep alive. behind: has those that it takes copies of where it
+    has none."""
 
-    def __init__(self) -> None:
+    def __init__(self, behind: Store | None = None) -> None:
         self._of: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._behind = behind
 
     def of(self, parameter: torch.Tensor) -> dict[str, Subspace]:
         """By ``method.number``."""
         if parameter not in self._of:
-            self._of[parameter] = {}
+            known = self._behind.of(parameter) if self._behind is not None else {}
+            self._of[parameter] = {name: replace(subspace) for name, subspace in known.items()}
         return self._of[parameter]
-
-    def known(self, parameter: torch.Tensor) -> dict[str, Subspace]:
-        return self.of(parameter)
 
     def clear(self) -> None:
         self._of.clear()
@@ -195,7 +195,7 @@ def _summed(sketches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 @contextmanager
 def _as_if_nothing_had_run(args: Sequence[Any]) -> Iterator[None]:
     """Random state, and what a forward writes into its inputs (running statistics), are put back."""
-    before = [(a, a.clone()) for a in args if isinstance(a, torch.Tensor) and not a.requires_grad and a.is_floating_point()]
+    before = [(a, a.clone()) for a in args if isinstance(a, torch.Tensor) and not a.requires_grad]
     devices = sorted({a.device.index for a in args if isinstance(a, torch.Tensor) and a.is_cuda})
     with torch.random.fork_rng(devices):
         yield
@@ -206,7 +206,7 @@ def _as_if_nothing_had_run(args: Sequence[Any]) -> Iterator[None]:
 
 def state_dict(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
     """Parameter's name -> its subspaces."""
-    own = {name: STORE.known(p) for name, p in model.named_parameters()}
+    own = {name: STORE.of(p) for name, p in model.named_parameters()}
     return {name: {k: s.to_dict() for k, s in found.items()} for name, found in own.items() if found}
 
 

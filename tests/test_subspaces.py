@@ -1,0 +1,314 @@
+"""Learned subspaces in training: the gradient is the exact one through the basis at hand, which moves when it should."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import actpass
+from actpass.codecs import LEARNED
+from actpass.codecs.generator import round_keys, step_seed
+from actpass.runtime.clock import CLOCK
+from actpass.runtime.subspaces import STORE, Subspace
+
+from . import models
+from .helpers import EPS, Grads, assert_equal, eager_actcomp, error, grads_of, projected, step
+from .test_gradients import Net, width_axis
+from .test_gradients import inputs as net_inputs
+
+RANK = 12
+ALL: dict[str, Any] = {"rank": RANK, "profitable_only": False}
+methods = pytest.mark.parametrize("method", LEARNED)
+
+
+def compiled(model: nn.Module, method: str, **options: Any) -> Callable[..., Any]:
+    return torch.compile(model, backend=eager_actcomp({**ALL, "method": method, **options}))
+
+
+def subspaces(model: nn.Module) -> dict[str, Subspace]:
+    return {n: s for n, p in model.named_parameters() for s in STORE.of(p).values()}
+
+
+def states(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: s.state for n, s in subspaces(model).items()}
+
+
+def optimizer_step() -> None:
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1).step()
+
+
+def batches(count: int) -> list[dict[str, torch.Tensor]]:
+    draw = torch.Generator().manual_seed(3)
+    scale = torch.linspace(1, 0.05, 24)
+    return [{"x": torch.randn(32, 24, generator=draw) * scale} for _ in range(count)]
+
+
+# ------------------------------------------------------------------------------------------------------------- gradients
+
+
+@methods
+def test_projected_gradient_is_the_exact_one_times_the_projector(method: str):
+    net, batch = Net(), net_inputs()
+    loss, exact = step(torch.compile(net, backend=eager_actcomp()), net, batch)
+    dx, batch["x"].grad = batch["x"].grad, None
+    torch.compiler.reset()
+    got_loss, got = step(compiled(net, method, seed=7), net, batch)
+    names = {"stem.weight", "q.weight", "k.weight", "conv", "experts"}
+    assert projected(actpass.report(net)) == names
+    assert torch.equal(loss, got_loss)
+    assert torch.equal(dx, batch["x"].grad)
+    assert_equal({n: g for n, g in got.items() if n not in names}, {n: g for n, g in exact.items() if n not in names})
+    found = states(net)
+    assert set(found) == {"stem.weight", "k.weight", "conv", "experts"}  # q and k share theirs
+    noise = LEARNED[method].noise(round_keys(step_seed(7, 0)), 48, RANK)
+    for name in names:
+        p = LEARNED[method].draw(found["k.weight" if name == "q.weight" else name], noise, RANK)
+        want = (exact[name].movedim(width_axis(name), -1) @ (p @ p.T)).movedim(-1, width_axis(name))
+        assert error(got[name], want) < 64 * EPS, name
+        lost = error(got[name], exact[name])
+        assert lost < (0.999 if method in ("pca", "oasis") else 3), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["pca", "oasis", "sampled"])
+def test_full_rank_gradient_is_exact_to_rounding(method: str, dtype: torch.dtype):
+    net = Net().to(dtype)
+    batch = {"x": torch.randn(6, 4, 48, dtype=dtype)}
+    _, exact = step(torch.compile(net, backend=eager_actcomp()), net, batch)
+    torch.compiler.reset()
+    _, got = step(compiled(net, method, rank=1.0), net, batch)
+    assert projected(actpass.report(net))
+    for name in exact:
+        assert error(got[name], exact[name]) < 8 * torch.finfo(dtype).eps, name
+
+
+def test_frozen_complement_is_biased_between_refreshes_and_a_fresh_one_is_not():
+    model, _ = models.mlp()
+    (batch,) = batches(1)
+    _, exact = step(torch.compile(model, backend=eager_actcomp(method="exact")), model, batch)
+
+    def bias(complement: str) -> float:
+        torch.compiler.reset()
+        CLOCK.steps = 0
+        run = compiled(model, "prac", complement=complement, refresh_interval=10_000, rank=8)
+        total, squares = torch.zeros_like(exact["mid.weight"]), 0.0
+        for _ in range(256):
+            difference = step(run, model, batch)[1]["mid.weight"] - exact["mid.weight"]
+            total, squares = total + difference, squares + float(difference.square().sum())
+            optimizer_step()
+        return float((total / 256).norm()) / (squares / 256) ** 0.5
+
+    assert bias("fresh") < 4 / 16  # of independent errors 1 / sqrt(256) is left
+    assert bias("frozen") > 0.9
+
+
+# ------------------------------------------------------------------------------------------------------------- movement
+
+
+@methods
+def test_first_step_has_a_basis_of_its_own_batch(method: str):
+    model, _ = models.mlp()
+    (batch,) = batches(1)
+    step(compiled(model, method), model, batch)
+    x = batch["x"].double()
+    principal = LEARNED[method].principal(RANK)
+    q = states(model)["up.weight"][:-1, :principal].double()
+    best = torch.linalg.svdvals(x)[:principal].square().sum()
+    assert float((x @ q).square().sum() / best) > 0.98
+
+
+def test_first_forwards_leave_random_state_and_running_statistics():
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.norm, self.down = nn.Linear(24, 40), nn.BatchNorm1d(40), nn.Linear(40, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(torch.dropout(self.norm(self.up(x)), 0.5, True)).square().mean()
+
+    results = []
+    for method in ("exact", "pca"):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        model = Normed()
+        run = compiled(model, method)
+        run(**batches(1)[0]).backward()
+        results.append((model.norm.running_mean.clone(), model.norm.num_batches_tracked.clone(), torch.rand(1)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@methods
+def test_basis_moves_after_a_refresh_step_and_not_within_one(method: str):
+    model, _ = models.mlp()
+    run = compiled(model, method, refresh_interval=3)
+    seen = []
+    for batch in batches(7):
+        run(**batch).backward()
+        before = states(model)
+        run(**batch).backward()  # accumulated
+        assert_equal(states(model), before)
+        seen.append(before)
+        optimizer_step()
+    moved = [not torch.equal(a["up.weight"], b["up.weight"]) for a, b in pairwise(seen)]
+    assert moved == [True, False, False, True, False, False]
+
+
+def test_sketches_of_accumulated_batches_add_up():
+    model, _ = models.mlp()
+    run = compiled(model, "pca")
+    first, second = batches(2)
+    run(**first).backward()
+    one = subspaces(model)["up.weight"].sketched
+    run(**second).backward()
+    both = subspaces(model)["up.weight"].sketched
+    assert one is not None
+    assert both is not None
+    assert float(both[-1, 0] - one[-1, 0]) == pytest.approx(1024 / 32 * float(second["x"].square().sum()), rel=1e-4)
+
+
+def test_pending_backward_keeps_the_basis_of_its_own_forward():
+    model, _ = models.mlp()
+    run = compiled(model, "pca", refresh_interval=1)
+    first, second = batches(2)
+    step(run, model, first)
+    _, want = step(run, model, first)
+    model.zero_grad()
+    pending = run(**first)
+    optimizer_step()
+    later = run(**second)  # the basis has moved
+    pending.backward()
+    assert_equal(grads_of(model), want)
+    later.backward()
+
+
+def test_one_graph_of_several_modules_has_a_subspace_for_each():
+    model, inputs = models.transformer(layers=3)
+    inputs["x"].requires_grad_()
+    graphs: list[int] = []
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+        graphs.append(1)
+        return eager_actcomp({**ALL, "method": "pca"})(gm, example_inputs)
+
+    for block in model.blocks:
+        block.compile(backend=backend)
+    model(**inputs).backward()
+    assert len(graphs) == 1
+    found = states(model)
+    assert len(found) == 3 * 4
+    assert not torch.equal(found["blocks.0.k.weight"], found["blocks.2.k.weight"])
+
+
+def test_a_refresh_compiles_nothing():
+    """By Inductor: the step with a sketch and the one without are one graph."""
+    model, inputs = models.transformer(layers=1)
+    run = torch.compile(model, backend="actcomp", options={**ALL, "method": "prac", "refresh_interval": 2})
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        seen = []
+        for _ in range(5):
+            run(**inputs).backward()
+            seen.append(states(model)["blocks.0.k.weight"])
+            optimizer_step()
+    moved = [not torch.equal(a, b) for a, b in pairwise(seen)]
+    assert moved == [True, False, True, False]
+
+
+# ---------------------------------------------------------------------------------------------------------------- state
+
+
+@methods
+@pytest.mark.parametrize("stop", [3, 4])  # after a refresh step, whose sketch is still to be used; and between two
+def test_resumed_run_is_bitwise_the_run_that_was_not_stopped(method: str, stop: int, tmp_path: Path):
+    def start() -> tuple[nn.Module, Callable[..., Any], torch.optim.Optimizer]:
+        torch.compiler.reset()
+        CLOCK.steps, CLOCK.drawn = 0, False
+        model, _ = models.mlp()
+        return model, compiled(model, method, refresh_interval=2, seed=7), torch.optim.AdamW(model.parameters(), lr=0.01)
+
+    def train(run: Callable[..., Any], optimizer: torch.optim.Optimizer, data: list[dict[str, torch.Tensor]]) -> None:
+        for batch in data:
+            optimizer.zero_grad()
+            run(**batch).backward()
+            optimizer.step()
+
+    model, run, optimizer = start()
+    train(run, optimizer, batches(6))
+    want: Grads = {n: p.detach().clone() for n, p in model.named_parameters()}
+    model, run, optimizer = start()
+    train(run, optimizer, batches(6)[:stop])
+    saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "actpass": actpass.state_dict(run)}
+    torch.save(saved, tmp_path / "checkpoint.pt")
+
+    def resumed(with_subspaces: bool) -> Grads:
+        model, run, optimizer = start()
+        loaded = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+        model.load_state_dict(loaded["model"])
+        optimizer.load_state_dict(loaded["optimizer"])
+        if not with_subspaces:
+            loaded["actpass"]["subspaces"] = {}
+        actpass.load_state_dict(model, loaded["actpass"])
+        train(run, optimizer, batches(6)[stop:])
+        return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+    assert_equal(resumed(with_subspaces=True), want)
+    assert not torch.equal(resumed(with_subspaces=False)["mid.weight"], want["mid.weight"])  # or this test could not fail
+
+
+def test_a_state_that_does_not_fit_changes_nothing():
+    model, _ = models.mlp()
+    run = compiled(model, "pca")
+    step(run, model, batches(1)[0])
+    state, before = actpass.state_dict(model), states(model)
+    for bad in ({"nothing.weight": {}}, {"up.weight": {"pca.0": {"method": "pca"}}}):
+        with pytest.raises(actpass.StateError, match="weight"):
+            actpass.load_state_dict(model, {**state, "steps": 9, "subspaces": bad})
+    assert CLOCK.steps == state["steps"]
+    assert_equal(states(model), before)
+
+
+def test_another_rank_takes_the_subspace_over():
+    model, _ = models.mlp()
+    (batch,) = batches(1)
+    step(compiled(model, "pca", rank=12), model, batch)
+    before = states(model)["up.weight"]
+    torch.compiler.reset()
+    step(compiled(model, "pca", rank=6), model, batch)
+    after = states(model)["up.weight"]
+    assert after.shape[1] < before.shape[1]
+    assert float((after[:-1, :6] - before[:-1, :6]).abs().max()) < 1e-6
+
+
+def test_audit_sees_the_subspaces_of_the_run_and_leaves_them():
+    model, _ = models.mlp()
+    first, second = batches(2)
+    run = compiled(model, "pca", refresh_interval=1)
+    step(run, model, first)
+    optimizer_step()
+    step(run, model, first)
+    before = {n: (s.state.clone(), s.step, s.moves) for n, s in subspaces(model).items()}
+    audit = actpass.audit(model, second, options={**ALL, "method": "pca"}, seeds=2)
+    errors = {p.name: p.error for p in audit.parameters}
+    assert 0 < errors["up.weight"] < 0.7
+    assert errors["up.bias"] == 0
+    assert {n: (s.step, s.moves) for n, s in subspaces(model).items()} == {n: v[1:] for n, v in before.items()}
+    assert_equal(states(model), {n: v[0] for n, v in before.items()})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": "budget", "memory_budget": 0.5}, "goes with a seeded projection"),
+        ({"scale": "none"}, "has no meaning for prac"),
+        ({"complement": "other"}, "unknown complement 'other'"),
+        ({"rank": 0}, "rank=0"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options: dict[str, Any], message: str):
+    with pytest.raises(actpass.OptionError, match=message):
+        eager_actcomp({"method": "prac", **options})
