@@ -27,8 +27,9 @@ def report(model: torch.nn.Module) -> Report:
     not compiled with ``backend="actcomp"``, the report says ``inactive`` and why.
     """
     found = regions_of(_module(model, "report"))
+    rows = tuple(subspaces.rows(_plain(model))) if found else ()
     why = None if found else "no training step of this model has run through backend='actcomp' in this process yet"
-    return Report(tuple(r.record for r in found), why)
+    return Report(tuple(r.record for r in found), why, rows)
 
 
 def explain(model: torch.nn.Module, *inputs: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:

@@ -103,7 +103,29 @@ def worker(rank: int, folder: str) -> None:
         result = train(compiled(distribute(model)), x.chunk(WORLD)[rank])
         dist.all_reduce(result["losses"])
         torch.save({**result, "losses": result["losses"] / WORLD}, Path(folder, f"{case}-{rank}.pt"))
+    torch.save(learn(rank), Path(folder, f"learned-{rank}.pt"))
     dist.destroy_process_group()
+
+
+def learn(rank: int) -> dict[str, dict[str, torch.Tensor]]:
+    """Fifty steps of DDP through learned subspaces, each rank with batches of its own."""
+    torch.compiler.reset()
+    CLOCK.steps, CLOCK.drawn = 0, False
+    model, _ = wide_mlp()
+    options = {"method": "prac", "rank": 2 * RANK, "refresh_interval": 3, "profitable_only": False}
+    run = torch.compile(ddp(model), backend=eager_actcomp(options))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    draw = torch.Generator().manual_seed(rank)
+    for _ in range(50):
+        optimizer.zero_grad()
+        run(torch.randn(32, 24, generator=draw) * torch.linspace(1, 0.1, 24)).backward()
+        optimizer.step()
+    found = actpass.state_dict(run)["subspaces"]
+    return {
+        "subspaces": {name: s["state"] for name, own in found.items() for s in own.values()},
+        "moves": {name: torch.tensor(s["moves"]) for name, own in found.items() for s in own.values()},
+        "parameters": {n: p.detach().clone() for n, p in model.named_parameters()},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +150,11 @@ def test_two_processes_train_as_one_with_the_global_batch(case: str, folder: Pat
         # the mean of two gradients in one subspace is in it; had the ranks drawn two, its rank were twice as high
         assert got["ranks"] == want["ranks"]
         assert set(got["ranks"].values()) == {RANK}
+
+
+def test_ranks_learn_one_subspace_bit_for_bit(folder: Path) -> None:
+    first, second = (torch.load(folder / f"learned-{rank}.pt", weights_only=True) for rank in range(WORLD))
+    assert set(first["subspaces"]) == {"up.weight", "mid.weight", "down.weight"}
+    assert all(int(m) > 16 for m in first["moves"].values())
+    for what in ("subspaces", "parameters"):
+        assert all(torch.equal(first[what][n], second[what][n]) for n in first[what])

@@ -312,3 +312,31 @@ def test_audit_sees_the_subspaces_of_the_run_and_leaves_them():
 def test_options_that_mean_nothing_are_refused(options: dict[str, Any], message: str):
     with pytest.raises(actpass.OptionError, match=message):
         eager_actcomp({"method": "prac", **options})
+
+
+def test_report_says_what_the_subspaces_captured_and_draws_it(tmp_path: Path):
+    model, inputs = models.transformer()
+    run = compiled(model, "prac", refresh_interval=1)
+    with pytest.raises(actpass.ReportError, match="no sketch has been taken"):
+        actpass.explain(model, **inputs, options={**ALL, "method": "prac"}).plot_spectra(tmp_path / "none.svg")
+    for _ in range(3):
+        step(run, model, inputs)
+        optimizer_step()
+    report = actpass.report(model)
+    rows = {s.parameter: s for s in report.subspaces}
+    assert rows["blocks.0.k.weight"].principal == RANK // 2
+    for name, row in rows.items():
+        state = subspaces(model)[name].state
+        assert row.nbytes == 4 * state.numel()
+        assert row.tail is not None
+        assert 0 < row.tail < 0.9
+        assert list(row.captured) == sorted(row.captured, reverse=True)
+    assert "blocks.*.k.weight (x2)" in str(report)
+    assert "6+6" in str(report)
+    assert report.to_dict()["subspaces"][0]["method"] == "prac"
+    assert actpass.report(run).subspaces == report.subspaces
+    report.plot_spectra(tmp_path / "spectra.png")
+    assert (tmp_path / "spectra.png").stat().st_size > 10_000
+    lines = (tmp_path / "spectra.csv").read_text().splitlines()
+    assert lines[0] == "subspace_of,direction,share_of_energy,principal"
+    assert sum(line.startswith("blocks.*.k.weight") for line in lines) == states(model)["blocks.0.k.weight"].shape[1]

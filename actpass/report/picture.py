@@ -12,6 +12,7 @@ from typing import Any
 from actpass.errors import PictureError
 from actpass.plan.curve import Curve, Curves, Held, StepCurve, step_curve
 from actpass.plan.tradeoff import Point, Tradeoff
+from actpass.report.spectra import SubspaceRow, folded
 
 _SUFFIXES = (".svg", ".png")
 _SIZE = (9.0, 6.0)  # inches
@@ -21,6 +22,8 @@ _TOP, _BOTTOM, _LEFT, _RIGHT = 0.93, 0.31, 0.08, 0.98
 _MB = 1e6
 _COLORS = {"eager": "#7f7f7f", "Inductor": "#1f77b4", "actpass": "#d62728"}
 _NAMES = {"eager": "eager, traced graph", "Inductor": "Inductor's default", "actpass": "actpass"}
+_LEAST_ENERGY = 1e-9
+"""What is drawn of less, on a logarithmic axis."""
 _LONGEST = 56
 """Letters of a tensor's name."""
 
@@ -102,6 +105,31 @@ def draw_pareto(path: Path, step: Tradeoff) -> None:
     _text(figure, words, 0.58)
     _save(figure, path)
     _write_numbers(path, ("curve", "budget", "saved_bytes", "error", "extra_time"), _rows(step))
+
+
+def draw_spectra(path: Path, rows: Sequence[SubspaceRow]) -> None:
+    """Energy along the directions of learned subspaces into ``path``, and its numbers beside it."""
+    figure = _figure()
+    axes = figure.add_subplot()
+    numbers: list[tuple[Any, ...]] = []
+    for name, members in folded(rows):
+        count = min(len(r.captured) for r in members)
+        mean = [math.fsum(r.captured[i] for r in members) / len(members) for i in range(count)]
+        tail = math.fsum(r.tail or 0.0 for r in members) / len(members)
+        shown = [max(v, _LEAST_ENERGY) for v in mean]
+        (line,) = axes.plot(range(1, count + 1), shown, linewidth=1.4, label=f"{name} (x{len(members)}), beyond: {tail:.3f}")
+        end = min(members[0].principal, count)
+        if end:
+            axes.plot([end], [shown[end - 1]], "o", color=line.get_color(), markersize=6)
+        numbers += [(name, i + 1, f"{v:.6g}", int(i < end)) for i, v in enumerate(mean)]
+    axes.set_yscale("log")
+    axes.set_xlabel("direction; the mark is the last principal one")
+    axes.set_ylabel("share of the energy")
+    axes.set_title("Spectra of what is projected onto learned subspaces")
+    axes.grid(alpha=0.3)
+    _legend(figure, axes, None)
+    _save(figure, path)
+    _write_numbers(path, ("subspace_of", "direction", "share_of_energy", "principal"), numbers)
 
 
 def _points(axes: Any, points: Sequence[Point], of: Any, style: str, color: str, label: str, markersize: int = 5) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from actpass.modelplan import ModelPlan
 from actpass.plan import Predicted
 from actpass.plan.footprint import Footprint, step_peak
 from actpass.plan.tradeoff import add_up
-from actpass.report.picture import check_path, draw_pareto, draw_peak
+from actpass.report.picture import check_path, draw_pareto, draw_peak, draw_spectra
 from actpass.report.record import SCHEMA_VERSION, Record, SiteRow, Totals
+from actpass.report.spectra import SubspaceRow, lines
 from actpass.text import megabytes as _mb
 from actpass.text import table
 
@@ -24,11 +25,12 @@ class Report:
     """What is saved for backward, in which form, and why. ``str(report)`` is a table, `to_dict` plain data.
 
     regions: one `Record` for each compiled graph (a model with graph breaks has several). why_empty: the reason if there
-    is none.
+    is none. subspaces: the learned ones, as they stand.
     """
 
     regions: tuple[Record, ...]
     why_empty: str | None = None
+    subspaces: tuple[SubspaceRow, ...] = ()
 
     @property
     def saved_bytes(self) -> int:
@@ -80,7 +82,8 @@ class Report:
         return ModelPlan(tuple(replace(p, predicted=_predicted(r)) for p, r in regions))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: ``schema_version``, ``active``, ``why``, ``totals``, ``regions`` (see `Record`)."""
+        """Plain data: ``schema_version``, ``active``, ``why``, ``totals``, ``regions`` (see `Record`),
+        ``subspaces`` (see `SubspaceRow`)."""
         totals = self.totals
         return {
             "schema_version": SCHEMA_VERSION,
@@ -88,6 +91,7 @@ class Report:
             "why": self._status(),
             "totals": {f.name: getattr(totals, f.name) for f in fields(totals)},
             "regions": [r.to_dict() for r in self.regions],
+            "subspaces": [asdict(s) for s in self.subspaces],
         }
 
     def plot_peak(self, path: str | Path) -> None:
@@ -120,6 +124,21 @@ class Report:
             )
         draw_pareto(check_path(path), add_up(steps))
 
+    def plot_spectra(self, path: str | Path) -> None:
+        """Draw how the energy of the tensors that are projected onto learned subspaces falls along their directions: of each
+        kind of layer the mean over its layers, as a fraction of the whole, and where the principal directions end.
+
+        path: a file that ends in ``.svg`` or ``.png``; the numbers go beside it as ``.csv``. Raises `ReportError` if there is
+        no learned subspace that a sketch was taken of, and `PictureError` as `plot_peak` does.
+        """
+        known = [s for s in self.subspaces if s.captured]
+        if not known:
+            raise ReportError(
+                "plot_spectra: no sketch has been taken yet. Train a step with a learned method (pca, prac, oasis, sampled) "
+                "and make the report then."
+            )
+        draw_spectra(check_path(path), known)
+
     def __str__(self) -> str:
         return "\n".join(self._lines())
 
@@ -130,6 +149,7 @@ class Report:
                 yield f"-- region {number} of {len(self.regions)}"
             yield from _region_lines(region)
         if self.regions:
+            yield from lines(self.subspaces)
             yield from _total_lines(self.totals, self.step_bytes)
 
     def _status(self) -> str:

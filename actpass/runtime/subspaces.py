@@ -17,11 +17,13 @@ import torch
 import torch.distributed as dist
 from torch.utils.weak import WeakIdKeyDictionary
 
+from actpass._torch import FakeTensor
 from actpass.codecs import LEARNED
 from actpass.codecs.generator import round_keys, step_seed
 from actpass.codecs.learned import Spectrum, first_state, moved, resized, state_shape
 from actpass.config import Config
 from actpass.errors import StateError
+from actpass.report.spectra import SubspaceRow
 
 _PASSES = 3
 """Forwards of the first batch before the first step: block power steps from random directions."""
@@ -143,6 +145,9 @@ def with_subspaces(
                         subspace.move(sketched, 1.0)
 
     def run(args: tuple[Any, ...], key: torch.Tensor, step: int) -> Any:
+        if any(isinstance(a, FakeTensor) for a in args):  # DDP's graph splitting asks what comes out of a part
+            own = [Subspace(s.method, s.rank, torch.zeros(s.shape, device=device)) for s in sites]
+            return call(args, key, torch.empty(0, device=device), own)[0]
         held = [_held(store, site, args[site.position], config.seed, device) for site in sites]
         if any(s.moves == 0 for s in held):
             begin(args, key, held)
@@ -202,6 +207,16 @@ def _as_if_nothing_had_run(args: Sequence[Any]) -> Iterator[None]:
     with torch.no_grad():
         for tensor, copy in before:
             tensor.copy_(copy)
+
+
+def rows(model: torch.nn.Module) -> Iterator[SubspaceRow]:
+    """The subspaces of ``model``'s parameters as they stand."""
+    for name, parameter in model.named_parameters():
+        for s in STORE.of(parameter).values():
+            captured = () if s.spectrum is None else tuple(s.spectrum.captured.tolist())
+            principal = LEARNED[s.method].principal(s.rank)
+            nbytes = s.state.numel() * s.state.element_size()
+            yield SubspaceRow(name, s.method, s.state.shape[0] - 1, s.rank, principal, s.moves, nbytes, captured)
 
 
 def state_dict(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
