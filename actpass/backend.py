@@ -60,9 +60,10 @@ def actcomp(
       serves weight gradients alone, or 16 as a query or key of fused attention), ``"exact"`` (only what is free), a low-bit
       form for all that is stored: ``"int16"``, ``"int8"``, ``"int4"``, ``"int2"``, ``"fp8"``,
       ``"fp8_e5m2"``, or a projection of the weight gradients' inputs: ``"gaussian"``, ``"rademacher"``, ``"sparse"``,
-      ``"haar"``, ``"srht"``.
-    - ``rank``: of projections: an int (directions), a float in (0, 1] (a fraction of the width; default 0.25), or
-      ``"budget"``: layer by layer from ``memory_budget``, where the projection is stored in place of its input (see
+      ``"haar"``, ``"srht"``, or onto a subspace that follows the data: ``"pca"``, ``"prac"``, ``"oasis"``, ``"sampled"`` (see
+      `actpass.codecs.learned` and `actpass.runtime.subspaces`).
+    - ``rank``: of projections: an int (directions), a float in (0, 1] (a fraction of the width; default 0.25, `prac` 0.6, half
+      of which follows the data), or, of seeded ones, ``"budget"``: layer by layer from ``memory_budget``, where the projection is stored in place of its input (see
       `actpass.plan.ranks`); elsewhere exact. Nothing is run again then. With ``auto`` a number asks for weight gradients
       through `haar`, for fewer FLOPs; without one they are exact; ``"budget"`` is an error.
     - ``quantize``: with a projection, the low-bit form of what is stored (default: none).
@@ -75,7 +76,9 @@ def actcomp(
       many as suit the device (half as many as features on a CPU, else four times; an int sets it: fewer take less memory, more
       are faster); see `actpass.chunking`.
     - ``scale``: ``"unbiased"`` (default) or ``"none"`` (orthonormal scaling, for an optimizer inside a fixed subspace).
-    - ``refresh_interval``: optimizer steps for which a basis stays (default 1).
+    - ``refresh_interval``: optimizer steps for which a basis stays (default 1), or between two sketches of a learned subspace
+      (default: `oasis` 1, others 20). ``complement``: of `prac`, ``"fresh"`` (default: drawn at each step, unbiased) or
+      ``"frozen"`` (between two refreshes).
     - ``seed``: base seed of all bases (default 0).
     - ``memory_budget``: bytes of the peak of a step (an int > 1, ``"20GiB"``), ``"auto"``, or a float in [0, 1], the fraction
       of the bytes that Inductor's default would save for backward; see `actpass.budget`.
@@ -122,6 +125,8 @@ def compile_region(
         sites = subspaces.sites_of(record.plan, plain.paths)
     else:
         sites = sites_to_learn(gm, example_inputs, config, plain, device, peak)
+    if peak is not None and sites:
+        peak = replace(peak, resident=peak.resident.with_more(sum(site.nbytes for site in sites)))
     compiled, fn = run_passes(gm, example_inputs, config, plain, device, nonce, peak, compile_fx, sites, **compiler_options)
     if compiled is not None:
         record = with_eager_curve(compiled.record, gm, example_inputs)

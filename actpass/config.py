@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from actpass.codecs import ALL_PROJECTIONS, LEARNED, PROJECTIONS, QUANTIZERS
+from actpass.codecs.learned import state_shape
 from actpass.errors import BudgetError, OptionError, PlanError
 from actpass.modelplan import ModelPlan
 from actpass.plan.calibration import Calibration
@@ -91,6 +92,13 @@ class Treatment:
         """Of a weight gradient's estimate at ``rank``; 0 without a projection. Of a learned one, if the data's energy is in no
         direction that it follows."""
         return ALL_PROJECTIONS[self.projection].relative_variance(width, rank) if self.projection is not None else 0.0
+
+    def state_bytes(self, width: int) -> int:
+        """Of a learned subspace, and of the sketch that moves it."""
+        if self.method not in LEARNED:
+            return 0
+        rows, columns = state_shape(LEARNED[self.method], width, self.rank_of(width))
+        return 2 * 4 * rows * columns
 
     def bytes_of_direction(self, rows: int, element_size: int) -> int:
         """What one direction of rank adds to a projection of ``rows`` rows as it is stored, rounded up."""

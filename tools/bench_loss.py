@@ -10,7 +10,8 @@ random weights; or, continued from their weights, a file of llama2.c or a folder
 tokenizer (trained to fill in masked words; what its folder lacks of the head for that starts at random). Without --evaluate
 the last tenth of the text is held out. A seed draws the weights that are random and the order of the data; every row of a
 seed sees the same. Losses are nats a token on the held-out text. One JSON object a run, then a table with the mean and the
-spread over the seeds, and the gap to the first row, seed by seed.
+spread over the seeds, and the gap to the first row, seed by seed. Of learned subspaces also the energy of a held-out batch that
+the last ones capture, as a fraction of what the best subspaces would: the least of all tensors, and the mean.
 """
 
 from __future__ import annotations
@@ -202,13 +203,39 @@ def run(given: argparse.Namespace, spec: RowSpec, seed: int) -> dict[str, Any]:
     model.eval()
     with torch.no_grad():
         found = [model(**batch).item() for batch in held_out.held_out(given.eval_batches)]
+    capture = captured(model, next(held_out.held_out(1)))
     result = {
         "row": spec.label, "seed": seed, "loss": statistics.fmean(found), "training_loss": statistics.fmean(losses[-100:]),
         "finite": all(map(math.isfinite, losses)), "seconds": round(time.perf_counter() - began, 1),
         "saved_bytes": actpass.report(model).saved_bytes if spec.kind == "actcomp" else None,
+        "captured_least": min(capture, default=None), "captured_mean": statistics.fmean(capture) if capture else None,
     }  # fmt: skip
     print(json.dumps(result), flush=True)
     return result
+
+
+def captured(model: LossOnly, batch: dict[str, Tensor]) -> list[float]:
+    """Energy of each projected tensor of ``batch`` in the principal directions that the run has learned, as a fraction of what
+    the best subspace of as many directions has."""
+    rows, states = actpass.report(model).subspaces, actpass.state_dict(model)["subspaces"]
+    found: list[float] = []
+
+    def compare(x: Tensor, q: Tensor) -> None:
+        x = x.reshape(-1, x.shape[-1]).double()
+        best = torch.linalg.svdvals(x)[: q.shape[1]].square().sum()
+        found.append(float((x @ q.double()).square().sum() / best))
+
+    hooks = []
+    for row in rows:
+        (state,) = states[row.parameter].values()
+        owner = model.get_submodule(row.parameter.rpartition(".")[0])
+        q = state["state"][:-1, : row.principal]
+        hooks.append(owner.register_forward_pre_hook(lambda _, args, q=q: compare(args[0], q)))
+    with torch.no_grad():
+        model.forward(**batch) if rows else None
+    for hook in hooks:
+        hook.remove()
+    return found
 
 
 def check_active(model: LossOnly) -> None:

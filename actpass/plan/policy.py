@@ -49,6 +49,7 @@ class Wish(Protocol):
     def rank_of(self, width: int) -> int: ...
     def relative_variance(self, width: int, rank: int) -> float: ...
     def bytes_of_direction(self, rows: int, element_size: int) -> int: ...
+    def state_bytes(self, width: int) -> int: ...
 
 
 WishFor = Callable[[tuple[str, ...]], Wish]
@@ -114,12 +115,13 @@ def _rank_site(c: Candidate, wish: Wish, weight: float) -> RankSite:
 
 
 def _freed_bytes(members: list[tuple[Candidate, Wish]], ranks: Ranks | None) -> int:
-    """Bytes that go if the payloads of all ``members`` are stored in place of the storage that they share; 0 if it stays."""
+    """Bytes that go if the payloads of all ``members`` are stored in place of the storage that they share, less what their
+    learned subspaces take; 0 if it stays, or if nothing is gained."""
     if not all(c.frees and wish.projection is not None for c, wish in members):
         return 0
     if ranks is None and any(wish.ranks_from_budget for _, wish in members):
         return 0
-    payloads = sum(c.payload_bytes(_rank(c, wish, ranks)) for c, wish in members)
+    payloads = sum(c.payload_bytes(_rank(c, wish, ranks)) + wish.state_bytes(c.width) for c, wish in members)
     return max(0, members[0][0].x_bytes - payloads)
 
 
@@ -140,7 +142,8 @@ def _decide(c: Candidate, wish: Wish, freed: int, profitable_only: bool, ranks: 
     rank = _rank(c, wish, ranks)
     extra = c.flops_at(rank) - c.flops
     if profitable_only and extra >= 0 and not freed:
-        cost = f"{extra / max(c.flops, 1):+.0%} FLOPs"
+        state = wish.state_bytes(c.width)
+        cost = f"{extra / max(c.flops, 1):+.0%} FLOPs" + (f" and {state} bytes of its subspace" if state else "")
         return exact(f"{wish.projection} at rank {rank} of {c.width} would cost {cost} and free no bytes")
     return Decision(
         c.name,

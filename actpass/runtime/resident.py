@@ -6,7 +6,7 @@ import gc
 import inspect
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -38,6 +38,10 @@ class Resident:
     @property
     def total(self) -> int:
         return self.inputs + self.optimizer_state + self.accumulated + self.buckets
+
+    def with_more(self, nbytes: int) -> Resident:
+        """With other inputs that stay: learned subspaces."""
+        return replace(self, inputs=self.inputs + nbytes)
 
     def __str__(self) -> str:
         more = {"accumulated gradients": self.accumulated, "gradient buckets": self.buckets}
