@@ -63,9 +63,9 @@ def actcomp(
       ``"haar"``, ``"srht"``, or onto a subspace that follows the data: ``"pca"``, ``"prac"``, ``"oasis"``, ``"sampled"`` (see
       `actpass.codecs.learned` and `actpass.runtime.subspaces`).
     - ``rank``: of projections: an int (directions), a float in (0, 1] (a fraction of the width; default 0.25, `prac` 0.6, half
-      of which follows the data), or, of seeded ones, ``"budget"``: layer by layer from ``memory_budget``, where the projection is stored in place of its input (see
-      `actpass.plan.ranks`); elsewhere exact. Nothing is run again then. With ``auto`` a number asks for weight gradients
-      through `haar`, for fewer FLOPs; without one they are exact; ``"budget"`` is an error.
+      of which follows the data), or, of seeded ones, ``"budget"``: layer by layer from ``memory_budget``, where the projection
+      is stored in place of its input (see `actpass.plan.ranks`); elsewhere exact. Nothing is run again then. With ``auto`` a
+      number asks for weight gradients through `haar`, for fewer FLOPs; without one they are exact; ``"budget"`` is an error.
     - ``quantize``: with a projection, the low-bit form of what is stored (default: none).
     - ``rounding``: of low-bit forms, ``"stochastic"`` (unbiased), ``"nearest"`` (half the variance or less), or ``"auto"``
       (default): stochastic where the backward is linear in the tensor, so that the gradient stays unbiased, else nearest.
