@@ -179,9 +179,13 @@ def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def _plain(model: torch.nn.Module) -> torch.nn.Module:
     """What `torch.compile` and DDP wrapped, whose names of parameters do not change with the wrapping."""
-    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), torch.nn.Module):
-        model = inner
-    return model
+    while True:
+        if isinstance(inner := getattr(model, "_orig_mod", None), torch.nn.Module):
+            model = inner
+        elif isinstance(model, torch.nn.parallel.DistributedDataParallel | torch.nn.DataParallel):
+            model = model.module
+        else:
+            return model
 
 
 def _module(model: Any, what: str) -> torch.nn.Module:

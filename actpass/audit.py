@@ -222,7 +222,7 @@ class _Step:
                 )[1]
             if sites:
                 run = with_subspaces(fn, sites, config, device, Store(STORE))  # those of the training run stay as they are
-                return lambda *args: run(args, round_keys(seed, device), CLOCK.steps)
+                return lambda *args: run(args, [round_keys(seed, device)] * 2, CLOCK.steps)
             return (lambda *args: fn(*args, round_keys(seed, device))) if config.needs_seed else fn
 
         forward = dynamo.optimize(backend)(own_forward(self.model))

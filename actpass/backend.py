@@ -137,6 +137,8 @@ def compile_region(
     positions = tuple(i for i, path in enumerate(plain.paths) if path is not None)
     region = regions.Region(record, config, positions, current_frame(), code=code, shapes=shapes, peak=peak)
     regions.register(region)
+    if sites and subspaces.sites_of(record.plan, plain.paths) != sites:
+        return _with_seed(_without_subspaces(fn, sites, device), region, config, device)
     if sites:
         return _with_subspaces(subspaces.with_subspaces(fn, sites, config, device), region, config, device)
     return _with_seed(fn, region, config, device) if config.needs_seed else _plain(fn, region)
@@ -183,7 +185,8 @@ def run_passes(
         gm, own = _append_state(gm, example_inputs, device, sites)
         first = len(inputs.paths)
         if sites:
-            inputs = replace(inputs, points=first + 1, subspaces=tuple(range(first + 2, first + len(own))))
+            subspaces_at = tuple(range(first + 3, first + len(own)))
+            inputs = replace(inputs, learned_seed=first + 1, points=first + 2, subspaces=subspaces_at)
         inputs, example_inputs = replace(inputs, seed=first), [*example_inputs, *own]
     partitioner = Partitioner(config, inputs, nonce, peak)
     compiled: list[Compiled] = []
@@ -251,8 +254,9 @@ def device_of(example_inputs: Sequence[Any]) -> torch.device:
 def _append_state(
     gm: fx.GraphModule, example_inputs: Sequence[Any], device: torch.device, sites: Sequence[subspaces.Site]
 ) -> tuple[fx.GraphModule, list[torch.Tensor]]:
-    """A clone of Dynamo's graph with the step's seed as its next input, and, if there are ``sites``, the points of sampled
-    tokens (as many as a call brings) and the subspaces; it also returns a tensor for each, where the pass will put the sketch.
+    """A clone of Dynamo's graph with the step's seed as its next input, and, if there are ``sites``, a seed for learned bases,
+    the points of sampled tokens (as many as a call brings) and the subspaces; it also returns a tensor for each, where the pass
+    will put the sketch (made by an operator that stays one node and that no model has, so that all others keep their names).
     And the new inputs as fake tensors."""
     clone, mapping = copy_module(gm)
     for old, new in mapping.items():
@@ -275,11 +279,12 @@ def _append_state(
 
     append("actpass_seed", round_keys(0, device))
     if sites:
+        append("actpass_learned_seed", round_keys(0, device))
         append("actpass_points", torch.zeros(64, device=device), varies=True)
         states = [append(f"actpass_subspace_{i}", torch.zeros(site.shape, device=device)) for i, site in enumerate(sites)]
         (output,) = clone.graph.find_nodes(op="output")
         with clone.graph.inserting_before(output):
-            stand_ins = [clone.graph.call_function(torch.ops.aten.tril.default, (state,)) for state in states]
+            stand_ins = [clone.graph.call_function(torch.ops.aten.i0.default, (state,)) for state in states]
         output.args = ((*output.args[0], *stand_ins),)  # pyright: ignore[reportGeneralTypeIssues]
     clone.recompile()
     return clone, own
@@ -302,9 +307,22 @@ def _with_subspaces(
     def call(*args: Any) -> Any:
         region.note(args)
         step = clock.CLOCK.read()
-        return run(args, round_keys(step_seed(config.seed, config.draw_at(step)), device), step)
+        keys = [round_keys(step_seed(config.seed, d), device) for d in (config.draw_at(step), config.learned_draw_at(step))]
+        return run(args, keys, step)
 
     return call
+
+
+def _without_subspaces(fn: Callable[..., Any], sites: Sequence[subspaces.Site], device: torch.device) -> Callable[..., Any]:
+    """A region that takes subspaces but was left to Inductor after all."""
+    states = [torch.zeros(site.shape, device=device) for site in sites]
+
+    def run(*args: Any) -> Any:
+        *first, key = args
+        results = fn(*first, key, key, torch.empty(0, device=device), *states)
+        return results[: len(results) - len(states)]
+
+    return run
 
 
 def _with_seed(fn: Callable[..., Any], region: regions.Region, config: Config, device: torch.device) -> Callable[..., Any]:

@@ -27,6 +27,7 @@ from actpass._torch import fx_graph_cse, inductor_config
 from actpass.budget import Choice, PeakBudget, Region, choose_cut
 from actpass.candidates import find_candidates
 from actpass.chunking import Chunked, chunk
+from actpass.codecs import LEARNED
 from actpass.config import Config
 from actpass.errors import ActpassError, ActpassWarning, GraphUnsupported, PlanError
 from actpass.graph import GraphInputs, Joint, find_contractions, fingerprint, plain_inputs
@@ -195,7 +196,9 @@ def finish(region: Region, choice: Choice, given: Plan | None = None) -> Finishe
             if given is not None:
                 raise
             off, plan = f"the projections of this region are off: {error}", Plan()
-    if given is not None:
+    if given is not None and not joint.subspaces and any(d.method in LEARNED for d in plan.projections):
+        storages = ()  # which subspaces it will take is all that is asked; the graph that the forms are of comes with them
+    elif given is not None:
         storages, notes = follow.forms(region, given, changed, final, plan.decisions)
     else:
         storages = region.storages(changed, replace(choice, cut=final))

@@ -152,19 +152,23 @@ class Config:
             return tuple(sorted({d.method for r in self.plan.regions for d in r.projections} & set(LEARNED)))
         return tuple(sorted({t.method for t in (self.treatment, *(t for _, t in self.overrides))} & set(LEARNED)))
 
-    @property
-    def interval(self) -> int:
-        """Optimizer steps for which a basis stays, or between two sketches of a tensor."""
-        if self.refresh_interval is not None:
-            return self.refresh_interval
-        return min((LEARNED[m].refresh_interval for m in self.learned), default=1)
-
     def draw_at(self, step: int) -> int:
-        """Which draw of random numbers an optimizer step sees: a new one with each basis. Learned subspaces move a step after
-        their sketch; their random part is drawn at each step, or, if it is frozen, stays as long as they do."""
-        if not self.learned:
-            return step // self.interval
-        return step if self.complement == "fresh" else (step + self.interval - 1) // self.interval
+        """Which draw of random numbers an optimizer step sees: a new one with each seeded basis."""
+        return step // (self.refresh_interval or 1)
+
+    def sketches_at(self, method: str, step: int) -> bool:
+        """Whether a learned subspace is shown a sketch in an optimizer step."""
+        return step % (self.refresh_interval or LEARNED[method].refresh_interval) == 0
+
+    def learned_draw_at(self, step: int) -> int:
+        """As `draw_at`, for the random part of learned bases: drawn at each step, or, if it is frozen, as long as they stay,
+        which is until the step after a sketch."""
+        if self.complement == "fresh":
+            return step
+        interval = self.refresh_interval or min(
+            (LEARNED[m].refresh_interval for m in self.learned if LEARNED[m].draws), default=1
+        )
+        return (step + interval - 1) // interval
 
     def treatment_of(self, paths: tuple[str, ...]) -> tuple[Treatment, str | None]:
         """The treatment for a parameter known under ``paths``, and the override pattern that decided, if any.

@@ -93,9 +93,9 @@ def _learned_basis(
 ) -> fx.Node:
     method, width, rank = LEARNED[decision.method], decision.width, decision.rank
     assert rank is not None
-    dtype, seed = value(x).dtype, joint.seed
+    dtype, seed = value(x).dtype, joint.seed if state is None else joint.learned_seed
     if seed is None:
-        raise GraphUnsupported("the step's seed did not arrive in the joint graph")
+        raise GraphUnsupported("a seed did not arrive in the joint graph")
     last = joint.gm.graph.find_nodes(op="placeholder")[-1]
     if state is None:
 

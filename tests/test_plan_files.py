@@ -203,7 +203,7 @@ MALFORMED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda r: r["storages"].append(r["storages"][0]),
         r"is about the tensor .* as regions\[0\].storages\[0\] is",
     ),
-    "method": (lambda r: r["decisions"][0].update(method="pca"), r"decisions\[0\].method is 'pca'. Allowed: exact, gaussian"),
+    "method": (lambda r: r["decisions"][0].update(method="svd"), r"decisions\[0\].method is 'svd'. Allowed: exact, gaussian"),
     "rank alone": (
         lambda r: r["decisions"][0].update(rank=4),
         r"decisions\[0\] is {.*'rank': 4.*exact with rank and project_in",

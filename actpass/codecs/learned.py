@@ -5,8 +5,8 @@ Shapes: T tokens, N in-features, R rank, K columns of the state (kept directions
 The compiled region takes the state as an input and, on a refresh step, gives back a sketch of each tensor that it projects:
 Y = X_S^T (X_S Q), one block power step on S sampled tokens, and their energy |X_S|^2. State and sketch are (N + 1, K): Q or
 Y, and a row for what else a method keeps (the probabilities of `sampled`) or a sketch says (the energy). No (T, N) matrix is
-ever factored, and nothing is factored on the way from a step's input to its loss but an R x R Gram matrix of `prac`'s random
-part: between two steps `moved` turns Q and Y into the next Q (a K x K eigenproblem, and QR of N x K).
+ever factored. Between two steps `moved` turns Q and Y into the next Q: a K x K eigenproblem and QR of N x K in float64, of
+`sampled`, whose K is N, N x N. Inside a step only `prac` factors, its random part of N x r2.
 """
 
 from __future__ import annotations
@@ -119,9 +119,11 @@ class Prac(LearnedProjection):
         assert noise is not None
         width, principal = state.shape[0] - 1, self.principal(rank)
         leading_NR = state[:-1, :principal]
+        left = width - principal
         beyond_NR = noise - leading_NR @ (leading_NR.t() @ noise)
-        beyond_NR = orthonormal(beyond_NR - leading_NR @ (leading_NR.t() @ beyond_NR))
-        scale = ((width - principal) / (rank - principal)) ** 0.5
+        for _ in range(2 if 2 * (rank - principal) > left else 1):  # a matrix that is nearly square there is badly conditioned
+            beyond_NR = orthonormal(beyond_NR - leading_NR @ (leading_NR.t() @ beyond_NR), within=left)
+        scale = (left / (rank - principal)) ** 0.5
         return torch.cat([leading_NR, beyond_NR * scale], 1)
 
     def relative_variance(self, width: int, rank: int, tail: float = 1.0) -> float:
@@ -165,14 +167,14 @@ class Sampled(LearnedProjection):
         return width
 
     def noise(self, key: torch.Tensor, width: int, rank: int) -> torch.Tensor | None:
-        return bits32(key, stream(width, 41), 1).to(torch.float32) * 2.0**-32
+        return bits32(key, stream(width, 41), 1).to(torch.float64) * 2.0**-32
 
     def draw(self, state: torch.Tensor, noise: torch.Tensor | None, rank: int) -> torch.Tensor:
         assert noise is not None
         width = state.shape[1]
         directions_NN, probabilities_N = state[:-1], state[-1]
-        points_R = torch.arange(rank, device=state.device, dtype=torch.float32) + noise
-        below_NR = torch.cumsum(probabilities_N, 0).unsqueeze(1) <= points_R.unsqueeze(0)
+        points_R = torch.arange(rank, device=state.device, dtype=torch.float64) + noise
+        below_NR = torch.cumsum(probabilities_N.double(), 0).unsqueeze(1) <= points_R.unsqueeze(0)
         chosen_R = below_NR.sum(0).clamp(max=width - 1)
         return directions_NN[:, chosen_R] * probabilities_N[chosen_R] ** -0.5
 

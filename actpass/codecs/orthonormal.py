@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 
 
-def orthonormal(columns_NR: torch.Tensor) -> torch.Tensor:
+def orthonormal(columns_NR: torch.Tensor, within: int | None = None) -> torch.Tensor:
     """Orthonormal columns with the span of the given ones, those of QR with a positive diagonal: the first k span what the
     first k of ``columns_NR`` span. (N, R), R <= N, any full-rank float32 matrix.
 
     CholeskyQR, twice (Y. Yamamoto et al., "Roundoff error analysis of the CholeskyQR2 algorithm", 2015): two Gram matrices of
     R x R, their factors, two triangular solves, 8 N R^2 FLOPs as matmuls. It is exact to rounding up to a condition number
-    of 1e3 in float32, which a Gaussian matrix has where R <= N / 2, and iterates of a subspace always have after `balanced`;
-    wider ones take LAPACK's or cuSOLVER's QR.
+    of 1e3 in float32, which a Gaussian matrix has where R <= N / 2; wider ones take LAPACK's or cuSOLVER's QR. within: the
+    dimension of the space that the columns lie in, if it is less than N.
     """
     width, rank = columns_NR.shape
-    if 2 * rank > width:
+    if 2 * rank > (within or width):
         q_NR, r_RR = torch.linalg.qr(columns_NR)
         diagonal_R = (r_RR * torch.eye(rank, device=columns_NR.device)).sum(0)
         return q_NR * torch.where(diagonal_R < 0, -1.0, 1.0)

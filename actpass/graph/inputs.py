@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,20 +21,33 @@ _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 class GraphInputs:
     """paths: for every positional input its parameter path (``layers.0.mlp.up_proj.weight``), or None if it is not a
     parameter. computed: whether it is a value that another region computed (an activation that a graph break passes on).
-    seed: the position of the step's seed, or None if the region takes none. points, subspaces: those of the points at which
-    tokens are sampled, and of the learned subspaces."""
+    seed: the position of the step's seed, or None if the region takes none. learned_seed, points, subspaces: those of the
+    seed of what is random in learned bases, of the points at which tokens are sampled, and of the learned subspaces."""
 
     paths: tuple[str | None, ...]
     computed: tuple[bool, ...]
     seed: int | None = None
+    learned_seed: int | None = None
     points: int | None = None
     subspaces: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> GraphInputs:
         placeholders = gm.graph.find_nodes(op="placeholder")
-        paths = tuple(_parameter_path(n, e) for n, e in zip(placeholders, example_inputs, strict=True))
+        paths = _unique(_parameter_path(n, e) for n, e in zip(placeholders, example_inputs, strict=True))
         return cls(paths, tuple(isinstance(e, torch.Tensor) and e.requires_grad and not e.is_leaf for e in example_inputs))
+
+
+def _unique(paths: Iterable[str | None]) -> tuple[str | None, ...]:
+    """Two models in one graph may have parameters of one path: those of the second get a number in front."""
+    seen: Counter[str] = Counter()
+    found: list[str | None] = []
+    for path in paths:
+        if path is not None:
+            seen[path] += 1
+            path = path if seen[path] == 1 else f"{seen[path] - 1}.{path}"
+        found.append(path)
+    return tuple(found)
 
 
 def _parameter_path(node: fx.Node, example: Any) -> str | None:

@@ -70,6 +70,11 @@ class Joint:
         return self._primal(self.inputs.seed)
 
     @cached_property
+    def learned_seed(self) -> fx.Node | None:
+        """The placeholder of the seed of what is random in learned bases."""
+        return self._primal(self.inputs.learned_seed)
+
+    @cached_property
     def points(self) -> fx.Node | None:
         """The placeholder of the points at which tokens are sampled."""
         return self._primal(self.inputs.points)
@@ -81,9 +86,9 @@ class Joint:
 
     @cached_property
     def state(self) -> frozenset[fx.Node]:
-        """What this package added to the user's graph: seed, points and subspaces, and the nodes that read nothing else (what
+        """What this package added to the user's graph: seeds, points and subspaces, and the nodes that read nothing else (what
         stands where a sketch will be returned)."""
-        own = {n for n in (self.seed, self.points, *self.subspaces) if n is not None}
+        own = {n for n in (self.seed, self.learned_seed, self.points, *self.subspaces) if n is not None}
         for node in self.gm.graph.nodes:
             if node.op == "call_function" and node.all_input_nodes and own.issuperset(node.all_input_nodes):
                 own.add(node)

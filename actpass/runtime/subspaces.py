@@ -8,8 +8,9 @@ whose backward is still to come keeps its own.
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,9 +23,11 @@ from actpass.codecs import LEARNED
 from actpass.codecs.generator import round_keys, step_seed
 from actpass.codecs.learned import Spectrum, first_state, moved, resized, state_shape
 from actpass.config import Config
-from actpass.errors import StateError
+from actpass.errors import ActpassWarning, StateError
 from actpass.report.spectra import SubspaceRow
 
+Keys = Sequence[torch.Tensor]
+"""`round_keys` of the step's seed, and of that of what is random in learned bases."""
 _PASSES = 3
 """Forwards of the first batch before the first step: block power steps from random directions."""
 _LEAST_POINTS = 1024
@@ -34,8 +37,8 @@ _POINTS_PER_DIRECTION = 2
 @dataclass(frozen=True, slots=True)
 class Site:
     """One tensor that a region projects onto a learned subspace. method, width N, rank R: of the projection. position: in the
-    region's arguments, of the parameter that the subspace belongs to. path: of that parameter. number: which of the
-    parameter's subspaces it is."""
+    region's arguments, of the parameter that the subspace belongs to. path: of that parameter. number: which of its
+    subspaces of this method and width it is."""
 
     method: str
     width: int
@@ -43,6 +46,10 @@ class Site:
     position: int
     path: str
     number: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}.{self.width}.{self.number}"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -61,7 +68,7 @@ def sites_of(plan: Mapping[str, Any], paths: Sequence[str | None]) -> tuple[Site
     for d in plan["decisions"]:
         if d["method"] in LEARNED and d["rank"] is not None:
             path = min(d["parameters"])  # the same in every graph, whatever order its backward has
-            number = sum(s.path == path for s in found)
+            number = sum((s.path, s.method, s.width) == (path, d["method"], d["width"]) for s in found)
             found.append(Site(d["method"], d["width"], d["rank"], paths.index(path), path, number))
     return tuple(found)
 
@@ -69,7 +76,7 @@ def sites_of(plan: Mapping[str, Any], paths: Sequence[str | None]) -> tuple[Site
 @dataclass(eq=False, slots=True)
 class Subspace:
     """state: (N + 1, K) float32, see `actpass.codecs.learned`. sketched: the sum of the sketches of the optimizer step
-    ``step``. spectrum: what the last sketch said. moves: how often it moved."""
+    ``step``. spectrum: what the last sketch said. moves: how often it moved. begun: whether the first batch was shown."""
 
     method: str
     rank: int
@@ -78,16 +85,19 @@ class Subspace:
     step: int = -1
     spectrum: Spectrum | None = None
     moves: int = 0
+    begun: bool = True
 
     def note(self, step: int, sketched: torch.Tensor) -> None:
-        self.sketched = sketched if self.sketched is None or self.step != step else self.sketched + sketched
+        """A copy: what a CUDA graph returned is overwritten by its next run."""
+        again = self.sketched is not None and self.step == step
+        self.sketched = self.sketched + sketched if again and self.sketched is not None else sketched.clone()
         self.step = step
 
     def move(self, sketched: torch.Tensor, size: float) -> None:
         self.state, spectrum = moved(LEARNED[self.method], self.state, sketched, self.rank, size)
         self.spectrum = spectrum or self.spectrum
         self.sketched = None
-        self.moves += 1
+        self.moves += spectrum is not None
 
     def to_dict(self) -> dict[str, Any]:
         spectrum = None if self.spectrum is None else self.spectrum.captured
@@ -111,11 +121,15 @@ class Store:
         self._behind = behind
 
     def of(self, parameter: torch.Tensor) -> dict[str, Subspace]:
-        """By ``method.number``."""
+        """By `Site.name`."""
         if parameter not in self._of:
             known = self._behind.of(parameter) if self._behind is not None else {}
             self._of[parameter] = {name: replace(subspace) for name, subspace in known.items()}
         return self._of[parameter]
+
+    @property
+    def holds_any(self) -> bool:
+        return any(self._of.values())
 
     def clear(self) -> None:
         self._of.clear()
@@ -127,56 +141,76 @@ STORE = Store()
 
 def with_subspaces(
     fn: Callable[..., Any], sites: Sequence[Site], config: Config, device: torch.device, store: Store = STORE
-) -> Callable[[tuple[Any, ...], torch.Tensor, int], Any]:
-    """``run(args, key, step)`` for a compiled ``fn(*args, key, points, *states) -> (*outputs, *sketches)``."""
+) -> Callable[[tuple[Any, ...], Sequence[torch.Tensor], int], Any]:
+    """``run(args, keys, step)`` for a compiled ``fn(*args, *keys, points, *states) -> (*outputs, *sketches)``."""
     count = max(_LEAST_POINTS, *(_POINTS_PER_DIRECTION * site.shape[1] for site in sites))
     nothing = torch.empty(0, device=device)
 
-    def call(args: tuple[Any, ...], key: torch.Tensor, points: torch.Tensor, held: Sequence[Subspace]) -> tuple[Any, Any]:
-        results = fn(*args, key, points, *(s.state for s in held))
+    def call(args: Sequence[Any], keys: Keys, points: torch.Tensor, held: Sequence[Subspace]) -> tuple[Any, Any]:
+        results = fn(*args, *keys, points, *(s.state for s in held))
         return results[: len(results) - len(held)], [y.detach() for y in results[len(results) - len(held) :]]
 
-    def begin(args: tuple[Any, ...], key: torch.Tensor, held: Sequence[Subspace]) -> None:
-        with _as_if_nothing_had_run(args):
-            for i in range(_PASSES):
-                sketches = _summed(call(args, key, _points(config.seed, -1 - i, count, device), held)[1])
-                for subspace, sketched in zip(held, sketches, strict=True):
-                    if subspace.step < 0:
-                        subspace.move(sketched, 1.0)
+    def begin(args: Sequence[Any], keys: Keys, held: Sequence[Subspace]) -> None:
+        """Show the first batch to the subspaces that are new."""
+        fresh = [not s.begun for s in held]
+        devices = sorted({a.device.index for a in args if isinstance(a, torch.Tensor) and a.is_cuda})
+        for i in range(_PASSES):
+            with torch.random.fork_rng(devices):
+                stand_ins = [_stand_in(a) for a in args]
+                sketches = _summed(call(stand_ins, keys, _points(config.seed, -1 - i, count, device), held)[1])
+            for subspace, sketched, new in zip(held, sketches, fresh, strict=True):
+                if new:
+                    subspace.move(sketched, 1.0)
+                    subspace.begun = True
 
-    def run(args: tuple[Any, ...], key: torch.Tensor, step: int) -> Any:
+    def run(args: tuple[Any, ...], keys: Keys, step: int) -> Any:
         if any(isinstance(a, FakeTensor) for a in args):  # DDP's graph splitting asks what comes out of a part
             own = [Subspace(s.method, s.rank, torch.zeros(s.shape, device=device)) for s in sites]
-            return call(args, key, torch.empty(0, device=device), own)[0]
+            return call(args, keys, nothing, own)[0]
         held = [_held(store, site, args[site.position], config.seed, device) for site in sites]
-        if any(s.moves == 0 for s in held):
-            begin(args, key, held)
+        if not all(s.begun for s in held):
+            begin(args, keys, held)
         due = [s for s in held if s.sketched is not None and s.step < step]
         for subspace, sketched in zip(due, _summed([s.sketched for s in due if s.sketched is not None]), strict=True):
-            subspace.move(sketched, LEARNED[subspace.method].step_size)
-        refresh = step % config.interval == 0
-        outputs, sketches = call(args, key, _points(config.seed, step, count, device) if refresh else nothing, held)
-        if refresh:
-            for subspace, sketched in zip(held, sketches, strict=True):
+            subspace.move(sketched, LEARNED[subspace.method].step_size if subspace.moves else 1.0)
+        shown = [config.sketches_at(s.method, step) or not s.moves for s in held]
+        points = _points(config.seed, step, count, device) if any(shown) else nothing
+        outputs, sketches = call(args, keys, points, held)
+        for subspace, sketched, show in zip(held, sketches, shown, strict=True):
+            if show:
                 subspace.note(step, sketched)
         return outputs
 
     return run
 
 
+def _stand_in(argument: Any) -> Any:
+    """What a forward may overwrite in place of ``argument``: a copy of everything but parameters, with its strides."""
+    if not isinstance(argument, torch.Tensor) or isinstance(argument, torch.nn.Parameter):
+        return argument
+    with torch.enable_grad():
+        strides = argument.stride()
+        if all(strides) or not argument.numel():
+            copy = torch.empty_strided(argument.shape, strides, dtype=argument.dtype, device=argument.device)
+            copy.copy_(argument.detach())
+        else:  # expanded: each element once
+            once = [1 if stride == 0 else size for size, stride in zip(argument.shape, strides, strict=True)]
+            copy = argument.detach().as_strided(once, strides).clone().expand(argument.shape)
+        return copy.requires_grad_().view_as(copy) * 1 if argument.requires_grad and all(strides) else copy
+
+
 def _held(store: Store, site: Site, parameter: torch.Tensor, seed: int, device: torch.device) -> Subspace:
     own, method = store.of(parameter), LEARNED[site.method]
-    name = f"{site.method}.{site.number}"
-    found = own.get(name)
+    found = own.get(site.name)
+    key = functools.partial(round_keys, step_seed(seed, site.number), device)
     if found is None:
-        key = round_keys(step_seed(seed, site.number), device)
-        found = own[name] = Subspace(site.method, site.rank, first_state(method, key, site.width, site.rank))
+        state = first_state(method, key(), site.width, site.rank)
+        found = own[site.name] = Subspace(site.method, site.rank, state, begun=False)
     if found.state.device != device:
         found.state = found.state.to(device)
         found.sketched = None if found.sketched is None else found.sketched.to(device)
     if found.rank != site.rank:
-        key = round_keys(step_seed(seed, site.number), device)
-        found.state, found.rank, found.sketched = resized(method, found.state, key, site.rank), site.rank, None
+        found.state, found.rank, found.sketched = resized(method, found.state, key(), site.rank), site.rank, None
     return found
 
 
@@ -197,18 +231,6 @@ def _summed(sketches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [part.view_as(y) for part, y in zip(together.split([y.numel() for y in sketches]), sketches, strict=True)]
 
 
-@contextmanager
-def _as_if_nothing_had_run(args: Sequence[Any]) -> Iterator[None]:
-    """Random state, and what a forward writes into its inputs (running statistics), are put back."""
-    before = [(a, a.clone()) for a in args if isinstance(a, torch.Tensor) and not a.requires_grad]
-    devices = sorted({a.device.index for a in args if isinstance(a, torch.Tensor) and a.is_cuda})
-    with torch.random.fork_rng(devices):
-        yield
-    with torch.no_grad():
-        for tensor, copy in before:
-            tensor.copy_(copy)
-
-
 def rows(model: torch.nn.Module) -> Iterator[SubspaceRow]:
     """The subspaces of ``model``'s parameters as they stand."""
     for name, parameter in model.named_parameters():
@@ -220,22 +242,48 @@ def rows(model: torch.nn.Module) -> Iterator[SubspaceRow]:
 
 
 def state_dict(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
-    """Parameter's name -> its subspaces."""
+    """Parameter's name -> its subspaces. Under FSDP2 a forward runs with stand-ins of the parameters, to which the subspaces
+    belong: there is nothing to save them by, and a warning."""
     own = {name: STORE.of(p) for name, p in model.named_parameters()}
+    if any(type(p.data).__name__ == "DTensor" for p in model.parameters()) and STORE.holds_any:
+        warnings.warn(
+            "the learned subspaces of a model under FSDP2 are not in actpass.state_dict: a resumed run takes new ones from its "
+            "first batch, and is not bitwise the run that was not stopped",
+            ActpassWarning,
+            stacklevel=3,
+        )
     return {name: {k: s.to_dict() for k, s in found.items()} for name, found in own.items() if found}
 
 
 def load_state_dict(model: torch.nn.Module, state: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises `StateError` and changes nothing if a name is no parameter of ``model``, or an entry no subspace of it."""
+    """Put the subspaces of ``model`` in the place of all that it has. Raises `StateError` and changes nothing if a name is no
+    parameter of ``model``, or an entry no subspace of it."""
     parameters = dict(model.named_parameters())
-    loaded: list[tuple[torch.Tensor, dict[str, Subspace]]] = []
+    loaded: dict[str, dict[str, Subspace]] = {}
     for name, entries in state.items():
         if name not in parameters:
             near = ", ".join(list(parameters)[:3])
             raise StateError(f"state has a subspace of {name!r}, which is no parameter of the model. Allowed: {near}, ...")
         try:
-            loaded.append((parameters[name], {k: Subspace.from_dict(v) for k, v in entries.items()}))
-        except (KeyError, TypeError, AttributeError) as error:
+            loaded[name] = {k: _checked(k, v, parameters[name]) for k, v in entries.items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StateError(f"state of the subspaces of {name!r} can't be read: {type(error).__name__}: {error}") from error
-    for parameter, subspaces in loaded:
-        STORE.of(parameter).update(subspaces)
+    for name, parameter in parameters.items():
+        own = STORE.of(parameter)
+        own.clear()
+        own.update(loaded.get(name, {}))
+
+
+def _checked(name: str, data: Mapping[str, Any], parameter: torch.Tensor) -> Subspace:
+    method, width, _ = name.split(".")
+    found = Subspace.from_dict(data)
+    if found.method != method or method not in LEARNED:
+        raise ValueError(f"{name!r} holds the method {found.method!r}. Allowed: {', '.join(LEARNED)}")
+    if int(width) not in parameter.shape or not 1 <= found.rank <= int(width):
+        raise ValueError(f"{name!r}, rank {found.rank}, of a parameter of {tuple(parameter.shape)}")
+    for tensor in (found.state, found.sketched):
+        if tensor is not None and tuple(tensor.shape) != state_shape(LEARNED[method], int(width), found.rank):
+            raise ValueError(f"{name!r}, rank {found.rank}, has a tensor of {tuple(tensor.shape)}")
+    if not bool(torch.isfinite(found.state).all()):
+        raise ValueError(f"{name!r} has a state that is not finite")
+    return found
