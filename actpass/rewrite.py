@@ -22,6 +22,7 @@ from actpass.codecs.learned import sketch, state_shape
 from actpass.errors import GraphUnsupported
 from actpass.graph import Contraction, Joint
 from actpass.graph.contractions import MATMULS
+from actpass.graph.cost import OF_A_BASIS
 from actpass.graph.joint import is_view, value
 from actpass.plan import Decision, Plan
 
@@ -83,9 +84,18 @@ def _basis(joint: Joint, bases: dict[Any, fx.Node], decision: Decision, x: fx.No
         def draw(seed: torch.Tensor) -> torch.Tensor:
             return projection.basis(seed, width, rank, unbiased=decision.scale == "unbiased", dtype=val.dtype)
 
-        last = joint.gm.graph.find_nodes(op="placeholder")[-1]
-        bases[key] = splice(joint.gm.graph, draw, [seed], after=last, like=seed, inserted=done.inserted)
+        bases[key] = _drawn(joint, draw, [seed], seed, done)
     return bases[key]
+
+
+def _drawn(joint: Joint, draw: Callable[..., Any], arguments: Sequence[Any], seed: fx.Node, done: Rewritten) -> fx.Node:
+    """Insert what makes a basis, or a part of one. Both passes may draw it: its own matmuls are no matmul of the model."""
+    before = set(done.inserted)
+    last = joint.gm.graph.find_nodes(op="placeholder")[-1]
+    node = splice(joint.gm.graph, draw, arguments, after=last, like=seed, inserted=done.inserted)
+    for new in done.inserted - before:
+        new.meta[OF_A_BASIS] = True
+    return node
 
 
 def _learned_basis(
@@ -96,13 +106,12 @@ def _learned_basis(
     dtype, seed = value(x).dtype, joint.seed if state is None else joint.learned_seed
     if seed is None:
         raise GraphUnsupported("a seed did not arrive in the joint graph")
-    last = joint.gm.graph.find_nodes(op="placeholder")[-1]
     if state is None:
 
         def nothing(seed: torch.Tensor) -> torch.Tensor:
             return torch.zeros(width, rank, dtype=dtype, device=seed.device)
 
-        return splice(joint.gm.graph, nothing, [seed], after=last, like=seed, inserted=done.inserted)
+        return _drawn(joint, nothing, [seed], seed, done)
     if tuple(value(state).shape) != state_shape(method, width, rank):
         raise GraphUnsupported(f"a subspace of {tuple(value(state).shape)} arrived for {decision.site}")
     noise = _noise(joint, bases, method, width, rank, seed, done)
@@ -110,7 +119,7 @@ def _learned_basis(
     def draw(state: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
         return method.draw(state, noise, rank).to(dtype)
 
-    return splice(joint.gm.graph, draw, [state, noise], after=last, like=seed, inserted=done.inserted)
+    return _drawn(joint, draw, [state, noise], seed, done)
 
 
 def _noise(
@@ -131,8 +140,7 @@ def _noise(
         def noise(seed: torch.Tensor) -> torch.Tensor | None:
             return method.noise(seed, width, rank)
 
-        last = joint.gm.graph.find_nodes(op="placeholder")[-1]
-        bases[key] = splice(joint.gm.graph, noise, [seed], after=last, like=seed, inserted=done.inserted)
+        bases[key] = _drawn(joint, noise, [seed], seed, done)
     return bases[key]
 
 

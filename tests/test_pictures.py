@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -75,6 +75,7 @@ def of_a_transformer() -> Report:
     return actpass.explain(model, options={"method": "auto", "smallest": 64}, **inputs)
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)  # long lists, drawn while another worker compiles
 @given(st.lists(st.integers(0, 10**12), min_size=1, max_size=700))
 def test_thinned_levels_are_few_and_keep_the_highest(levels: list[int]):
     kept = thin(levels)

@@ -24,10 +24,14 @@ class MatmulCount:
     extra_attention: int
 
 
+OF_A_BASIS = "actpass_basis"
+"""In a node's meta: it makes a basis."""
+
+
 def count_matmuls(forward: fx.Graph, backward: fx.Graph) -> MatmulCount:
-    """Count the matmuls of a partitioned pair of graphs."""
+    """Count the matmuls of a partitioned pair of graphs, but those that make bases."""
     in_forward = {n.name for n in forward.nodes if n.op == "call_function"}
-    calls = [n for n in backward.nodes if n.op == "call_function"]
+    calls = [n for n in backward.nodes if n.op == "call_function" and OF_A_BASIS not in n.meta]
     again = [n for n in calls if n.name in in_forward]
     return MatmulCount(
         flops=sum(matmul_flops(n) for n in calls),
