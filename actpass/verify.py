@@ -13,7 +13,7 @@ from actpass.partition import Cut
 from actpass.plan import Plan, Storage
 from actpass.rewrite import Rewritten
 
-_SLACK, _SLACK_BYTES = 0.02, 16384
+_SLACK, _SLACK_BYTES = 0.05, 16384
 """What may cross beyond the exact cut where the forward also takes sketches: a mask in place of the bits that it is made of."""
 
 
