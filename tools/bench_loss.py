@@ -232,7 +232,8 @@ def captured(model: LossOnly, batch: dict[str, Tensor]) -> list[float]:
         q = state["state"][:-1, : row.principal]
         hooks.append(owner.register_forward_pre_hook(lambda _, args, q=q: compare(args[0], q)))
     with torch.no_grad():
-        model.forward(**batch) if rows else None
+        if rows:
+            model.forward(**batch)
     for hook in hooks:
         hook.remove()
     return found
