@@ -82,6 +82,7 @@ __all__ = [
     "list_mode_options",
     "min_cut_rematerialization_partition",
     "plain_input_index",
+    "rename",
     "reset_code",
     "run_and_get_code",
     "select_decomp_table",
@@ -122,6 +123,11 @@ def is_part_of_a_step(gm: torch.fx.GraphModule) -> bool:
     reason, code = getattr(gm, "compile_subgraph_reason", None), current_code()
     resumed = code is not None and code.co_name.startswith(TORCH_DYNAMO_RESUME_IN_PREFIX)
     return resumed or (reason is not None and reason.graph_break)
+
+
+def rename(node: torch.fx.Node, name: str) -> None:
+    """Give ``node`` a name that no other of its graph has, ``name`` if it is free."""
+    node._rename(name)
 
 
 def plain_input_index(desc: Any) -> int | None:

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from actpass._torch import compile_fx, dynamo, functorch_config
-from actpass.backend import device_of, peak_budget, run_passes, sites_to_learn
+from actpass.backend import device_of, learn, peak_budget, run_passes
 from actpass.codecs.generator import round_keys, step_seed
 from actpass.config import Config, exactly
 from actpass.errors import OptionError
@@ -216,9 +216,9 @@ class _Step:
             plain = GraphInputs.of(gm, example_inputs)
             with functorch_config.patch(enable_autograd_cache=False):
                 peak = peak_budget(config, example_inputs)
-                sites = sites_to_learn(gm, example_inputs, config, plain, device, peak)
+                sites, decided = learn(gm, example_inputs, config, plain, device, peak)
                 fn = run_passes(
-                    gm, example_inputs, config, plain, device, "", peak, compile_fx, sites, inner_compile=interpret
+                    gm, example_inputs, config, plain, device, "", peak, compile_fx, sites, decided, inner_compile=interpret
                 )[1]
             if sites:
                 run = with_subspaces(fn, sites, config, device, Store(STORE))  # those of the training run stay as they are

@@ -38,6 +38,9 @@ from actpass.eager import with_eager_curve
 from actpass.errors import ActpassWarning
 from actpass.graph import GraphInputs
 from actpass.graph.copying import copy_module
+from actpass.modelplan import ModelPlan
+from actpass.plan import Plan
+from actpass.report.record import Record
 from actpass.runtime import clock, ranks, records, regions, steps, subspaces
 from actpass.runtime.resident import resident
 
@@ -66,6 +69,10 @@ def actcomp(
       of which follows the data), or, of seeded ones, ``"budget"``: layer by layer from ``memory_budget``, where the projection
       is stored in place of its input (see `actpass.plan.ranks`); elsewhere exact. Nothing is run again then. With ``auto`` a
       number asks for weight gradients through `haar`, for fewer FLOPs; without one they are exact; ``"budget"`` is an error.
+    - ``nonlinear_rank``: of projections that follow the data: the rank at which tensors that the backward uses otherwise than
+      for weight gradients (inputs of norms and activation functions, the residual stream) are stored, and decoded before their
+      first use: an int, a float in (0, 1], or None (they stay exact). Default: `prac` 0.4, the paper's, others None. Biased
+      where the use is nonlinear; fused attention's tensors stay as they are.
     - ``quantize``: with a projection, the low-bit form of what is stored (default: none).
     - ``rounding``: of low-bit forms, ``"stochastic"`` (unbiased), ``"nearest"`` (half the variance or less), or ``"auto"``
       (default): stochastic where the backward is linear in the tensor, so that the gradient stays unbiased, else nearest.
@@ -118,16 +125,16 @@ def compile_region(
     if peak is not None and (is_part_of_a_step(gm) or peak.resident.elsewhere):
         peak = replace(peak, part=True, capacity=steps.capacity_of(code, shapes, peak.nbytes))
         steps.start()
+    if config.learned and config.ranks_from_budget:
+        config = replace(config, tails=subspaces.tails(example_inputs, plain.paths))
     key = records.region_key(gm, example_inputs, plain, config, peak)
     nonce, record = records.load(key)
     device = device_of(example_inputs)
-    if record is not None:
-        sites = subspaces.sites_of(record.plan, plain.paths)
-    else:
-        sites = sites_to_learn(gm, example_inputs, config, plain, device, peak)
-    if peak is not None and sites:
-        peak = replace(peak, resident=peak.resident.with_more(sum(site.nbytes for site in sites)))
-    compiled, fn = run_passes(gm, example_inputs, config, plain, device, nonce, peak, compile_fx, sites, **compiler_options)
+    sites, decided = learn(gm, example_inputs, config, plain, device, peak, record)
+    peak = _with_states(peak, sites)
+    compiled, fn = run_passes(
+        gm, example_inputs, config, plain, device, nonce, peak, compile_fx, sites, decided, **compiler_options
+    )
     if compiled is not None:
         record = with_eager_curve(compiled.record, gm, example_inputs)
         records.store(key, nonce, record)
@@ -144,20 +151,40 @@ def compile_region(
     return _with_seed(fn, region, config, device) if config.needs_seed else _plain(fn, region)
 
 
-def sites_to_learn(
+def learn(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
     config: Config,
     plain: GraphInputs,
     device: torch.device,
     peak: PeakBudget | None,
-) -> tuple[subspaces.Site, ...]:
-    """The learned subspaces that a region will take: the pass is run once without them, and no code is made."""
+    record: Record | None = None,
+) -> tuple[tuple[subspaces.Site, ...], Plan | None]:
+    """The learned subspaces that a region takes, and, where a budget was searched for them, the plan that it is to follow with
+    them. record: of the region, if it was compiled before. Otherwise the pass is run once without them, and no code is made;
+    under a budget of peak bytes twice: the second time beside the subspaces that the first one asked for."""
     if not config.learned:
-        return ()
-    with functorch_config.patch(enable_autograd_cache=False):
-        compiled, _ = run_passes(gm, example_inputs, config, plain, device, "", peak, compile_fx, inner_compile=no_code)
-    return () if compiled is None else subspaces.sites_of(compiled.record.plan, plain.paths)
+        return (), None
+    sites = subspaces.sites_of(record.plan, plain.paths) if record is not None else ()
+    rounds = 0 if record is not None else 1 if peak is None else 2
+    for _ in range(rounds):
+        with functorch_config.patch(enable_autograd_cache=False):
+            around = _with_states(peak, sites)
+            found, _ = run_passes(gm, example_inputs, config, plain, device, "", around, compile_fx, inner_compile=no_code)
+        if found is None:
+            return (), None
+        record, sites = found.record, subspaces.sites_of(found.record.plan, plain.paths)
+        if not sites:
+            break
+    if record is None or not sites or not config.searches or (peak is not None and peak.part):
+        return sites, None
+    return sites, ModelPlan.of([record.plan]).regions[0].bare
+
+
+def _with_states(peak: PeakBudget | None, sites: Sequence[subspaces.Site]) -> PeakBudget | None:
+    if peak is None or not sites:
+        return peak
+    return replace(peak, resident=peak.resident.with_more(sum(site.nbytes for site in sites)))
 
 
 def peak_budget(config: Config, inputs: Sequence[Any]) -> PeakBudget | None:
@@ -176,10 +203,12 @@ def run_passes(
     peak: PeakBudget | None,
     compiler: Callable[..., Any],
     sites: Sequence[subspaces.Site] = (),
+    decided: Plan | None = None,
     **compiler_options: Any,
 ) -> tuple[Compiled | None, Callable[..., Any]]:
     """Give ``gm`` to ``compiler`` (`compile_fx`) with the pass in place of the partitioner. sites: the learned subspaces that
-    it takes behind the seed and the points at which tokens are sampled; it returns a sketch of each. Returns what the pass did
+    it takes behind the seed and the points at which tokens are sampled; it returns a sketch of each. decided: the plan, where a
+    search has found it already. Returns what the pass did
     (None on a cache hit, or if there is no backward), and the compiled callable."""
     if config.needs_seed:
         gm, own = _append_state(gm, example_inputs, device, sites)
@@ -188,7 +217,7 @@ def run_passes(
             subspaces_at = tuple(range(first + 3, first + len(own)))
             inputs = replace(inputs, learned_seed=first + 1, points=first + 2, subspaces=subspaces_at)
         inputs, example_inputs = replace(inputs, seed=first), [*example_inputs, *own]
-    partitioner = Partitioner(config, inputs, nonce, peak)
+    partitioner = Partitioner(config, inputs, nonce, peak, decided)
     compiled: list[Compiled] = []
     token = _current.set(compiled)
     try:
@@ -211,6 +240,7 @@ class Partitioner(CustomPartitionerFn):
     inputs: GraphInputs
     nonce: str
     peak: PeakBudget | None = None
+    decided: Plan | None = None
     source: str = field(default_factory=records.source_hash)
     donated: bool = field(default_factory=lambda: functorch_config.donated_buffer)
     """Inductor's graph cache does not key on it: a backward that overwrites what it read would be found again after the
@@ -219,12 +249,20 @@ class Partitioner(CustomPartitionerFn):
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        compiled = compile_joint(gm, joint_inputs, self.config, self.inputs, kwargs, self.peak)
+        compiled = compile_joint(gm, joint_inputs, self.config, self.inputs, kwargs, self.peak, self.decided)
         _current.get().append(compiled)
         return compiled.forward, compiled.backward
 
     def uuid(self) -> Any:
-        return (self.source, self.nonce, self.donated, repr(self.config), repr(self.inputs), repr(self.peak))
+        return (
+            self.source,
+            self.nonce,
+            self.donated,
+            repr(self.config),
+            repr(self.inputs),
+            repr(self.peak),
+            repr(self.decided),
+        )
 
 
 _LEAST_SHARED_BYTES = 2**16

@@ -366,7 +366,8 @@ class _Ranks:
     def __init__(self, region: Region, free: Choice, cut_of: Callable[[Choice], Cut]) -> None:
         self.region, self.free, self._cut_of = region, free, cut_of
         self.candidates = region.candidates(free.cut)
-        self.sites = rank_sites(self.candidates, region.config.treatment_of_any)
+        self.tails = dict(region.config.tails)
+        self.sites = rank_sites(self.candidates, region.config.treatment_of_any, tails=self.tails)
         self._cuts: dict[tuple[int, ...], Cut] = {}
 
     def cut_of(self, choice: Choice) -> Cut:
@@ -423,7 +424,8 @@ class _Ranks:
         return _Found(choice, self.cut_of(choice).saved_bytes, round(error))
 
     def _noise(self, choice: Choice) -> float:
-        return noise(self.candidates, self.region.config.treatment_of_any, self.sites, choice.ranks or {})
+        wish_for, ranks = self.region.config.treatment_of_any, choice.ranks or {}
+        return noise(self.candidates, wish_for, self.sites, ranks, tails=self.tails)
 
     @property
     def in_the_way(self) -> str:

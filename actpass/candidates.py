@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import math
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from torch import fx
 
+from actpass._torch import size_hint
 from actpass.graph import Contraction, Finding, Joint, classify_uses
-from actpass.graph.joint import storage_root, value
+from actpass.graph.joint import module_path, storage_root, value
 from actpass.partition import Cut
-from actpass.plan import Candidate
+from actpass.plan import Candidate, SavedTensor
+from actpass.saved import Scores
 
 
 def find_candidates(
@@ -24,6 +27,39 @@ def find_candidates(
         groups.setdefault((c.x, c.left, c.width, treatment_of(c)), []).append(c)
     names = [c.node for c in finding.contractions]
     return [_candidate(nodes[members[0].x], members, exact, names) for members in groups.values()]
+
+
+def find_owners(
+    joint: Joint, finding: Finding, cut: Cut, tensors: Sequence[SavedTensor], paths: Sequence[str]
+) -> dict[str, str]:
+    """The parameter that a subspace of a crossing tensor belongs to, by the tensor's node, where its last axis is one of
+    features: it has as many rows and as wide ones as what a weight reads or makes, its memory is in their order, and it is no
+    product of two activations (attention scores). paths: of the region's parameters; the nearest one is taken."""
+    shapes = {(c.groups * c.tokens, n) for c in finding.contractions for n in (c.width, c.out)}
+    nodes = {n.name: n for n in cut.forward.graph.nodes}
+    scores = Scores.of(joint)
+    found: dict[str, str] = {}
+    for t in tensors:
+        node = nodes[t.node]
+        val = value(node)
+        if val.dim() < 2 or (math.prod(t.shape[:-1]), t.shape[-1]) not in shapes or size_hint(val.stride(-1)) != 1:
+            continue
+        if not scores.behind(node):
+            found[t.node] = _nearest(module_path(nodes[t.root]), paths)
+    return found
+
+
+def _nearest(module: str, paths: Sequence[str]) -> str:
+    """The first of ``paths`` in ``module``, or in the smallest module around it that has any. A wrapper's own name may stand
+    in front of the module's."""
+    steps = module.split(".")
+    for end in range(len(steps), 0, -1):
+        for start in (0, 1):
+            above = "".join(f"{step}." for step in steps[start:end])
+            inside = [p for p in paths if above and p.startswith(above)]
+            if inside:
+                return min(inside)
+    return min(paths)
 
 
 def _candidate(x: fx.Node, members: list[Contraction], exact: Cut, contractions: list[str]) -> Candidate:

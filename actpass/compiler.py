@@ -8,6 +8,7 @@ This is the only file that knows all rooms::
     choose    contractions, tensors that cross -> Plan        plan/
     rewrite   Plan -> joint graph                             rewrite
     cut       upstream min-cut                                partition
+    decode    what crosses with other uses -> projections     decode
     swap      what crosses -> low-bit codes                   saved, swap
     verify    what must not have changed has not              verify
     describe  cuts + plan -> Record                           report/
@@ -25,18 +26,19 @@ from torch import fx
 from actpass import follow, verify
 from actpass._torch import fx_graph_cse, inductor_config
 from actpass.budget import Choice, PeakBudget, Region, choose_cut
-from actpass.candidates import find_candidates
+from actpass.candidates import find_candidates, find_owners
 from actpass.chunking import Chunked, chunk
 from actpass.codecs import LEARNED
 from actpass.config import Config
+from actpass.decode import decode_saved
 from actpass.errors import ActpassError, ActpassWarning, GraphUnsupported, PlanError
 from actpass.graph import GraphInputs, Joint, find_contractions, fingerprint, plain_inputs
 from actpass.graph.copying import copy_module
 from actpass.graph.joint import module_path, storage_root
 from actpass.partition import Cut, Cuts, Setting, cut
-from actpass.plan import Plan, Storage, choose
+from actpass.plan import Plan, Storage, choose, choose_decoded
 from actpass.report.record import Record, describe, describe_fallback
-from actpass.rewrite import Rewritten, rewrite
+from actpass.rewrite import Rewritten, rewrite, subspaces_of
 from actpass.swap import swap
 
 
@@ -81,23 +83,24 @@ def compile_joint(
     inputs: GraphInputs,
     partition_kwargs: Mapping[str, Any],
     peak: PeakBudget | None = None,
+    decided: Plan | None = None,
 ) -> Compiled:
     """Partition ``gm`` as ``config`` asks. A graph that can't be read falls back to the stock cut, with a warning and the
     reason in the record; a mistake in the options raises, and so does a given plan that can't be followed. peak: the budget,
-    if it is one of peak bytes."""
+    if it is one of peak bytes. decided: the plan, if a search has found it for the same graph."""
     joint = _prepare(gm, inputs, partition_kwargs)
-    given = follow.find(config.plan, joint) if config.plan is not None else None
+    given = follow.find(config.plan, joint) if config.plan is not None else decided
     default = cut(joint, joint_inputs, partition_kwargs, Setting(rebuild=False))
     traced = Traced(joint, joint_inputs, partition_kwargs, config, default)
     try:
         return _compile(traced, peak, given)
     except ActpassError as error:
-        if not isinstance(error, GraphUnsupported):
+        if not isinstance(error, GraphUnsupported | (PlanError if decided is not None else GraphUnsupported)):
             raise
         cause, reason = error, f"{error}"
     except Exception as error:
         cause, reason = error, f"{type(error).__name__}: {error}"
-    if given is not None and not given.is_default:
+    if given is not None and decided is None and not given.is_default:
         raise follow.refusal(reason) from cause
     warnings.warn(f"actpass left a region to Inductor alone, because {reason}", ActpassWarning, stacklevel=2)
     record = describe_fallback(joint, default, config, reason)
@@ -196,6 +199,15 @@ def finish(region: Region, choice: Choice, given: Plan | None = None) -> Finishe
             if given is not None:
                 raise
             off, plan = f"the projections of this region are off: {error}", Plan()
+    try:
+        plan, final, done = _decode(region, changed, final, plan, done, given)
+        if joint.subspaces and len(joint.subspaces) != sum(d.method in LEARNED for d in plan.projections):
+            raise GraphUnsupported(f"{len(joint.subspaces)} subspaces arrived for {len(plan.projections)} projections")
+    except GraphUnsupported as error:
+        if given is not None:
+            raise
+        off = f"{off + '; ' if off else ''}the projections of this region are off: {error}"
+        changed, done, final, plan = joint, Rewritten(), choice.cut, Plan()
     if given is not None and not joint.subspaces and any(d.method in LEARNED for d in plan.projections):
         storages = ()  # which subspaces it will take is all that is asked; the graph that the forms are of comes with them
     elif given is not None:
@@ -241,6 +253,31 @@ def _project(region: Region, choice: Choice, plan: Plan) -> tuple[Joint, Rewritt
     final = cut(changed, region.joint_inputs, region.kwargs, choice.setting)
     verify.crosses_as_planned(final, choice.cut, plan, done, roots)
     return changed, done, final
+
+
+def _decode(
+    region: Region, joint: Joint, cut: Cut, plan: Plan, done: Rewritten, given: Plan | None
+) -> tuple[Plan, Cut, Rewritten]:
+    """``plan`` with the tensors that cross ``cut`` of ``joint`` as projections and are decoded, the cut with them, and what was
+    done in all."""
+    config = region.config
+    if not (given.decoded if given is not None else config.decodes):
+        return plan, cut, done
+    known = {n.name for n in region.joint.gm.graph.nodes}  # and not a projection that is stored for a weight gradient
+    tensors = [t for t in region.saved(joint, cut) if {t.node, t.root} <= known]
+    paths = list(region.joint.parameter_path.values())
+    owners = find_owners(region.joint, region.finding, cut, tensors, paths)
+    if given is not None:
+        decisions = follow.decide_decoded(given, tensors, owners)
+    else:
+        decisions = choose_decoded(tensors, owners, config.treatment_of_any, profitable_only=config.profitable_only)
+    plan = replace(plan, decisions=(*plan.decisions, *decisions))
+    if not plan.decoded:
+        return plan, cut, done
+    by_node = {t.node: t for t in tensors}
+    decoded, more = decode_saved(joint, cut, by_node, plan.decoded, subspaces_of(joint, plan))
+    verify.decoded_as_planned(cut, decoded, [by_node[d.site] for d in plan.decoded], more, joint.num_fwd_outputs)
+    return plan, decoded, Rewritten(done.inserted | more.inserted, {**done.payloads, **more.payloads}, done.sketches)
 
 
 def _swap(joint: Joint, cut: Cut, storages: tuple[Storage, ...]) -> Cut:

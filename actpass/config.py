@@ -29,6 +29,7 @@ COMPLEMENTS = ("fresh", "frozen")
 METHODS = (AUTO, "exact", *ALL_PROJECTIONS, *QUANTIZERS)
 KEEP = "keep"
 DEFAULT_RANK = 0.25
+DEFAULT = "default"
 AUTO_PROJECTION = "haar"
 """What ``method="auto"`` projects with when it is given a rank: the least variance of all without statistics."""
 
@@ -38,13 +39,16 @@ class Treatment:
     """What is wanted for a layer.
 
     method: one of `METHODS`. rank: an int R in [1, N], or a float in (0, 1], a fraction of the width N (at least 1
-    direction), or `BUDGET`. scale: ``unbiased`` (E[P P^T] = I) or ``none`` (E[P^T P] = I, for an optimizer in the subspace).
-    quantize: with a projection, the low-bit form of all that is stored, its payloads with it. group: elements that share a
-    scale (None: the form's own choice). rounding, rotate: of low-bit forms. named: whether an override asks for it by module.
+    direction), or `BUDGET`. nonlinear_rank: of a learned projection, the rank at which tensors with other uses than weight
+    gradients are stored and decoded; None: they are not; `DEFAULT`: the method's own. scale: ``unbiased`` (E[P P^T] = I) or
+    ``none`` (E[P^T P] = I, for an optimizer in the subspace). quantize: with a projection, the low-bit form of all that is
+    stored, its payloads with it. group: elements that share a scale (None: the form's own choice). rounding, rotate: of
+    low-bit forms. named: whether an override asks for it by module.
     """
 
     method: str = AUTO
     rank: Rank | None = None
+    nonlinear_rank: int | float | Literal["default"] | None = DEFAULT
     scale: Scale = "unbiased"
     quantize: str | None = None
     group: int | None = None
@@ -73,31 +77,41 @@ class Treatment:
         """Whether it takes random numbers."""
         return self.projection is not None or (self.codec is not None and self.rounding != "nearest")
 
+    @property
+    def decodes(self) -> bool:
+        """Whether tensors with other uses than weight gradients are stored as projections."""
+        return self._nonlinear_rank is not None
+
+    @property
+    def _nonlinear_rank(self) -> int | float | None:
+        if self.method not in LEARNED:
+            return None
+        return LEARNED[self.method].default_nonlinear_rank if self.nonlinear_rank == DEFAULT else self.nonlinear_rank
+
     def rank_of(self, width: int) -> int:
         """The rank in directions for a feature axis of ``width``; `OptionError` if an integer rank exceeds it."""
         rank = self.rank
         if rank is None:
             rank = LEARNED[self.method].default_rank if self.method in LEARNED else DEFAULT_RANK
         assert rank != BUDGET, "ranks from the budget are chosen for all layers together"
-        if isinstance(rank, float):
-            return max(1, round(rank * width))
-        if rank > width:
-            raise OptionError(
-                f"rank={rank} is larger than the width {width} of a compressed tensor. Allowed: an int in [1, N], or "
-                f"a float in (0, 1] (a fraction of N). Use rank=0.25, say, or an override for the layer."
-            )
-        return rank
+        return _directions("rank", rank, width)
+
+    def nonlinear_rank_of(self, width: int) -> int:
+        """As `rank_of`, for what is decoded."""
+        rank = self._nonlinear_rank
+        assert rank is not None
+        return _directions("nonlinear_rank", rank, width)
 
     def relative_variance(self, width: int, rank: int) -> float:
         """Of a weight gradient's estimate at ``rank``; 0 without a projection. Of a learned one, if the data's energy is in no
         direction that it follows."""
         return ALL_PROJECTIONS[self.projection].relative_variance(width, rank) if self.projection is not None else 0.0
 
-    def state_bytes(self, width: int) -> int:
+    def state_bytes(self, width: int, rank: int) -> int:
         """Of a learned subspace, and of the sketch that moves it."""
         if self.method not in LEARNED:
             return 0
-        rows, columns = state_shape(LEARNED[self.method], width, self.rank_of(width))
+        rows, columns = state_shape(LEARNED[self.method], width, rank)
         return 2 * 4 * rows * columns
 
     def bytes_of_direction(self, rows: int, element_size: int) -> int:
@@ -109,13 +123,24 @@ class Treatment:
         return -(-rows * (form.bits * group + 16) // (8 * group))
 
 
+def _directions(name: str, rank: Any, width: int) -> int:
+    if isinstance(rank, float):
+        return max(1, round(rank * width))
+    if rank > width:
+        raise OptionError(
+            f"{name}={rank} is larger than the width {width} of a compressed tensor. Allowed: an int in [1, N], or "
+            f"a float in (0, 1] (a fraction of N). Use {name}=0.25, say, or an override for the layer."
+        )
+    return rank
+
+
 @dataclass(frozen=True, slots=True)
 class Config:
     """Everything the user can set, checked. Picklable and comparable: it is part of the compile cache's key.
 
     memory_budget: a fraction of saved bytes (float), bytes of peak (int), or None. follows_global_budget: whether the options
     named none, so that it is the global one's. calibration: what a budget weighs errors by. plan: what to follow in place of
-    a policy.
+    a policy. tails: of the learned subspaces that there are when a region is compiled, by the path of their parameter.
     """
 
     treatment: Treatment = Treatment()
@@ -132,6 +157,7 @@ class Config:
     mode: str | None = None
     inductor: tuple[tuple[str, Any], ...] = ()
     plan: ModelPlan | None = None
+    tails: tuple[tuple[str, float], ...] = ()
 
     @property
     def needs_seed(self) -> bool:
@@ -146,11 +172,21 @@ class Config:
         return any(t.ranks_from_budget for t in (self.treatment, *(t for _, t in self.overrides)))
 
     @property
+    def searches(self) -> bool:
+        """Whether what is stored, and how, is searched for within a budget."""
+        return self.plan is None and self.memory_budget not in (None, 1.0)
+
+    @property
     def learned(self) -> tuple[str, ...]:
         """The learned projections that any tensor may get."""
         if self.plan is not None:
             return tuple(sorted({d.method for r in self.plan.regions for d in r.projections} & set(LEARNED)))
         return tuple(sorted({t.method for t in (self.treatment, *(t for _, t in self.overrides))} & set(LEARNED)))
+
+    @property
+    def decodes(self) -> bool:
+        """Whether any tensor may be stored as a projection for other uses than weight gradients."""
+        return any(t.decodes for t in (self.treatment, *(t for _, t in self.overrides)))
 
     def draw_at(self, step: int) -> int:
         """Which draw of random numbers an optimizer step sees: a new one with each seeded basis."""
@@ -292,6 +328,7 @@ def _treatment(given: Mapping[str, Any], base: Treatment, where: str) -> Treatme
     return Treatment(
         method,
         None if rank is None else _rank(rank, where),
+        _nonlinear_rank(given.get("nonlinear_rank", base.nonlinear_rank), method, "nonlinear_rank" in given, where),
         scale,
         quantize if method in ALL_PROJECTIONS else None,
         group,
@@ -301,10 +338,10 @@ def _treatment(given: Mapping[str, Any], base: Treatment, where: str) -> Treatme
 
 
 def _check_rank_from_budget(method: str, scale: str, where: str) -> None:
-    if method in LEARNED:
+    if method in LEARNED and method != "prac":
         raise OptionError(
-            f"rank={BUDGET!r}{where} goes with a seeded projection ({', '.join(PROJECTIONS)}), whose error is known before "
-            f"training; that of {method} is the data's. Give {method} a rank: a float in (0, 1], or an int."
+            f"rank={BUDGET!r}{where} goes with projections whose error is a known function of their rank (prac, "
+            f"{', '.join(PROJECTIONS)}); that of {method} is the data's. Give {method} a rank: a float in (0, 1], or an int."
         )
     if method == AUTO:
         raise OptionError(
@@ -339,6 +376,23 @@ def _rank(rank: Any, where: str) -> Rank:
         raise OptionError(f"rank={rank}{where} is not positive. {allowed}")
     if isinstance(rank, float) and not 0.0 < rank <= 1.0:
         raise OptionError(f"rank={rank}{where} is outside (0, 1]. {allowed}")
+    return rank
+
+
+def _nonlinear_rank(rank: Any, method: str, is_given: bool, where: str) -> Any:
+    if rank in (None, DEFAULT):
+        return rank
+    if is_given and method not in LEARNED:
+        raise OptionError(
+            f"nonlinear_rank={rank!r}{where} goes with a projection that follows the data ({', '.join(LEARNED)}), not with "
+            f"method={method!r}: what is rebuilt from any other has little of the tensor in it. Leave it out."
+        )
+    is_number = isinstance(rank, int | float) and not isinstance(rank, bool)
+    if not is_number or not rank > 0 or (isinstance(rank, float) and rank > 1.0):
+        raise OptionError(
+            f"nonlinear_rank={rank!r}{where} is not usable. Allowed: an int >= 1 (directions), a float in (0, 1] (a fraction "
+            "of the width N), None (such tensors stay exact), or 'default' (the method's own)."
+        )
     return rank
 
 
@@ -481,7 +535,7 @@ def _free_memory(name: str) -> int:
 
 
 _LEAST_PIECE = 16
-_TREATMENT = ("method", "rank", "scale", "quantize", "group", "rounding", "rotate")
+_TREATMENT = ("method", "rank", "nonlinear_rank", "scale", "quantize", "group", "rounding", "rotate")
 _PARSERS = {
     "overrides": None,
     "memory_budget": memory_budget,

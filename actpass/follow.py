@@ -9,12 +9,13 @@ what made it or stores a projection in its place, is told in a note.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from torch import fx
 
 from actpass.budget import Choice, PeakBudget, Region, sizes_in
+from actpass.codecs import LEARNED
 from actpass.config import Treatment
 from actpass.errors import BudgetError, PlanError
 from actpass.graph import Contraction, Joint, fingerprint, plain_inputs
@@ -198,6 +199,30 @@ def _decision(c: Candidate, d: Decision | None, siblings: list[Decision | None],
         width=c.width,
         extra_flops=c.flops_at(d.rank) - c.flops,
     )
+
+
+def decide_decoded(plan: Plan, tensors: Sequence[SavedTensor], owners: Mapping[str, str]) -> tuple[Decision, ...]:
+    """The decisions of ``plan`` on ``tensors`` that are decoded from their projections. owners: as `find_owners` has them.
+    Raises `PlanError`."""
+    by_node, decided = {t.node: t for t in tensors}, []
+    for d in plan.decoded:
+        t = by_node.get(d.site)
+        if t is None or d.site not in owners:
+            why = "it does not cross from forward to backward" if t is None else "its last axis is not one of features"
+            raise PlanError(f"a decision decodes {d.site!r}, which is not possible: {why}. Remove it.")
+        if t.obstacle is not None or t.role is not None or {SCORE, SCORE_AGAIN, EXPONENTIAL} & set(t.kinds):
+            why = t.obstacle or "fused attention or an exponential of the backward reads it"
+            raise PlanError(f"a decision decodes {_tensor(t)}, which is not possible: {why}. Remove it.")
+        width, rank = t.shape[-1], d.rank or 0
+        if d.method not in LEARNED or not rank < width:
+            raise PlanError(
+                f"the decision on {d.site!r} has the method {d.method!r} and the rank {d.rank}. Allowed: "
+                f"{', '.join(LEARNED)}, and an int in [1, {width - 1}]."
+            )
+        flops, owner = 4 * t.elements * rank, (owners[d.site],)
+        reason = "decoded from its projection, as the plan says"
+        decided.append(replace(d, parameters=owner, reason=reason, width=width, extra_flops=flops, linear=t.linear))
+    return tuple(decided)
 
 
 def forms(

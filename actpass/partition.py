@@ -39,8 +39,9 @@ class Saved:
 
 @dataclass(frozen=True)
 class Cut:
-    """A partitioned joint graph. saved: what crosses, parameters and inputs excluded (the step's seed counts).
-    kept_input_bytes: inputs that another region computed and that the backward reads. seed: the seed's node, if any.
+    """A partitioned joint graph. saved: what crosses, parameters and inputs excluded (the seeds count).
+    kept_input_bytes: inputs that another region computed and that the backward reads. seeds: nodes of the step's seed
+    and of that of learned bases, if there are any.
     arrives: input of the backward -> the memory that it shows, for all that the backward frees behind its last use: what
     crosses, and tangents. returned_bytes: what the caller holds while the backward runs."""
 
@@ -48,7 +49,7 @@ class Cut:
     backward: fx.GraphModule
     saved: tuple[Saved, ...]
     kept_input_bytes: int
-    seed: str | None
+    seeds: tuple[str, ...]
     arrives: Mapping[str, str]
     returned_bytes: int
 
@@ -158,13 +159,13 @@ def cut(
         patch["activation_memory_budget_runtime_estimator"] = "testing"  # unused: what runs again is decided
     with functorch_config.patch(patch):
         forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **partition_kwargs)
-    saved = _saved(forward, joint.num_fwd_outputs, joint.seed)
-    seed = joint.seed.name if joint.seed is not None else None
+    seeds = tuple(n.name for n in (joint.seed, joint.learned_seed) if n is not None)
+    saved = _saved(forward, joint.num_fwd_outputs, seeds)
     held = {s.name: s.holder for s in saved if not s.user_visible}
     inputs: list[str] = [n.name for n in backward.graph.find_nodes(op="placeholder")]
     arrives: dict[str, str] = {n: held.get(n, n) for n in inputs if n in held or n.startswith("tangents")}
     kept = _kept_input_bytes(forward, joint)
-    return Cut(forward, backward, saved, kept, seed, arrives, _returned_bytes(forward, joint))
+    return Cut(forward, backward, saved, kept, seeds, arrives, _returned_bytes(forward, joint))
 
 
 def _recompute_parameter_casts(joint: Joint) -> None:
@@ -178,7 +179,7 @@ def _recompute_parameter_casts(joint: Joint) -> None:
                 node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _saved(forward: fx.GraphModule, num_fwd_outputs: int, seed: fx.Node | None) -> tuple[Saved, ...]:
+def _saved(forward: fx.GraphModule, num_fwd_outputs: int, seeds: Sequence[str]) -> tuple[Saved, ...]:
     (out,) = forward.graph.find_nodes(op="output")
     outputs = pytree.tree_leaves(out.args[0])
     visible = {storage_root(o) for o in outputs[:num_fwd_outputs] if isinstance(o, fx.Node)}
@@ -188,7 +189,7 @@ def _saved(forward: fx.GraphModule, num_fwd_outputs: int, seed: fx.Node | None) 
         if not isinstance(node, fx.Node) or not isinstance(node.meta.get("val"), torch.Tensor):
             continue
         root = storage_root(node)
-        if root.op in ("placeholder", "get_attr") and (seed is None or root.name != seed.name):
+        if root.op in ("placeholder", "get_attr") and root.name not in seeds:
             continue
         holder = root if _shows_all(node, root) or _is_realised(root) else node
         nbytes = 0 if holder in counted else tensor_bytes(holder)

@@ -47,18 +47,17 @@ def rewrite(joint: Joint, contractions: Sequence[Contraction], plan: Plan) -> Re
     found = {c.node: c for c in contractions}
     done = Rewritten()
     bases: dict[Any, fx.Node] = {}
-    returned = _returned(joint)
-    learned = [d for d in plan.projections if d.method in LEARNED]
-    if joint.subspaces and len(joint.subspaces) != len(learned):
-        raise GraphUnsupported(f"{len(joint.subspaces)} subspaces arrived for {len(learned)} sites")
-    for decision in plan.projections:
+    stand_ins = returned(joint)
+    states = subspaces_of(joint, plan)
+    for decision in plan.contracted:
         members = [found[name] for name in decision.matmuls]
         x = nodes[decision.site]
         if decision.method in LEARNED:
-            state = joint.subspaces[learned.index(decision)] if joint.subspaces else None
-            basis = _learned_basis(joint, bases, decision, x, state, done)
+            state = states.get(decision)
+            seed = joint.seed if state is None else joint.learned_seed
+            basis = learned_basis(joint.gm.graph, bases, decision, value(x).dtype, state, seed, done)
             if state is not None:
-                _sketch(joint, returned[state], x, state, members[0].left, done)
+                sketch_of(joint, stand_ins[state], x, state, members[0].left, done)
         else:
             basis = _basis(joint, bases, decision, x, done)
         z = _payload(joint, x, basis, decision, members[0].left, done)
@@ -69,6 +68,17 @@ def rewrite(joint: Joint, contractions: Sequence[Contraction], plan: Plan) -> Re
     done.sketches = {n for n in done.sketches if n.graph is joint.gm.graph}
     done.inserted = {n for n in done.inserted if n.graph is joint.gm.graph and not n._erased}
     return done
+
+
+def subspaces_of(joint: Joint, plan: Plan) -> dict[Decision, fx.Node]:
+    """The subspace of each learned projection of ``plan``, in the order in which a region takes them; none where they have not
+    arrived yet."""
+    learned = [d for d in plan.projections if d.method in LEARNED]
+    if not joint.subspaces:
+        return {}
+    if len(joint.subspaces) < len(learned):
+        raise GraphUnsupported(f"{len(joint.subspaces)} subspaces arrived for {len(learned)} sites")
+    return dict(zip(learned, joint.subspaces, strict=False))
 
 
 def _basis(joint: Joint, bases: dict[Any, fx.Node], decision: Decision, x: fx.Node, done: Rewritten) -> fx.Node:
@@ -84,46 +94,61 @@ def _basis(joint: Joint, bases: dict[Any, fx.Node], decision: Decision, x: fx.No
         def draw(seed: torch.Tensor) -> torch.Tensor:
             return projection.basis(seed, width, rank, unbiased=decision.scale == "unbiased", dtype=val.dtype)
 
-        bases[key] = _drawn(joint, draw, [seed], seed, done)
+        bases[key] = _drawn(joint.gm.graph, draw, [seed], seed, done)
     return bases[key]
 
 
-def _drawn(joint: Joint, draw: Callable[..., Any], arguments: Sequence[Any], seed: fx.Node, done: Rewritten) -> fx.Node:
+def _drawn(
+    graph: fx.Graph,
+    draw: Callable[..., Any],
+    arguments: Sequence[Any],
+    seed: fx.Node,
+    done: Rewritten,
+    after: fx.Node | None = None,
+) -> fx.Node:
     """Insert what makes a basis, or a part of one. Both passes may draw it: its own matmuls are no matmul of the model."""
     before = set(done.inserted)
-    last = joint.gm.graph.find_nodes(op="placeholder")[-1]
-    node = splice(joint.gm.graph, draw, arguments, after=last, like=seed, inserted=done.inserted)
+    where = after if after is not None else graph.find_nodes(op="placeholder")[-1]
+    node = splice(graph, draw, arguments, after=where, like=seed, inserted=done.inserted)
     for new in done.inserted - before:
         new.meta[OF_A_BASIS] = True
     return node
 
 
-def _learned_basis(
-    joint: Joint, bases: dict[Any, fx.Node], decision: Decision, x: fx.Node, state: fx.Node | None, done: Rewritten
+def learned_basis(
+    graph: fx.Graph,
+    bases: dict[Any, fx.Node],
+    decision: Decision,
+    dtype: torch.dtype,
+    state: fx.Node | None,
+    seed: fx.Node | None,
+    done: Rewritten,
+    after: fx.Node | None = None,
 ) -> fx.Node:
+    """The basis of a learned subspace. state: the subspace; None where none has arrived yet (the compiler asks which there will
+    be): zeros stand for it then. seed: of what is random in it. after: where to draw it; None: where the graph begins."""
     method, width, rank = LEARNED[decision.method], decision.width, decision.rank
     assert rank is not None
-    dtype, seed = value(x).dtype, joint.seed if state is None else joint.learned_seed
     if seed is None:
-        raise GraphUnsupported("a seed did not arrive in the joint graph")
+        raise GraphUnsupported(f"the seed for the basis of {decision.site} did not arrive")
     if state is None:
 
         def nothing(seed: torch.Tensor) -> torch.Tensor:
             return torch.zeros(width, rank, dtype=dtype, device=seed.device)
 
-        return _drawn(joint, nothing, [seed], seed, done)
+        return _drawn(graph, nothing, [seed], seed, done, after)
     if tuple(value(state).shape) != state_shape(method, width, rank):
         raise GraphUnsupported(f"a subspace of {tuple(value(state).shape)} arrived for {decision.site}")
-    noise = _noise(joint, bases, method, width, rank, seed, done)
+    noise = _noise(graph, bases, method, width, rank, seed, done)
 
     def draw(state: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
         return method.draw(state, noise, rank).to(dtype)
 
-    return _drawn(joint, draw, [state, noise], seed, done)
+    return _drawn(graph, draw, [state, noise], seed, done, after)
 
 
 def _noise(
-    joint: Joint,
+    graph: fx.Graph,
     bases: dict[Any, fx.Node],
     method: LearnedProjection,
     width: int,
@@ -140,17 +165,17 @@ def _noise(
         def noise(seed: torch.Tensor) -> torch.Tensor | None:
             return method.noise(seed, width, rank)
 
-        bases[key] = _drawn(joint, noise, [seed], seed, done)
+        bases[key] = _drawn(graph, noise, [seed], seed, done)
     return bases[key]
 
 
-def _returned(joint: Joint) -> dict[fx.Node, fx.Node]:
+def returned(joint: Joint) -> dict[fx.Node, fx.Node]:
     """Subspace -> the node that the region returns in place of its sketch: the one that reads it."""
     (output,) = joint.gm.graph.find_nodes(op="output")
     return {s: n for s in joint.subspaces for n in s.users if output in n.users}
 
 
-def _sketch(joint: Joint, stand_in: fx.Node, x: fx.Node, state: fx.Node, left: bool, done: Rewritten) -> None:
+def sketch_of(joint: Joint, stand_in: fx.Node, x: fx.Node, state: fx.Node, left: bool, done: Rewritten) -> None:
     """Return the sketch of ``x`` in place of ``stand_in``."""
 
     def take(x: torch.Tensor, state: torch.Tensor, points: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -81,13 +82,13 @@ def find_saved(
     smallest: int,
     recomputation: Recomputation | None = None,
 ) -> list[SavedTensor]:
-    """Every memory that crosses ``cut`` but the seed's, in the order of the forward's outputs.
+    """Every memory that crosses ``cut`` but the seeds', in the order of the forward's outputs.
 
     contractions: weight-gradient matmul -> paths of the weights. smallest: bytes below which a tensor stays as it is.
     recomputation: of ``joint``, if it shall be said what could be run again.
     """
     by_holder: dict[str, list[Saved]] = {}
-    for s in (s for s in cut.saved if s.root != cut.seed):
+    for s in (s for s in cut.saved if s.root not in cut.seeds):
         by_holder.setdefault(s.holder, []).append(s)
     reading = _Reading(cut, joint, contractions, smallest, recomputation)
     return [reading.tensor(holder, members) for holder, members in by_holder.items()]
@@ -108,7 +109,7 @@ class _Reading:
         self.forward = {n.name: n for n in cut.forward.graph.nodes}
         self.backward = {n.name: n for n in cut.backward.graph.find_nodes(op="placeholder")}
         self.learned = self._reach({n.name for n in joint.parameter_path})
-        self.data = {n.name for n in joint.activations}
+        self.scores = Scores.of(joint)
         self.infinite = self._infinite()
 
     def _reach(self, start: set[str]) -> set[str]:
@@ -218,7 +219,7 @@ class _Reading:
                 return True
             sources = [a for a in current.all_input_nodes if a.name in self.learned]
             added = [a for a in current.all_input_nodes if a.name not in self.learned]
-            if current.target in (aten.add.Tensor, aten.sub.Tensor) and added and any(self._is_score(a) for a in sources):
+            if current.target in (aten.add.Tensor, aten.sub.Tensor) and added and any(self.scores.behind(a) for a in sources):
                 return True
             if current.target in (aten.addmm.default, aten.baddbmm.default) and current.args[0] in added:
                 return True
@@ -228,14 +229,25 @@ class _Reading:
                 todo.extend(new)
         return False
 
-    def _is_score(self, node: fx.Node) -> bool:
-        """Whether ``node`` is, but for pointwise operators, a product of two activations."""
+
+@dataclass(frozen=True)
+class Scores:
+    """Which values are, but for pointwise operators, products of two activations. data: the names of activations."""
+
+    data: frozenset[str]
+
+    @classmethod
+    def of(cls, joint: Joint) -> Scores:
+        return cls(frozenset(n.name for n in joint.activations))
+
+    def behind(self, node: fx.Node, passes: Callable[[fx.Node], bool] = is_pointwise) -> bool:
+        """Whether such a product is behind ``node``, through operators that ``passes``."""
         todo, seen = [node], {node}
         while todo:
             current = todo.pop()
             if is_matmul(current) and sum(a.name in self.data for a in current.all_input_nodes) > 1:
                 return True
-            if is_pointwise(current):
+            if passes(current):
                 new = [a for a in current.all_input_nodes if a not in seen]
                 seen.update(new)
                 todo.extend(new)

@@ -71,28 +71,28 @@ def swap(cut: Cut, storages: Sequence[Storage], num_fwd_outputs: int) -> tuple[C
     payloads: dict[str, tuple[fx.Node, ...]] = {}
     received: list[fx.Node] = []
     traces: dict[Any, fx.GraphModule] = {}
-    keys = _keys(forward.graph, before.get(cut.seed or ""), storages, inserted)
+    keys = _keys(forward.graph, before.get(cut.seeds[0]) if cut.seeds else None, storages, inserted)
     for storage in storages:
         x = before[storage.node]
         layout = layout_of(value(x), storage.codec, storage.group)
         if layout is None:
             raise GraphUnsupported(f"{storage.node} can't be divided into groups at symbolic sizes")
         codes = _encode(forward, x, keys.get(storage), layout, storage, inserted, traces)
-        arrived = _receive(backward.graph, behind[storage.crossing[0]], codes)
+        arrived = receive(backward.graph, behind[storage.crossing[0]], codes)
         received += arrived
         shown = [(behind[name], before[name]) for name in storage.crossing]
         _decode(backward, x, shown, arrived, layout, storage, inserted, traces)
         payloads |= {name: codes if name == storage.crossing[0] else () for name in storage.crossing}
-    _return_payloads(forward.graph, num_fwd_outputs, payloads)
+    return_payloads(forward.graph, num_fwd_outputs, payloads)
     for module in (forward, backward):
         module.graph.lint()
         module.recompile()
-    saved = tuple(new for s in cut.saved for new in (map(_saved, payloads[s.name]) if s.name in payloads else [s]))
+    saved = tuple(new for s in cut.saved for new in (map(saved_code, payloads[s.name]) if s.name in payloads else [s]))
     arrives = {k: v for k, v in cut.arrives.items() if k not in payloads} | {n.name: n.name for n in received}
     return replace(cut, forward=forward, backward=backward, saved=saved, arrives=arrives), inserted
 
 
-def _saved(code: fx.Node) -> Saved:
+def saved_code(code: fx.Node) -> Saved:
     return Saved(code.name, code.name, code.name, tensor_bytes(code), user_visible=False)
 
 
@@ -149,7 +149,7 @@ def _signature(x: fx.Node, layout: Layout, storage: Storage) -> tuple[Any, ...]:
     return (storage.codec, storage.rounding, storage.rotate, str(layout.groups), val.dtype, val.device)
 
 
-def _receive(graph: fx.Graph, first: fx.Node, codes: Sequence[fx.Node]) -> list[fx.Node]:
+def receive(graph: fx.Graph, first: fx.Node, codes: Sequence[fx.Node]) -> list[fx.Node]:
     """Inputs of the backward for ``codes``, where the tensor ``first`` arrived."""
     arrived = []
     for code in codes:
@@ -192,7 +192,7 @@ def _decode(
         (flat,) = call(module, decode, codes, key=key, **where)
     decoded = splice(module.graph, unflatten, [flat], key=("unflatten", str(layout)), **where)
     for placeholder, view in shown:
-        placeholder.replace_all_uses_with(_views(module.graph, view, x, decoded, inserted))
+        placeholder.replace_all_uses_with(views(module.graph, view, x, decoded, inserted))
         module.graph.erase_node(placeholder)
 
 
@@ -213,7 +213,7 @@ def _is_read_by_one_kernel(tensor: fx.Node) -> bool:
     return True
 
 
-def _views(graph: fx.Graph, view: fx.Node, x: fx.Node, new: fx.Node, inserted: set[fx.Node]) -> fx.Node:
+def views(graph: fx.Graph, view: fx.Node, x: fx.Node, new: fx.Node, inserted: set[fx.Node]) -> fx.Node:
     """The chain of views that leads from ``x`` to ``view``, again from ``new``."""
     chain = []
     while view is not x:
@@ -228,7 +228,7 @@ def _views(graph: fx.Graph, view: fx.Node, x: fx.Node, new: fx.Node, inserted: s
     return new
 
 
-def _return_payloads(graph: fx.Graph, num_fwd_outputs: int, payloads: dict[str, tuple[fx.Node, ...]]) -> None:
+def return_payloads(graph: fx.Graph, num_fwd_outputs: int, payloads: dict[str, tuple[fx.Node, ...]]) -> None:
     """Let the forward return codes where it returned the tensors."""
     (out,) = graph.find_nodes(op="output")
     outputs = list(out.args[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import fx
 
@@ -10,7 +10,7 @@ from actpass.codecs import LEARNED
 from actpass.errors import GraphUnsupported
 from actpass.graph import Joint
 from actpass.partition import Cut
-from actpass.plan import Plan, Storage
+from actpass.plan import Plan, SavedTensor, Storage
 from actpass.rewrite import Rewritten
 
 _SLACK, _SLACK_BYTES = 0.05, 16384
@@ -33,7 +33,7 @@ def crosses_as_planned(rewritten_cut: Cut, exact_cut: Cut, plan: Plan, done: Rew
     than in the exact cut, but for the bases and the seed. roots: site -> the node that allocated its storage.
     """
     crossing = {s.name for s in rewritten_cut.saved} | rewritten_cut.roots
-    for d in plan.projections:
+    for d in plan.contracted:
         z, x = done.payloads[d], roots[d.site]
         if d.project_in == "backward" and z in crossing:
             raise GraphUnsupported(f"the payload of {d.site} crosses, but the plan projects it in the backward")
@@ -43,13 +43,27 @@ def crosses_as_planned(rewritten_cut: Cut, exact_cut: Cut, plan: Plan, done: Rew
             )
     payloads = set(done.payloads.values())
     names = {n.name for n in done.inserted}
-    state = sum(s.nbytes for s in rewritten_cut.saved if s.root in names - payloads or s.root == rewritten_cut.seed)
+    state = sum(s.nbytes for s in rewritten_cut.saved if s.root in names - payloads or s.root in rewritten_cut.seeds)
     learned = any(d.method in LEARNED for d in plan.projections)
     slack = max(_SLACK * exact_cut.saved_bytes, _SLACK_BYTES) if learned else 0  # sketches move upstream's choices a little
     if rewritten_cut.saved_bytes - state > exact_cut.saved_bytes + slack:
         raise GraphUnsupported(
             f"{rewritten_cut.saved_bytes} bytes cross, more than the {exact_cut.saved_bytes} of the exact cut"
         )
+
+
+def decoded_as_planned(cut: Cut, decoded: Cut, tensors: Sequence[SavedTensor], done: Rewritten, num_fwd_outputs: int) -> None:
+    """The forward's own outputs but the sketches are the same nodes and read no inserted one; of ``tensors`` none crosses, and
+    each one's projection does."""
+    now, was = (_outputs(c.forward)[:num_fwd_outputs] for c in (decoded, cut))
+    own = [(new, old) for new, old in zip(now, was, strict=True) if new not in done.sketches]
+    touched = done.inserted & _ancestors(new for new, _ in own if isinstance(new, fx.Node))
+    if touched or any(str(new) != str(old) for new, old in own):
+        raise GraphUnsupported("the projections reached an output of the forward")
+    crossing = {s.holder for s in decoded.saved} | {s.name for s in decoded.saved}
+    left = [t.node for t in tensors if t.node in crossing or crossing & set(t.crossing)]
+    if left or not set(done.payloads.values()) <= crossing:
+        raise GraphUnsupported(f"{left[0] if left else 'nothing'} crosses, where a projection should")
 
 
 def stored_as_planned(
@@ -66,7 +80,7 @@ def stored_as_planned(
     both = {s.root for s in swapped.saved} & (coded - left)
     if both:
         raise GraphUnsupported(f"{min(both)} still crosses, beside its codes")
-    planned = sum(s.stored_bytes for s in storages) + sum(s.nbytes for s in cut.saved if s.root == cut.seed)
+    planned = sum(s.stored_bytes for s in storages) + sum(s.nbytes for s in cut.saved if s.root in cut.seeds)
     if swapped.saved_bytes != planned:
         raise GraphUnsupported(f"{swapped.saved_bytes} bytes cross, not the {planned} that the plan says")
 

@@ -76,7 +76,7 @@ def test_plan_hash_is_stable_and_sees_every_field():
     again = choose([candidate()], lambda _: Treatment("haar"))
     other = choose([candidate()], lambda _: Treatment("haar", 0.5))
     assert plan.hash == again.hash != other.hash
-    assert json.loads(json.dumps(plan.to_dict()))["schema_version"] == 5
+    assert json.loads(json.dumps(plan.to_dict()))["schema_version"] == 6
 
 
 @pytest.mark.parametrize("rank", [1, 0.001])

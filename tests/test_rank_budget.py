@@ -306,3 +306,24 @@ def test_the_same_plan_in_processes_with_other_hash_seeds():
     ]
     assert out[0] == out[1]
     assert len(set(eval(out[0]))) == 2
+
+
+def test_the_energy_that_learned_subspaces_miss_weighs_their_ranks():
+    """Compiled anew after some steps, `prac` gives more ranks to whose principal directions hold less."""
+    model, inputs = factored()
+    with torch.no_grad():  # chain.2 reads what lies in 2 of 320 dimensions, chain.1 what lies in 48 of 128
+        model.chain[1].weight[2:].zero_()
+        model.chain[1].bias[2:].zero_()
+    options = ranked(0.35, "prac", nonlinear_rank=None, profitable_only=False)
+
+    def found() -> dict[str, int]:
+        torch.compiler.reset()
+        step(torch.compile(model, backend=eager_actcomp(options)), model, inputs)
+        return ranks(actpass.report(model))
+
+    first, again = found(), found()
+    tails = {s.parameter: s.tail for s in actpass.report(model).subspaces}
+    assert tails["chain.2.weight"] < 0.01 < 0.1 < tails["chain.1.weight"]
+    assert again["chain.2.weight"] < first["chain.2.weight"]
+    assert again["chain.1.weight"] > first["chain.1.weight"]
+    assert actpass.report(model).saved_bytes <= 0.35 * actpass.report(model).totals.saved_bytes_default

@@ -23,7 +23,7 @@ from .test_gradients import Net, width_axis
 from .test_gradients import inputs as net_inputs
 
 RANK = 12
-ALL: dict[str, Any] = {"rank": RANK, "profitable_only": False}
+ALL: dict[str, Any] = {"rank": RANK, "nonlinear_rank": None, "profitable_only": False}
 methods = pytest.mark.parametrize("method", LEARNED)
 
 
@@ -445,7 +445,7 @@ def test_seeded_bases_keep_their_interval_beside_learned_ones():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": "budget", "memory_budget": 0.5}, "goes with a seeded projection"),
+        ({"rank": "budget", "memory_budget": 0.5}, "goes with projections whose error is a known function"),
         ({"scale": "none"}, "has no meaning for prac"),
         ({"complement": "other"}, "unknown complement 'other'"),
         ({"rank": 0}, "rank=0"),

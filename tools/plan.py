@@ -311,7 +311,7 @@ def _which(layers: tuple[int, ...]) -> str:
 
 
 def _cells(row: SiteRow) -> tuple[str, ...]:
-    form = row.form if row.codec is None else f"{row.form} {row.codec}"
+    form = row.stored_as
     shape = "x".join(map(str, row.shape))
     return row.kind, row.module or "-", shape, row.dtype, form, _gb(row.bytes_before), _gb(row.bytes_after)
 

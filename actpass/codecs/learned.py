@@ -51,6 +51,8 @@ class LearnedProjection(ABC):
     draws: ClassVar[bool] = False
     """Whether a part of the basis is random."""
     default_rank: ClassVar[float] = 0.25
+    default_nonlinear_rank: ClassVar[float | None] = None
+    """Of tensors that are decoded for other uses than weight gradients; None: they are not, unless asked for."""
     refresh_interval: ClassVar[int] = 20
     """Optimizer steps between two sketches, where ``refresh_interval`` is not given. This project's choice: a warm block power
     step is cheap enough to follow a run's first thousand steps."""
@@ -99,14 +101,17 @@ class Prac(LearnedProjection):
     Source: Li, Zhang, Fang, "PRAC", ICML 2026, arXiv 2602.23111: x ~ x Q1 Q1^T + k x Q2 Q2^T. Unbiased with the complement
     drawn from the step's key, as here by default: E[Q2 Q2^T] = (I - Q1 Q1^T) r2 / (N - r1). Relative variance
     (k - 1) tail, tail the energy beyond Q1. With ``complement="frozen"``, the paper's, Q2 stays until the next
-    refresh, and the gradients between two are biased. The paper's ranks are r1 = r2 = 0.3 N, the default here (rank 0.6).
-    This project's choice: r1 is half of the rank, rounded down.
+    refresh, and the gradients between two are biased. The paper's ranks are r1 = r2 = 0.3 N for inputs of linear layers (rank
+    0.6, the default), and 0.2 N for those of norms and activation functions (``nonlinear_rank`` 0.4), which are decoded,
+    x_hat = z P^T, and whose gradients are biased. This project's choice: r1 is half of the rank, rounded down, and
+    ``nonlinear_rank`` holds for all that crosses with other uses than weight gradients, fused attention's tensors excepted.
     """
 
     name = "prac"
     unbiased = True
     draws = True
     default_rank = 0.6
+    default_nonlinear_rank = 0.4
 
     def principal(self, rank: int) -> int:
         return rank // 2

@@ -72,14 +72,14 @@ def _bytes(s: Storage | None) -> int:
 
 
 def _projections(one: Plan, other: Plan) -> Iterator[_Row]:
-    old, new = ({m: d for d in p.projections for m in d.matmuls} for p in (one, other))
-    for matmul in dict.fromkeys((*old, *new)):
-        a, b = old.get(matmul), new.get(matmul)
+    old, new = ({m: d for d in p.projections for m in d.matmuls or (d.site,)} for p in (one, other))
+    for name in dict.fromkeys((*old, *new)):
+        a, b = old.get(name), new.get(name)
         known = a or b
         assert known is not None
         texts = [f"{d.method} rank {d.rank} ({d.scale}, in {d.project_in})" if d else "exact" for d in (a, b)]
         if texts[0] != texts[1]:
-            yield ", ".join(known.parameters), matmul, "weight gradient", texts[0], texts[1], 0, 0
+            yield ", ".join(known.parameters), name, "weight gradient" if known.matmuls else "decoded", texts[0], texts[1], 0, 0
 
 
 def _folded(rows: Sequence[_Row]) -> Iterator[tuple[str, ...]]:

@@ -155,6 +155,7 @@ _DECISION: dict[str, Check] = {
     "scale": _one_of("unbiased", "none"),
     "project_in": _optional(_one_of("forward", "backward")),
     "extra_flops": _integer(-_LARGEST),
+    "linear": _flag,
 }
 _STORAGE: dict[str, Check] = {
     "node": _text,
@@ -223,7 +224,7 @@ _REGION: dict[str, Check] = {
     "keep": _distinct,
     "again": _distinct,
     "storages": _unique("tensor", _storage, lambda s: (s.node,)),
-    "decisions": _unique("matmul", _decision, lambda d: d.matmuls),
+    "decisions": _unique("matmul or tensor", _decision, lambda d: d.matmuls or (d.site,)),
     "modules": _pairs,
     "least_shared_bytes": _integer(),
     "predicted": _optional(_predicted),

@@ -1,6 +1,6 @@
 """Sites + options -> Plan. Plain data: no FX, and no torch at run time."""
 
-from actpass.plan.policy import KEPT, choose, choose_storage, noise, rank_sites
+from actpass.plan.policy import KEPT, choose, choose_decoded, choose_storage, noise, rank_sites
 from actpass.plan.types import (
     EXPONENTIAL,
     KEEP,
@@ -29,6 +29,7 @@ __all__ = [
     "SavedTensor",
     "Storage",
     "choose",
+    "choose_decoded",
     "choose_storage",
     "noise",
     "rank_sites",

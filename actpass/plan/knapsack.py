@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_WORK = 300_000
+_WORK = 100_000
 """Partial choices that the exact part may look at; beyond that it keeps the most promising `_FEW` of each join."""
 _FEW = 8
 

@@ -46,10 +46,13 @@ class Wish(Protocol):
     def named(self) -> bool: ...
     @property
     def ranks_from_budget(self) -> bool: ...
+    @property
+    def decodes(self) -> bool: ...
     def rank_of(self, width: int) -> int: ...
+    def nonlinear_rank_of(self, width: int) -> int: ...
     def relative_variance(self, width: int, rank: int) -> float: ...
     def bytes_of_direction(self, rows: int, element_size: int) -> int: ...
-    def state_bytes(self, width: int) -> int: ...
+    def state_bytes(self, width: int, rank: int) -> int: ...
 
 
 WishFor = Callable[[tuple[str, ...]], Wish]
@@ -74,7 +77,10 @@ def choose(
 
 
 def rank_sites(
-    candidates: Sequence[Candidate], wish_for: WishFor, weights: Mapping[str, float] | None = None
+    candidates: Sequence[Candidate],
+    wish_for: WishFor,
+    weights: Mapping[str, float] | None = None,
+    tails: Mapping[str, float] | None = None,
 ) -> dict[str, RankSite]:
     """The candidates whose rank a budget decides, by their key: those whose projection is stored in place of x.
 
@@ -83,11 +89,13 @@ def rank_sites(
     so a relative error of a gradient is a relative error of the step of all its coordinates, and the sum over the layers is
     the share of the whole step that is noise. Of the size of a gradient, which a plan can't know, it asks nothing. (Ranks as
     a share of the width then go with the square root of the out-features that read x, where layers have equally many tokens.)
+    tails: by path, the energy of x beyond the principal directions of a learned subspace, as far as one was measured; 1 for
+    all others, which says the same of all.
     """
     wishes = {c.key: wish_for(c.parameters) for c in candidates}
     exact = {c.root for c in candidates if not c.frees or wishes[c.key].projection is None}
     found = [c for c in candidates if c.root not in exact and wishes[c.key].ranks_from_budget]
-    return {c.key: _rank_site(c, wishes[c.key], _weight(c, weights)) for c in found}
+    return {c.key: _rank_site(c, wishes[c.key], _weight(c, weights) * _tail(c, tails)) for c in found}
 
 
 def noise(
@@ -96,11 +104,15 @@ def noise(
     sites: Mapping[str, RankSite],
     ranks: Ranks,
     weights: Mapping[str, float] | None = None,
+    tails: Mapping[str, float] | None = None,
 ) -> float:
     """Expected squared relative error of the gradients of ``candidates`` when ``sites`` of them have ``ranks``: the mean of
     all, each by its weight (see `rank_sites`). A site at its largest rank has none: x is kept."""
     projected = [c for c in candidates if c.key in sites and ranks[c.key] < sites[c.key].most]
-    error = math.fsum(_weight(c, weights) * wish_for(c.parameters).relative_variance(c.width, ranks[c.key]) for c in projected)
+    error = math.fsum(
+        _weight(c, weights) * _tail(c, tails) * wish_for(c.parameters).relative_variance(c.width, ranks[c.key])
+        for c in projected
+    )
     return error / max(math.fsum(_weight(c, weights) for c in candidates), 1.0)
 
 
@@ -108,10 +120,15 @@ def _weight(c: Candidate, weights: Mapping[str, float] | None) -> float:
     return float(c.weight_elements) if weights is None else math.fsum(weights[p] for p in c.parameters)
 
 
+def _tail(c: Candidate, tails: Mapping[str, float] | None) -> float:
+    return (tails or {}).get(min(c.parameters), 1.0)
+
+
 def _rank_site(c: Candidate, wish: Wish, weight: float) -> RankSite:
-    numerator = 2 * (wish.relative_variance(c.width, 1) - wish.relative_variance(c.width, 2))  # a of a / r - b
+    numerator = 4 * (wish.relative_variance(c.width, 2) - wish.relative_variance(c.width, 4))  # a of a / r - b
     most = max(1, min(c.width, c.x_bytes // c.payload_bytes(1)))  # there x takes no more
-    return RankSite(weight * numerator, wish.bytes_of_direction(c.groups * c.tokens, c.element_size), most, c.rank_multiple)
+    direction = wish.bytes_of_direction(c.groups * c.tokens, c.element_size)
+    return RankSite(weight * numerator, direction, most, c.rank_multiple)
 
 
 def _freed_bytes(members: list[tuple[Candidate, Wish]], ranks: Ranks | None) -> int:
@@ -121,7 +138,8 @@ def _freed_bytes(members: list[tuple[Candidate, Wish]], ranks: Ranks | None) -> 
         return 0
     if ranks is None and any(wish.ranks_from_budget for _, wish in members):
         return 0
-    payloads = sum(c.payload_bytes(_rank(c, wish, ranks)) + wish.state_bytes(c.width) for c, wish in members)
+    each = [(c, wish, _rank(c, wish, ranks)) for c, wish in members]
+    payloads = sum(c.payload_bytes(rank) + wish.state_bytes(c.width, rank) for c, wish, rank in each)
     return max(0, members[0][0].x_bytes - payloads)
 
 
@@ -142,7 +160,7 @@ def _decide(c: Candidate, wish: Wish, freed: int, profitable_only: bool, ranks: 
     rank = _rank(c, wish, ranks)
     extra = c.flops_at(rank) - c.flops
     if profitable_only and extra >= 0 and not freed:
-        state = wish.state_bytes(c.width)
+        state = wish.state_bytes(c.width, rank)
         cost = f"{extra / max(c.flops, 1):+.0%} FLOPs" + (f" and {state} bytes of its subspace" if state else "")
         return exact(f"{wish.projection} at rank {rank} of {c.width} would cost {cost} and free no bytes")
     return Decision(
@@ -167,6 +185,49 @@ def _why_no_rank(c: Candidate, ranks: Ranks | None) -> str:
     if not c.frees:
         return "no bytes to gain: x is stored for other uses as well"
     return "no bytes to gain: another weight gradient that reads x is formed exactly"
+
+
+def choose_decoded(
+    tensors: Iterable[SavedTensor], owners: Mapping[str, str], wish_for: WishFor, *, profitable_only: bool = True
+) -> tuple[Decision, ...]:
+    """Which of ``tensors`` are stored as a projection that the backward decodes, whatever it does with them. owners: by node,
+    the parameter that its subspace belongs to, where its last axis is one of features.
+
+    What is in the way of fewer bits is in the way here; queries, keys, values and outputs of fused attention stay (the paper's
+    choice, see `SCORE_CODECS`), and what only weight gradients read is contracted or nothing.
+    """
+    wishes = [(t, wish_for(t.paths)) for t in tensors if t.obstacle is None and t.kinds and t.kinds != ("contraction",)]
+    asked = [(t, wish) for t, wish in wishes if wish.decodes]
+    return tuple(_decoded(t, owners.get(t.node), wish, profitable_only) for t, wish in asked)
+
+
+def _decoded(t: SavedTensor, owner: str | None, wish: Wish, profitable_only: bool) -> Decision:
+    def exact(reason: str) -> Decision:
+        return Decision(t.node, (), (owner,) if owner is not None else (), "exact", reason)
+
+    if t.role is not None or {SCORE, SCORE_AGAIN} & set(t.kinds):
+        return exact("not decoded from a projection: fused attention reads it")
+    if EXPONENTIAL in t.kinds:
+        return exact("not decoded from a projection: exponentiated in the backward, where its error becomes a factor")
+    if owner is None:
+        return exact("not decoded from a projection: its last axis is none that a weight of its module has")
+    width = t.shape[-1]
+    rank, method = wish.nonlinear_rank_of(width), wish.projection
+    payload, state = t.nbytes * rank // width, wish.state_bytes(width, rank)
+    if method is None or payload >= t.nbytes or (profitable_only and payload + state >= t.nbytes):
+        return exact(f"its projection at rank {rank} of {width} would take {payload} bytes and its subspace {state}")
+    return Decision(
+        t.node,
+        (),
+        (owner,),
+        method,
+        f"decoded from its projection: {t.nbytes - payload} bytes freed; uses: {', '.join(t.kinds)}",
+        width=width,
+        rank=rank,
+        project_in="forward",
+        extra_flops=4 * t.elements * rank,
+        linear=t.linear,
+    )
 
 
 def choose_storage(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 KEEP = "keep"
 SCORE = "score"
 """The kind of a query or key: a fused attention's backward exponentiates their product, less a statistic of the exact one."""
@@ -71,11 +71,13 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What happens to one candidate.
+    """What happens to one candidate, or, without ``matmuls``, to a tensor that crosses with other uses and is decoded.
 
-    site: graph node of x. matmuls: the contractions it is about (no matmul is in two decisions). method: ``exact`` or a
-    projection. project_in: where z = x P is computed: ``forward`` (z is saved in place of x) or ``backward`` (x is there
-    anyway or is rebuilt for free: z costs no bytes, and the weight gradient fewer FLOPs).
+        site: graph node of x. matmuls: the contractions it is about (no matmul is in two decisions). parameters: of those; of a
+        tensor that is decoded the one that its subspace belongs to. method: ``exact`` or a
+        projection. project_in: where z = x P is computed: ``forward`` (z is saved in place of x) or ``backward`` (x is there
+    anyway or is rebuilt for free: z costs no bytes, and the weight gradient fewer FLOPs). linear: whether the
+        backward is linear in x, so that an unbiased projection keeps the gradient unbiased.
     """
 
     site: str
@@ -88,10 +90,16 @@ class Decision:
     scale: str = "unbiased"
     project_in: ProjectIn | None = None
     extra_flops: int = 0
+    linear: bool = True
 
     @property
     def projects(self) -> bool:
         return self.rank is not None
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the backward rebuilds x from z, for whatever use."""
+        return self.projects and not self.matmuls
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +211,16 @@ class Plan:
         return tuple(d for d in self.decisions if d.projects)
 
     @property
+    def contracted(self) -> tuple[Decision, ...]:
+        """The projections that weight gradients are formed through."""
+        return tuple(d for d in self.projections if d.matmuls)
+
+    @property
+    def decoded(self) -> tuple[Decision, ...]:
+        """The projections of which the backward rebuilds the tensor."""
+        return tuple(d for d in self.projections if d.decodes)
+
+    @property
     def coded(self) -> tuple[Storage, ...]:
         return tuple(s for s in self.storages if s.coded)
 
@@ -215,6 +233,12 @@ class Plan:
     def is_default(self) -> bool:
         """Whether it is Inductor's own cut, untouched."""
         return not (self.rebuild or self.chunk_rows or self.keep or self.again or self.coded or self.projections)
+
+    @property
+    def bare(self) -> Plan:
+        """What is done, without what is said about it."""
+        decisions = tuple(replace(d, reason="") for d in self.decisions)
+        return replace(self, decisions=decisions, storages=tuple(replace(s, reason="") for s in self.storages), predicted=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as JSON gives it back."""

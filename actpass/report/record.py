@@ -16,7 +16,7 @@ from actpass.codecs import ALL_PROJECTIONS, LEARNED
 from actpass.config import Config, matches
 from actpass.graph import Finding, Joint, Use, classify_uses, count_matmuls, fingerprint, plain_inputs
 from actpass.graph.cost import is_attention, is_matmul
-from actpass.graph.joint import module_path, source_line, storage_root
+from actpass.graph.joint import module_path, source_line, storage_root, tensor_bytes
 from actpass.partition import Cut, Cuts, Saved
 from actpass.plan import KEPT, Decision, Plan, Storage
 from actpass.plan.curve import Curve, Curves, Held
@@ -38,7 +38,8 @@ class SiteRow:
     ``state`` (a basis or the seed). method, rank: how the weight gradients that read it are formed; None: exactly. codec:
     the low-bit form in which it (or its projection) is stored. bytes_before: under Inductor's default cut. bytes_after:
     now. unbiased: whether the expected gradient is the exact one. relative_variance: of each weight gradient's estimate, in
-    closed form; 0 if exact. extra_flops: in the backward's matmuls against exact weight gradients (negative: saved).
+    closed form; 0 if exact. extra_flops: in the backward's matmuls against exact weight gradients (negative: saved). decoded:
+    the method, rank and width of the projection that is stored and that the backward rebuilds it from, for whatever use.
     """
 
     name: str
@@ -60,6 +61,12 @@ class SiteRow:
     extra_flops: int
     reason: str
     parameters: tuple[str, ...] = ()
+    decoded: str | None = None
+
+    @property
+    def stored_as(self) -> str:
+        """The form with its details."""
+        return " ".join(filter(None, (self.form, self.decoded, self.codec)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,8 +302,8 @@ def _kind(node: fx.Node, uses: tuple[Use, ...]) -> str:
 
 
 def _form(joint: Joint, node: fx.Node, kept: bool, uses: tuple[Use, ...], cut: Cut) -> tuple[str, str]:
-    if node is joint.seed:
-        return "state", "the step's seed"
+    if node in (joint.seed, joint.learned_seed):
+        return "state", "the step's seed" if node is joint.seed else "the seed of learned bases"
     if node.op == "placeholder":
         return "input", "an input of the region: never saved"
     if kept:
@@ -330,7 +337,18 @@ def _with_storage(row: SiteRow, s: Storage) -> SiteRow:
 
 
 def _with_decision(row: SiteRow, d: Decision, done: Rewritten, after: dict[str, int], config: Config) -> SiteRow:
-    row = replace(row, parameters=row.parameters + d.parameters, kind="linear input" if row.kind == "pointwise" else row.kind)
+    if d.matmuls:
+        kind = "linear input" if row.kind == "pointwise" else row.kind
+        row = replace(row, parameters=row.parameters + d.parameters, kind=kind)
+    elif d.projects:
+        return replace(
+            row,
+            form="project",
+            decoded=f"{d.method} {d.rank}/{d.width}",
+            bytes_after=row.bytes_after + after.get(done.payloads[d], 0),
+            unbiased=row.unbiased and _is_unbiased(d, config),
+            reason=f"{d.reason}{'' if _is_unbiased(d, config) else '; biased'}",
+        )
     if not d.projects or d.rank is None:
         return row if d.method == "exact" and d.reason == KEPT else replace(row, reason=f"{row.reason}; {d.reason}")
     in_forward = d.project_in == "forward"
@@ -351,7 +369,7 @@ def _with_decision(row: SiteRow, d: Decision, done: Rewritten, after: dict[str, 
 def _is_unbiased(d: Decision, config: Config) -> bool:
     """Whether the expected gradient is the exact one."""
     if d.method in LEARNED:
-        return LEARNED[d.method].unbiased and config.complement == "fresh"
+        return d.linear and LEARNED[d.method].unbiased and config.complement == "fresh"
     return d.scale == "unbiased"
 
 
@@ -370,7 +388,10 @@ def _memory(
         return row.kind if row is not None else _kind(storage_root(node), ())
 
     try:
-        footprints = {"footprint_default": default.footprint, "footprint": final.footprint}
+        own = sum(tensor_bytes(n) for n in joint.forward_outputs if n in joint.state)  # where sketches are returned
+        stock = default.footprint
+        stock = replace(stock, forward=stock.forward - own, backward=stock.backward - own, returned=stock.returned - own)
+        footprints = {"footprint_default": stock, "footprint": final.footprint}
         return {**footprints, "curves": curves_of(default, final, joint, plan, kind_of)}, ()
     except Exception as error:
         return {}, (f"the peak of this region is not predicted: {type(error).__name__}: {error}",)

@@ -159,12 +159,13 @@ class Report:
         if len(off) == len(self.regions):
             return f"inactive, because {off[0]}"
         projected = sum(s.method is not None for r in self.regions for s in r.sites)
+        decoded = sum(s.decoded is not None for r in self.regions for s in r.sites)
         coded = sum(s.codec is not None for r in self.regions for s in r.sites)
         recomputed = sum(s.form == "recompute" and s.bytes_before > 0 for r in self.regions for s in r.sites)
         partly = f"; {len(off)} of {len(self.regions)} regions inactive, because {off[0]}" if off else ""
         return (
             f"active, method={self.regions[0].method}: {recomputed} saved tensors rebuilt instead, {coded} stored in few bits, "
-            f"{projected} contracted through a projection{partly}"
+            f"{projected} contracted through a projection{f', {decoded} decoded from one' if decoded else ''}{partly}"
         )
 
 
@@ -227,6 +228,7 @@ def _folded(sites: Iterable[SiteRow]) -> list[tuple[SiteRow, int]]:
             s.method,
             s.rank,
             s.codec,
+            s.decoded,
             s.bytes_before,
             s.bytes_after,
             s.source,
@@ -250,7 +252,7 @@ def _cells(row: SiteRow, count: int) -> tuple[str, ...]:
         module or "-",
         "x".join(map(str, row.shape)),
         row.dtype,
-        row.form if row.codec is None else f"{row.form} {row.codec}",
+        row.stored_as,
         how if row.parameters else "-",
         _mb(row.bytes_before * count),
         _mb(row.bytes_after * count),

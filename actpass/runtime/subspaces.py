@@ -231,6 +231,18 @@ def _summed(sketches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [part.view_as(y) for part, y in zip(together.split([y.numel() for y in sketches]), sketches, strict=True)]
 
 
+def tails(inputs: Sequence[Any], paths: Sequence[str | None]) -> tuple[tuple[str, float], ...]:
+    """The energy beyond the principal directions that the last sketch of each parameter's first subspace showed, by the
+    parameter's path; of those among ``inputs`` that have one."""
+    found: dict[str, float] = {}
+    for parameter, path in zip(inputs, paths, strict=True):
+        if path is not None and not isinstance(parameter, FakeTensor):
+            for s in STORE.of(parameter).values():
+                if s.spectrum is not None and path not in found:
+                    found[path] = s.spectrum.tail(LEARNED[s.method].principal(s.rank))
+    return tuple(found.items())
+
+
 def rows(model: torch.nn.Module) -> Iterator[SubspaceRow]:
     """The subspaces of ``model``'s parameters as they stand."""
     for name, parameter in model.named_parameters():
@@ -265,7 +277,7 @@ def load_state_dict(model: torch.nn.Module, state: Mapping[str, Mapping[str, Any
             near = ", ".join(list(parameters)[:3])
             raise StateError(f"state has a subspace of {name!r}, which is no parameter of the model. Allowed: {near}, ...")
         try:
-            loaded[name] = {k: _checked(k, v, parameters[name]) for k, v in entries.items()}
+            loaded[name] = {k: _checked(k, v) for k, v in entries.items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StateError(f"state of the subspaces of {name!r} can't be read: {type(error).__name__}: {error}") from error
     for name, parameter in parameters.items():
@@ -274,13 +286,13 @@ def load_state_dict(model: torch.nn.Module, state: Mapping[str, Mapping[str, Any
         own.update(loaded.get(name, {}))
 
 
-def _checked(name: str, data: Mapping[str, Any], parameter: torch.Tensor) -> Subspace:
+def _checked(name: str, data: Mapping[str, Any]) -> Subspace:
     method, width, _ = name.split(".")
     found = Subspace.from_dict(data)
     if found.method != method or method not in LEARNED:
         raise ValueError(f"{name!r} holds the method {found.method!r}. Allowed: {', '.join(LEARNED)}")
-    if int(width) not in parameter.shape or not 1 <= found.rank <= int(width):
-        raise ValueError(f"{name!r}, rank {found.rank}, of a parameter of {tuple(parameter.shape)}")
+    if not 1 <= found.rank <= int(width):
+        raise ValueError(f"{name!r} has the rank {found.rank}")
     for tensor in (found.state, found.sketched):
         if tensor is not None and tuple(tensor.shape) != state_shape(LEARNED[method], int(width), found.rank):
             raise ValueError(f"{name!r}, rank {found.rank}, has a tensor of {tuple(tensor.shape)}")
