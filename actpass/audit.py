@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from actpass._torch import compile_fx, dynamo, functorch_config
-from actpass.backend import device_of, learn, peak_budget, run_passes
+from actpass.backend import ask, device_of, peak_budget, run_passes
 from actpass.codecs.generator import round_keys, step_seed
 from actpass.config import Config, exactly
 from actpass.errors import OptionError
@@ -216,12 +216,14 @@ class _Step:
             plain = GraphInputs.of(gm, example_inputs)
             with functorch_config.patch(enable_autograd_cache=False):
                 peak = peak_budget(config, example_inputs)
-                sites, decided = learn(gm, example_inputs, config, plain, device, peak)
+                extra = replace(ask(gm, example_inputs, config, plain, device, peak), factors=())  # dense, to be compared
                 fn = run_passes(
-                    gm, example_inputs, config, plain, device, "", peak, compile_fx, sites, decided, inner_compile=interpret
+                    gm, example_inputs, config, plain, device, "", peak, compile_fx, extra, inner_compile=interpret
                 )[1]
-            if sites:
-                run = with_subspaces(fn, sites, config, device, Store(STORE))  # those of the training run stay as they are
+            if extra.sites:
+                run = with_subspaces(
+                    fn, extra.sites, config, device, Store(STORE)
+                )  # those of the training run stay as they are
                 return lambda *args: run(args, [round_keys(seed, device)] * 2, CLOCK.steps)
             return (lambda *args: fn(*args, round_keys(seed, device))) if config.needs_seed else fn
 

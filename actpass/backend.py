@@ -41,7 +41,7 @@ from actpass.graph.copying import copy_module
 from actpass.modelplan import ModelPlan
 from actpass.plan import Plan
 from actpass.report.record import Record
-from actpass.runtime import clock, ranks, records, regions, steps, subspaces
+from actpass.runtime import clock, factors, ranks, records, regions, steps, subspaces
 from actpass.runtime.resident import resident
 
 _current: ContextVar[list[Compiled]] = ContextVar("actpass_current_compile")
@@ -130,11 +130,9 @@ def compile_region(
     key = records.region_key(gm, example_inputs, plain, config, peak)
     nonce, record = records.load(key)
     device = device_of(example_inputs)
-    sites, decided = learn(gm, example_inputs, config, plain, device, peak, record)
-    peak = _with_states(peak, sites)
-    compiled, fn = run_passes(
-        gm, example_inputs, config, plain, device, nonce, peak, compile_fx, sites, decided, **compiler_options
-    )
+    extra = ask(gm, example_inputs, config, plain, device, peak, record)
+    peak = _with_states(peak, extra.sites)
+    compiled, fn = run_passes(gm, example_inputs, config, plain, device, nonce, peak, compile_fx, extra, **compiler_options)
     if compiled is not None:
         record = with_eager_curve(compiled.record, gm, example_inputs)
         records.store(key, nonce, record)
@@ -144,14 +142,36 @@ def compile_region(
     positions = tuple(i for i, path in enumerate(plain.paths) if path is not None)
     region = regions.Region(record, config, positions, current_frame(), code=code, shapes=shapes, peak=peak)
     regions.register(region)
-    if sites and subspaces.sites_of(record.plan, plain.paths) != sites:
-        return _with_seed(_without_subspaces(fn, sites, device), region, config, device)
-    if sites:
-        return _with_subspaces(subspaces.with_subspaces(fn, sites, config, device), region, config, device)
-    return _with_seed(fn, region, config, device) if config.needs_seed else _plain(fn, region)
+    if not config.needs_seed:
+        return _plain(fn, region)
+    if extra and Extra.of(record.plan, plain.paths) != extra:
+        return _with_seed(_without(fn, extra, device), region, config, device)
+    if extra.factors:
+        fn = factors.with_coefficients(fn, extra.factors, len(plain.paths), config)
+    if extra.sites:
+        return _with_subspaces(subspaces.with_subspaces(fn, extra.sites, config, device), region, config, device)
+    return _with_seed(fn, region, config, device)
 
 
-def learn(
+@dataclass(frozen=True)
+class Extra:
+    """What a region takes beside the model's own inputs and the seed. sites: the learned subspaces. factors: the parameters
+    whose gradients come back as coefficients. decided: the plan that it is to follow with them, where a budget was searched
+    for it."""
+
+    sites: tuple[subspaces.Site, ...] = ()
+    factors: tuple[factors.Factor, ...] = ()
+    decided: Plan | None = field(default=None, compare=False)
+
+    @classmethod
+    def of(cls, plan: Mapping[str, Any], paths: Sequence[str | None]) -> Extra:
+        return cls(subspaces.sites_of(plan, paths), factors.factors_of(plan, paths))
+
+    def __bool__(self) -> bool:
+        return bool(self.sites or self.factors)
+
+
+def ask(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
     config: Config,
@@ -159,26 +179,26 @@ def learn(
     device: torch.device,
     peak: PeakBudget | None,
     record: Record | None = None,
-) -> tuple[tuple[subspaces.Site, ...], Plan | None]:
-    """The learned subspaces that a region takes, and, where a budget was searched for them, the plan that it is to follow with
-    them. record: of the region, if it was compiled before. Otherwise the pass is run once without them, and no code is made;
-    under a budget of peak bytes twice: the second time beside the subspaces that the first one asked for."""
-    if not config.learned:
-        return (), None
-    sites = subspaces.sites_of(record.plan, plain.paths) if record is not None else ()
+) -> Extra:
+    """What a region will take. record: of the region, if it was compiled before. Otherwise the pass is run once without any of
+    it, and no code is made; under a budget of peak bytes twice: the second time beside the subspaces that the first one asked
+    for."""
+    if not (config.learned or config.factors_gradients):
+        return Extra()
+    extra = Extra.of(record.plan, plain.paths) if record is not None else Extra()
     rounds = 0 if record is not None else 1 if peak is None else 2
     for _ in range(rounds):
         with functorch_config.patch(enable_autograd_cache=False):
-            around = _with_states(peak, sites)
+            around = _with_states(peak, extra.sites)
             found, _ = run_passes(gm, example_inputs, config, plain, device, "", around, compile_fx, inner_compile=no_code)
         if found is None:
-            return (), None
-        record, sites = found.record, subspaces.sites_of(found.record.plan, plain.paths)
-        if not sites:
+            return Extra()
+        record, extra = found.record, Extra.of(found.record.plan, plain.paths)
+        if not extra.sites:
             break
-    if record is None or not sites or not config.searches or (peak is not None and peak.part):
-        return sites, None
-    return sites, ModelPlan.of([record.plan]).regions[0].bare
+    if record is None or not extra or not config.searches or (peak is not None and peak.part):
+        return extra
+    return replace(extra, decided=ModelPlan.of([record.plan]).regions[0].bare)
 
 
 def _with_states(peak: PeakBudget | None, sites: Sequence[subspaces.Site]) -> PeakBudget | None:
@@ -202,22 +222,24 @@ def run_passes(
     nonce: str,
     peak: PeakBudget | None,
     compiler: Callable[..., Any],
-    sites: Sequence[subspaces.Site] = (),
-    decided: Plan | None = None,
+    extra: Extra | None = None,
     **compiler_options: Any,
 ) -> tuple[Compiled | None, Callable[..., Any]]:
-    """Give ``gm`` to ``compiler`` (`compile_fx`) with the pass in place of the partitioner. sites: the learned subspaces that
-    it takes behind the seed and the points at which tokens are sampled; it returns a sketch of each. decided: the plan, where a
-    search has found it already. Returns what the pass did
-    (None on a cache hit, or if there is no backward), and the compiled callable."""
+    """Give ``gm`` to ``compiler`` (`compile_fx`) with the pass in place of the partitioner. extra: what the region takes beside
+    the seed: behind it the points at which tokens are sampled and the learned subspaces, of each of which it returns a sketch,
+    and the places for coefficients. Returns what the pass did (None on a cache hit, or if there is no backward), and the
+    compiled callable."""
+    extra = extra or Extra()
     if config.needs_seed:
-        gm, own = _append_state(gm, example_inputs, device, sites)
-        first = len(inputs.paths)
+        gm, own = _append_state(gm, example_inputs, device, extra)
+        first, sites = len(inputs.paths), len(extra.sites)
+        end = first + len(own)
         if sites:
-            subspaces_at = tuple(range(first + 3, first + len(own)))
-            inputs = replace(inputs, learned_seed=first + 1, points=first + 2, subspaces=subspaces_at)
-        inputs, example_inputs = replace(inputs, seed=first), [*example_inputs, *own]
-    partitioner = Partitioner(config, inputs, nonce, peak, decided)
+            states = tuple(range(first + 3, first + 3 + sites))
+            inputs = replace(inputs, learned_seed=first + 1, points=first + 2, subspaces=states)
+        inputs = replace(inputs, seed=first, coefficients=tuple(range(end - len(extra.factors), end)))
+        example_inputs = [*example_inputs, *own]
+    partitioner = Partitioner(config, inputs, nonce, peak, extra.decided)
     compiled: list[Compiled] = []
     token = _current.set(compiled)
     try:
@@ -290,12 +312,12 @@ def device_of(example_inputs: Sequence[Any]) -> torch.device:
 
 
 def _append_state(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], device: torch.device, sites: Sequence[subspaces.Site]
+    gm: fx.GraphModule, example_inputs: Sequence[Any], device: torch.device, extra: Extra
 ) -> tuple[fx.GraphModule, list[torch.Tensor]]:
-    """A clone of Dynamo's graph with the step's seed as its next input, and, if there are ``sites``, a seed for learned bases,
-    the points of sampled tokens (as many as a call brings) and the subspaces; it also returns a tensor for each, where the pass
-    will put the sketch (made by an operator that stays one node and that no model has, so that all others keep their names).
-    And the new inputs as fake tensors."""
+    """A clone of Dynamo's graph with the step's seed as its next input, and, if there are learned subspaces, a seed for their
+    bases, the points of sampled tokens (as many as a call brings) and the subspaces, then the places for coefficients; it also
+    returns a tensor for each subspace, where the pass will put the sketch (made by an operator that stays one node and that no
+    model has, so that all others keep their names). And the new inputs as fake tensors."""
     clone, mapping = copy_module(gm)
     for old, new in mapping.items():
         if hasattr(old, "_dynamo_source"):
@@ -316,14 +338,18 @@ def _append_state(
         return last
 
     append("actpass_seed", round_keys(0, device))
-    if sites:
+    if extra.sites:
         append("actpass_learned_seed", round_keys(0, device))
         append("actpass_points", torch.zeros(64, device=device), varies=True)
-        states = [append(f"actpass_subspace_{i}", torch.zeros(site.shape, device=device)) for i, site in enumerate(sites)]
+        states = [append(f"actpass_subspace_{i}", torch.zeros(site.shape, device=device)) for i, site in enumerate(extra.sites)]
         (output,) = clone.graph.find_nodes(op="output")
         with clone.graph.inserting_before(output):
             stand_ins = [clone.graph.call_function(torch.ops.aten.i0.default, (state,)) for state in states]
         output.args = ((*output.args[0], *stand_ins),)  # pyright: ignore[reportGeneralTypeIssues]
+    for i, factor in enumerate(extra.factors):
+        like = example_inputs[factor.position]
+        place = torch.zeros(factor.shape, dtype=like.dtype, device=like.device, requires_grad=True)
+        append(f"actpass_coefficients_{i}", place)
     clone.recompile()
     return clone, own
 
@@ -351,13 +377,15 @@ def _with_subspaces(
     return call
 
 
-def _without_subspaces(fn: Callable[..., Any], sites: Sequence[subspaces.Site], device: torch.device) -> Callable[..., Any]:
-    """A region that takes subspaces but was left to Inductor after all."""
-    states = [torch.zeros(site.shape, device=device) for site in sites]
+def _without(fn: Callable[..., Any], extra: Extra, device: torch.device) -> Callable[..., Any]:
+    """A region that takes more, but was left to Inductor after all."""
+    states = [torch.zeros(site.shape, device=device) for site in extra.sites]
 
     def run(*args: Any) -> Any:
         *first, key = args
-        results = fn(*first, key, key, torch.empty(0, device=device), *states)
+        places = [args[f.position].new_zeros(()).expand(f.shape) for f in extra.factors]
+        learned = [key, torch.empty(0, device=device), *states] if states else []
+        results = fn(*first, key, *learned, *places)
         return results[: len(results) - len(states)]
 
     return run

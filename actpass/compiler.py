@@ -7,6 +7,7 @@ This is the only file that knows all rooms::
     budget    where to cut, what to store how -> Choice       budget, plan/ (or follow, where a plan is given)
     choose    contractions, tensors that cross -> Plan        plan/
     rewrite   Plan -> joint graph                             rewrite
+    factor    weight gradients -> their coefficients          factor
     cut       upstream min-cut                                partition
     decode    what crosses with other uses -> projections     decode
     swap      what crosses -> low-bit codes                   saved, swap
@@ -32,11 +33,12 @@ from actpass.codecs import LEARNED
 from actpass.config import Config
 from actpass.decode import decode_saved
 from actpass.errors import ActpassError, ActpassWarning, GraphUnsupported, PlanError
+from actpass.factor import factor_gradients
 from actpass.graph import GraphInputs, Joint, find_contractions, fingerprint, plain_inputs
 from actpass.graph.copying import copy_module
 from actpass.graph.joint import module_path, storage_root
 from actpass.partition import Cut, Cuts, Setting, cut
-from actpass.plan import Plan, Storage, choose, choose_decoded
+from actpass.plan import Factored, Plan, Storage, choose, choose_decoded
 from actpass.report.record import Record, describe, describe_fallback
 from actpass.rewrite import Rewritten, rewrite, subspaces_of
 from actpass.swap import swap
@@ -190,11 +192,13 @@ def finish(region: Region, choice: Choice, given: Plan | None = None) -> Finishe
         plan = Plan(follow.decide(region, given, candidates))
     else:
         candidates = region.candidates(choice.cut)
-        plan = choose(candidates, config.treatment_of_any, profitable_only=config.profitable_only, ranks=choice.ranks)
+        profitable_only = config.profitable_only and not config.factors_gradients
+        plan = choose(candidates, config.treatment_of_any, profitable_only=profitable_only, ranks=choice.ranks)
     changed, done, final, off, notes = joint, Rewritten(), choice.cut, None, ()
     if plan.projections:
         try:
-            changed, done, final = _project(region, choice, plan)
+            changed, done, final, factored = _project(region, choice, plan, given)
+            plan = replace(plan, factored=factored)
         except GraphUnsupported as error:
             if given is not None:
                 raise
@@ -242,17 +246,25 @@ def _whole(plan: Plan, storages: tuple[Storage, ...], region: Region, setting: S
     )
 
 
-def _project(region: Region, choice: Choice, plan: Plan) -> tuple[Joint, Rewritten, Cut]:
-    """The joint graph with the planned weight gradients formed through projections, what was done, and its cut."""
+def _project(
+    region: Region, choice: Choice, plan: Plan, given: Plan | None
+) -> tuple[Joint, Rewritten, Cut, tuple[Factored, ...]]:
+    """The joint graph with the planned weight gradients formed through projections, what was done, its cut, and the gradients
+    that stay in their factors."""
     joint = region.joint
     nodes = {n.name: n for n in joint.gm.graph.nodes}
     roots = {d.site: storage_root(nodes[d.site]).name for d in plan.decisions}
     changed = Joint(copy_module(joint.gm)[0], joint.inputs, joint.num_fwd_outputs, joint.static)
     done = rewrite(changed, region.finding.contractions, plan)
     verify.only_planned_gradients_changed(changed, plan, done)
+    factored: tuple[Factored, ...] = ()
+    if region.config.factors_gradients:
+        asked = None if given is None else {g.parameter for g in given.factored}
+        factored = factor_gradients(changed, done, lambda path: asked is None or path in asked)
+        changed = Joint(changed.gm, joint.inputs, joint.num_fwd_outputs, joint.static)
     final = cut(changed, region.joint_inputs, region.kwargs, choice.setting)
     verify.crosses_as_planned(final, choice.cut, plan, done, roots)
-    return changed, done, final
+    return changed, done, final, factored
 
 
 def _decode(

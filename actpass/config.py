@@ -26,6 +26,7 @@ Scale = Literal["unbiased", "none"]
 AUTO = "auto"
 ROUNDINGS = (AUTO, "stochastic", "nearest")
 COMPLEMENTS = ("fresh", "frozen")
+GRADIENTS = ("dense", "low_rank")
 METHODS = (AUTO, "exact", *ALL_PROJECTIONS, *QUANTIZERS)
 KEEP = "keep"
 DEFAULT_RANK = 0.25
@@ -140,7 +141,8 @@ class Config:
 
     memory_budget: a fraction of saved bytes (float), bytes of peak (int), or None. follows_global_budget: whether the options
     named none, so that it is the global one's. calibration: what a budget weighs errors by. plan: what to follow in place of
-    a policy. tails: of the learned subspaces that there are when a region is compiled, by the path of their parameter.
+    a policy. gradients: one of `GRADIENTS`. tails: of the learned subspaces that there are when a region is compiled, by the
+    path of their parameter.
     """
 
     treatment: Treatment = Treatment()
@@ -158,6 +160,12 @@ class Config:
     inductor: tuple[tuple[str, Any], ...] = ()
     plan: ModelPlan | None = None
     tails: tuple[tuple[str, float], ...] = ()
+    gradients: str = "dense"
+
+    @property
+    def factors_gradients(self) -> bool:
+        """Whether weight gradients stay in their factors where they can."""
+        return any(r.factored for r in self.plan.regions) if self.plan is not None else self.gradients == "low_rank"
 
     @property
     def needs_seed(self) -> bool:
@@ -182,6 +190,11 @@ class Config:
         if self.plan is not None:
             return tuple(sorted({d.method for r in self.plan.regions for d in r.projections} & set(LEARNED)))
         return tuple(sorted({t.method for t in (self.treatment, *(t for _, t in self.overrides))} & set(LEARNED)))
+
+    @property
+    def projects(self) -> bool:
+        """Whether any weight gradient may be formed through a projection."""
+        return any(t.projection is not None for t in (self.treatment, *(t for _, t in self.overrides)))
 
     @property
     def decodes(self) -> bool:
@@ -251,6 +264,12 @@ def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> Config:
             config = replace(config, **{name: _PARSERS[name](name, value)})
     if config.plan is None:
         _check_ranks_from_budget(config)
+        if config.gradients == "low_rank" and not config.projects:
+            raise OptionError(
+                f"gradients='low_rank' goes with a projection ({', '.join(ALL_PROJECTIONS)}), not with "
+                f"method={config.treatment.method!r}, which forms them whole. Name one: method='haar', say, or with "
+                "method='auto' a rank."
+            )
         return config
     _nothing_to_decide(options or {})
     return replace(config, smallest=0, treatment=Treatment("exact"))
@@ -541,6 +560,7 @@ _PARSERS = {
     "memory_budget": memory_budget,
     "refresh_interval": _integer(1, 2**31),
     "complement": lambda name, value: _one_of(name, value, COMPLEMENTS, ""),
+    "gradients": lambda name, value: _one_of(name, value, GRADIENTS, ""),
     "seed": _integer(0, 2**63 - 1),
     "profitable_only": _boolean,
     "smallest": _integer(0, 2**62),
@@ -550,5 +570,5 @@ _PARSERS = {
     "inductor": _inductor,
     "plan": _plan,
 }
-_DECIDED = ("overrides", "profitable_only", "smallest", "chunk_loss", "calibration")
+_DECIDED = ("gradients", "overrides", "profitable_only", "smallest", "chunk_loss", "calibration")
 """What a plan decides, beside treatments."""

@@ -32,11 +32,13 @@ BACKWARD_ONLY = "must_be_in_backward"
 @dataclass
 class Rewritten:
     """What `rewrite` did. inserted: every new node. payloads: projected decision -> node of its z. sketches: what is returned
-    of each learned subspace."""
+    of each learned subspace. lifts: a weight gradient as it is formed now -> its coefficients and the decision; without those
+    that something is added to in the same matmul."""
 
     inserted: set[fx.Node] = field(default_factory=set)
     payloads: dict[Decision, str] = field(default_factory=dict)
     sketches: set[fx.Node] = field(default_factory=set)
+    lifts: dict[fx.Node, tuple[fx.Node, Contraction, Decision]] = field(default_factory=dict)
 
 
 def rewrite(joint: Joint, contractions: Sequence[Contraction], plan: Plan) -> Rewritten:
@@ -62,7 +64,7 @@ def rewrite(joint: Joint, contractions: Sequence[Contraction], plan: Plan) -> Re
             basis = _basis(joint, bases, decision, x, done)
         z = _payload(joint, x, basis, decision, members[0].left, done)
         for contraction in members:
-            _replace(joint, nodes[contraction.node], z, basis, contraction, done)
+            _replace(joint, nodes[contraction.node], z, basis, contraction, decision, done)
     joint.gm.graph.eliminate_dead_code()
     joint.gm.graph.lint()
     done.sketches = {n for n in done.sketches if n.graph is joint.gm.graph}
@@ -218,7 +220,9 @@ def _payload(joint: Joint, x: fx.Node, basis: fx.Node, decision: Decision, left:
     return z
 
 
-def _replace(joint: Joint, matmul: fx.Node, z: fx.Node, basis: fx.Node, contraction: Contraction, done: Rewritten) -> None:
+def _replace(
+    joint: Joint, matmul: fx.Node, z: fx.Node, basis: fx.Node, contraction: Contraction, decision: Decision, done: Rewritten
+) -> None:
     """Put the factored gradient where ``matmul`` was."""
     i, j = MATMULS[matmul.target]
     dy = matmul.args[j if contraction.left else i]
@@ -227,17 +231,22 @@ def _replace(joint: Joint, matmul: fx.Node, z: fx.Node, basis: fx.Node, contract
     product: Any = unadorned if has_addend else matmul.target
     others = matmul.args[:1] if has_addend else matmul.args[2:]
 
-    def gradient(z: torch.Tensor, dy: torch.Tensor, basis: torch.Tensor, *others: Any) -> torch.Tensor:
-        factors = (z.transpose(-1, -2), dy) if contraction.left else (dy, z)
-        if has_addend:
-            return others[0] + contract(product(*factors), basis, left=contraction.left)
-        return contract(product(*factors, *others), basis, left=contraction.left)
+    def coefficients(z: torch.Tensor, dy: torch.Tensor, *others: Any) -> torch.Tensor:
+        return product(*((z.transpose(-1, -2), dy) if contraction.left else (dy, z)), *others)
 
-    new = splice(joint.gm.graph, gradient, [z, dy, basis, *others], after=matmul, like=matmul, inserted=done.inserted)
+    def gradient(coefficients: torch.Tensor, basis: torch.Tensor, *addend: torch.Tensor) -> torch.Tensor:
+        found = contract(coefficients, basis, left=contraction.left)
+        return addend[0] + found if addend else found
+
+    where: dict[str, Any] = {"after": matmul, "like": matmul, "inserted": done.inserted}
+    factor = splice(joint.gm.graph, coefficients, [z, dy, *(() if has_addend else others)], **where)
+    new = splice(joint.gm.graph, gradient, [factor, basis, *(others if has_addend else ())], **where)
     old = value(matmul)
     if value(new).shape != old.shape or value(new).dtype != old.dtype:
         raise GraphUnsupported(f"{matmul.name}: {tuple(value(new).shape)} in place of {tuple(old.shape)}")
     matmul.replace_all_uses_with(new)
+    if not has_addend:
+        done.lifts[new] = factor, contraction, decision
 
 
 def splice(

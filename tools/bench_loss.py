@@ -227,9 +227,11 @@ def captured(model: LossOnly, batch: dict[str, Tensor]) -> list[float]:
 
     hooks = []
     for row in rows:
-        (state,) = states[row.parameter].values()
+        own = list(states[row.parameter].values())
+        if len(own) > 1:  # with ``nonlinear_rank`` a module's output has one as well
+            continue
         owner = model.get_submodule(row.parameter.rpartition(".")[0])
-        q = state["state"][:-1, : row.principal]
+        q = own[0]["state"][:-1, : row.principal]
         hooks.append(owner.register_forward_pre_hook(lambda _, args, q=q: compare(args[0], q)))
     with torch.no_grad():
         if rows:

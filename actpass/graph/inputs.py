@@ -22,7 +22,8 @@ class GraphInputs:
     """paths: for every positional input its parameter path (``layers.0.mlp.up_proj.weight``), or None if it is not a
     parameter. computed: whether it is a value that another region computed (an activation that a graph break passes on).
     seed: the position of the step's seed, or None if the region takes none. learned_seed, points, subspaces: those of the
-    seed of what is random in learned bases, of the points at which tokens are sampled, and of the learned subspaces."""
+    seed of what is random in learned bases, of the points at which tokens are sampled, and of the learned subspaces.
+    coefficients: of what gets the coefficients of a low-rank gradient for its gradient."""
 
     paths: tuple[str | None, ...]
     computed: tuple[bool, ...]
@@ -30,6 +31,7 @@ class GraphInputs:
     learned_seed: int | None = None
     points: int | None = None
     subspaces: tuple[int, ...] = ()
+    coefficients: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> GraphInputs:

@@ -85,10 +85,15 @@ class Joint:
         return tuple(n for n in map(self._primal, self.inputs.subspaces) if n is not None)
 
     @cached_property
+    def coefficients(self) -> tuple[fx.Node, ...]:
+        """The placeholders whose gradients are the coefficients of low-rank ones."""
+        return tuple(n for n in map(self._primal, self.inputs.coefficients) if n is not None)
+
+    @cached_property
     def state(self) -> frozenset[fx.Node]:
         """What this package added to the user's graph: seeds, points and subspaces, and the nodes that read nothing else (what
         stands where a sketch will be returned)."""
-        own = {n for n in (self.seed, self.learned_seed, self.points, *self.subspaces) if n is not None}
+        own = {n for n in (self.seed, self.learned_seed, self.points, *self.subspaces, *self.coefficients) if n is not None}
         for node in self.gm.graph.nodes:
             if node.op == "call_function" and node.all_input_nodes and own.issuperset(node.all_input_nodes):
                 own.add(node)

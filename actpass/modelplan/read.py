@@ -12,7 +12,7 @@ from typing import Any
 
 from actpass.codecs import ALL_PROJECTIONS, QUANTIZERS
 from actpass.errors import PlanError
-from actpass.plan import KEEP, Decision, Plan, Predicted, Storage
+from actpass.plan import KEEP, Decision, Factored, Plan, Predicted, Storage
 
 SCHEMA_VERSION = 2
 EXACT = "exact"
@@ -174,6 +174,12 @@ _STORAGE: dict[str, Check] = {
     "shape": _tuple_of(_integer()),
     "dtype": _text,
 }
+_FACTORED: dict[str, Check] = {
+    "parameter": _text,
+    "site": _text,
+    "left": _flag,
+    "shape": _tuple_of(_integer(1)),
+}
 _PREDICTED: dict[str, Check] = {
     "saved_bytes": _integer(),
     "peak_bytes": _optional(_integer()),
@@ -193,6 +199,10 @@ def _decision(where: str, value: Any) -> Decision:
 
 def _storage(where: str, value: Any) -> Storage:
     return Storage(**_record(_STORAGE)(where, value))
+
+
+def _factored(where: str, value: Any) -> Factored:
+    return Factored(**_record(_FACTORED)(where, value))
 
 
 def _predicted(where: str, value: Any) -> Predicted:
@@ -228,5 +238,6 @@ _REGION: dict[str, Check] = {
     "modules": _pairs,
     "least_shared_bytes": _integer(),
     "predicted": _optional(_predicted),
+    "factored": _unique("parameter", _factored, lambda g: (g.parameter,)),
 }
 _FILE: dict[str, Check] = {"hash": _text, "regions": _tuple_of(region)}

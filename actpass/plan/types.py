@@ -169,6 +169,17 @@ class Storage:
 
 
 @dataclass(frozen=True, slots=True)
+class Factored:
+    """A weight gradient that stays in its factors. parameter: its path. site: of the decision that projects its x. left:
+    whether the axis of the parameter that the basis spans is the last but one. shape: of the coefficients."""
+
+    parameter: str
+    site: str
+    left: bool
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Predicted:
     """What a region takes under its plan. saved_bytes: from forward to backward. peak_bytes: see `Totals`. extra_matmuls,
     extra_attention: that the backward runs again. backward_matmul_flops: of all matmuls of the backward."""
@@ -191,6 +202,7 @@ class Plan:
     for (`actpass.graph.identity`); no node's name means anything in another. inputs: (name, dtype and shape) of the region's
     inputs but parameters. modules: (node, module) for the nodes of ``again`` and ``keep``. least_shared_bytes: Inductor fuses
     no loops that share fewer (its ``score_fusion_memory_threshold``), on which the peak depends. predicted: what it takes.
+    factored: the weight gradients that are never formed, in the order of the inputs that get their coefficients.
     """
 
     decisions: tuple[Decision, ...] = ()
@@ -205,6 +217,7 @@ class Plan:
     modules: tuple[tuple[str, str], ...] = ()
     least_shared_bytes: int = 0
     predicted: Predicted | None = None
+    factored: tuple[Factored, ...] = ()
 
     @property
     def projections(self) -> tuple[Decision, ...]:
@@ -252,5 +265,7 @@ class Plan:
         forms = [(s.node, s.codec, s.group, s.rounding, s.rotate) for s in self.coded]
         projections = [(d.site, sorted(d.matmuls), d.method, d.rank, d.scale, d.project_in) for d in self.projections]
         settings = [self.rebuild, self.chunk_rows, self.seeded, sorted(self.keep), sorted(self.again)]
-        canonical = json.dumps([settings, sorted(forms, key=str), sorted(projections, key=str)], separators=(",", ":"))
+        factored = sorted((g.parameter, g.site, g.left) for g in self.factored)
+        done = [settings, sorted(forms, key=str), sorted(projections, key=str), *([factored] if factored else [])]
+        canonical = json.dumps(done, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]

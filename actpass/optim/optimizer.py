@@ -1,0 +1,147 @@
+"""The one optimizer class: a chain of transforms, and the step in the parameter's own space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from actpass.codecs.generator import round_keys
+from actpass.gradients import Basis, LowRankGradient
+from actpass.optim.transforms import Place, State, Transform
+
+_BASIS = ("basis_draw", "basis_method", "basis_rank", "basis_unbiased", "basis_subspace")
+
+
+class ComposedOptimizer(torch.optim.Optimizer):
+    """W <- (1 - lr * weight_decay) W - lr * lift(update), update = transforms applied to the gradient one after the other.
+
+    params: as of any torch optimizer. transforms: see `actpass.optim.transforms`; their options are those of the parameter
+    groups. lr, weight_decay (decoupled): of every group. A gradient in factors (`LowRankGradient`) is never formed: the
+    update of its coefficients is lifted straight into the weight (``addmm_``). State: the transforms' tensors, in the shape of
+    the coefficients, and what the basis is drawn from. Raises `ValueError` for options out of range.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], transforms: Sequence[Transform], *, lr: float, weight_decay: float = 0.0, **options: Any
+    ) -> None:
+        self.transforms = tuple(transforms)
+        known: dict[str, Any] = {k: v for t in self.transforms for k, v in t.defaults.items()}
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            raise ValueError(f"unknown option {unknown[0]!r}. Known: lr, weight_decay, {', '.join(known)}.")
+        self._bases: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of the last step; the state has it to be saved
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **known, **options})
+        for group in self.param_groups:
+            _check(group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "transforms": self.transforms}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._bases = WeakIdKeyDictionary()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        super().load_state_dict(state_dict)
+        self._bases = WeakIdKeyDictionary()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        _check(self.param_groups[-1])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One update of every parameter that has a gradient; returns what ``closure`` returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+        return loss
+
+    def _update(self, parameter: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
+        if gradient.is_sparse:
+            raise RuntimeError("sparse gradients are not supported. Allowed: dense ones, or low-rank ones in factors.")
+        state: State = self.state[parameter]
+        step = int(state.get("step", 0)) + 1
+        state["step"] = torch.tensor(float(step))
+        if isinstance(gradient, LowRankGradient) and gradient.is_factored:
+            place = Place(step, group, gradient.basis, gradient.left, self._before(parameter, state, gradient.basis))
+            numbers = gradient.coefficients
+            self._remember(parameter, state, gradient.basis)
+        else:
+            place, numbers = Place(step, group), gradient.dense() if isinstance(gradient, LowRankGradient) else gradient
+            _forget(state, numbers)
+        update = numbers
+        for transform in self.transforms:
+            update = transform(update, state, place)
+        lr = group["lr"]
+        if group["weight_decay"]:
+            parameter.mul_(1 - lr * group["weight_decay"])
+        if place.basis is None:
+            parameter.add_(update.to(parameter.dtype), alpha=-float(lr))
+        else:
+            _lift(parameter, update, place.basis, place.left, -float(lr))
+
+    def _before(self, parameter: torch.Tensor, state: State, basis: Basis) -> Basis | None:
+        """The basis of the step before, if it was another."""
+        before = self._bases.get(parameter)
+        if before is None and "basis_draw" in state:  # loaded
+            key = round_keys(state["basis_draw"], parameter.device)
+            rank, unbiased = state["basis_rank"], bool(state["basis_unbiased"])
+            method = int(state["basis_method"]).to_bytes(16, "big").strip(b"\0").decode()
+            subspace = state.get("basis_subspace")
+            if subspace is not None and basis.state is not None and torch.equal(subspace, basis.state.to(subspace.dtype)):
+                subspace = basis.state
+            before = Basis(method, basis.width, rank, key, state["basis_draw"], unbiased, subspace)
+        return None if before is None or before.spans_as(basis) else before
+
+    def _remember(self, parameter: torch.Tensor, state: State, basis: Basis) -> None:
+        """What the basis can be made of again, in numbers, which is all that torch loads. A subspace in the parameter's dtype, to
+        which it casts all that it loads."""
+        state["basis_draw"], state["basis_method"] = basis.draw, int.from_bytes(basis.method.encode(), "big")
+        state["basis_rank"], state["basis_unbiased"] = basis.rank, basis.unbiased
+        if basis.state is not None:
+            state["basis_subspace"] = basis.state.to(parameter.dtype)
+        self._bases[parameter] = basis
+
+
+def _lift(parameter: torch.Tensor, update: torch.Tensor, basis: Basis, left: bool, size: float) -> None:
+    """parameter += size * lift(update), in place."""
+    p = basis.matrix().to(parameter.dtype)
+    update = update.to(parameter.dtype)
+    if parameter.dim() == 2:
+        parameter.addmm_(*((p, update) if left else (update, p.t())), alpha=size)
+        return
+    wide = p.expand(parameter.shape[0], *p.shape)
+    parameter.baddbmm_(*((wide, update) if left else (update, wide.transpose(1, 2))), alpha=size)
+
+
+def _forget(state: State, numbers: torch.Tensor) -> None:
+    """A gradient that is dense now, where it was in factors: its moments begin anew."""
+    if "basis_draw" in state or any(k in state and state[k].shape != numbers.shape for k in ("exp_avg", "exp_avg_sq")):
+        for name in (*_BASIS, "exp_avg", "exp_avg_sq"):
+            state.pop(name, None)
+        state["began"] = int(state["step"]) - 1
+
+
+def _check(group: dict[str, Any]) -> None:
+    def refuse(name: str, allowed: str) -> ValueError:
+        return ValueError(f"{name}={group[name]!r} is not usable. Allowed: {allowed}.")
+
+    if not (isinstance(group["lr"], torch.Tensor) or group["lr"] >= 0):
+        raise refuse("lr", "a number of 0 or more")
+    if not group["weight_decay"] >= 0:
+        raise refuse("weight_decay", "a number of 0 or more")
+    if "betas" in group and not all(0 <= b < 1 for b in group["betas"]):
+        raise refuse("betas", "two numbers in [0, 1)")
+    if "eps" in group and not group["eps"] >= 0:
+        raise refuse("eps", "a number of 0 or more")
+    if "alpha" in group and not group["alpha"] > 0:
+        raise refuse("alpha", "a number above 0")

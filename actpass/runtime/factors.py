@@ -1,0 +1,66 @@
+"""How a compiled region's coefficients become the gradients of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from actpass._torch import FakeTensor
+from actpass.codecs import LEARNED
+from actpass.codecs.generator import step_seed
+from actpass.config import Config
+from actpass.gradients import Basis, Coefficients
+from actpass.runtime.clock import CLOCK
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """A parameter whose gradient a region leaves in its factors. position: in the region's arguments. shape: of the
+    coefficients. left: see `actpass.gradients.LowRankGradient`. method, width, rank, unbiased: of the basis. state: which of
+    the region's learned subspaces it is built from, None: none."""
+
+    position: int
+    shape: tuple[int, ...]
+    left: bool
+    method: str
+    width: int
+    rank: int
+    unbiased: bool
+    state: int | None
+
+
+def factors_of(plan: Mapping[str, Any], paths: Sequence[str | None]) -> tuple[Factor, ...]:
+    """Those of a plan (as its `to_dict` has it). paths: of the region's inputs."""
+    projected = [d for d in plan["decisions"] if d["rank"] is not None]
+    learned = [d for d in projected if d["method"] in LEARNED]
+    found = []
+    for g in plan["factored"]:
+        d = next(d for d in projected if d["site"] == g["site"] and g["parameter"] in d["parameters"] and d["matmuls"])
+        state = learned.index(d) if d in learned else None
+        position, unbiased = paths.index(g["parameter"]), d["scale"] == "unbiased"
+        found.append(Factor(position, tuple(g["shape"]), g["left"], d["method"], d["width"], d["rank"], unbiased, state))
+    return tuple(found)
+
+
+def with_coefficients(fn: Callable[..., Any], factors: Sequence[Factor], count: int, config: Config) -> Callable[..., Any]:
+    """``fn(*inputs, *state)`` for a compiled one that also takes the places of coefficients, last. count: of the model's own
+    inputs; the state begins with the seeds' keys (and has points and subspaces behind two of them)."""
+
+    def run(*args: Any) -> Any:
+        if any(isinstance(a, FakeTensor) for a in args[:count]):
+            return fn(*args, *(args[f.position].new_zeros(()).expand(f.shape) for f in factors))
+        step, state = CLOCK.steps, args[count:]
+        bases: dict[Any, Basis] = {}
+        places = []
+        for f in factors:
+            key = (f.method, f.width, f.rank, f.unbiased, f.state)
+            if key not in bases:
+                at = 0 if f.state is None else 1
+                draw = config.draw_at(step) if f.state is None else config.learned_draw_at(step)
+                subspace = None if f.state is None else state[3 + f.state]
+                bases[key] = Basis(f.method, f.width, f.rank, state[at], step_seed(config.seed, draw), f.unbiased, subspace)
+            places.append(Coefficients.apply(args[f.position], bases[key], f.left, f.shape))
+        return fn(*args, *places)
+
+    return run

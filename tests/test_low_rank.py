@@ -1,0 +1,308 @@
+"""Gradients in their factors: what training loops do to them is what they would do to the dense ones."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import actpass
+from actpass.codecs.generator import round_keys
+from actpass.gradients import Basis, LowRankGradient, nbytes
+from actpass.measure import measure
+from actpass.runtime.subspaces import STORE
+
+from . import models
+from .helpers import eager_actcomp, error, loss_of
+from .test_gradients import Net
+from .test_gradients import inputs as net_inputs
+
+ROWS, WIDTH, RANK = 6, 16, 4
+
+
+def basis(method: str = "haar", draw: int = 5) -> Basis:
+    return Basis(method, WIDTH, RANK, round_keys(draw), draw)
+
+
+def gradient(
+    draw: int = 5, *, left: bool = False, seed: int = 0, method: str = "haar", dtype: torch.dtype = torch.float32
+) -> Any:
+    shape = (RANK, ROWS) if left else (ROWS, RANK)
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return LowRankGradient(numbers, basis(method, draw), left=left)
+
+
+def weight(g: torch.Tensor) -> nn.Parameter:
+    parameter = nn.Parameter(torch.ones(g.shape, dtype=g.dtype))
+    parameter.grad = g
+    return parameter
+
+
+both_sides = pytest.mark.parametrize("left", [False, True])
+
+
+# ------------------------------------------------------------------------------------------------------- from a region
+
+
+MODELS: dict[str, Callable[[], models.Made]] = {
+    "transformer": models.transformer, "llama": models.llama, "gpt2": models.gpt2, "net": lambda: (Net(), net_inputs()),
+}  # fmt: skip
+
+
+def gradients_of(name: str, **options: Any) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    STORE.clear()
+    model, inputs = MODELS[name]()
+    torch.manual_seed(0)
+    function = torch.compile(model, backend=eager_actcomp(profitable_only=False, nonlinear_rank=None, **options)
+                             if options["method"] in ("pca", "prac", "oasis") else
+                             eager_actcomp(profitable_only=False, **options))  # fmt: skip
+    loss_of(function(**inputs)).backward()
+    loss_of(function(**inputs)).backward()  # accumulated
+    return model, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("method", ["haar", "gaussian", "prac", "oasis"])
+@pytest.mark.parametrize("name", MODELS)
+def test_factors_are_those_of_the_dense_gradient(name: str, method: str):
+    _, want = gradients_of(name, method=method, rank=8)
+    model, got = gradients_of(name, method=method, rank=8, gradients="low_rank")
+    factored = {n for n, g in got.items() if isinstance(g, LowRankGradient)}
+    projected = {p for r in actpass.report(model).regions for d in r.plan["decisions"] if d["rank"] for p in d["parameters"]}
+    assert factored == projected
+    assert len(factored) >= 4
+    for n, g in got.items():
+        if isinstance(g, LowRankGradient):
+            assert g.is_factored
+            assert nbytes(g) <= want[n].nbytes * 8 / min(want[n].shape[-2:])
+            assert error(g.dense(), want[n]) < 1e-6, n
+        else:
+            assert torch.equal(g, want[n]), n
+
+
+def test_a_weight_that_is_read_twice_has_the_sum_of_its_factors():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared, self.head = nn.Linear(24, 24, bias=False), nn.Linear(24, 24)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(torch.tanh(self.shared(torch.tanh(self.shared(x))))).square().mean()
+
+    torch.manual_seed(0)
+    model, x = Twice(), torch.randn(32, 24)
+
+    def run(**options: Any) -> Any:
+        torch.compiler.reset()
+        model.zero_grad()
+        torch.compile(model, backend=eager_actcomp(method="haar", rank=8, profitable_only=False, **options))(x).backward()
+        return model.shared.weight.grad
+
+    want = run()
+    got = run(gradients="low_rank")
+    assert isinstance(got, LowRankGradient)
+    assert error(got.dense(), want) < 1e-6
+
+
+def test_a_weight_whose_gradient_has_another_source_stays_dense():
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(24, 24, bias=False), nn.Linear(24, 24, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(torch.tanh(self.a(x))).square().mean() + self.a.weight.square().sum()
+
+    model = Other()
+    function = torch.compile(model, backend=eager_actcomp(method="haar", rank=8, gradients="low_rank"))
+    function(torch.randn(32, 24)).backward()
+    assert not isinstance(model.a.weight.grad, LowRankGradient)
+    assert isinstance(model.b.weight.grad, LowRankGradient)
+
+
+def test_the_dense_gradient_never_exists():
+    """Compiled by Inductor, measured by allocation events: a step of a wide layer on few tokens is nearly all gradients."""
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(*(nn.Linear(512, 512, bias=False) for _ in range(4)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layers(x).square().mean()
+
+    torch.manual_seed(0)
+    model, x = Wide(), torch.randn(16, 512)
+
+    def peak(**options: Any) -> tuple[int, int]:
+        torch.compiler.reset()
+        function = torch.compile(model, backend="actcomp", options={"method": "haar", "rank": 64, **options})
+
+        def step() -> None:
+            function(x).backward()
+
+        for _ in range(2):
+            step()
+            model.zero_grad(set_to_none=True)
+        found = measure(step)
+        held = sum(nbytes(p.grad) for p in model.parameters() if p.grad is not None)
+        model.zero_grad(set_to_none=True)
+        return found.peak_bytes, held
+
+    whole = 4 * 512 * 512 * 4
+    dense, held = peak(profitable_only=False)
+    assert held == whole
+    low, held = peak(gradients="low_rank")
+    assert held == whole * 64 // 512
+    assert dense > whole
+    assert low < 0.4 * dense
+
+
+def test_options_that_mean_nothing_are_refused():
+    for options in ({"method": "exact"}, {"method": "int8"}, {}):
+        with pytest.raises(actpass.OptionError, match="goes with a projection"):
+            eager_actcomp({**options, "gradients": "low_rank"})
+    with pytest.raises(actpass.OptionError, match="dense, low_rank"):
+        eager_actcomp({"method": "haar", "gradients": "lowrank"})
+
+
+def test_the_plan_of_a_run_has_its_factors_and_is_followed():
+    model, inputs = models.transformer()
+    run = torch.compile(model, backend=eager_actcomp(method="haar", rank=8, gradients="low_rank"))
+    loss_of(run(**inputs)).backward()
+    report = actpass.report(model)
+    want = {n: p.grad.dense() for n, p in model.named_parameters() if isinstance(p.grad, LowRankGradient)}
+    assert want
+    model.zero_grad()
+    torch.compiler.reset()
+    loss_of(torch.compile(model, backend=eager_actcomp(plan=report.plan))(**inputs)).backward()
+    assert actpass.report(model).plan_hash == report.plan_hash
+    for n, p in model.named_parameters():
+        assert isinstance(p.grad, LowRankGradient) == (n in want)
+        if n in want:
+            assert torch.equal(p.grad.dense(), want[n])
+
+
+# ------------------------------------------------------------------------------------------------ what loops do to them
+
+
+@both_sides
+@pytest.mark.parametrize("method", ["haar", "gaussian"])
+def test_norm_and_clipping_are_those_of_the_dense_gradient(left: bool, method: str):
+    g = gradient(left=left, method=method)
+    dense, parameter, plain = g.dense().clone(), weight(g), nn.Parameter(torch.ones(3))
+    plain.grad = torch.full((3,), 2.0)
+    want = nn.Parameter(torch.ones(g.shape)), nn.Parameter(torch.ones(3))
+    want[0].grad, want[1].grad = dense.clone(), plain.grad.clone()
+    total = torch.nn.utils.clip_grad_norm_([parameter, plain], 0.5)
+    assert torch.allclose(total, torch.nn.utils.clip_grad_norm_(want, 0.5), rtol=1e-5)
+    assert parameter.grad is not None
+    assert parameter.grad.is_factored
+    assert torch.allclose(parameter.grad.dense(), want[0].grad, atol=1e-6)
+    assert torch.allclose(parameter.grad.norm(), want[0].grad.norm())
+    assert torch.allclose(parameter.grad.norm(float("inf")), want[0].grad.norm(float("inf")), atol=1e-6)
+
+
+@both_sides
+def test_accumulation_scaling_and_zeroing_stay_in_the_factors(left: bool):
+    a, b = gradient(left=left), gradient(left=left, seed=1)
+    want = a.dense() + b.dense()
+    a += b
+    assert a.is_factored
+    assert torch.allclose(a.dense(), want, atol=1e-6)
+    a.mul_(0.5).div_(torch.tensor(2.0))
+    assert a.is_factored
+    assert torch.allclose(a.dense(), want / 4, atol=1e-6)
+    c = (a + b) * 2
+    assert isinstance(c, LowRankGradient)
+    assert torch.allclose(c.dense(), want / 2 + 2 * b.dense(), atol=1e-6)
+    a.zero_()
+    assert a.is_factored
+    assert float(a.norm()) == 0.0
+    a += gradient(9, left=left)  # what is zero takes up another subspace
+    assert a.is_factored
+    assert torch.equal(a.dense(), gradient(9, left=left).dense())
+
+
+@both_sides
+def test_another_subspace_makes_it_dense_and_right(left: bool):
+    a, b = gradient(left=left), gradient(9, left=left)
+    want = a.dense() + b.dense()
+    a += b
+    assert not a.is_factored
+    assert torch.allclose(a, want)
+    a *= 2
+    assert torch.allclose(a.dense(), 2 * want)
+
+
+def test_clipping_by_value_makes_it_dense_and_right():
+    parameter = weight(gradient())
+    assert parameter.grad is not None
+    want = parameter.grad.dense().clamp(-0.1, 0.1)
+    torch.nn.utils.clip_grad_value_([parameter], 0.1)
+    assert torch.equal(parameter.grad.dense(), want)
+
+
+@pytest.mark.parametrize("infinite", [False, True])
+def test_the_scaler_unscales_and_sees_infinities(infinite: bool):
+    g = gradient()
+    want = g.dense() / 8
+    if infinite:
+        g.coefficients[0, 0] = float("inf")
+    parameter = weight(g)
+    found = torch.zeros(1)
+    torch._amp_foreach_non_finite_check_and_unscale_([parameter.grad], found, torch.tensor(1 / 8))
+    assert bool(found) == infinite
+    assert parameter.grad is not None
+    assert parameter.grad.is_factored
+    if not infinite:
+        assert torch.allclose(parameter.grad.dense(), want)
+
+
+OPTIMIZERS: list[Any] = [
+    (torch.optim.AdamW, {"foreach": False}), (torch.optim.AdamW, {"foreach": True}), (torch.optim.AdamW, {"fused": True}),
+    (torch.optim.Adam, {"weight_decay": 0.1}), (torch.optim.SGD, {"momentum": 0.9}), (torch.optim.SGD, {"foreach": True}),
+    (torch.optim.Adagrad, {}), (torch.optim.RMSprop, {"momentum": 0.5}), (torch.optim.Adafactor, {}), (torch.optim.NAdam, {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "options"), OPTIMIZERS)
+def test_torch_optimizers_step_as_with_the_dense_gradient(kind: Any, options: dict[str, Any]):
+    parameter, want = weight(gradient()), nn.Parameter(torch.ones(ROWS, WIDTH))
+    ours, theirs = kind([parameter], lr=0.1, **options), kind([want], lr=0.1, **options)
+    for i in range(3):  # the subspace changes under way
+        parameter.grad = gradient(5 if i < 2 else 6, seed=i)
+        want.grad = gradient(5 if i < 2 else 6, seed=i).dense().clone()
+        ours.step()
+        theirs.step()
+        assert parameter.grad.is_factored
+    assert torch.allclose(parameter, want, atol=1e-6)
+    ours.zero_grad(set_to_none=False)
+    assert float(parameter.grad.norm()) == 0.0
+
+
+def test_copies_files_and_text():
+    g = gradient(dtype=torch.bfloat16)
+    for other in (copy.deepcopy(g), _through_a_file(g), g.clone(), g.detach()):
+        assert isinstance(other, LowRankGradient)
+        assert torch.equal(other.dense(), g.dense())
+    assert copy.deepcopy(g).coefficients.data_ptr() != g.coefficients.data_ptr()
+    assert "haar, rank 4" in repr(g)
+    assert g.to(torch.float32).dtype == torch.float32
+    assert torch.allclose(g.to(torch.float32).dense(), g.float().dense())
+    assert g.shape == (ROWS, WIDTH)
+    assert torch.equal(g.abs(), g.dense().abs())
+    assert torch.equal(g @ torch.ones(WIDTH, dtype=g.dtype), g.dense() @ torch.ones(WIDTH, dtype=g.dtype))
+
+
+def _through_a_file(g: torch.Tensor) -> torch.Tensor:
+    file = io.BytesIO()
+    torch.save(g, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)

@@ -1,0 +1,293 @@
+"""Optimizers: each equals its definition, written out, and all keep torch's contract."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import actpass
+from actpass.codecs import LEARNED, PROJECTIONS
+from actpass.codecs.generator import round_keys
+from actpass.codecs.learned import first_state
+from actpass.gradients import Basis, LowRankGradient
+from actpass.optim import AdamW, CompActAdamW, LazySubspaceAdamW, OasisAdamW
+from actpass.runtime.clock import CLOCK
+from actpass.runtime.subspaces import STORE
+
+from . import models
+from .helpers import eager_actcomp, loss_of
+
+ROWS, WIDTH, RANK = 6, 16, 4
+LR, BETA1, BETA2, EPS, DECAY = 0.1, 0.9, 0.95, 1e-8, 0.02
+COMMON: dict[str, Any] = {"lr": LR, "betas": (BETA1, BETA2), "eps": EPS, "weight_decay": DECAY}
+ALL = (AdamW, CompActAdamW, OasisAdamW, LazySubspaceAdamW)
+every = pytest.mark.parametrize("kind", ALL)
+
+
+def seeded(method: str, draw: int, rank: int = RANK) -> Basis:
+    return Basis(method, WIDTH, rank, round_keys(draw), draw)
+
+
+def learned(draw: int, rank: int = RANK) -> Basis:
+    state = first_state(LEARNED["oasis"], round_keys(draw), WIDTH, rank)
+    return Basis("oasis", WIDTH, rank, round_keys(0), 0, True, state)
+
+
+def numbers(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def through(optimizer: Any, parameter: nn.Parameter, bases: list[Basis], left: bool) -> list[torch.Tensor]:
+    """The parameter after each step; coefficients are seeded by the step."""
+    found = []
+    for i, basis in enumerate(bases):
+        shape = (basis.rank, ROWS) if left else (ROWS, basis.rank)
+        parameter.grad = LowRankGradient(numbers(i, *shape), basis, left=left)
+        optimizer.step()
+        found.append(parameter.detach().clone())
+    return found
+
+
+def start(left: bool) -> nn.Parameter:
+    return nn.Parameter(numbers(99, *((WIDTH, ROWS) if left else (ROWS, WIDTH))))
+
+
+def adam(bases: list[Basis], carry: Callable[..., Any], alpha: float = 1.0, *, reset: bool = False) -> list[torch.Tensor]:
+    """Written out, in double, for G = C P^T. carry(m, v, t, old, new) -> m, v."""
+    w = numbers(99, ROWS, WIDTH).double()
+    m = v = torch.zeros(ROWS, bases[0].rank, dtype=torch.float64)
+    found, began = [], 0
+    for t, basis in enumerate(bases, 1):
+        p = basis.matrix().double()
+        c = numbers(t - 1, ROWS, basis.rank).double()
+        if t > 1 and not bases[t - 2].spans_as(basis):
+            m, v = carry(m, v, t, bases[t - 2].matrix().double(), p)
+            began = t - 1 if reset else began
+        m, v = BETA1 * m + (1 - BETA1) * c, BETA2 * v + (1 - BETA2) * c**2
+        k = t - began
+        update = (m / (1 - BETA1**k)) / ((v / (1 - BETA2**k)).sqrt() + EPS)
+        w = (1 - LR * DECAY) * w - LR * alpha * update @ p.T
+        found.append(w.clone())
+    return found
+
+
+def keep(m: Any, v: Any, *_: Any) -> Any:
+    return m, v
+
+
+def nothing(m: Any, v: Any, t: int, old: Any, new: Any) -> Any:
+    return torch.zeros(ROWS, new.shape[1], dtype=torch.float64), torch.zeros(ROWS, new.shape[1], dtype=torch.float64)
+
+
+def ldadam(m: Any, v: Any, t: int, old: Any, new: Any) -> Any:
+    q = (old / old.norm(dim=0)).T @ (new / new.norm(dim=0))
+    mean, second = m / (1 - BETA1 ** (t - 1)), v / (1 - BETA2 ** (t - 1))
+    carried = mean @ q
+    spread = (second - mean**2) @ (q**2)
+    return carried * (1 - BETA1 ** (t - 1)), (1 - BETA2 ** (t - 1)) * (spread + carried**2).abs()
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "more", "carry", "alpha", "reset"),
+    [
+        (AdamW, {}, keep, 1.0, False),
+        (CompActAdamW, {"alpha": 0.25}, keep, 0.25, False),
+        (OasisAdamW, {}, ldadam, 1.0, False),
+        (LazySubspaceAdamW, {}, nothing, 1.0, True),
+    ],
+)
+@pytest.mark.parametrize("method", ["gaussian", "haar", "oasis"])
+def test_in_factors_each_is_its_definition(
+    kind: Any, more: Any, carry: Any, alpha: float, reset: bool, method: str, left: bool
+):
+    draws = [1, 1, 1, 2, 2, 3]
+    known = {d: learned(d) if method == "oasis" else seeded(method, d) for d in draws}
+    bases = [known[d] for d in draws]
+    got = through(kind([parameter := start(left)], **COMMON, **more), parameter, bases, left)
+    want = adam(bases, carry, alpha, reset=reset) if not left else None
+    if want is None:  # the same problem, transposed
+        transposed = []
+        parameter = nn.Parameter(start(left).detach().T.contiguous())
+        optimizer = kind([parameter], **COMMON, **more)
+        for i, basis in enumerate(bases):
+            parameter.grad = LowRankGradient(numbers(i, basis.rank, ROWS).T.contiguous(), basis, left=False)
+            optimizer.step()
+            transposed.append(parameter.detach().T.clone())
+        want = transposed
+    for a, b in zip(got, want, strict=True):
+        assert torch.allclose(a.double(), b.double(), atol=2e-5)
+
+
+@every
+def test_dense_gradients_get_adamws_step(kind: Any):
+    parameter, want = start(False), start(False)
+    ours, theirs = kind([parameter], **COMMON), torch.optim.AdamW([want], **COMMON)
+    for i in range(4):
+        parameter.grad, want.grad = numbers(i, ROWS, WIDTH), numbers(i, ROWS, WIDTH)
+        ours.step()
+        theirs.step()
+    assert torch.allclose(parameter, want, atol=1e-6)
+
+
+def test_moments_in_one_full_basis_are_carried_to_another_exactly():
+    """At rank N with orthonormal columns nothing is lost of m."""
+    bases = [seeded("haar", d, WIDTH) for d in (1, 2)]
+    parameter = start(False)
+    optimizer = OasisAdamW([parameter], **COMMON)
+    dense = numbers(0, ROWS, WIDTH)
+    parameter.grad = LowRankGradient(dense @ bases[0].matrix(), bases[0], left=False)
+    optimizer.step()
+    parameter.grad = LowRankGradient(torch.zeros(ROWS, WIDTH), bases[1], left=False)
+    optimizer.step()
+    m = optimizer.state[parameter]["exp_avg"] @ bases[1].matrix().T
+    assert torch.allclose(m, BETA1 * (1 - BETA1) * dense, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_state_takes_the_bytes_of_the_coefficients(kind: Any):
+    parameter = start(False)
+    optimizer = kind([parameter], **COMMON)
+    through(optimizer, parameter, [seeded("haar", 1)], False)
+    state = optimizer.state[parameter]
+    held = sum(t.numel() for k, t in state.items() if isinstance(t, torch.Tensor) and k != "step")
+    assert held == 2 * ROWS * RANK
+
+
+@every
+@pytest.mark.parametrize("ranks", [(4, 4), (4, 6), (6, 4)])
+@pytest.mark.parametrize("method", ["haar", "oasis"])
+def test_resume_is_bitwise_across_a_refresh_and_a_change_of_rank(kind: Any, ranks: tuple[int, int], method: str):
+    def basis(draw: int, rank: int) -> Basis:
+        return learned(draw, rank) if method == "oasis" else seeded(method, draw, rank)
+
+    first, second = basis(1, ranks[0]), basis(2, ranks[1])
+    bases = [first, first, second, second]
+    for stop in (1, 2, 3):
+        parameter = start(False)
+        optimizer = kind([parameter], **COMMON)
+        want = through(optimizer, parameter, bases, False)[-1]
+
+        parameter = start(False)
+        optimizer = kind([parameter], **COMMON)
+        through(optimizer, parameter, bases[:stop], False)
+        file = io.BytesIO()
+        torch.save(optimizer.state_dict(), file)
+        file.seek(0)
+        resumed = nn.Parameter(parameter.detach().clone())
+        optimizer = kind([resumed], lr=1.0)
+        optimizer.load_state_dict(torch.load(file, weights_only=True))
+        loaded: dict[int, Basis] = {}  # as they come from a file
+        for i in range(stop, len(bases)):
+            b = bases[i]
+            if b.state is not None:
+                again = Basis(b.method, b.width, b.rank, b.key.clone(), b.draw, b.unbiased, b.state.clone())
+                b = loaded.setdefault(id(b), again)
+            resumed.grad = LowRankGradient(numbers(i, ROWS, b.rank), b, left=False)
+            optimizer.step()
+        assert torch.equal(resumed, want), stop
+
+
+@every
+def test_the_contract_of_torch_optimizers(kind: Any):
+    a, b = start(False), nn.Parameter(torch.ones(3))
+    optimizer = kind([{"params": [a], "lr": 0.5}, {"params": [b], "weight_decay": 0.0}], lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        loss = a.square().sum() + b.square().sum()
+        loss.backward()
+        return loss
+
+    before = float(closure())
+    for _ in range(3):
+        assert float(optimizer.step(closure)) <= before
+        schedule.step()
+    assert [g["lr"] for g in optimizer.param_groups] == [0.0625, 0.0125]
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "lr": 0.3})
+    assert len(optimizer.param_groups) == 3
+    twin = copy.deepcopy(optimizer)
+    assert torch.equal(next(iter(twin.state.values()))["exp_avg"], optimizer.state[a]["exp_avg"])
+    optimizer.zero_grad(set_to_none=False)
+    assert float(a.grad.norm()) == 0.0  # pyright: ignore[reportOptionalMemberAccess]
+    optimizer.zero_grad()
+    assert a.grad is None
+    at = a.detach().clone()
+    optimizer.step()  # nothing to do
+    assert torch.equal(a, at)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"lr": -1.0}, "lr"), ({"betas": (1.0, 0.9)}, "betas"), ({"eps": -1.0}, "eps"), ({"weight_decay": -1.0}, "weight_decay")],
+)
+@every
+def test_options_out_of_range_are_refused(kind: Any, options: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=f"{message}=.*Allowed"):
+        kind([start(False)], **options)
+
+
+METHODS: list[Any] = [
+    (CompActAdamW, {"method": "gaussian", "refresh_interval": 5, "rank": 0.5}),
+    (OasisAdamW, {"method": "oasis", "rank": 0.5}),
+    (LazySubspaceAdamW, {"method": "haar", "refresh_interval": 5, "rank": 0.5}),
+    (AdamW, {"method": "haar", "rank": 0.5}),
+    (AdamW, {"method": "exact", "gradients": "dense"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), METHODS)
+def test_a_model_learns_and_resumes_bitwise(kind: Any, options: dict[str, Any], tmp_path: Any):
+    """One optimizer for all parameters; clipping and a schedule; stopped in the middle, across a refresh."""
+    options = {"gradients": "low_rank", **options}
+    assert options["method"] in (*PROJECTIONS, *LEARNED, "exact")
+
+    def begin() -> Any:
+        torch.compiler.reset()
+        model, inputs = models.transformer()
+        optimizer = kind(model.parameters(), lr=3e-3)
+        return model, inputs, optimizer, torch.compile(model, backend=eager_actcomp(options))
+
+    def train(model: Any, inputs: Any, optimizer: Any, run: Any, steps: int) -> list[float]:
+        losses = []
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = loss_of(run(**inputs))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    CLOCK.steps = 0
+    STORE.clear()
+    parts = begin()
+    losses = train(*parts, 12)
+    assert losses[-1] < 0.8 * losses[0]
+    want = copy.deepcopy(parts[0].state_dict())
+
+    CLOCK.steps = 0
+    STORE.clear()
+    parts = begin()
+    train(*parts, 7)
+    model, _, optimizer, _ = parts
+    saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "actpass": actpass.state_dict(model)}
+    torch.save(saved, tmp_path / "run.pt")
+    CLOCK.steps = 99
+    STORE.clear()
+    parts = begin()
+    model, _, optimizer, _ = parts
+    data = torch.load(tmp_path / "run.pt", weights_only=True)
+    model.load_state_dict(data["model"])
+    optimizer.load_state_dict(data["optimizer"])
+    actpass.load_state_dict(model, data["actpass"])
+    train(*parts, 5)
+    for n, t in model.state_dict().items():
+        assert torch.equal(t, want[n]), n
