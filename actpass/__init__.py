@@ -28,6 +28,7 @@ from actpass.errors import (
     ReportError,
     StateError,
 )
+from actpass.gradients import LowRankGradient
 from actpass.modelplan import ModelPlan
 from actpass.plan.calibration import Calibration
 from actpass.report import Report
@@ -40,6 +41,7 @@ __all__ = [
     "Audit",
     "BudgetError",
     "Calibration",
+    "LowRankGradient",
     "ModelPlan",
     "OptionError",
     "PictureError",

@@ -86,6 +86,8 @@ def actcomp(
     - ``refresh_interval``: optimizer steps for which a basis stays (default 1), or between two sketches of a learned subspace
       (default: `oasis` 1, others 20). ``complement``: of `prac`, ``"fresh"`` (default: drawn at each step, unbiased) or
       ``"frozen"`` (between two refreshes).
+    - ``gradients``: ``"dense"`` (default), or ``"low_rank"``: projected weight gradients stay in their factors, see
+      `actpass.gradients` and `actpass.optim`. All that can be projected is, then.
     - ``seed``: base seed of all bases (default 0).
     - ``memory_budget``: bytes of the peak of a step (an int > 1, ``"20GiB"``), ``"auto"``, or a float in [0, 1], the fraction
       of the bytes that Inductor's default would save for backward; see `actpass.budget`.

@@ -8,7 +8,6 @@ makes the gradient dense for good. So every optimizer is right with it, and thos
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -355,7 +354,3 @@ def nbytes(gradient: torch.Tensor) -> int:
     """What a gradient takes: of one in factors, its coefficients."""
     numbers = _numbers(gradient)
     return numbers.numel() * numbers.element_size()
-
-
-def relative_size(gradient: LowRankGradient) -> float:
-    return math.prod(gradient.coefficients.shape) / math.prod(gradient.shape)

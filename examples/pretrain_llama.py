@@ -2,6 +2,7 @@
 
     python examples/pretrain_llama.py                             # all defaults: minutes on a CPU
     python examples/pretrain_llama.py --method haar --rank 0.25   # weight gradients by projection
+    python examples/pretrain_llama.py --method oasis --rank 0.25 --gradients low_rank --optimizer oasis
     python examples/pretrain_llama.py --model llama-130m --bf16 --steps 10000 \\
         --data texts/ --save run --save-every 500
     python examples/pretrain_llama.py ... --resume                # the same command, after a stop
@@ -56,6 +57,7 @@ class Settings:
     seq_len: int = 0
     accumulate: int = 1
     lr: float = 0.0
+    optimizer: str = "adamw"
     warmup: float = 0.1
     weight_decay: float = 0.1
     clip: float = 1.0
@@ -71,6 +73,7 @@ class Settings:
     rank: int | float | None = None
     scale: str | None = None
     refresh_interval: int | None = None
+    gradients: str | None = None
     memory_budget: float | None = None
     override: tuple[str, ...] = ()
     save: str | None = None
@@ -81,7 +84,7 @@ class Settings:
     out: str = "pretrain_llama_compare"
 
 
-COMPRESSION = ("method", "rank", "scale", "refresh_interval", "memory_budget", "override")
+COMPRESSION = ("method", "rank", "scale", "refresh_interval", "gradients", "memory_budget", "override")
 # What may change between a checkpoint and its continuation: nothing that the weights depend on.
 NOT_OF_THE_RUN = {*("save", "save_every", "resume", "metrics", "compare", "out", "eval_every", "eval_batches")}
 BASELINE = "Inductor"
@@ -124,6 +127,8 @@ def find_problem(settings: Settings) -> str | None:
     given = [name for name in COMPRESSION if getattr(settings, name)]
     if given and settings.backend != "actcomp":
         return f"--{given[0].replace('_', '-')} goes with --backend actcomp"
+    if settings.optimizer != "adamw" and settings.gradients != "low_rank":
+        return f"--optimizer {settings.optimizer} goes with --gradients low_rank"
     if (settings.save_every or settings.resume) and not settings.save:
         return "--save-every and --resume need --save DIR"
     if settings.compare and (settings.save or settings.metrics or settings.backend != "actcomp"):
@@ -157,6 +162,7 @@ def make_train_config(settings: Settings) -> TrainConfig:
         steps=settings.steps,
         accumulate=settings.accumulate,
         lr=settings.lr,
+        optimizer=settings.optimizer,
         warmup=int(settings.warmup * settings.steps),
         weight_decay=settings.weight_decay,
         clip=settings.clip,

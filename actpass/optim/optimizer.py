@@ -103,8 +103,8 @@ class ComposedOptimizer(torch.optim.Optimizer):
         return None if before is None or before.spans_as(basis) else before
 
     def _remember(self, parameter: torch.Tensor, state: State, basis: Basis) -> None:
-        """What the basis can be made of again, in numbers, which is all that torch loads. A subspace in the parameter's dtype, to
-        which it casts all that it loads."""
+        """What the basis can be made of again, in numbers, which is all that torch loads. A subspace in the parameter's dtype,
+        to which it casts all that it loads."""
         state["basis_draw"], state["basis_method"] = basis.draw, int.from_bytes(basis.method.encode(), "big")
         state["basis_rank"], state["basis_unbiased"] = basis.rank, basis.unbiased
         if basis.state is not None:

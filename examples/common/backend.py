@@ -16,8 +16,9 @@ from . import UsageError
 BACKENDS = ("eager", "inductor", "actcomp")
 METHODS = (
     *("auto", "exact", "int8", "int4", "int2", "fp8", "fp8_e5m2"),
-    *("gaussian", "rademacher", "sparse", "haar", "srht"),
+    *("gaussian", "rademacher", "sparse", "haar", "srht", "pca", "prac", "oasis", "sampled"),
 )
+OPTIMIZERS = ("adamw", "compact", "oasis", "lazy")
 
 
 @dataclass(frozen=True, slots=True)

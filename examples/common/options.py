@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from .backend import BACKENDS, METHODS
+from .backend import BACKENDS, METHODS, OPTIMIZERS
 
 Group = argparse._ArgumentGroup
 
@@ -63,6 +63,11 @@ def add_training_options(group: Group) -> None:
     add("--seq-len", type=whole(2), metavar="N", help="tokens of a sequence (by the model)")
     add("--accumulate", type=whole(1), metavar="N", help="batches for one optimizer step (1)")
     add("--lr", type=number(0), metavar="X", help="AdamW's peak learning rate (by the model)")
+    add(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        help="adamw: torch's; compact, oasis, lazy: actpass.optim's CompActAdamW, OasisAdamW, LazySubspaceAdamW (adamw)",
+    )
     add("--warmup", type=number(0, 1), metavar="X", help="fraction of the steps (0.1)")
     add("--weight-decay", type=number(0), metavar="X", help="of matrices, not of norms (0.1)")
     add("--clip", type=number(0), metavar="X", help="largest gradient norm, 0 for none (1.0)")
@@ -98,6 +103,7 @@ def add_backend_options(group: Group) -> None:
         metavar="N",
         help="actcomp: optimizer steps for which a basis stays",
     )
+    add("--gradients", choices=("dense", "low_rank"), help="actcomp: low_rank keeps weight gradients in their factors (dense)")
     add(
         "--memory-budget",
         type=number(0, 1),

@@ -17,7 +17,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
@@ -45,6 +45,7 @@ class TrainConfig:
     steps: int
     accumulate: int
     lr: float
+    optimizer: str
     warmup: int
     weight_decay: float
     clip: float
@@ -80,7 +81,7 @@ class Run:
 
     module: nn.Module
     forward: nn.Module
-    optimizer: AdamW
+    optimizer: Optimizer
     schedule: LambdaLR
     step: int = 0  # optimizer steps done
     position: int = 0  # training batches read
@@ -100,10 +101,20 @@ def make_repeatable() -> None:
 
 
 def start_run(module: nn.Module, forward: nn.Module, config: TrainConfig) -> Run:
-    """A run at step 0, with AdamW and a cosine schedule that ends at a tenth of the rate."""
-    optimizer = AdamW(_parameter_groups(module, config), lr=config.lr, betas=(0.9, 0.95), fused=True)
+    """A run at step 0, with its optimizer and a cosine schedule that ends at a tenth of the rate."""
+    optimizer = make_optimizer(config.optimizer, _parameter_groups(module, config), config.lr)
     schedule = LambdaLR(optimizer, lambda step: cosine_factor(step, config.warmup, config.steps))
     return Run(module, forward, optimizer, schedule)
+
+
+def make_optimizer(name: str, groups: list[dict[str, object]], lr: float) -> Optimizer:
+    """AdamW, or one of `actpass.optim` that steps in the subspace of low-rank gradients."""
+    if name == "adamw":
+        return AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    from actpass import optim
+
+    kinds = {"compact": optim.CompActAdamW, "oasis": optim.OasisAdamW, "lazy": optim.LazySubspaceAdamW}
+    return kinds[name](groups, lr=lr, betas=(0.9, 0.95))
 
 
 def _parameter_groups(module: nn.Module, config: TrainConfig) -> list[dict[str, object]]:
