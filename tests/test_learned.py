@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from actpass.codecs import LEARNED
 from actpass.codecs.generator import round_keys, step_seed
-from actpass.codecs.learned import first_state, inclusion_probabilities, moved, resized, sketch, state_shape
+from actpass.codecs.learned import first_state, inclusion_probabilities, moved, nudged, resized, sketch, state_shape
 from actpass.codecs.orthonormal import orthonormal
 
 N, R, TOKENS, SEEDS = 96, 24, 1536, 256
@@ -167,3 +167,22 @@ def test_tokens_of_less_rank_than_asked_for_give_a_whole_subspace(name: str):
     assert torch.isfinite(p).all()
     leading = q[:, : min(3, method.principal(R))]
     assert float((x @ leading @ leading.t() - x).norm() / x.norm()) < 1e-3
+
+
+def test_a_small_move_without_eigenvectors_spans_what_the_sorted_one_spans():
+    method = LEARNED["oasis"]
+    state = first_state(method, round_keys(3), N, R)
+    for i in range(4):
+        taken = sketch(tokens(i), state, points(seed=i))
+        quick, (sorted_, _) = nudged(state, taken, 0.2), moved(method, state, taken, R, 0.2)
+        a, b = quick[:-1].double(), sorted_[:-1].double()
+        assert float((a.T @ a - torch.eye(a.shape[1])).abs().max()) < 1e-5
+        assert float((a @ a.T - b @ b.T).norm() / b.shape[1] ** 0.5) < 1e-3
+        assert float((a @ a.T - state[:-1].double() @ state[:-1].double().T).norm()) > 1e-2  # it moves
+        state = sorted_
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
+def test_a_small_move_by_nonsense_moves_nothing(bad: float):
+    state = first_state(LEARNED["oasis"], round_keys(3), N, R)
+    assert torch.equal(nudged(state, torch.full_like(state, bad), 0.2), state)

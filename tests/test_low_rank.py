@@ -68,8 +68,10 @@ def gradients_of(name: str, **options: Any) -> tuple[nn.Module, dict[str, torch.
     return model, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("method", ["haar", "gaussian", "prac", "oasis"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("net", "gaussian"), ("net", "prac"), ("net", "oasis"), ("transformer", "haar"), ("llama", "oasis"), ("gpt2", "haar")],
+)
 def test_factors_are_those_of_the_dense_gradient(name: str, method: str):
     _, want = gradients_of(name, method=method, rank=8)
     model, got = gradients_of(name, method=method, rank=8, gradients="low_rank")

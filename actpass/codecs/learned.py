@@ -58,6 +58,8 @@ class LearnedProjection(ABC):
     step is cheap enough to follow a run's first thousand steps."""
     step_size: ClassVar[float] = 1.0
     """How far a basis moves to what a sketch says; 1: all the way."""
+    points: ClassVar[int] = 1024
+    """Tokens that a sketch samples at least."""
 
     def columns(self, width: int, rank: int) -> int:
         """K, the columns of the state."""
@@ -149,6 +151,7 @@ class Oasis(LearnedProjection):
     unbiased = False
     refresh_interval = 1
     step_size = 0.2
+    points = 512
 
     def draw(self, state: torch.Tensor, noise: torch.Tensor | None, rank: int) -> torch.Tensor:
         return state[:-1, :rank]
@@ -233,6 +236,29 @@ def moved(
     stepped_NK = (1 - size) * basis_NK + size * product_NK / torch.where(seen_K, energies_K, 1.0)
     basis_NK = _upright(torch.where(seen_K, stepped_NK, basis_NK))
     return _state(method, basis_NK, energies_K, rank), Spectrum((energies_K / energy).cpu())
+
+
+def nudged(state: torch.Tensor, sketched: torch.Tensor, size: float) -> torch.Tensor:
+    """The next state after a small move, by `moved`'s formula without its eigenvectors: Q + size (Y (Q^T Y)^-1 - Q), made
+    orthonormal by one CholeskyQR in float32 (its Gram matrix is I + size^2 E^T E, with E orthogonal to Q). For between two
+    calls of `moved`, which sorts the directions and says what they hold: 5 N K^2 FLOPs in place of its 14, a third of those in
+    float64. A sketch of nothing, or of what is not finite, moves nothing."""
+    basis_NK, product_NK = state[:-1], sketched[:-1]
+    gram_KK = (basis_NK.t() @ product_NK).double()
+    ridge = _RIDGE * gram_KK.diagonal().max()
+    if not math.isfinite(float(ridge)) or float(ridge) <= 0:
+        return state
+    gram_KK = (gram_KK + gram_KK.t()) / 2 + ridge * torch.eye(gram_KK.shape[0], dtype=torch.float64, device=state.device)
+    factor_KK, failed = torch.linalg.cholesky_ex(gram_KK)
+    if bool(failed):
+        return state
+    ahead_NK = torch.cholesky_solve(product_NK.t(), factor_KK.float()).t()
+    stepped_NK = (1 - size) * basis_NK + size * ahead_NK
+    factor_KK, failed = torch.linalg.cholesky_ex((stepped_NK.t() @ stepped_NK).double(), upper=True)
+    if bool(failed):
+        return state
+    basis_NK = torch.linalg.solve_triangular(factor_KK.float(), stepped_NK, upper=True, left=False)
+    return torch.cat([basis_NK, state[-1:]])
 
 
 def first_state(method: LearnedProjection, key: torch.Tensor, width: int, rank: int) -> torch.Tensor:

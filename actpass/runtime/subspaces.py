@@ -21,7 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from actpass._torch import FakeTensor
 from actpass.codecs import LEARNED
 from actpass.codecs.generator import round_keys, step_seed
-from actpass.codecs.learned import Spectrum, first_state, moved, resized, state_shape
+from actpass.codecs.learned import Spectrum, first_state, moved, nudged, resized, state_shape
 from actpass.config import Config
 from actpass.errors import ActpassWarning, StateError
 from actpass.report.spectra import SubspaceRow
@@ -30,8 +30,9 @@ Keys = Sequence[torch.Tensor]
 """`round_keys` of the step's seed, and of that of what is random in learned bases."""
 _PASSES = 3
 """Forwards of the first batch before the first step: block power steps from random directions."""
-_LEAST_POINTS = 1024
 _POINTS_PER_DIRECTION = 2
+_SORTED_EVERY = 20
+"""Of small moves, every how many sort the directions by their energy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +95,14 @@ class Subspace:
         self.step = step
 
     def move(self, sketched: torch.Tensor, size: float) -> None:
+        self.sketched = None
+        if size < 1 and self.moves % _SORTED_EVERY:
+            state = nudged(self.state, sketched, size)
+            self.moves += state is not self.state
+            self.state = state
+            return
         self.state, spectrum = moved(LEARNED[self.method], self.state, sketched, self.rank, size)
         self.spectrum = spectrum or self.spectrum
-        self.sketched = None
         self.moves += spectrum is not None
 
     def to_dict(self) -> dict[str, Any]:
@@ -143,7 +149,7 @@ def with_subspaces(
     fn: Callable[..., Any], sites: Sequence[Site], config: Config, device: torch.device, store: Store = STORE
 ) -> Callable[[tuple[Any, ...], Sequence[torch.Tensor], int], Any]:
     """``run(args, keys, step)`` for a compiled ``fn(*args, *keys, points, *states) -> (*outputs, *sketches)``."""
-    count = max(_LEAST_POINTS, *(_POINTS_PER_DIRECTION * site.shape[1] for site in sites))
+    count = max(max(LEARNED[site.method].points, _POINTS_PER_DIRECTION * site.shape[1]) for site in sites)
     nothing = torch.empty(0, device=device)
 
     def call(args: Sequence[Any], keys: Keys, points: torch.Tensor, held: Sequence[Subspace]) -> tuple[Any, Any]:
