@@ -28,6 +28,7 @@ from actpass._torch import (
     functorch_config,
     is_part_of_a_step,
     list_mode_options,
+    size_hint,
     torch_is_tested,
 )
 from actpass.budget import PeakBudget
@@ -124,6 +125,10 @@ def compile_region(
     if config.plan is not None:
         shapes += config.plan.hash  # what a search gave the same code is not this plan's
     peak = peak_budget(config, example_inputs)
+    if peak is not None:
+        for size in example_inputs:
+            if isinstance(size, torch.SymInt):
+                bool(size <= size_hint(size))  # a guard: for more than what was traced there is another plan
     if peak is not None and (is_part_of_a_step(gm) or peak.resident.elsewhere):
         peak = replace(peak, part=True, capacity=steps.capacity_of(code, shapes, peak.nbytes))
         steps.start()

@@ -33,8 +33,9 @@ def find_owners(
     joint: Joint, finding: Finding, cut: Cut, tensors: Sequence[SavedTensor], paths: Sequence[str]
 ) -> dict[str, str]:
     """The parameter that a subspace of a crossing tensor belongs to, by the tensor's node, where its last axis is one of
-    features: it has as many rows and as wide ones as what a weight reads or makes, its memory is in their order, and it is no
-    product of two activations (attention scores). paths: of the region's parameters; the nearest one is taken."""
+    features: it has as many rows and as wide ones as what a weight reads or makes, its memory is in their order, it is no
+    product of two activations (attention scores), and a value of the forward. paths: of the region's parameters; the nearest
+    one is taken."""
     shapes = {(c.groups * c.tokens, n) for c in finding.contractions for n in (c.width, c.out)}
     nodes = {n.name: n for n in cut.forward.graph.nodes}
     scores = Scores.of(joint)
@@ -44,9 +45,14 @@ def find_owners(
         val = value(node)
         if val.dim() < 2 or (math.prod(t.shape[:-1]), t.shape[-1]) not in shapes or size_hint(val.stride(-1)) != 1:
             continue
-        if not scores.behind(node):
+        if not (scores.behind(node) or _is_of_the_backward(nodes[t.root])):
             found[t.node] = _nearest(module_path(nodes[t.root]), paths)
     return found
+
+
+def _is_of_the_backward(node: fx.Node) -> bool:
+    """Whether autograd made ``node`` for the backward alone (a factor of a derivative, which upstream may compute early)."""
+    return "backward" in str(node.meta.get("partitioner_tag", ""))
 
 
 def _nearest(module: str, paths: Sequence[str]) -> str:

@@ -48,11 +48,11 @@ def decode_saved(
     payloads: dict[str, tuple[fx.Node, ...]] = {}
     new: dict[str, list[fx.Node]] = {}
     bases: tuple[dict[Any, fx.Node], dict[Any, fx.Node]] = ({}, {})
-    for decision in decisions:
+    for number, decision in enumerate(decisions, 1):  # each with random numbers of its own: two may be multiplied
         x, tensor = before[decision.site], tensors[decision.site]
         state = before[states[decision].name] if decision in states else None
         seed = first.seed if state is None else first.learned_seed
-        basis = learned_basis(forward.graph, bases[0], decision, value(x).dtype, state, seed, done, after=x)
+        basis = learned_basis(forward.graph, bases[0], decision, value(x).dtype, state, seed, done, x, number)
         z = splice(forward.graph, torch.matmul, [x, basis], after=x, like=x, inserted=done.inserted)
         rename(z, f"{_OWN}z")  # no name that another node has in the backward
         if state is not None:
@@ -63,7 +63,7 @@ def decode_saved(
         behind |= dict(zip((n.name for n in passed), receive(backward.graph, crosses, passed), strict=True))
         draw = None if state is None else behind[state.name], None if seed is None else behind[seed.name]
         shown = [(behind[name], before[name]) for name in tensor.crossing]
-        _rebuild(backward.graph, bases[1], decision, x, draw, arrived, shown, done)
+        _rebuild(backward.graph, bases[1], decision, number, x, draw, arrived, shown, done)
         payloads |= {name: (z, *passed) if name == tensor.crossing[0] else () for name in tensor.crossing}
         new[tensor.crossing[0]] = [z, *(n for n in passed if n is seed)]
         done.payloads[decision] = z.name
@@ -83,16 +83,17 @@ def _rebuild(
     graph: fx.Graph,
     bases: dict[Any, fx.Node],
     decision: Decision,
+    number: int,
     x: fx.Node,
     drawn_from: tuple[fx.Node | None, fx.Node | None],
     z: fx.Node,
     shown: Sequence[tuple[fx.Node, fx.Node]],
     done: Rewritten,
 ) -> None:
-    """Form x_hat in the backward's ``graph``, and put it where ``x`` was read. drawn_from: the subspace and the seed of the
-    basis. shown: (input of the backward to replace, the view of ``x`` that it is)."""
+    """Form x_hat in the backward's ``graph``, and put it where ``x`` was read. number: of its random numbers. drawn_from: the
+    subspace and the seed of the basis. shown: (input of the backward to replace, the view of ``x`` that it is)."""
     reader = min(user for placeholder, _ in shown for user in placeholder.users)
-    basis = learned_basis(graph, bases, decision, value(x).dtype, *drawn_from, done, after=reader.prev)
+    basis = learned_basis(graph, bases, decision, value(x).dtype, *drawn_from, done, reader.prev, number)
     before = set(done.inserted)
     x_hat = splice(graph, decode, [z, basis], after=reader.prev, like=reader, inserted=done.inserted)
     for node in done.inserted - before:

@@ -58,10 +58,15 @@ def with_eager_curve(record: Record, gm: fx.GraphModule, example_inputs: Sequenc
     if record.curves is None:
         return record
     try:
-        return replace(record, curves=replace(record.curves, eager=run_eager(gm, example_inputs)))
+        with torch.autograd.graph.saved_tensors_hooks(_same, _same):  # not those of a checkpoint around the region
+            return replace(record, curves=replace(record.curves, eager=run_eager(gm, example_inputs)))
     except Exception as error:
         reason = str(error) if isinstance(error, GraphUnsupported) else f"{type(error).__name__}: {error}"
         return replace(record, notes=(*record.notes, f"what eager mode takes is not known: {reason}"))
+
+
+def _same(x: torch.Tensor) -> torch.Tensor:
+    return x
 
 
 class _Root(torch.autograd.Function):

@@ -9,8 +9,9 @@ makes the gradient dense for good. So every optimizer is right with it, and thos
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch.utils import _pytree as pytree
@@ -32,7 +33,7 @@ class Basis:
     draw: int
     unbiased: bool = True
     state: torch.Tensor | None = None
-    _made: torch.Tensor | None = field(default=None, repr=False)
+    made: torch.Tensor | None = field(default=None, repr=False)
 
     def spans_as(self, other: Basis) -> bool:
         """Whether it is the same basis, so that coefficients may be added."""
@@ -48,28 +49,37 @@ class Basis:
 
     def matrix(self) -> torch.Tensor:
         """P in float32, kept as long as this object."""
-        if self._made is None:
+        if self.made is None:
             if self.state is None:
                 projection = PROJECTIONS[self.method]
-                self._made = projection.basis(self.key, self.width, self.rank, unbiased=self.unbiased, dtype=torch.float32)
+                self.made = projection.basis(self.key, self.width, self.rank, unbiased=self.unbiased, dtype=torch.float32)
             else:
                 method = LEARNED[self.method]
-                self._made = method.draw(self.state, method.noise(self.key, self.width, self.rank), self.rank)
-        return self._made
+                self.made = method.draw(self.state, method.noise(self.key, self.width, self.rank), self.rank)
+        return self.made
+
+
+@dataclass(eq=False)
+class _Held:
+    """What a gradient is, shared by all that show it (``.data``, ``.detach()``). dense: set once something had to write to all
+    of it; the coefficients are gone then. is_zero: whether it was zeroed since, and may take up another subspace."""
+
+    coefficients: torch.Tensor
+    basis: Basis
+    left: bool
+    dense: torch.Tensor | None = None
+    is_zero: bool = False
 
 
 class LowRankGradient(torch.Tensor):
     """The gradient of a parameter of ``shape``, in factors.
 
     left=False: coefficients C (..., M, R), G = C Pᵀ (..., M, N). left=True: C (..., R, M), G = P C (..., N, M), for weights
-    that are stored (in, out). Takes the bytes of C; the basis is shared.
+    that are stored (in, out). Takes the bytes of C; the basis is shared. `dense` gives an ordinary tensor of the same numbers
+    (for what reads memory itself, like ``.numpy()``).
     """
 
-    coefficients: torch.Tensor
-    basis: Basis
-    left: bool
-    _dense: torch.Tensor | None
-    _is_zero: bool
+    held: _Held
 
     @staticmethod
     def __new__(cls, coefficients: torch.Tensor, basis: Basis, *, left: bool) -> LowRankGradient:
@@ -79,20 +89,47 @@ class LowRankGradient(torch.Tensor):
         return made(cls, shape, dtype=coefficients.dtype, device=coefficients.device)
 
     def __init__(self, coefficients: torch.Tensor, basis: Basis, *, left: bool) -> None:
-        self.coefficients, self.basis, self.left = coefficients, basis, left
-        self._dense, self._is_zero = None, False
+        self.held = _Held(coefficients, basis, left)
+
+    @property
+    def coefficients(self) -> torch.Tensor:
+        return self.held.coefficients
+
+    @property
+    def basis(self) -> Basis:
+        return self.held.basis
+
+    @property
+    def left(self) -> bool:
+        return self.held.left
 
     @property
     def is_factored(self) -> bool:
         """Whether it still is in its factors: an operator that had to write to all of it has made it dense."""
-        return self._dense is None
+        return self.held.dense is None
 
     def dense(self) -> torch.Tensor:
         """An ordinary tensor of the same numbers."""
-        if self._dense is not None:
-            return self._dense
+        if self.held.dense is not None:
+            return self.held.dense
         c = self.coefficients
         return contract(c, self.basis.matrix().to(c.dtype), left=self.left)
+
+    def densify(self) -> torch.Tensor:
+        """Make it dense for good, and return what it is now."""
+        held = self.held
+        if held.dense is None:
+            held.dense = self.dense()
+            held.coefficients = held.coefficients.new_empty(0)
+        held.is_zero = False
+        return held.dense
+
+    def shown(self) -> LowRankGradient:
+        """Another tensor that is the same gradient: what is written to one is written to both."""
+        made: Any = torch.Tensor._make_wrapper_subclass
+        other = made(LowRankGradient, self.shape, dtype=self.dtype, device=self.device)
+        other.held = self.held
+        return other
 
     def with_coefficients(self, coefficients: torch.Tensor) -> LowRankGradient:
         """Another gradient in the same subspace."""
@@ -116,6 +153,23 @@ class LowRankGradient(torch.Tensor):
         through = (p.t() @ p) @ c if self.left else c @ (p.t() @ p)
         return (through * c).sum().clamp_min(0)
 
+    @property
+    def data(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.detach()
+
+    @data.setter
+    def data(self, new: torch.Tensor) -> None:
+        if not isinstance(new, LowRankGradient) and (new.dtype != self.dtype or new.shape != self.shape):
+            raise TypeError(
+                f"a low-rank gradient of {tuple(self.shape)}, {self.dtype} can't become a tensor of {tuple(new.shape)}, "
+                f"{new.dtype}. Allowed: the same shape and dtype. Clear the gradients first (zero_grad)."
+            )
+        if isinstance(new, LowRankGradient):
+            torch.Tensor.data.__set__(self, new)  # pyright: ignore[reportAttributeAccessIssue]
+            self.held = new.held
+        else:
+            self.densify().copy_(new)
+
     def __repr__(self, **_: Any) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
         what = f"{self.basis.method}, rank {self.basis.rank}" if self.is_factored else "dense"
         return f"LowRankGradient({tuple(self.shape)}, {self.dtype}, {what})"
@@ -126,8 +180,8 @@ class LowRankGradient(torch.Tensor):
         return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if self._dense is not None:
-            return self._dense.__reduce_ex__(protocol)
+        if not self.is_factored:
+            return self.dense().__reduce_ex__(protocol)
         b = self.basis
         return _rebuilt, (self.coefficients, b.method, b.width, b.rank, b.key, b.draw, b.unbiased, b.state, self.left)
 
@@ -158,34 +212,35 @@ def _rebuilt(
     return LowRankGradient(coefficients, Basis(method, width, rank, key, draw, unbiased, state), left=left)
 
 
+torch.serialization.add_safe_globals([_rebuilt])  # a momentum that is one, in an optimizer's state
+
+
 def _densely(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run ``func`` on dense gradients. What it writes to stays dense, and is returned as what was given."""
-    written = _written(func, args, kwargs)
+    """Run ``func`` on dense gradients. What it writes to, or gives a view of, stays dense, and is returned as it was given."""
+    kept = _kept(func, args, kwargs)
     back: dict[int, LowRankGradient] = {}
 
-    def densify(x: Any) -> Any:
+    def dense(x: Any) -> Any:
         if not isinstance(x, LowRankGradient):
             return x
-        found = x.dense()
-        if any(x is w for w in written):
-            x._dense, x._is_zero = found, False
-            x.coefficients = x.coefficients.new_empty(0)
-            back[id(found)] = x
+        if not any(x is k for k in kept):
+            return x.dense()
+        found = x.densify()
+        back[id(found)] = x
         return found
 
-    args, kwargs = pytree.tree_map(densify, (args, kwargs))
+    args, kwargs = pytree.tree_map(dense, (args, kwargs))
     result = func(*args, **kwargs)
     return pytree.tree_map(lambda x: back.get(id(x), x), result)
 
 
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """The arguments that an operator writes to."""
-    named = zip((a.name for a in func._schema.arguments), args, strict=False)
-    given = {**dict(named), **kwargs}
-    marked = [
-        given[a.name] for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write and a.name in given
-    ]
-    return [x for group in marked for x in (group if isinstance(group, list | tuple) else [group])]
+def _kept(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments that an operator writes to or returns views of. A collective writes to what it is given without saying."""
+    schema = func._schema.arguments
+    given = {**dict(zip((a.name for a in schema), args, strict=False)), **kwargs}
+    all_of_them = func.namespace == "c10d"
+    marked = [given[a.name] for a in schema if (a.alias_info is not None or all_of_them) and a.name in given]
+    return pytree.tree_leaves(marked)
 
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {}
@@ -205,7 +260,7 @@ def _is_number(x: object) -> bool:
 
 @_handles(aten.detach.default, aten.alias.default)
 def _same(func: Any, x: LowRankGradient) -> Any:
-    return x.with_coefficients(func(x.coefficients)) if x.is_factored else func(x.dense())
+    return x.shown()
 
 
 @_handles(aten.clone.default)
@@ -215,13 +270,13 @@ def _clone(func: Any, x: LowRankGradient, **_: Any) -> Any:
 
 @_handles(aten._to_copy.default)
 def _to(func: Any, x: LowRankGradient, **kwargs: Any) -> Any:
-    device = kwargs.get("device")
-    if not x.is_factored or (device is not None and torch.device(device) != x.device):
+    device, dtype = kwargs.get("device"), kwargs.get("dtype") or x.dtype
+    if not x.is_factored or not dtype.is_floating_point or (device is not None and torch.device(device) != x.device):
         return NotImplemented
     return x.with_coefficients(func(x.coefficients, **{k: v for k, v in kwargs.items() if k != "memory_format"}))
 
 
-@_handles(aten.new_empty_strided.default, aten.empty_like.default)
+@_handles(aten.new_empty_strided.default)
 def _empty(func: Any, x: LowRankGradient, *args: Any, **kwargs: Any) -> Any:
     """What autograd clones into."""
     size = tuple(args[0]) if args else tuple(x.shape)
@@ -235,12 +290,13 @@ def _copy(func: Any, x: Any, source: Any, *_: Any) -> Any:
     if not isinstance(x, LowRankGradient) or not x.adds_to(source):
         return NotImplemented
     x.coefficients.copy_(source.coefficients)
+    x.held.is_zero = False
     return x
 
 
 @_handles(aten.zero_.default)
 def _zero(func: Any, x: LowRankGradient) -> Any:
-    x._is_zero = True  # and may take up another subspace
+    x.held.is_zero = True
     return _in_place(func, x)
 
 
@@ -265,12 +321,13 @@ def _negated(func: Any, x: LowRankGradient) -> Any:
 def _add(func: Any, x: Any, y: Any, **kwargs: Any) -> Any:
     if not isinstance(x, LowRankGradient):
         return NotImplemented
-    if x._is_zero and isinstance(y, LowRankGradient) and y.is_factored:
-        x.coefficients, x.basis, x.left, x._dense = torch.zeros_like(y.coefficients), y.basis, y.left, None
+    if x.held.is_zero and isinstance(y, LowRankGradient) and y.is_factored and x.shape == y.shape:
+        held = x.held
+        held.coefficients, held.basis, held.left, held.dense = torch.zeros_like(y.coefficients), y.basis, y.left, None
     if not x.adds_to(y):
         return NotImplemented
     func(x.coefficients, y.coefficients, **kwargs)
-    x._is_zero = False
+    x.held.is_zero = False
     return x
 
 
@@ -309,27 +366,26 @@ def _foreach_scale(func: Any, xs: Sequence[torch.Tensor], by: Any) -> Any:
     """The factored ones by their coefficients, all in one call."""
     if not _is_number(by):
         return NotImplemented
-    func([_numbers(x) for x in xs], by)
+    func([numbers_of(x) for x in xs], by)
     return None
 
 
 @_handles(aten._fused_adam_.default, aten._fused_adamw_.default, aten._fused_sgd_.default, aten._fused_adagrad_.default)
-def _fused(func: Any, *args: Any, **kwargs: Any) -> Any:
+def _fused(func: Any, parameters: Any, gradients: Any, *args: Any, **kwargs: Any) -> Any:
     """It writes to gradients only where it has to unscale them."""
     if kwargs.get("grad_scale") is not None:
         return NotImplemented
-    args, kwargs = pytree.tree_map(lambda x: x.dense() if isinstance(x, LowRankGradient) else x, (args, kwargs))
-    return func(*args, **kwargs)
+    return _densely(func, (parameters, [g.dense() if isinstance(g, LowRankGradient) else g for g in gradients], *args), kwargs)
 
 
 @_handles(aten._amp_foreach_non_finite_check_and_unscale_.default)
 def _unscale(func: Any, xs: Sequence[torch.Tensor], found_inf: torch.Tensor, inv_scale: torch.Tensor) -> Any:
     """By the coefficients, which are what could be infinite."""
-    func([_numbers(x) for x in xs], found_inf, inv_scale)
+    func([numbers_of(x) for x in xs], found_inf, inv_scale)
     return None
 
 
-def _numbers(x: torch.Tensor) -> torch.Tensor:
+def numbers_of(x: torch.Tensor) -> torch.Tensor:
     """The memory that holds what ``x`` is, up to its basis."""
     if not isinstance(x, LowRankGradient):
         return x
@@ -338,19 +394,34 @@ def _numbers(x: torch.Tensor) -> torch.Tensor:
 
 class Coefficients(torch.autograd.Function):
     """An input of a compiled region whose gradient is the coefficients of a parameter's: what comes back for it goes on as the
-    parameter's gradient. It takes no memory."""
+    parameter's gradient. It takes no memory. What the basis is drawn from is saved as autograd saves tensors: where a
+    checkpoint runs the region again, perhaps at another step, the gradient lies in the basis of that run."""
 
     @staticmethod
     def forward(ctx: Any, parameter: torch.Tensor, basis: Basis, left: bool, shape: tuple[int, ...]) -> torch.Tensor:
         ctx.basis, ctx.left = basis, left
+        state = basis.key if basis.state is None else basis.state
+        ctx.save_for_backward(basis.key, torch.tensor(basis.draw), state)
         return parameter.new_zeros(()).expand(shape)
 
     @staticmethod
     def backward(ctx: Any, coefficients: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return LowRankGradient(coefficients, ctx.basis, left=ctx.left), None, None, None
+        basis: Basis = ctx.basis
+        key, draw, state = ctx.saved_tensors
+        if int(draw) != basis.draw or (basis.state is not None and state is not basis.state):
+            subspace = state if basis.state is not None else None
+            basis = replace(basis, key=key, draw=int(draw), state=subspace, made=None)
+        if _GIVEN.get(coefficients.data_ptr()) is not None:  # two parameters may have one and the same
+            coefficients = coefficients.clone()
+        _GIVEN[coefficients.data_ptr()] = coefficients
+        return LowRankGradient(coefficients, basis, left=ctx.left), None, None, None
+
+
+_GIVEN: WeakValueDictionary[int, torch.Tensor] = WeakValueDictionary()
+"""Coefficients that a gradient holds, by where they lie."""
 
 
 def nbytes(gradient: torch.Tensor) -> int:
     """What a gradient takes: of one in factors, its coefficients."""
-    numbers = _numbers(gradient)
+    numbers = numbers_of(gradient)
     return numbers.numel() * numbers.element_size()

@@ -126,9 +126,11 @@ def learned_basis(
     seed: fx.Node | None,
     done: Rewritten,
     after: fx.Node | None = None,
+    sequence: int = 0,
 ) -> fx.Node:
     """The basis of a learned subspace. state: the subspace; None where none has arrived yet (the compiler asks which there will
-    be): zeros stand for it then. seed: of what is random in it. after: where to draw it; None: where the graph begins."""
+    be): zeros stand for it then. seed: of what is random in it. after: where to draw it; None: where the graph begins.
+    sequence: of random numbers: sites of one are random alike."""
     method, width, rank = LEARNED[decision.method], decision.width, decision.rank
     assert rank is not None
     if seed is None:
@@ -141,7 +143,7 @@ def learned_basis(
         return _drawn(graph, nothing, [seed], seed, done, after)
     if tuple(value(state).shape) != state_shape(method, width, rank):
         raise GraphUnsupported(f"a subspace of {tuple(value(state).shape)} arrived for {decision.site}")
-    noise = _noise(graph, bases, method, width, rank, seed, done)
+    noise = _noise(graph, bases, method, width, rank, sequence, seed, done)
 
     def draw(state: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
         return method.draw(state, noise, rank).to(dtype)
@@ -155,17 +157,18 @@ def _noise(
     method: LearnedProjection,
     width: int,
     rank: int,
+    sequence: int,
     seed: fx.Node,
     done: Rewritten,
 ) -> fx.Node | None:
-    """What is drawn for the bases of a shape, once."""
-    key = (method.name, width, rank)
+    """What is drawn for the bases of a shape and a sequence, once."""
+    key = (method.name, width, rank, sequence)
     if not method.draws:
         return None
     if key not in bases:
 
         def noise(seed: torch.Tensor) -> torch.Tensor | None:
-            return method.noise(seed, width, rank)
+            return method.noise(seed, width, rank, sequence)
 
         bases[key] = _drawn(graph, noise, [seed], seed, done)
     return bases[key]

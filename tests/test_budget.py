@@ -297,3 +297,29 @@ def test_the_optimizers_own_step_counts():
     assert there.scratch == 2 * 4096 * 64 * 4
     assert there.optimizer_state == pytest.approx(2 * sum(p.numel() * 4 for p in big.parameters()), rel=1e-3)
     del optimizer
+
+
+def test_more_than_what_was_traced_has_a_plan_of_its_own():
+    """A dynamic batch: a larger one than the first is planned again, a smaller one is not."""
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(4)))
+    run = torch.compile(model, backend=eager_actcomp(memory_budget=2_000_000), dynamic=True)
+    for rows in (64, 32, 48):
+        run(torch.randn(rows, 64)).square().mean().backward()
+    first = actpass.report(model)
+    run(torch.randn(256, 64)).square().mean().backward()
+    again = actpass.report(model)
+    assert first.saved_bytes < again.saved_bytes
+    assert first.regions[0] is not again.regions[0]
+
+
+def test_accumulated_gradients_are_planned_for_once_there_are_any():
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(4)))
+    x = torch.randn(512, 64)
+    run = torch.compile(model, backend=eager_actcomp(memory_budget=4_000_000))
+    resident = []
+    for _ in range(3):
+        run(x).square().mean().backward()
+        report = actpass.report(model)
+        resident += [r.totals.resident_bytes for r in report.regions]
+    gradients = sum(p.numel() * 4 for p in model.parameters())
+    assert resident[-1] == resident[0] + gradients

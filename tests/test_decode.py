@@ -271,3 +271,45 @@ def test_ranks_that_mean_nothing_are_refused(rank: Any):
 def test_a_rank_for_a_method_without_a_basis_that_follows_the_data_is_refused():
     with pytest.raises(actpass.OptionError, match="pca, prac, oasis, sampled"):
         eager_actcomp(method="haar", nonlinear_rank=0.5)
+
+
+@pytest.mark.parametrize("loss", [lambda y: y.square().mean(), lambda y: y.sin().mean(), lambda y: y.sum()])
+def test_a_derivative_that_is_computed_early_is_no_tensor_to_decode(loss: Callable[[torch.Tensor], torch.Tensor]):
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(24, 24), nn.Linear(24, 24)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x + F.silu(self.a(x))
+            return loss(x + F.silu(self.b(x)))
+
+    torch.manual_seed(0)
+    model = Residual()
+    step(compiled(model, method="prac"), model, {"x": torch.randn(64, 24)})
+    assert actpass.report(model).regions[0].active
+    assert decoded(model)
+
+
+def test_two_decoded_tensors_that_are_multiplied_are_random_apart():
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(16, 16, bias=False) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (self.c(self.a(x) * self.b(x)) * torch.linspace(-1, 1, 16)).mean()
+
+    torch.manual_seed(0)
+    model, inputs = Product(), {"x": torch.randn(32, 16)}
+    _, exact = exact_step(model, inputs)
+    run = compiled(model, method="prac", rank=1.0, nonlinear_rank=8, refresh_interval=10_000)
+    want, slopes = exact["c.weight"].double(), []
+    for _ in range(256):
+        _, got = step(run, model, inputs)
+        slopes.append(float((got["c.weight"].double() * want).sum() / want.square().sum()))
+        optimizer_step()
+    assert len(decoded(model)) == 2
+    found = torch.tensor(slopes)
+    assert float(found.std()) > 0.01
+    assert abs(float(found.mean()) - 1) < 4 * float(found.std()) / 16

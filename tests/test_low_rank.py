@@ -15,6 +15,7 @@ import actpass
 from actpass.codecs.generator import round_keys
 from actpass.gradients import Basis, LowRankGradient, nbytes
 from actpass.measure import measure
+from actpass.runtime.clock import CLOCK
 from actpass.runtime.subspaces import STORE
 
 from . import models
@@ -308,3 +309,128 @@ def _through_a_file(g: torch.Tensor) -> torch.Tensor:
     torch.save(g, file)
     file.seek(0)
     return torch.load(file, weights_only=False)
+
+
+# -------------------------------------------------------------------------------- what a reviewer found in the first version
+
+
+class Shared(nn.Module):
+    """One coefficient tensor is the gradient of two weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(12, 24)), nn.Parameter(torch.randn(12, 24))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.a + self.b).square().mean()
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_two_weights_with_one_gradient_have_a_copy_each(real: bool):
+    torch.manual_seed(0)
+    model = Shared()
+    options = {"method": "haar", "rank": 8, "gradients": "low_rank", "smallest": 0}
+    function = torch.compile(
+        model, **({"backend": "actcomp", "options": options} if real else {"backend": eager_actcomp(options)})
+    )
+    function(torch.randn(32, 24)).backward()
+    a, b = model.a.grad, model.b.grad
+    assert isinstance(a, LowRankGradient)
+    assert isinstance(b, LowRankGradient)
+    assert torch.equal(a.dense(), b.dense())
+    want = b.dense() * 1.0
+    a.mul_(0.5)
+    assert torch.equal(b.dense(), want)
+
+
+WRITES: dict[str, Callable[[torch.Tensor], Any]] = {
+    "data.clamp_": lambda g: g.data.clamp_(-0.1, 0.1),
+    "data.add_": lambda g: g.data.add_(1.0),
+    "detach().add_": lambda g: g.detach().add_(1.0),
+    "[0] = 0": lambda g: g.__setitem__(0, 0.0),
+    "[:, 2:4] = 7": lambda g: g.__setitem__((slice(None), slice(2, 4)), 7.0),
+    "[0].zero_()": lambda g: g[0].zero_(),
+    "view(-1).add_": lambda g: g.view(-1).add_(1.0),
+    "t().mul_": lambda g: g.t().mul_(torch.arange(ROWS).float()),
+    "chunk": lambda g: g.chunk(2)[1].fill_(3.0),
+    "mask": lambda g: g.__setitem__(g > 0, 0.0),
+    "data = ": lambda g: setattr(g, "data", torch.ones(ROWS, WIDTH)),
+    "data.mul_": lambda g: g.data.mul_(0.5),
+    "zero copy add": lambda g: g.zero_().copy_(gradient(seed=3).dense()).add_(gradient(seed=4).dense()),
+    "alias": lambda g: (alias := g.detach(), g.zero_(), alias.add_(gradient(seed=3)), g.add_(gradient(9))),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_what_is_written_through_a_view_or_an_alias_arrives(name: str):
+    got, want = gradient(), gradient().dense().clone()
+    parameter = weight(got)
+    WRITES[name](parameter.grad)  # pyright: ignore[reportArgumentType]
+    if name == "alias":
+        want = gradient(seed=3).dense() + gradient(9).dense()
+    elif name == "zero copy add":
+        want = gradient(seed=3).dense() + gradient(seed=4).dense()
+    else:
+        WRITES[name](want)
+    assert torch.allclose(got.dense(), want, atol=1e-6)
+
+
+def test_a_zeroed_gradient_forgets_nothing_that_was_copied_into_it():
+    g = gradient()
+    g.zero_()
+    g.copy_(gradient(seed=3))
+    g.add_(gradient(9))
+    assert torch.allclose(g.dense(), gradient(seed=3).dense() + gradient(9).dense(), atol=1e-6)
+
+
+def test_fused_sgd_keeps_its_momentum_and_state_loads_without_code():
+    parameter, want = weight(gradient()), nn.Parameter(torch.ones(ROWS, WIDTH))
+    ours, theirs = (torch.optim.SGD([p], lr=0.1, momentum=0.9, fused=True) for p in (parameter, want))
+    for i in range(4):
+        parameter.grad, want.grad = gradient(seed=i), gradient(seed=i).dense().clone()
+        ours.step()
+        theirs.step()
+    assert torch.allclose(parameter, want, atol=1e-5)
+    plain = torch.optim.SGD([parameter], lr=0.1, momentum=0.9, foreach=False)
+    parameter.grad = gradient()
+    plain.step()
+    file = io.BytesIO()
+    torch.save(plain.state_dict(), file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True)["state"]
+
+
+def test_casts_to_integers_are_those_of_the_numbers():
+    g = gradient()
+    assert torch.equal((g * 10).to(torch.int64), (g.dense() * 10).to(torch.int64))
+    assert torch.equal(g.bool(), g.dense().bool())
+
+
+def test_a_model_changes_dtype_with_its_gradients():
+    model = nn.Linear(WIDTH, ROWS, bias=False)
+    model.weight.grad = gradient()
+    want = model.weight.grad.dense().double()
+    model.double()
+    assert torch.allclose(model.weight.grad.dense(), want)
+    torch.optim.AdamW(model.parameters()).step()
+    with pytest.raises(TypeError, match="zero_grad"):
+        model.weight.grad.data = torch.ones(2, 2)
+
+
+@pytest.mark.parametrize("method", ["haar", "oasis"])
+def test_a_checkpoint_around_the_region_forms_the_gradient_in_the_basis_of_its_second_run(method: str):
+    def run(**options: Any) -> torch.Tensor:
+        torch.compiler.reset()
+        STORE.clear()
+        CLOCK.steps = 0
+        model, inputs = models.mlp()
+        function = torch.compile(model, backend=eager_actcomp(method=method, rank=8, profitable_only=False, **options))
+        other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+        loss = torch.utils.checkpoint.checkpoint(function, inputs["x"], use_reentrant=False)
+        other.step()
+        loss.backward()
+        gradient = model.mid.weight.grad
+        assert gradient is not None
+        return gradient.dense() if isinstance(gradient, LowRankGradient) else gradient
+
+    assert error(run(gradients="low_rank"), run()) < 1e-6

@@ -291,3 +291,22 @@ def test_a_model_learns_and_resumes_bitwise(kind: Any, options: dict[str, Any], 
     train(*parts, 5)
     for n, t in model.state_dict().items():
         assert torch.equal(t, want[n]), n
+
+
+@every
+@pytest.mark.parametrize("kinds", ["DL", "LDL", "DDLL", "LLDD"])
+def test_dense_steps_between_others_begin_anew(kind: Any, kinds: str):
+    """D: a dense gradient, L: one in factors. Of the update's size nothing is left of moments of another kind."""
+    parameter = start(False)
+    optimizer = kind([parameter], lr=0.1, weight_decay=0.0)
+    for i, letter in enumerate(kinds):
+        dense = letter == "D"
+        basis = seeded("haar", i)
+        parameter.grad = numbers(i, ROWS, WIDTH) if dense else LowRankGradient(numbers(i, ROWS, RANK), basis, left=False)
+        before = parameter.detach().clone()
+        optimizer.step()
+        changed = i == 0 or letter != kinds[i - 1]
+        moved = (parameter.detach() - before) if dense else (parameter.detach() - before) @ basis.matrix() / (WIDTH / RANK)
+        if changed:  # Adam's first step: lr in every coordinate, times alpha
+            size = 0.1 * (1.0 if dense or kind is not CompActAdamW else 0.25)
+            assert torch.allclose(moved.abs(), torch.full_like(moved, size), atol=1e-5)

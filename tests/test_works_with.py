@@ -505,3 +505,13 @@ def test_second_process_hits_the_cache_with_its_report_and_another_option_misses
     assert hit == [1, 0, report, gradient]
     assert miss[:2] == [0, 1]
     assert {s["rank"] for s in miss[2]["regions"][0]["sites"] if s["method"]} == {5}
+
+
+@pytest.mark.parametrize("method", ["auto", "haar"])
+def test_a_checkpoint_around_a_compiled_model(method: str):
+    model, inputs = models.mlp()
+    _, want = step(torch.compile(model, backend=eager_actcomp(method=method)), model, inputs)
+    torch.compiler.reset()
+    run = torch.compile(model, backend=eager_actcomp(method=method))
+    _, got = step(lambda x: torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False), model, inputs)
+    assert_equal(got, want)

@@ -69,8 +69,8 @@ class LearnedProjection(ABC):
         """How many of the ``rank`` directions follow the data."""
         return rank
 
-    def noise(self, key: torch.Tensor, width: int, rank: int) -> torch.Tensor | None:
-        """What is drawn for a basis, the same for all sites of a shape, if anything is."""
+    def noise(self, key: torch.Tensor, width: int, rank: int, sequence: int = 0) -> torch.Tensor | None:
+        """What is drawn for a basis, if anything is: the same for all sites of a shape and a ``sequence``."""
         return None
 
     @abstractmethod
@@ -118,9 +118,9 @@ class Prac(LearnedProjection):
     def principal(self, rank: int) -> int:
         return rank // 2
 
-    def noise(self, key: torch.Tensor, width: int, rank: int) -> torch.Tensor | None:
+    def noise(self, key: torch.Tensor, width: int, rank: int, sequence: int = 0) -> torch.Tensor | None:
         random = rank - self.principal(rank)
-        return normals(key, stream(width, 40), width * random).view(width, random)
+        return normals(key, stream(_own(width, sequence), 40), width * random).view(width, random)
 
     def draw(self, state: torch.Tensor, noise: torch.Tensor | None, rank: int) -> torch.Tensor:
         assert noise is not None
@@ -174,8 +174,8 @@ class Sampled(LearnedProjection):
     def columns(self, width: int, rank: int) -> int:
         return width
 
-    def noise(self, key: torch.Tensor, width: int, rank: int) -> torch.Tensor | None:
-        return bits32(key, stream(width, 41), 1).to(torch.float64) * 2.0**-32
+    def noise(self, key: torch.Tensor, width: int, rank: int, sequence: int = 0) -> torch.Tensor | None:
+        return bits32(key, stream(_own(width, sequence), 41), 1).to(torch.float64) * 2.0**-32
 
     def draw(self, state: torch.Tensor, noise: torch.Tensor | None, rank: int) -> torch.Tensor:
         assert noise is not None
@@ -189,6 +189,11 @@ class Sampled(LearnedProjection):
     def relative_variance(self, width: int, rank: int, tail: float = 1.0) -> float:
         """Of a flat spectrum, the worst."""
         return (width / rank - 1.0) * tail
+
+
+def _own(width: int, sequence: int) -> int:
+    """A number for a width and a sequence that no other pair has: widths are below 2^32."""
+    return width + (sequence << 32)
 
 
 def inclusion_probabilities(energies_N: torch.Tensor, rank: int) -> torch.Tensor:

@@ -71,13 +71,16 @@ class ComposedOptimizer(torch.optim.Optimizer):
         state: State = self.state[parameter]
         step = int(state.get("step", 0)) + 1
         state["step"] = torch.tensor(float(step))
+        factored = isinstance(gradient, LowRankGradient) and gradient.is_factored
+        if factored != ("basis_draw" in state):  # dense where it was in factors, or the other way: moments of another kind
+            self._bases.pop(parameter, None)
+            _begin_anew(state)
         if isinstance(gradient, LowRankGradient) and gradient.is_factored:
             place = Place(step, group, gradient.basis, gradient.left, self._before(parameter, state, gradient.basis))
             numbers = gradient.coefficients
             self._remember(parameter, state, gradient.basis)
         else:
             place, numbers = Place(step, group), gradient.dense() if isinstance(gradient, LowRankGradient) else gradient
-            _forget(state, numbers)
         update = numbers
         for transform in self.transforms:
             update = transform(update, state, place)
@@ -123,9 +126,9 @@ def _lift(parameter: torch.Tensor, update: torch.Tensor, basis: Basis, left: boo
     parameter.baddbmm_(*((wide, update) if left else (update, wide.transpose(1, 2))), alpha=size)
 
 
-def _forget(state: State, numbers: torch.Tensor) -> None:
-    """A gradient that is dense now, where it was in factors: its moments begin anew."""
-    if "basis_draw" in state or any(k in state and state[k].shape != numbers.shape for k in ("exp_avg", "exp_avg_sq")):
+def _begin_anew(state: State) -> None:
+    """Forget moments and basis; corrections for bias count from here."""
+    if any(name in state for name in ("exp_avg", *_BASIS)):
         for name in (*_BASIS, "exp_avg", "exp_avg_sq"):
             state.pop(name, None)
         state["began"] = int(state["step"]) - 1

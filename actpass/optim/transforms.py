@@ -107,7 +107,7 @@ class CarryMoments:
         if at.before is None or "exp_avg" not in state:
             return gradient
         beta1, beta2 = at.group["betas"]
-        overlap, done = at.overlap(), at.step - 1
+        overlap, done = at.overlap(), at.step - 1 - int(state.get("began", 0))
         corrected1, corrected2 = 1 - beta1**done, 1 - beta2**done
         m, v = state["exp_avg"] / corrected1, state["exp_avg_sq"] / corrected2
         mean = at.carry(m, overlap)

@@ -48,10 +48,15 @@ class Region:
         if not self.positions:
             self.follows = _last
             return
+        if self._is_planned_without_gradients() and any(args[i].grad is not None for i in self.positions):
+            recompile(self)  # the next call: gradients are accumulated, and take what the plan gave away
         _last = self
         first = args[self.positions[0]]
         if self.parameters.get(id(first)) is not first:
             self.parameters.update((id(args[i]), args[i]) for i in self.positions)
+
+    def _is_planned_without_gradients(self) -> bool:
+        return self.peak is not None and not self.peak.part and not self.peak.resident.accumulated
 
 
 _regions: list[Region] = []

@@ -13,6 +13,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from actpass._torch import FakeTensor
+from actpass.gradients import numbers_of
 
 T = TypeVar("T")
 
@@ -69,7 +70,7 @@ def resident(inputs: Sequence[Any]) -> Resident:
     return Resident(
         inputs=_storage_bytes([*tensors, *everything.values()]),
         optimizer_state=state,
-        accumulated=_storage_bytes(gradients),
+        accumulated=_storage_bytes(map(numbers_of, gradients)),
         buckets=_bucket_bytes(everything),
         scratch=max((_scratch(optimizer) for optimizer, _ in stepped), default=0),
         elsewhere=any(id(p) not in parameters for p in everything.values() if p.requires_grad),
