@@ -104,7 +104,8 @@ def compile_joint(
         cause, reason = error, f"{type(error).__name__}: {error}"
     if given is not None and decided is None and not given.is_default:
         raise follow.refusal(reason) from cause
-    warnings.warn(f"actpass left a region to Inductor alone, because {reason}", ActpassWarning, stacklevel=2)
+    over = "; its memory_budget is not held" if config.searches else ""
+    warnings.warn(f"actpass left a region to Inductor alone, because {reason}{over}", ActpassWarning, stacklevel=2)
     record = describe_fallback(joint, default, config, reason)
     return Compiled(default.forward, default.backward, record, default, {"joint": joint.gm}, traced)
 
