@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 from torch import fx
@@ -30,15 +30,16 @@ def find_candidates(
 
 
 def find_owners(
-    joint: Joint, finding: Finding, cut: Cut, tensors: Sequence[SavedTensor], paths: Sequence[str]
+    joint: Joint, finding: Finding, cut: Cut, tensors: Sequence[SavedTensor], paths: Mapping[str, int]
 ) -> dict[str, str]:
     """The parameter that a subspace of a crossing tensor belongs to, by the tensor's node, where its last axis is one of
     features: it has as many rows and as wide ones as what a weight reads or makes, its memory is in their order, it is no
-    product of two activations (attention scores), and a value of the forward. paths: of the region's parameters; the nearest
-    one is taken."""
+    product of two activations (attention scores), and a value of the forward. paths: the axes of each of the region's
+    parameters; the nearest one is taken, of several the first of those with the most."""
     shapes = {(c.groups * c.tokens, n) for c in finding.contractions for n in (c.width, c.out)}
     nodes = {n.name: n for n in cut.forward.graph.nodes}
     scores = Scores.of(joint)
+    matrices_first = sorted(paths, key=lambda p: (-paths[p], p))
     found: dict[str, str] = {}
     for t in tensors:
         node = nodes[t.node]
@@ -46,7 +47,7 @@ def find_owners(
         if val.dim() < 2 or (math.prod(t.shape[:-1]), t.shape[-1]) not in shapes or size_hint(val.stride(-1)) != 1:
             continue
         if not (scores.behind(node) or _is_of_the_backward(nodes[t.root])):
-            found[t.node] = _nearest(module_path(nodes[t.root]), paths)
+            found[t.node] = _nearest(module_path(nodes[t.root]), matrices_first)
     return found
 
 
@@ -64,8 +65,8 @@ def _nearest(module: str, paths: Sequence[str]) -> str:
             above = "".join(f"{step}." for step in steps[start:end])
             inside = [p for p in paths if above and p.startswith(above)]
             if inside:
-                return min(inside)
-    return min(paths)
+                return inside[0]
+    return paths[0]
 
 
 def _candidate(x: fx.Node, members: list[Contraction], exact: Cut, contractions: list[str]) -> Candidate:

@@ -36,7 +36,7 @@ from actpass.errors import ActpassError, ActpassWarning, GraphUnsupported, PlanE
 from actpass.factor import factor_gradients
 from actpass.graph import GraphInputs, Joint, find_contractions, fingerprint, plain_inputs
 from actpass.graph.copying import copy_module
-from actpass.graph.joint import module_path, storage_root
+from actpass.graph.joint import module_path, storage_root, value
 from actpass.partition import Cut, Cuts, Setting, cut
 from actpass.plan import Factored, Plan, Storage, choose, choose_decoded
 from actpass.report.record import Record, describe, describe_fallback
@@ -278,7 +278,7 @@ def _decode(
         return plan, cut, done
     known = {n.name for n in region.joint.gm.graph.nodes}  # and not a projection that is stored for a weight gradient
     tensors = [t for t in region.saved(joint, cut) if {t.node, t.root} <= known]
-    paths = list(region.joint.parameter_path.values())
+    paths = {path: value(node).dim() for node, path in region.joint.parameter_path.items()}
     owners = find_owners(region.joint, region.finding, cut, tensors, paths)
     if given is not None:
         decisions = follow.decide_decoded(given, tensors, owners)

@@ -135,13 +135,13 @@ def test_the_dense_gradient_never_exists():
     class Wide(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layers = nn.Sequential(*(nn.Linear(512, 512, bias=False) for _ in range(4)))
+            self.layers = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(6)))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.layers(x).square().mean()
 
     torch.manual_seed(0)
-    model, x = Wide(), torch.randn(16, 512)
+    model, x = Wide(), torch.randn(16, 1024)
 
     def peak(**options: Any) -> tuple[int, int]:
         torch.compiler.reset()
@@ -158,13 +158,13 @@ def test_the_dense_gradient_never_exists():
         model.zero_grad(set_to_none=True)
         return found.peak_bytes, held
 
-    whole = 4 * 512 * 512 * 4
+    whole = 6 * 1024 * 1024 * 4
     dense, held = peak(profitable_only=False)
     assert held == whole
     low, held = peak(gradients="low_rank")
-    assert held == whole * 64 // 512
+    assert held == whole * 64 // 1024
     assert dense > whole
-    assert low < 0.4 * dense
+    assert low < 0.3 * dense
 
 
 def test_options_that_mean_nothing_are_refused():

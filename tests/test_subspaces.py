@@ -445,7 +445,7 @@ def test_seeded_bases_keep_their_interval_beside_learned_ones():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": "budget", "memory_budget": 0.5}, "goes with projections whose error is a known function"),
+        ({"method": "pca", "rank": "budget", "memory_budget": 0.5}, "goes with projections whose error is a known function"),
         ({"scale": "none"}, "has no meaning for prac"),
         ({"complement": "other"}, "unknown complement 'other'"),
         ({"rank": 0}, "rank=0"),
