@@ -6,16 +6,21 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import actpass
-from actpass.codecs import PROJECTIONS, QUANTIZERS
+from actpass.codecs import LEARNED, PROJECTIONS, QUANTIZERS
 from actpass.codecs.generator import bits32, normals, round_keys, signs, step_seed
+from actpass.gradients import Basis
 from actpass.measure import measure
+from actpass.optim import AdamW, AdaPM, CompActAdamW, LazySubspaceAdamW, OasisAdamW
 from actpass.plan.footprint import MARGIN
+from actpass.runtime.clock import CLOCK
 from actpass.runtime.regions import clear
+from actpass.runtime.subspaces import STORE
 
 from . import models
-from .helpers import Grads, assert_close, projected, step
+from .helpers import Grads, assert_close, loss_of, projected, step
 from .test_liveness import PLANS, llama
 from .test_quantizers import round_trip
 
@@ -46,6 +51,63 @@ def both(made: models.Made, autocast: torch.dtype | None = None, **options: Any)
     assert torch.isfinite(results[0][0])
     assert torch.equal(results[0][0], results[1][0])
     return results
+
+
+@MODES
+@pytest.mark.parametrize("method", LEARNED)
+def test_learned_subspaces_change_only_their_own_gradients_on_cuda(method: str, mode: str | None):
+    made = models.transformer()
+    options = {"method": method, "rank": 0.25, "refresh_interval": 2, "profitable_only": False, "mode": mode}
+    more = {"nonlinear_rank": None} if method == "prac" else {}
+    (_, want), (_, got) = both(made, **options, **more)
+    touched = projected(actpass.report(made[0]))
+    assert touched
+    others = want.keys() - touched
+    assert others
+    assert_close({n: got[n] for n in others}, {n: want[n] for n in others}, 1e-5)
+    assert any(not torch.equal(got[n], want[n]) for n in touched)
+
+
+@MODES
+@pytest.mark.parametrize("method", ["haar", "gaussian", "oasis", "prac"])
+def test_low_rank_gradients_are_the_dense_ones_on_cuda(method: str, mode: str | None):
+    """Over four steps of accumulation in one subspace, refreshed never. The dense run sums in another order."""
+    model, inputs = on_cuda(models.transformer())
+    options: dict[str, Any] = {"method": method, "rank": 0.25, "refresh_interval": 100, "mode": mode}
+    if method == "prac":
+        options |= {"nonlinear_rank": None, "complement": "frozen"}
+    found = []
+    for gradients in ("dense", "low_rank"):
+        torch.compiler.reset()
+        clear()
+        STORE.clear()
+        CLOCK.steps = 0
+        run = torch.compile(model, backend="actcomp", options={**options, "profitable_only": False, "gradients": gradients})
+        model.zero_grad()
+        for _ in range(4):
+            loss_of(run(**inputs)).backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    dense, low = found
+    kept = [n for n, g in low.items() if isinstance(g, actpass.LowRankGradient)]
+    assert kept
+    assert_close({n: low[n].dense() for n in kept}, {n: dense[n] for n in kept}, 1e-4)
+
+
+@pytest.mark.parametrize("kind", [AdamW, CompActAdamW, OasisAdamW, LazySubspaceAdamW, AdaPM])
+def test_optimizers_step_alike_on_cuda(kind: Any):
+    """Three steps through two bases, against the CPU's."""
+    ends = []
+    for device in ("cpu", "cuda"):
+        parameter = nn.Parameter(torch.linspace(-1, 1, 64 * 128).view(64, 128).to(device))
+        optimizer = kind([("mlp.weight", parameter)], lr=0.1)
+        for i, draw in enumerate((1, 1, 2)):
+            seed = step_seed(0, draw)
+            numbers = torch.randn(64, 16, generator=torch.Generator().manual_seed(i))
+            basis = Basis("haar", 128, 16, round_keys(seed, torch.device(device)), seed)
+            parameter.grad = actpass.LowRankGradient(numbers.to(device), basis, left=False)
+            optimizer.step()
+        ends.append(parameter.detach().cpu())
+    assert torch.allclose(*ends, atol=1e-3)
 
 
 @pytest.mark.parametrize("draw", [bits32, signs, normals])

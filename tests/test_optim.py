@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,10 +14,11 @@ from torch import nn
 
 import actpass
 from actpass.codecs import LEARNED, PROJECTIONS
-from actpass.codecs.generator import round_keys
+from actpass.codecs.generator import normals, round_keys, step_seed
 from actpass.codecs.learned import first_state
 from actpass.gradients import Basis, LowRankGradient
-from actpass.optim import AdamW, CompActAdamW, LazySubspaceAdamW, OasisAdamW
+from actpass.optim import AdamW, AdaPM, CompActAdamW, LazySubspaceAdamW, OasisAdamW
+from actpass.optim.transforms import momentum_kind
 from actpass.runtime.clock import CLOCK
 from actpass.runtime.subspaces import STORE
 
@@ -26,16 +28,18 @@ from .helpers import eager_actcomp, loss_of
 ROWS, WIDTH, RANK = 6, 16, 4
 LR, BETA1, BETA2, EPS, DECAY = 0.1, 0.9, 0.95, 1e-8, 0.02
 COMMON: dict[str, Any] = {"lr": LR, "betas": (BETA1, BETA2), "eps": EPS, "weight_decay": DECAY}
-ALL = (AdamW, CompActAdamW, OasisAdamW, LazySubspaceAdamW)
+WHOLE, PARTIAL = (partial(AdaPM, momentum=kind) for kind in ("full", "low_rank"))
+ALL = (AdamW, CompActAdamW, OasisAdamW, LazySubspaceAdamW, WHOLE)
 every = pytest.mark.parametrize("kind", ALL)
 
 
 def seeded(method: str, draw: int, rank: int = RANK) -> Basis:
-    return Basis(method, WIDTH, rank, round_keys(draw), draw)
+    seed = step_seed(0, draw)
+    return Basis(method, WIDTH, rank, round_keys(seed), seed)
 
 
 def learned(draw: int, rank: int = RANK) -> Basis:
-    state = first_state(LEARNED["oasis"], round_keys(draw), WIDTH, rank)
+    state = first_state(LEARNED["oasis"], round_keys(step_seed(0, draw)), WIDTH, rank)
     return Basis("oasis", WIDTH, rank, round_keys(0), 0, True, state)
 
 
@@ -100,6 +104,7 @@ def ldadam(m: Any, v: Any, t: int, old: Any, new: Any) -> Any:
         (AdamW, {}, keep, 1.0, False),
         (CompActAdamW, {"alpha": 0.25}, keep, 0.25, False),
         (OasisAdamW, {}, ldadam, 1.0, False),
+        (WHOLE, {}, ldadam, 1.0, False),
         (LazySubspaceAdamW, {}, nothing, 1.0, True),
     ],
 )
@@ -150,6 +155,100 @@ def test_moments_in_one_full_basis_are_carried_to_another_exactly():
     assert torch.allclose(m, BETA1 * (1 - BETA1) * dense, atol=1e-6)
 
 
+def of_rank(gradients: list[torch.Tensor], rank: int, *, mini: bool = False) -> list[torch.Tensor]:
+    """AdaPM's weights after each of dense ``gradients``, written out in double."""
+    w = numbers(99, ROWS, WIDTH).double()
+    right = torch.linalg.qr(normals(round_keys(0), WIDTH, WIDTH * rank).view(WIDTH, rank).double()).Q
+    m, v, found = torch.zeros(ROWS, WIDTH, dtype=torch.float64), torch.zeros(ROWS, 1, dtype=torch.float64), []
+    for t, gradient in enumerate(gradients, 1):
+        g = gradient.double()
+        y = BETA1 * m + (1 - BETA1) * g
+        right = torch.linalg.qr(y.T @ (y @ right)).Q
+        m = y @ right @ right.T
+        v = BETA2 * v + (1 - BETA2) * (g.square().mean(1, keepdim=True) if mini else g.square())
+        first = m / (1 - BETA1**t) + (y - m) / (1 - BETA1)
+        w = (1 - LR * DECAY) * w - LR * first / ((v / (1 - BETA2**t)).sqrt() + EPS)
+        found.append(w.clone())
+    return found
+
+
+@pytest.mark.parametrize("mini", [False, True])
+def test_partial_momentum_is_its_definition(mini: bool):
+    parameter, gradients = start(False), [numbers(i, ROWS, WIDTH) for i in range(6)]
+    optimizer = PARTIAL([parameter], momentum_rank=3, second_moment="row" if mini else "full", **COMMON)
+    for gradient, want in zip(gradients, of_rank(gradients, 3, mini=mini), strict=True):
+        parameter.grad = gradient
+        optimizer.step()
+        assert torch.allclose(parameter.double(), want, atol=5e-5)
+    held = {k: tuple(t.shape) for k, t in optimizer.state[parameter].items() if k != "step"}
+    second = (ROWS, 1) if mini else (ROWS, WIDTH)
+    assert held == {"momentum_left": (ROWS, 3), "momentum_right": (WIDTH, 3), "exp_avg_sq": second}
+
+
+def test_partial_momentum_of_full_rank_is_adams_and_none_is_the_gradient():
+    whole, none, want, plain = (start(False) for _ in range(4))
+    ours = [PARTIAL([whole], momentum_rank=1.0, **COMMON), AdaPM([none], momentum="none", **COMMON)]
+    theirs = [torch.optim.AdamW([p], **{**COMMON, "betas": (b, BETA2)}) for p, b in ((want, BETA1), (plain, 0.0))]
+    for i in range(5):
+        for p in (whole, none, want, plain):
+            p.grad = numbers(i, ROWS, WIDTH)
+        for optimizer in (*ours, *theirs):
+            optimizer.step()
+    assert torch.allclose(whole, want, atol=1e-5)
+    assert torch.allclose(none, plain, atol=1e-6)
+    assert "exp_avg" not in ours[1].state[none]
+
+
+def test_partial_momentum_survives_gradients_without_rank():
+    """Zero, of rank one, and zero again: the basis keeps all its columns, and takes up what comes."""
+    parameter = start(False)
+    optimizer = PARTIAL([parameter], momentum_rank=4, **COMMON)
+    flat = numbers(0, ROWS, 1) @ numbers(1, 1, WIDTH)
+    for gradient in (torch.zeros(ROWS, WIDTH), flat, flat, torch.zeros(ROWS, WIDTH), numbers(2, ROWS, WIDTH)):
+        parameter.grad = gradient.clone()
+        optimizer.step()
+        right = optimizer.state[parameter]["momentum_right"]
+        assert torch.allclose(right.T @ right, torch.eye(4), atol=1e-5)
+        assert parameter.isfinite().all()
+
+
+def test_kinds_of_blocks_go_by_their_names():
+    matrix = torch.zeros(2, 2)
+    named = {
+        "none": ("model.embed_tokens.weight", "layers.0.self_attn.o_proj.weight", "h.0.attn.c_proj.weight", "wte.weight",
+                 "encoder.layer.0.attention.output.dense.weight", "embeddings.word_embeddings.weight"),
+        "full": ("layers.0.self_attn.v_proj.weight", "attention.self.value.weight", "h.0.attn.c_attn.weight"),
+        "low_rank": ("layers.0.self_attn.q_proj.weight", "mlp.down_proj.weight", "h.0.mlp.c_proj.weight",
+                     "encoder.layer.0.output.dense.weight", "encoder.layer.0.attention.self.key.weight", "lm_head.weight"),
+    }  # fmt: skip
+    for kind, names in named.items():
+        for name in names:
+            assert momentum_kind("auto", name, matrix) == kind, name
+    assert momentum_kind("auto", "norm.weight", torch.zeros(2)) == "full"
+    with pytest.raises(ValueError, match="named_parameters"):
+        AdaPM([start(False)])
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("method", ["gaussian", "haar"])
+def test_with_error_feedback_nothing_of_the_moment_is_lost(method: str, left: bool):
+    """The moment, lifted, plus what waits is the moving average of all gradients, whatever bases they lie in."""
+    parameter = start(left)
+    optimizer = OasisAdamW([parameter], **COMMON, error_feedback=True)
+    bases = [seeded(method, d) for d in (1, 1, 2, 3, 3, 4)]
+    average = torch.zeros_like(parameter)
+    for i, basis in enumerate(bases):
+        through(optimizer, parameter, [basis], left)
+        gradient = parameter.grad.dense()  # pyright: ignore[reportOptionalMemberAccess]
+        average = BETA1 * average + (1 - BETA1) * gradient
+        state, p = optimizer.state[parameter], basis.matrix()
+        moment = p @ state["exp_avg"] if left else state["exp_avg"] @ p.T
+        if i > 1:
+            assert not torch.allclose(moment, average, atol=1e-3)
+            moment = moment + state["error"]
+        assert torch.allclose(moment, average, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ALL)
 def test_state_takes_the_bytes_of_the_coefficients(kind: Any):
     parameter = start(False)
@@ -160,7 +259,7 @@ def test_state_takes_the_bytes_of_the_coefficients(kind: Any):
     assert held == 2 * ROWS * RANK
 
 
-@every
+@pytest.mark.parametrize("kind", [*ALL, PARTIAL])
 @pytest.mark.parametrize("ranks", [(4, 4), (4, 6), (6, 4)])
 @pytest.mark.parametrize("method", ["haar", "oasis"])
 def test_resume_is_bitwise_across_a_refresh_and_a_change_of_rank(kind: Any, ranks: tuple[int, int], method: str):
@@ -238,6 +337,7 @@ METHODS: list[Any] = [
     (CompActAdamW, {"method": "gaussian", "refresh_interval": 5, "rank": 0.5}),
     (OasisAdamW, {"method": "oasis", "rank": 0.5}),
     (LazySubspaceAdamW, {"method": "haar", "refresh_interval": 5, "rank": 0.5}),
+    (AdaPM, {"method": "haar", "refresh_interval": 5, "rank": 0.5}),
     (AdamW, {"method": "haar", "rank": 0.5}),
     (AdamW, {"method": "exact", "gradients": "dense"}),
 ]
@@ -252,7 +352,7 @@ def test_a_model_learns_and_resumes_bitwise(kind: Any, options: dict[str, Any], 
     def begin() -> Any:
         torch.compiler.reset()
         model, inputs = models.transformer()
-        optimizer = kind(model.parameters(), lr=3e-3)
+        optimizer = kind(model.named_parameters() if kind is AdaPM else model.parameters(), lr=3e-3)
         return model, inputs, optimizer, torch.compile(model, backend=eager_actcomp(options))
 
     def train(model: Any, inputs: Any, optimizer: Any, run: Any, steps: int) -> list[float]:

@@ -11,7 +11,8 @@ tokenizer (trained to fill in masked words; what its folder lacks of the head fo
 the last tenth of the text is held out. A seed draws the weights that are random and the order of the data; every row of a
 seed sees the same. Losses are nats a token on the held-out text. One JSON object a run, then a table with the mean and the
 spread over the seeds, and the gap to the first row, seed by seed. Of learned subspaces also the energy of a held-out batch that
-the last ones capture, as a fraction of what the best subspaces would: the least of all tensors, and the mean.
+the last ones capture, as a fraction of what the best subspaces would: the least of all tensors, and the mean. A row may name
+its own optimizer and learning rate: actcomp:haar:0.25,gradients=low_rank,refresh_interval=50,optimizer=lazy,lr=2e-3.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,7 @@ def main() -> int:
     parser.add_argument("--seq", type=positive_int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3, help="peak; 5 %% warm-up, then a cosine to a tenth")
     parser.add_argument("--eval-batches", type=positive_int, default=64)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=positive_int, help="of torch")
     parser.add_argument("--rows", type=parse_row, nargs="+", metavar="ROW", help=ROW_FORMS)
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -179,34 +182,37 @@ def run(given: argparse.Namespace, spec: RowSpec, seed: int) -> dict[str, Any]:
     torch.compiler.reset()
     CLOCK.steps = 0
     train, held_out = texts(given)
-    model = model_of(given, seed)
+    model = model_of(given, seed).to(given.device)
     options = {**spec.options, "seed": seed} if spec.kind == "actcomp" else spec.options
-    call = compiled(RowSpec(spec.label, spec.kind, spec.budget, options), model, VOCABULARY)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=given.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    call = compiled(replace(spec, options=options), model, VOCABULARY)
+    optimizer = spec.optimize(model, lr=given.lr, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, given.steps))
     began = time.perf_counter()
     losses = []
     for step, batch in zip(range(given.steps), train.training(seed), strict=False):
-        loss = call(**batch)
+        loss = call(**on(given.device, batch))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
+        losses.append(loss.detach())
         if step == 0 and spec.kind == "actcomp":
             check_active(model)
         if step % 100 == 99:
             print(
-                f"{spec.label} seed {seed} step {step + 1}: {statistics.fmean(losses[-100:]):.4f}", file=sys.stderr, flush=True
+                f"{spec.label} seed {seed} step {step + 1}: {torch.stack(losses[-100:]).mean():.4f}",
+                file=sys.stderr,
+                flush=True,
             )
     model.eval()
     with torch.no_grad():
-        found = [model(**batch).item() for batch in held_out.held_out(given.eval_batches)]
-    capture = captured(model, next(held_out.held_out(1)))
+        found = [model(**on(given.device, batch)).item() for batch in held_out.held_out(given.eval_batches)]
+    capture = captured(model, on(given.device, next(held_out.held_out(1))))
+    trained = torch.stack(losses).tolist()
     result = {
-        "row": spec.label, "seed": seed, "loss": statistics.fmean(found), "training_loss": statistics.fmean(losses[-100:]),
-        "finite": all(map(math.isfinite, losses)), "seconds": round(time.perf_counter() - began, 1),
+        "row": spec.label, "seed": seed, "loss": statistics.fmean(found), "training_loss": statistics.fmean(trained[-100:]),
+        "finite": all(map(math.isfinite, trained)), "seconds": round(time.perf_counter() - began, 1),
         "saved_bytes": actpass.report(model).saved_bytes if spec.kind == "actcomp" else None,
         "captured_least": min(capture, default=None), "captured_mean": statistics.fmean(capture) if capture else None,
     }  # fmt: skip
@@ -246,6 +252,10 @@ def check_active(model: LossOnly) -> None:
     inactive = [r.inactive_because for r in actpass.report(model).regions if not r.active]
     if inactive:
         raise SystemExit(f"actpass is not active: {inactive[0]}")
+
+
+def on(device: str, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.to(device) for name, x in batch.items()}
 
 
 def rate(step: int, steps: int) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import re
 import statistics
 import sys
 import time
@@ -23,9 +24,22 @@ from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 
 import actpass
+from actpass import optim
+from actpass.gradients import nbytes
 from actpass.measure import measure
 
-ROW_FORMS = "eager, inductor, inductor-budget=B, inductor-recompute, inductor-fp8, actcomp:METHOD[:RANK][,KEY=VALUE]"
+ROW_FORMS = (
+    "eager, inductor, inductor-budget=B, inductor-recompute, inductor-fp8, actcomp:METHOD[:RANK][,KEY=VALUE]; for any of them "
+    "also optimizer=NAME, lr=X and optimizer.KEY=VALUE"
+)
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "torch": torch.optim.AdamW,
+    "adamw": optim.AdamW,
+    "compact": optim.CompActAdamW,
+    "oasis": optim.OasisAdamW,
+    "lazy": optim.LazySubspaceAdamW,
+    "adapm": optim.AdaPM,
+}
 FP8_PASS = {
     "quant_type": "torch.float8_e5m2", "size_in_mb": 0.0, "use_scaling": True,
     "allowed_dtypes": "torch.float32;torch.bfloat16",
@@ -36,33 +50,48 @@ Gradients = list[Tensor | None]
 
 @dataclass(frozen=True, slots=True)
 class RowSpec:
-    """label: as given on the command line. budget: Inductor's ``activation_memory_budget``. options: the back end's own."""
+    """label: as given on the command line. budget: Inductor's ``activation_memory_budget``. options: the back end's own.
+    optimizer: a name of `OPTIMIZERS`. training: the optimizer's options."""
 
     label: str
     kind: str
     budget: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    optimizer: str = "torch"
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    def optimize(self, model: nn.Module, **defaults: Any) -> torch.optim.Optimizer:
+        """Its optimizer for all of ``model``. defaults: options that the row may replace."""
+        return OPTIMIZERS[self.optimizer](model.named_parameters(), **{**defaults, **self.training})
 
 
 def parse_row(text: str) -> RowSpec:
     """Read a row as `ROW_FORMS` has them; an argparse type."""
-    if text in ("eager", "inductor"):
-        return RowSpec(text, text)
-    if text == "inductor-recompute":
-        return RowSpec(text, "inductor", 0.0)
-    if text == "inductor-fp8":
-        return RowSpec(text, "inductor", 1.0, {"post_grad_fusion_options": {"activation_quantization_aten_pass": FP8_PASS}})
+    form, *others = text.split(",")
+    options = dict(map(option, others))
+    optimizer = options.pop("optimizer", "torch")
+    if optimizer not in OPTIMIZERS:
+        raise argparse.ArgumentTypeError(f"optimizer={optimizer} in {text!r}. Allowed: {', '.join(OPTIMIZERS)}.")
+    training = {k.removeprefix("optimizer."): options.pop(k) for k in list(options) if k == "lr" or k.startswith("optimizer.")}
+    kind, budget, method = _form(form)
+    if method is None and not (kind and options.keys() == set()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no row. Allowed: {ROW_FORMS}.")
+    if form == "inductor-fp8":
+        options = {"post_grad_fusion_options": {"activation_quantization_aten_pass": FP8_PASS}}
+    return RowSpec(text, kind, budget, {**(method or {}), **options}, optimizer, training)
+
+
+def _form(text: str) -> tuple[str, float | None, dict[str, Any] | None]:
+    """Kind ("": none), recompute budget, and actpass's method and rank."""
+    plain = {"eager": ("eager", None), "inductor": ("inductor", None), "inductor-recompute": ("inductor", 0.0)}
+    if text in plain or text == "inductor-fp8":
+        return *plain.get(text, ("inductor", 1.0)), None
     name, _, rest = text.partition(":")
     if name == "actcomp" and rest:
-        form, *others = rest.split(",")
-        method, _, r = form.partition(":")
-        return RowSpec(
-            text, "actcomp", None, {"method": method, **({"rank": rank(r)} if r else {}), **dict(map(option, others))}
-        )
+        method, _, r = rest.partition(":")
+        return "actcomp", None, {"method": method, **({"rank": rank(r)} if r else {})}
     name, _, budget = text.partition("=")
-    if name == "inductor-budget":
-        return RowSpec(text, "inductor", probability(budget))
-    raise argparse.ArgumentTypeError(f"{text!r} is no row. Allowed: {ROW_FORMS}.")
+    return ("inductor", probability(budget), None) if name == "inductor-budget" else ("", None, None)
 
 
 @dataclass(frozen=True)
@@ -109,22 +138,22 @@ class Row:
     @classmethod
     def prepare(cls, spec: RowSpec, setup: Setup) -> Row:
         model = setup.copy_model()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5) if setup.optimizer else None
+        optimizer = spec.optimize(model, lr=1e-5) if setup.optimizer else None
         return cls(spec, setup, model, optimizer, compiled(spec, model, setup.vocab))
 
     def forward(self, index: int) -> Tensor:
         with self.setup.precision():
             return self.call(**self.setup.batches[index % len(self.setup.batches)])
 
-    def finish(self, loss: Tensor) -> None:
-        """All of a step that comes after the forward."""
-        loss.backward()
+    def finish(self) -> None:
+        """All of a step that comes after the backward."""
         if self.optimizer is not None:
             self.optimizer.step()
         self.model.zero_grad(set_to_none=True)
 
     def step(self, index: int) -> None:
-        self.finish(self.forward(index))
+        self.forward(index).backward()
+        self.finish()
 
 
 def compiled(spec: RowSpec, module: nn.Module, vocab: int) -> Callable[..., Tensor]:
@@ -220,9 +249,23 @@ def measure_row(row: Row) -> None:
     row.setup.settle()
     forward = measure(lambda: row.forward(3), row.setup.device)
     row.measured["saved_bytes_measured"] = forward.kept_bytes
-    row.finish(forward.result)
+    forward.result.backward()
+    row.measured["gradient_bytes"] = sum(nbytes(p.grad) for p in row.model.parameters() if p.grad is not None)
+    row.measured["block_bytes"] = block_bytes(row)
+    row.finish()
     row.measured["resident_bytes"] = resident_bytes(row)
     row.measured |= _counts(row).to_dict()
+
+
+def block_bytes(row: Row) -> int:
+    """Bytes of gradients and optimizer state of the matrices of the model's blocks (what has a number in its name), with the
+    bases that gradients in factors share."""
+    matrices = [p for n, p in row.model.named_parameters() if p.dim() > 1 and re.search(r"\.\d+\.", n)]
+    state = [] if row.optimizer is None else [t for p in matrices for t in row.optimizer.state[p].values()]
+    gradients = [p.grad for p in matrices if p.grad is not None]
+    bases = {id(g.basis): g.basis.made for g in gradients if isinstance(g, actpass.LowRankGradient) and g.is_factored}
+    tensors = [t for t in (*state, *bases.values()) if isinstance(t, Tensor)]
+    return sum(map(nbytes, gradients)) + sum(t.numel() * t.element_size() for t in tensors)
 
 
 def resident_bytes(row: Row) -> int:

@@ -6,6 +6,6 @@ optimizers below are chains, each with its paper.
 """
 
 from actpass.optim.optimizer import ComposedOptimizer
-from actpass.optim.recipes import AdamW, CompActAdamW, LazySubspaceAdamW, OasisAdamW
+from actpass.optim.recipes import AdamW, AdaPM, CompActAdamW, LazySubspaceAdamW, OasisAdamW
 
-__all__ = ["AdamW", "CompActAdamW", "ComposedOptimizer", "LazySubspaceAdamW", "OasisAdamW"]
+__all__ = ["AdaPM", "AdamW", "CompActAdamW", "ComposedOptimizer", "LazySubspaceAdamW", "OasisAdamW"]

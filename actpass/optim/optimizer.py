@@ -10,7 +10,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from actpass.codecs.generator import round_keys
 from actpass.gradients import Basis, LowRankGradient
-from actpass.optim.transforms import Place, State, Transform
+from actpass.optim.transforms import MOMENTS, MOMENTUM, Place, State, Transform, forget
 
 _BASIS = ("basis_draw", "basis_method", "basis_rank", "basis_unbiased", "basis_subspace")
 
@@ -18,10 +18,10 @@ _BASIS = ("basis_draw", "basis_method", "basis_rank", "basis_unbiased", "basis_s
 class ComposedOptimizer(torch.optim.Optimizer):
     """W <- (1 - lr * weight_decay) W - lr * lift(update), update = transforms applied to the gradient one after the other.
 
-    params: as of any torch optimizer. transforms: see `actpass.optim.transforms`; their options are those of the parameter
-    groups. lr, weight_decay (decoupled): of every group. A gradient in factors (`LowRankGradient`) is never formed: the
-    update of its coefficients is lifted straight into the weight (``addmm_``). State: the transforms' tensors, in the shape of
-    the coefficients, and what the basis is drawn from. Raises `ValueError` for options out of range.
+    params: as of any torch optimizer, named ones as well. transforms: see `actpass.optim.transforms`; their options are those
+    of the parameter groups. lr, weight_decay (decoupled): of every group. A gradient in factors (`LowRankGradient`) is never
+    formed: the update of its coefficients is lifted straight into the weight (``addmm_``). State: the transforms' tensors, in
+    the shape of the coefficients, and what the basis is drawn from. Raises `ValueError` for options out of range.
     """
 
     def __init__(
@@ -60,12 +60,13 @@ class ComposedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
+            names = group.get("param_names") or [None] * len(group["params"])
+            for parameter, name in zip(group["params"], names, strict=True):
                 if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
+                    self._update(parameter, parameter.grad, group, name)
         return loss
 
-    def _update(self, parameter: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
+    def _update(self, parameter: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any], name: str | None) -> None:
         if gradient.is_sparse:
             raise RuntimeError("sparse gradients are not supported. Allowed: dense ones, or low-rank ones in factors.")
         state: State = self.state[parameter]
@@ -76,11 +77,12 @@ class ComposedOptimizer(torch.optim.Optimizer):
             self._bases.pop(parameter, None)
             _begin_anew(state)
         if isinstance(gradient, LowRankGradient) and gradient.is_factored:
-            place = Place(step, group, gradient.basis, gradient.left, self._before(parameter, state, gradient.basis))
+            place = Place(step, group, gradient.basis, gradient.left, self._before(parameter, state, gradient.basis), name)
             numbers = gradient.coefficients
             self._remember(parameter, state, gradient.basis)
         else:
-            place, numbers = Place(step, group), gradient.dense() if isinstance(gradient, LowRankGradient) else gradient
+            place = Place(step, group, name=name)
+            numbers = gradient.dense() if isinstance(gradient, LowRankGradient) else gradient
         update = numbers
         for transform in self.transforms:
             update = transform(update, state, place)
@@ -128,8 +130,9 @@ def _lift(parameter: torch.Tensor, update: torch.Tensor, basis: Basis, left: boo
 
 def _begin_anew(state: State) -> None:
     """Forget moments and basis; corrections for bias count from here."""
-    if any(name in state for name in ("exp_avg", *_BASIS)):
-        for name in (*_BASIS, "exp_avg", "exp_avg_sq"):
+    if any(name in state for name in (*MOMENTS, *_BASIS)):
+        forget(state)
+        for name in _BASIS:
             state.pop(name, None)
         state["began"] = int(state["step"]) - 1
 
@@ -148,3 +151,14 @@ def _check(group: dict[str, Any]) -> None:
         raise refuse("eps", "a number of 0 or more")
     if "alpha" in group and not group["alpha"] > 0:
         raise refuse("alpha", "a number above 0")
+    for option, allowed in (("momentum", MOMENTUM), ("second_moment", ("full", "row"))):
+        if option in group and group[option] not in allowed:
+            raise refuse(option, ", ".join(map(repr, allowed)))
+    if group.get("momentum") == "auto" and not group.get("param_names"):
+        raise ValueError(
+            "momentum='auto' goes by the parameters' names. Give model.named_parameters() in place of model.parameters(), or "
+            "one of 'none', 'low_rank' and 'full' for each group."
+        )
+    rank = group.get("momentum_rank", 1)
+    if not (rank >= 1 if isinstance(rank, int) else 0 < rank <= 1):
+        raise refuse("momentum_rank", "an int of 1 or more, or a fraction in (0, 1] of a matrix's smaller side")

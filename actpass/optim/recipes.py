@@ -3,15 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 from actpass.optim.optimizer import ComposedOptimizer
-from actpass.optim.transforms import Adam, CarryMoments, KeepMoments, ResetMoments, Scale
+from actpass.optim.transforms import (
+    Adam,
+    CarryMoments,
+    ErrorFeedback,
+    KeepMoments,
+    PartialMomentum,
+    ResetMoments,
+    Scale,
+    Transform,
+)
 
 
-class AdamW(ComposedOptimizer):
+class _AdamWith(ComposedOptimizer):
+    """Adam behind ``moments``, which says what a change of basis does to its moments."""
+
+    moments: ClassVar[Transform]
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        **options: Any,
+    ) -> None:
+        chain = (self.moments, Adam())
+        super().__init__(params, chain, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, **options)
+
+
+class AdamW(_AdamWith):
     """Adam with decoupled weight decay (I. Loshchilov, F. Hutter, 2019, arXiv 1711.05101), by coefficients where a gradient is
     in factors. Equals `torch.optim.AdamW` on dense gradients."""
+
+    moments = KeepMoments()
 
     def __init__(
         self,
@@ -21,7 +50,7 @@ class AdamW(ComposedOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
     ) -> None:
-        super().__init__(params, (KeepMoments(), Adam()), lr=lr, weight_decay=weight_decay, betas=betas, eps=eps)
+        super().__init__(params, lr, betas, eps, weight_decay)
 
 
 class CompActAdamW(ComposedOptimizer):
@@ -46,25 +75,18 @@ class CompActAdamW(ComposedOptimizer):
         super().__init__(params, chain, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, alpha=alpha)
 
 
-class OasisAdamW(ComposedOptimizer):
+class OasisAdamW(_AdamWith):
     """S. Choudhary, S. Saxena, D. Roy, "OASIS", 2026, arXiv 2604.09406: Adam in a subspace that moves, moments carried along.
 
     For ``options={"method": "oasis", "gradients": "low_rank"}``; works with seeded bases as well. m goes through the overlap of
-    old and new basis, v by LDAdam's rule (`CarryMoments`).
+    old and new basis, v by LDAdam's rule (`CarryMoments`). ``error_feedback=True`` keeps what m loses on the way, at the price
+    of one tensor of the parameter's size (`ErrorFeedback`).
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-    ) -> None:
-        super().__init__(params, (CarryMoments(), Adam()), lr=lr, weight_decay=weight_decay, betas=betas, eps=eps)
+    moments = ErrorFeedback(CarryMoments())
 
 
-class LazySubspaceAdamW(ComposedOptimizer):
+class LazySubspaceAdamW(_AdamWith):
     """Li et al., "Optimal low-rank stochastic gradient estimation", 2026, arXiv 2603.20632: K steps on B in W + B V^T, lift,
     redraw V.
 
@@ -72,6 +94,19 @@ class LazySubspaceAdamW(ComposedOptimizer):
     same step lifted, so W is moved at once, and the lift is nothing; B's optimizer begins anew with each V.
     """
 
+    moments = ResetMoments()
+
+
+class AdaPM(ComposedOptimizer):
+    """Y. Zhang, Y. Liu, C. Fang, "AdaPM", 2025, arXiv 2510.09103: partial momentum, by kind of block (`PartialMomentum`).
+
+    None for embeddings and attention's output, whole for values (and vectors), low-rank with a bias correction for queries,
+    keys, and the matrices of the MLP. ``AdaPM(model.named_parameters())`` reads the kinds off the names; a group's own
+    ``momentum`` ("none", "low_rank", "full") goes before. momentum_rank: directions, or a fraction of a matrix's smaller side.
+    second_moment: "full" (Adam's), or "row" (one number a row). For dense gradients and for those in factors, where a change
+    of basis carries the moments over.
+    """
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -79,5 +114,12 @@ class LazySubspaceAdamW(ComposedOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        momentum: str = "auto",
+        momentum_rank: float = 1 / 32,
+        second_moment: str = "full",
     ) -> None:
-        super().__init__(params, (ResetMoments(), Adam()), lr=lr, weight_decay=weight_decay, betas=betas, eps=eps)
+        chain = (CarryMoments(), PartialMomentum())
+        super().__init__(
+            params, chain, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, momentum=momentum,
+            momentum_rank=momentum_rank, second_moment=second_moment,
+        )  # fmt: skip

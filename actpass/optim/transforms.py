@@ -6,26 +6,34 @@ shape. It keeps what it needs in the parameter's state under names of its own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
+from actpass.codecs import contract
+from actpass.codecs.generator import normals, round_keys
+from actpass.codecs.orthonormal import orthonormal
 from actpass.gradients import Basis
 
 State = dict[str, Any]
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_left", "momentum_right", "error")
+"""The names under which transforms keep what is forgotten where a gradient becomes one of another kind."""
 
 
 @dataclass(frozen=True)
 class Place:
     """Where a gradient lies. basis: what it is in factors of, None: it is dense. left: see `LowRankGradient`. before: the basis
-    of the step before, if it was another. step: of this parameter, the first is 1. group: the parameter group's options."""
+    of the step before, if it was another. step: of this parameter, the first is 1. group: the parameter group's options. name:
+    the parameter's, where the optimizer was given names."""
 
     step: int
     group: dict[str, Any]
     basis: Basis | None = None
     left: bool = False
     before: Basis | None = None
+    name: str | None = None
 
     def overlap(self) -> torch.Tensor:
         """O (R_old, R): the coefficients in this basis of what has unit coefficients in the one before, both with columns of
@@ -40,6 +48,16 @@ class Place:
         """``moment``, which has the shape of coefficients in the old basis, through ``overlap``."""
         overlap = overlap.to(moment.dtype)
         return overlap.t() @ moment if self.left else moment @ overlap
+
+    def moments(self, state: State) -> int:
+        """How many gradients the moments have seen."""
+        return self.step - int(state.get("began", 0))
+
+
+def forget(state: State) -> None:
+    """Drop all moments."""
+    for name in MOMENTS:
+        state.pop(name, None)
 
 
 class Transform(Protocol):
@@ -64,12 +82,94 @@ class Adam:
         if "exp_avg" not in state:
             state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(gradient) for _ in range(2))
         beta1, beta2 = at.group["betas"]
-        moments = at.step - int(state.get("began", 0))  # since they were last reset
+        seen = at.moments(state)
         m, v = state["exp_avg"], state["exp_avg_sq"]
         m.lerp_(gradient, 1 - beta1)
         v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        size = 1 / (1 - beta1**moments)
-        return m.mul(size).div_(v.sqrt().div_((1 - beta2**moments) ** 0.5).add_(at.group["eps"]))
+        return m.div(1 - beta1**seen).div_(v.sqrt().div_((1 - beta2**seen) ** 0.5).add_(at.group["eps"]))
+
+
+@dataclass(frozen=True)
+class PartialMomentum:
+    """Adam with as much first moment as a block needs (AdaPM, Y. Zhang, Y. Liu, C. Fang, 2025, arXiv 2510.09103).
+
+    m is kept whole (``momentum="full"``), not at all (``"none"``: the update is g / (sqrt(v^) + eps)), or as L R^T of rank r
+    (``"low_rank"``, matrices only): Y = b1 L R^T + (1 - b1) g; R becomes the orthonormal basis of one power step,
+    Y^T Y R, and L = Y R. What this drops, Y - L R^T, would have been averaged on; were it the same at every step, the average
+    would grow to 1 / (1 - b1) of it. That much is put into the update:
+
+        m^ = L R^T / (1 - b1^t) + (Y - L R^T) / (1 - b1)
+
+    which is Adam's m^ at full rank and g at rank 0. The paper's abstract names the kinds of blocks and a bias correction by the
+    residual; the equation is this project's own, as is the default rank. The second moment is Adam's, or with
+    ``second_moment="row"`` one number per row of a matrix, its mean (Adam-mini, Y. Zhang et al., 2025, arXiv 2406.16793).
+    State: of M x N, (M + N) r numbers for m, and M N or M for v. Costs 6 M N r FLOPs more a step. Works on the coefficients of
+    a gradient in factors as on a dense gradient.
+    """
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return {
+            "betas": (0.9, 0.999), "eps": 1e-8, "momentum": "auto", "momentum_rank": 1 / 32, "second_moment": "full",
+        }  # fmt: skip
+
+    def __call__(self, gradient: torch.Tensor, state: State, at: Place) -> torch.Tensor:
+        beta1, beta2 = at.group["betas"]
+        seen = at.moments(state)
+        kind = momentum_kind(at.group["momentum"], at.name, gradient)
+        if kind == "full":
+            m = state.setdefault("exp_avg", torch.zeros_like(gradient)).lerp_(gradient, 1 - beta1)
+            first = m / (1 - beta1**seen)
+        else:
+            first = gradient.clone() if kind == "none" else self._low_rank(gradient, state, at, beta1, seen)
+        square = gradient.square()
+        if at.group["second_moment"] == "row" and gradient.dim() > 1:
+            square = square.mean(-2 if at.left else -1, keepdim=True)
+        v = state.setdefault("exp_avg_sq", torch.zeros_like(square)).lerp_(square, 1 - beta2)
+        return first.div_((v / (1 - beta2**seen)).sqrt_().add_(at.group["eps"]))
+
+    def _low_rank(self, gradient: torch.Tensor, state: State, at: Place, beta: float, seen: int) -> torch.Tensor:
+        rows, columns = gradient.shape
+        left, right = state.get("momentum_left"), state.get("momentum_right")
+        if left is None or right is None:
+            rank = momentum_rank(at.group["momentum_rank"], min(rows, columns))
+            left = gradient.new_zeros(rows, rank)
+            noise = normals(round_keys(0, gradient.device), columns, columns * rank).view(columns, rank)
+            right = orthonormal(noise.double()).to(gradient.dtype)
+        y = torch.addmm(gradient, left, right.t(), beta=1 - beta, alpha=beta)
+        turned = (y.t() @ (y @ right)).double()
+        # a part of the old directions keeps those that y has nothing of: the basis never loses rank
+        turned += (1e-6 * turned.norm() + torch.finfo(torch.float32).tiny) * right
+        turned /= turned.norm(dim=0)
+        right = orthonormal(turned).to(gradient.dtype).contiguous()
+        left = y @ right
+        state["momentum_left"], state["momentum_right"] = left, right
+        kept = 1 / (1 - beta**seen)
+        return y.div_(1 - beta).addmm_(left, right.t(), alpha=kept - 1 / (1 - beta))
+
+
+MOMENTUM = ("auto", "none", "low_rank", "full")
+_KINDS = (
+    ("none", r"embed|wte|wpe|o_proj|out_proj|attention\.output\.dense|attn\.c_proj|\bwo\b|attention\.dense"),
+    ("full", r"v_proj|value|\bwv\b|c_attn|qkv|in_proj"),
+)
+"""Kinds of blocks by their names in `transformers` and torch: embeddings and attention's output, values (and what holds them
+together with queries and keys). Every other matrix is low-rank."""
+
+
+def momentum_kind(given: str, name: str | None, gradient: torch.Tensor) -> str:
+    """``none``, ``low_rank`` or ``full`` for ``given``, which may be ``auto``."""
+    if gradient.dim() != 2:
+        return "full" if given == "low_rank" or given == "auto" else given
+    if given != "auto":
+        return given
+    assert name is not None
+    return next((kind for kind, pattern in _KINDS if re.search(pattern, name)), "low_rank")
+
+
+def momentum_rank(given: float, most: int) -> int:
+    """Directions, of at most ``most``; a float is a fraction of them."""
+    return max(1, min(most, given if isinstance(given, int) else round(given * most)))
 
 
 @dataclass(frozen=True)
@@ -104,16 +204,61 @@ class CarryMoments:
         return {}
 
     def __call__(self, gradient: torch.Tensor, state: State, at: Place) -> torch.Tensor:
-        if at.before is None or "exp_avg" not in state:
+        if at.before is None or "exp_avg_sq" not in state:
+            return gradient
+        overlap = at.overlap()
+        if "momentum_left" in state:
+            side = "momentum_left" if at.left else "momentum_right"
+            state[side] = overlap.t().to(gradient.dtype) @ state[side]
+        v, m = state["exp_avg_sq"], state.get("exp_avg")
+        if at.group.get("second_moment") == "row":  # a mean over the basis, the same in any other
+            if m is not None:
+                state["exp_avg"] = at.carry(m, overlap)
             return gradient
         beta1, beta2 = at.group["betas"]
-        overlap, done = at.overlap(), at.step - 1 - int(state.get("began", 0))
+        done = at.moments(state) - 1
         corrected1, corrected2 = 1 - beta1**done, 1 - beta2**done
-        m, v = state["exp_avg"] / corrected1, state["exp_avg_sq"] / corrected2
-        mean = at.carry(m, overlap)
-        spread = at.carry(v - m.square(), overlap.square())
-        state["exp_avg"] = mean * corrected1
-        state["exp_avg_sq"] = (spread + mean.square()).abs_() * corrected2
+        mean = torch.zeros_like(v) if m is None else m / corrected1
+        carried = at.carry(mean, overlap)
+        spread = at.carry(v / corrected2 - mean.square(), overlap.square())
+        if m is not None:
+            state["exp_avg"] = carried * corrected1
+        state["exp_avg_sq"] = (spread + carried.square()).abs_() * corrected2
+        return gradient
+
+
+@dataclass(frozen=True)
+class ErrorFeedback:
+    """What a change of basis takes from the first moment is kept, and comes back where a later basis has it.
+
+    The moment in factors, lifted, plus the error E is the moving average of all gradients: at a change, the whole is
+    projected (least squares) on the new basis, E is the rest, and E decays as the moment does. After the idea of error feedback
+    (F. Seide et al., 2014; LDAdam's, arXiv 2410.16103, keeps the gradient's error, which needs the dense gradient that is never
+    formed here). State: one tensor of the parameter's size. moved: what carries the other moments over.
+    """
+
+    moved: Transform = field(default_factory=CarryMoments)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return {**self.moved.defaults, "error_feedback": False}
+
+    def __call__(self, gradient: torch.Tensor, state: State, at: Place) -> torch.Tensor:
+        if not at.group["error_feedback"] or at.basis is None or "exp_avg" not in state:
+            return self.moved(gradient, state, at)
+        whole = None
+        if at.before is not None:
+            whole = contract(state["exp_avg"], at.before.matrix().to(gradient.dtype), left=at.left)
+            if "error" in state:
+                whole += state["error"]
+        gradient = self.moved(gradient, state, at)
+        if whole is not None:
+            p = at.basis.matrix().to(gradient.dtype)
+            inverse = torch.linalg.solve(p.t() @ p, p.t())  # (R, N)
+            state["exp_avg"] = inverse @ whole if at.left else whole @ inverse.t()
+            state["error"] = whole - contract(state["exp_avg"], p, left=at.left)
+        if "error" in state:
+            state["error"].mul_(at.group["betas"][0])
         return gradient
 
 
@@ -128,8 +273,7 @@ class ResetMoments:
 
     def __call__(self, gradient: torch.Tensor, state: State, at: Place) -> torch.Tensor:
         if at.before is not None:
-            for name in ("exp_avg", "exp_avg_sq"):
-                state.pop(name, None)
+            forget(state)
             state["began"] = at.step - 1
         return gradient
 
