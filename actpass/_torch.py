@@ -38,7 +38,8 @@ from torch._inductor.decomposition import select_decomp_table  # codecs are trac
 from torch._inductor.utils import run_and_get_code  # tests read the generated code
 from torch._ops import HigherOrderOperator, OpOverload  # an operator's namespace tells torch's own from a user's
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext, StrictMinMaxConstraint
+from torch.utils._sympy.value_ranges import ValueRanges
 
 try:  # ranks compare plans through the process group's store (2.11 to 2.13); a torch without distributed has none
     from torch.distributed.distributed_c10d import _get_default_store as get_default_store
@@ -144,11 +145,15 @@ def plain_input_index(desc: Any) -> int | None:
     return idx if type(desc).__name__ == "PlainAOTInput" else None
 
 
-def fake_input(mode: FakeTensorMode, real: torch.Tensor, source: Any, *, varies: bool = False) -> torch.Tensor:
-    """The fake tensor of a graph's new input. varies: its length may change from call to call, and be zero."""
-    if not varies:
+def fake_input(mode: FakeTensorMode, real: torch.Tensor, source: Any, *, most: int | None = None) -> torch.Tensor:
+    """The fake tensor of a graph's new input. most: its length may change from call to call, from zero to this many. (Without
+    a bound Inductor's kernels on CUDA would guard on it, and Dynamo knows no input that this length is of.)"""
+    if most is None:
         return mode.from_tensor(real, static_shapes=True)
-    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * real.dim())
+    context = StatelessSymbolicContext(
+        dynamic_sizes=[DimDynamic.DYNAMIC] * real.dim(),
+        constraint_sizes=[StrictMinMaxConstraint(warn_only=False, vr=ValueRanges(0, most))] * real.dim(),
+    )
     return mode.from_tensor(real, source=source, symbolic_context=context)
 
 

@@ -333,12 +333,12 @@ def _append_state(
     placeholders = clone.graph.find_nodes(op="placeholder")
     last, own = (placeholders[-1] if placeholders else None), []
 
-    def append(name: str, real: torch.Tensor, *, varies: bool = False) -> fx.Node:
+    def append(name: str, real: torch.Tensor, *, most: int | None = None) -> fx.Node:
         nonlocal last
         with clone.graph.inserting_after(last) if last is not None else clone.graph.inserting_before():
             last = clone.graph.placeholder(name)
         source = ConstantSource(name)
-        fake = real if mode is None else fake_input(mode, real, source, varies=varies)
+        fake = real if mode is None else fake_input(mode, real, source, most=most)
         last.meta["example_value"] = fake
         last._dynamo_source = source  # pyright: ignore[reportAttributeAccessIssue]
         own.append(fake)
@@ -347,7 +347,7 @@ def _append_state(
     append("actpass_seed", round_keys(0, device))
     if extra.sites:
         append("actpass_learned_seed", round_keys(0, device))
-        append("actpass_points", torch.zeros(64, device=device), varies=True)
+        append("actpass_points", torch.zeros(64, device=device), most=subspaces.most_points(extra.sites))
         states = [append(f"actpass_subspace_{i}", torch.zeros(site.shape, device=device)) for i, site in enumerate(extra.sites)]
         (output,) = clone.graph.find_nodes(op="output")
         with clone.graph.inserting_before(output):

@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import actpass
+from actpass._torch import fake_input
 from actpass.codecs import LEARNED
 from actpass.codecs.generator import round_keys, step_seed
 from actpass.runtime.clock import CLOCK
@@ -482,3 +486,16 @@ def test_report_says_what_the_subspaces_captured_and_draws_it(tmp_path: Path):
     lines = (tmp_path / "spectra.csv").read_text().splitlines()
     assert lines[0] == "subspace_of,direction,share_of_energy,principal"
     assert sum(line.startswith("blocks.*.k.weight") for line in lines) == states(model)["blocks.0.k.weight"].shape[1]
+
+
+def test_the_number_of_sampled_tokens_is_bounded_for_inductor():
+    """Its kernels ask on CUDA whether an index fits into 32 bits. Without a bound that would become a guard on a length that
+    Dynamo knows no source of."""
+    shapes = ShapeEnv()
+    points = fake_input(FakeTensorMode(shape_env=shapes), torch.zeros(64), ConstantSource("points"), most=512)
+    (count,) = points.shape
+    assert isinstance(count, torch.SymInt)
+    assert bool(count * 4096 <= 2**31 - 1)
+    assert not shapes.guards
+    assert not bool(count == 512)  # while another question is one
+    assert shapes.guards

@@ -86,7 +86,8 @@ class Adam:
         m, v = state["exp_avg"], state["exp_avg_sq"]
         m.lerp_(gradient, 1 - beta1)
         v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        return m.div(1 - beta1**seen).div_(v.sqrt().div_((1 - beta2**seen) ** 0.5).add_(at.group["eps"]))
+        size = v.sqrt().div_((1 - beta2**seen) ** 0.5).add_(at.group["eps"])
+        return torch.div(m, size, out=size).div_(1 - beta1**seen)  # one tensor of that size, no more
 
 
 @dataclass(frozen=True)
@@ -117,16 +118,23 @@ class PartialMomentum:
         beta1, beta2 = at.group["betas"]
         seen = at.moments(state)
         kind = momentum_kind(at.group["momentum"], at.name, gradient)
+        size = self._second(gradient, state, at, beta2).div(1 - beta2**seen).sqrt_().add_(at.group["eps"])
+        if kind == "none":
+            return gradient / size
         if kind == "full":
-            m = state.setdefault("exp_avg", torch.zeros_like(gradient)).lerp_(gradient, 1 - beta1)
-            first = m / (1 - beta1**seen)
-        else:
-            first = gradient.clone() if kind == "none" else self._low_rank(gradient, state, at, beta1, seen)
-        square = gradient.square()
-        if at.group["second_moment"] == "row" and gradient.dim() > 1:
-            square = square.mean(-2 if at.left else -1, keepdim=True)
-        v = state.setdefault("exp_avg_sq", torch.zeros_like(square)).lerp_(square, 1 - beta2)
-        return first.div_((v / (1 - beta2**seen)).sqrt_().add_(at.group["eps"]))
+            if "exp_avg" not in state:
+                state["exp_avg"] = torch.zeros_like(gradient)
+            return state["exp_avg"].lerp_(gradient, 1 - beta1).div(size).div_(1 - beta1**seen)
+        return self._low_rank(gradient, state, at, beta1, seen).div_(size)
+
+    def _second(self, gradient: torch.Tensor, state: State, at: Place, beta: float) -> torch.Tensor:
+        if at.group["second_moment"] == "full" or gradient.dim() < 2:
+            if "exp_avg_sq" not in state:
+                state["exp_avg_sq"] = torch.zeros_like(gradient)
+            return state["exp_avg_sq"].mul_(beta).addcmul_(gradient, gradient, value=1 - beta)
+        dim = -2 if at.left else -1
+        mean = torch.linalg.vector_norm(gradient, dim=dim, keepdim=True).square_().div_(gradient.shape[dim])
+        return state.setdefault("exp_avg_sq", torch.zeros_like(mean)).lerp_(mean, 1 - beta)
 
     def _low_rank(self, gradient: torch.Tensor, state: State, at: Place, beta: float, seen: int) -> torch.Tensor:
         rows, columns = gradient.shape

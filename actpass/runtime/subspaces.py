@@ -149,7 +149,7 @@ def with_subspaces(
     fn: Callable[..., Any], sites: Sequence[Site], config: Config, device: torch.device, store: Store = STORE
 ) -> Callable[[tuple[Any, ...], Sequence[torch.Tensor], int], Any]:
     """``run(args, keys, step)`` for a compiled ``fn(*args, *keys, points, *states) -> (*outputs, *sketches)``."""
-    count = max(max(LEARNED[site.method].points, _POINTS_PER_DIRECTION * site.shape[1]) for site in sites)
+    count = most_points(sites)
     nothing = torch.empty(0, device=device)
 
     def call(args: Sequence[Any], keys: Keys, points: torch.Tensor, held: Sequence[Subspace]) -> tuple[Any, Any]:
@@ -223,6 +223,11 @@ def _held(store: Store, site: Site, parameter: torch.Tensor, seed: int, device: 
     if found.rank != site.rank:
         found.state, found.rank, found.sketched = resized(method, found.state, key(), site.rank), site.rank, None
     return found
+
+
+def most_points(sites: Sequence[Site]) -> int:
+    """How many tokens a sketch samples."""
+    return max(max(LEARNED[site.method].points, _POINTS_PER_DIRECTION * site.shape[1]) for site in sites)
 
 
 def _points(seed: int, step: int, count: int, device: torch.device) -> torch.Tensor:
