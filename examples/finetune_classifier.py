@@ -40,6 +40,7 @@ from common.settings import Settings, complete, defaults_of, make_train_config, 
 from common.train import TrainConfig, autocast, make_repeatable, to_device
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
+OF_EACH_SEED = ("accuracy", "final_train_loss", "held_out_loss", "median_step_s")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,11 +167,12 @@ def finetune(settings: FinetuneSettings) -> None:
 
 
 def _over_seeds(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The first run's measurements, but the accuracy of all: its mean, spread and the single ones."""
+    """The first run's measurements, but the accuracy of all: its mean and spread; and what each run came to."""
     found = [run["accuracy"] for run in runs]
     mean, spread = statistics.fmean(found), statistics.stdev(found)
     print(f"accuracy {mean:.2%}, spread over {len(found)} seeds {spread:.2%}")
-    return runs[0] | {"accuracy": mean, "accuracy_spread": spread, "accuracies": found}
+    each = [{"seed": run["settings"]["seed"]} | {name: run[name] for name in OF_EACH_SEED} for run in runs]
+    return runs[0] | {"accuracy": mean, "accuracy_spread": spread, "runs": each}
 
 
 def main() -> None:

@@ -124,7 +124,7 @@ def run_main(
         parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 
-def _comparison_rows(settings: Settings) -> list[Row]:
+def comparison_rows(settings: Settings) -> list[Row]:
     """The rows of `--compare`: the same run on other backends, whose gradients are dense and go to AdamW."""
     defaults: Any = type(settings)  # each job's own has a default for every option
     settings = replace(settings, compare=False, out=defaults().out)
@@ -153,4 +153,4 @@ def _run_comparison(settings: Settings, full: Settings) -> bool:
         f"torch {torch.__version__}"
     )
     script = Path(os.path.relpath(sys.argv[0]))
-    return compare(script, _comparison_rows(settings), BASELINE, title, Path(settings.out))
+    return compare(script, comparison_rows(settings), BASELINE, title, Path(settings.out))
