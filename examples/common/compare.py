@@ -130,6 +130,7 @@ them); as reported: by `actpass.report`. Peak: bytes above parameters and optimi
 included, measured over one step. Step: median. First step: with compiling, caches empty. Training
 loss: mean of the last {FINAL_STEPS} steps.
 """
+ACCURACY_NOTE = "Accuracy: of all held-out examples, mean over the seeds; all else is the first seed's.\n"
 
 
 def format_table(table: Sequence[dict[str, Any]]) -> str:
@@ -137,7 +138,8 @@ def format_table(table: Sequence[dict[str, Any]]) -> str:
     keys = [key for key in COLUMNS if any(row.get(key) is not None for row in table)]
     lines = ["| |" + "".join(f" {COLUMNS[key][0]} |" for key in keys), "|---" + "|---:" * len(keys) + "|"]
     lines += [_format_row(row, keys) for row in table]
-    return "\n".join([*lines, "", NOTES])
+    notes = NOTES + (ACCURACY_NOTE if "accuracy" in keys else "")
+    return "\n".join([*lines, "", notes])
 
 
 def _format_row(row: dict[str, Any], keys: Sequence[str]) -> str:
