@@ -111,7 +111,7 @@ def _config_from_file(path: Path, fallback: str, changes: Mapping[str, Any]) -> 
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
         model_type = fields.pop("model_type", fallback)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:  # the last two: JSON, but no object
         raise UsageError(f"{what} cannot be read: {error}") from error
     return _config(what, model_type, {**fields, **changes})
 
