@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 import actpass
+from actpass import optim
 from actpass.runtime.clock import CLOCK
 
 from . import models
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("no_codegen")
 STEPS = 3
 # A loss of three steps: some 100 operators each that round by EPS / 2, twice sqrt(300) / 2.
 LOSS = 18 * EPS
+CLIP = 0.05
 
 
 class Tokens(Dataset):
@@ -31,18 +33,22 @@ class Tokens(Dataset):
         return {"input_ids": tokens, "labels": tokens}
 
 
-def losses(model: torch.nn.Module, folder: Path, **arguments: Any) -> list[float]:
-    """Train three steps of two micro-batches; the loss of each step."""
+def logged(model: torch.nn.Module, folder: Path, optimizer: Any = None, **arguments: Any) -> list[dict[str, float]]:
+    """Train three steps of two micro-batches; what Trainer logs of each step. optimizer: None is Trainer's own."""
     from transformers import Trainer, TrainingArguments
 
+    given: dict[str, Any] = {"max_grad_norm": 1.0} | arguments
     args = TrainingArguments(
         output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-        learning_rate=1e-2, max_grad_norm=1.0, logging_steps=1, report_to=[], use_cpu=True, save_strategy="no",
-        disable_tqdm=True, **arguments,
+        learning_rate=1e-2, logging_steps=1, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True, **given,
     )  # fmt: skip
-    trainer = Trainer(model=model, args=args, train_dataset=Tokens())
+    trainer = Trainer(model=model, args=args, train_dataset=Tokens(), optimizers=(optimizer, None))
     trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def losses(model: torch.nn.Module, folder: Path, **arguments: Any) -> list[float]:
+    return [entry["loss"] for entry in logged(model, folder, **arguments)]
 
 
 def test_trainer_takes_a_compiled_model_with_its_options(tmp_path: Path) -> None:
@@ -66,3 +72,51 @@ def test_trainer_takes_the_backend_by_name_after_the_helper(tmp_path: Path) -> N
     found = losses(model, tmp_path, torch_compile=True, torch_compile_backend="actcomp")
     assert "active, method=auto" in str(actpass.report(model))
     assert found == pytest.approx(want, rel=LOSS)
+
+
+# -------------------------------------------------------------------------------------------------- gradients in their factors
+
+
+def projected_llama(gradients: str) -> torch.nn.Module:
+    """The same weights and, from here on, the same bases."""
+    torch.compiler.reset()
+    CLOCK.steps = 0
+    model, _ = models.llama(layers=1)
+    model.compile(backend="actcomp", options={"method": "haar", "rank": 8, "profitable_only": False, "gradients": gradients})
+    return model
+
+
+def clipped_norms(entries: list[dict[str, float]]) -> list[float]:
+    """The gradient norm of each step, all of them above what they are clipped to."""
+    norms = [float(entry["grad_norm"]) for entry in entries]
+    assert min(norms) > 2 * CLIP
+    return norms
+
+
+def test_trainer_logs_the_gradient_norm_of_the_dense_gradients(tmp_path: Path) -> None:
+    """SGD: it steps alike with both, where Adam makes a full step of a gradient that is rounding alone (a key's)."""
+    found: dict[str, list[float]] = {}
+    for gradients in ("dense", "low_rank"):
+        model = projected_llama(gradients)
+        sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+        found[gradients] = clipped_norms(logged(model, tmp_path, sgd, max_grad_norm=CLIP))
+        assert len(found[gradients]) == STEPS
+    assert found["low_rank"] == pytest.approx(found["dense"], rel=1e-5)
+    assert len(set(found["dense"])) == STEPS  # that the norms agree says something at each step
+
+
+@pytest.mark.parametrize("kind", [optim.AdamW, optim.CompActAdamW, optim.OasisAdamW, optim.LazySubspaceAdamW])
+def test_trainer_takes_an_optimizer_that_steps_in_the_subspace(kind: Any, tmp_path: Path) -> None:
+    dense = projected_llama("dense")
+    want = clipped_norms(logged(dense, tmp_path, torch.optim.SGD(dense.parameters(), lr=1.0), max_grad_norm=CLIP))
+    model = projected_llama("low_rank")
+    optimizer = kind(model.parameters(), lr=1e-2)
+    entries = logged(model, tmp_path, optimizer, max_grad_norm=CLIP)
+    assert clipped_norms(entries)[0] == pytest.approx(want[0], rel=1e-5)  # then the weights differ
+    assert entries[-1]["loss"] < entries[0]["loss"]
+    assert CLOCK.steps == STEPS
+    factored = projected(actpass.report(model))
+    assert len(factored) == 8
+    for name, parameter in model.named_parameters():
+        moments = optimizer.state[parameter]["exp_avg"]
+        assert (moments.numel() < parameter.numel()) == (name in factored), name

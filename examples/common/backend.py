@@ -34,11 +34,13 @@ class Backend:
         return self.name == "actcomp"
 
     def compile(self, module: nn.Module) -> nn.Module:
-        """What to call instead of `module` to train it."""
+        """What to call instead of `module` to train it from step 0, whatever this process trained before."""
         if self.name == "eager":
             return module
+        torch.compiler.reset()
         if self.name == "inductor":
             return cast(nn.Module, torch.compile(module, dynamic=False))
+        self.load_state_dict(module, self.state_dict(module) | {"steps": 0, "drawn": False})
         options = dict(self.options)
         return cast(nn.Module, torch.compile(module, backend="actcomp", options=options, dynamic=False))
 

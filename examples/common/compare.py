@@ -14,13 +14,12 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .measure import UNKNOWN, format_bytes
-from .picture import draw_comparison
 from .train import FINAL_STEPS
 
 Metrics = dict[str, Any]
@@ -65,6 +64,8 @@ def compare(script: Path, rows: Sequence[Row], baseline: str, title: str, out: P
     (out / "table.json").write_text(json.dumps({"title": title, "rows": table}, indent=1) + "\n")
     finished = {label: result for label, result in results.items() if result is not None}
     if finished:
+        from .picture import draw_comparison  # a single run needs no matplotlib
+
         draw_comparison(finished, out / "curves.png")
     print(f"\n{text}\nWritten to {out}: table.md, table.json, curves.png, and a JSON file a row.")
     return len(finished) == len(rows)
@@ -102,40 +103,45 @@ def _summarize(label: str, metrics: Metrics | None, baseline: Metrics | None) ->
         "first_step_s": metrics["first_step_s"],
         "train_loss": metrics["final_train_loss"],
         "held_out_loss": metrics["held_out_loss"][-1][1],
+        "accuracy": metrics.get("accuracy"),
+        "accuracy_spread": metrics.get("accuracy_spread"),
     }
 
 
-HEADER = "| | saved for backward | as reported | peak | step | to Inductor | first step | training loss | validation loss |"
+def _as(template: str) -> Callable[[float | None], str]:
+    return lambda value: UNKNOWN if value is None else template.format(value)
+
+
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "saved_bytes": ("saved for backward", format_bytes),
+    "saved_bytes_reported": ("as reported", format_bytes),
+    "peak_bytes": ("peak", format_bytes),
+    "step_s": ("step", _as("{:.3f} s")),
+    "step_ratio": ("to Inductor", _as("{:.2f}")),
+    "first_step_s": ("first step", _as("{:.1f} s")),
+    "train_loss": ("training loss", _as("{:.3f}")),
+    "held_out_loss": ("validation loss", _as("{:.3f}")),
+    "accuracy": ("accuracy", _as("{:.2%}")),
+    "accuracy_spread": ("spread over seeds", _as("{:.2%}")),
+}
 NOTES = f"""\
 Saved for backward: bytes alive between forward and backward, measured (the 4 of the loss with
 them); as reported: by `actpass.report`. Peak: bytes above parameters and optimizer state, gradients
 included, measured over one step. Step: median. First step: with compiling, caches empty. Training
 loss: mean of the last {FINAL_STEPS} steps.
 """
+ACCURACY_NOTE = "Accuracy: of all held-out examples, mean over the seeds; all else is the first seed's.\n"
 
 
 def format_table(table: Sequence[dict[str, Any]]) -> str:
-    """The rows as a Markdown table, with what the columns mean below it."""
-    lines = [HEADER, "|---" + "|---:" * 8 + "|"]
-    return "\n".join([*lines, *map(_format_row, table), "", NOTES])
+    """The rows as a Markdown table, with what the columns mean below it; without columns that no row has."""
+    keys = [key for key in COLUMNS if any(row.get(key) is not None for row in table)]
+    lines = ["| |" + "".join(f" {COLUMNS[key][0]} |" for key in keys), "|---" + "|---:" * len(keys) + "|"]
+    lines += [_format_row(row, keys) for row in table]
+    notes = NOTES + (ACCURACY_NOTE if "accuracy" in keys else "")
+    return "\n".join([*lines, "", notes])
 
 
-def _format_row(row: dict[str, Any]) -> str:
-    if row["failed"]:
-        return f"| {row['row']} | failed |" + f" {UNKNOWN} |" * 7
-    cells = [
-        row["row"],
-        format_bytes(row["saved_bytes"]),
-        format_bytes(row["saved_bytes_reported"]),
-        format_bytes(row["peak_bytes"]),
-        _number(row["step_s"], "{:.3f} s"),
-        _number(row["step_ratio"], "{:.2f}"),
-        _number(row["first_step_s"], "{:.1f} s"),
-        _number(row["train_loss"], "{:.3f}"),
-        _number(row["held_out_loss"], "{:.3f}"),
-    ]
-    return "| " + " | ".join(cells) + " |"
-
-
-def _number(value: float | None, template: str) -> str:
-    return UNKNOWN if value is None else template.format(value)
+def _format_row(row: dict[str, Any], keys: Sequence[str]) -> str:
+    cells = [row["row"] + (" (failed)" if row["failed"] else "")]
+    return "| " + " | ".join(cells + [COLUMNS[key][1](row.get(key)) for key in keys]) + " |"

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -51,19 +51,24 @@ class ByteTokenizer:
         return torch.frombuffer(data, dtype=torch.uint8).to(torch.int32)
 
 
-class LocalTokenizer:
+def load_pretrained_tokenizer(path: str) -> Any:
     """A Hugging Face tokenizer from a local directory; nothing is downloaded."""
+    from transformers import AutoTokenizer
+
+    allowed = f"give {BYTES!r} or a local directory with a Hugging Face tokenizer"
+    if not Path(path).is_dir():
+        raise UsageError(f"tokenizer {path!r} is not a directory: {allowed}")
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"tokenizer {path!r} cannot be read ({error}): {allowed}") from error
+
+
+class LocalTokenizer:
+    """A Hugging Face tokenizer, for a stream of text."""
 
     def __init__(self, path: str) -> None:
-        from transformers import AutoTokenizer
-
-        allowed = f"give {BYTES!r} or a local directory with a Hugging Face tokenizer"
-        if not Path(path).is_dir():
-            raise UsageError(f"tokenizer {path!r} is not a directory: {allowed}")
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"tokenizer {path!r} cannot be read ({error}): {allowed}") from error
+        self._tokenizer = load_pretrained_tokenizer(path)
         self.name = path
         self.vocab_size = len(self._tokenizer)
         self.end: int | None = self._tokenizer.eos_token_id
@@ -129,12 +134,32 @@ def _epoch_order(windows: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(windows, generator=generator)
 
 
+def training_rows(available: int, batch_size: int, seed: int, number: int) -> Tensor:
+    """Which rows make the training batch of that number, in an order drawn anew each epoch."""
+    epoch, index = divmod(number, available // batch_size)
+    order = _epoch_order(available, seed, epoch)
+    return order[index * batch_size : (index + 1) * batch_size]
+
+
+def held_out_rows(available: int, batch_size: int, count: int) -> Iterator[slice]:
+    """At most `count` whole batches spread evenly over the rows, always the same ones."""
+    whole = available // batch_size
+    count = min(count, whole)
+    for number in range(count):
+        start = number * whole // count * batch_size
+        yield slice(start, start + batch_size)
+
+
+def fingerprint_of(tensor: Tensor) -> str:
+    """A hash of its bytes."""
+    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:16]
+
+
 @dataclass(frozen=True, eq=False)
 class TextBatches:
     """Batches of (input_ids, labels), each int64 of shape (batch_size, seq_len).
 
-    The stream is cut into windows of `seq_len`. Training takes them in an order drawn anew each
-    epoch; validation takes batches spread evenly over the held-out tail, always the same ones.
+    The stream is cut into windows of `seq_len`; its tail is held out.
     """
 
     train_windows: Tensor
@@ -147,25 +172,22 @@ class TextBatches:
         return self.batch_size * self.train_windows.shape[1]
 
     @property
+    def train_tokens(self) -> int:
+        return self.train_windows.numel()
+
+    @property
     def fingerprint(self) -> str:
         """A hash of the training text as read, to tell whether two runs see the same."""
-        return hashlib.sha256(self.train_windows.numpy().tobytes()).hexdigest()[:16]
+        return fingerprint_of(self.train_windows)
 
     def train(self, number: int) -> tuple[Tensor, Tensor]:
         """The training batch of that number, the same for every run with this seed."""
-        windows = len(self.train_windows)
-        epoch, index = divmod(number, windows // self.batch_size)
-        order = _epoch_order(windows, self.seed, epoch)
-        rows = order[index * self.batch_size : (index + 1) * self.batch_size]
-        return _as_batch(self.train_windows[rows])
+        return _as_batch(self.train_windows[training_rows(len(self.train_windows), self.batch_size, self.seed, number)])
 
     def held_out(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         """At most `count` validation batches."""
-        available = len(self.held_out_windows) // self.batch_size
-        count = min(count, available)
-        for number in range(count):
-            start = number * available // count * self.batch_size
-            yield _as_batch(self.held_out_windows[start : start + self.batch_size])
+        for rows in held_out_rows(len(self.held_out_windows), self.batch_size, count):
+            yield _as_batch(self.held_out_windows[rows])
 
 
 def _as_batch(windows: Tensor) -> tuple[Tensor, Tensor]:

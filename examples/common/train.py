@@ -33,6 +33,12 @@ class Batches(Protocol):
     @property
     def tokens_per_batch(self) -> int: ...
 
+    @property
+    def train_tokens(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
     def train(self, number: int) -> tuple[Tensor, ...]: ...
 
     def held_out(self, count: int) -> Iterable[tuple[Tensor, ...]]: ...
@@ -178,8 +184,8 @@ def train_step(
     """One optimizer step over `config.accumulate` batches; returns their mean loss."""
     total = 0.0
     for _ in range(config.accumulate):
-        batch = _to_device(batches.train(run.position), config.device)
-        with forward_context(), _autocast(config):
+        batch = to_device(batches.train(run.position), config.device)
+        with forward_context(), autocast(config):
             loss = run.forward(*batch)
         (loss / config.accumulate).backward()
         total += loss.item()
@@ -199,8 +205,8 @@ def evaluate(run: Run, batches: Batches, config: TrainConfig) -> float:
     run.module.eval()
     losses = []
     for batch in batches.held_out(config.eval_batches):
-        with _autocast(config):
-            losses.append(run.module(*_to_device(batch, config.device)).item())
+        with autocast(config):
+            losses.append(run.module(*to_device(batch, config.device)).item())
     run.module.train()
     return statistics.fmean(losses)
 
@@ -235,11 +241,13 @@ def _show(bar: tqdm, history: History, tokens_per_s: float) -> None:
     bar.update()
 
 
-def _to_device(batch: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
+def to_device(batch: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
+    """The batch where the model is."""
     return tuple(tensor.to(device) for tensor in batch)
 
 
-def _autocast(config: TrainConfig) -> torch.autocast:
+def autocast(config: TrainConfig) -> torch.autocast:
+    """To be entered around forwards."""
     return torch.autocast(config.device.type, torch.bfloat16, enabled=config.bf16)
 
 

@@ -1,0 +1,141 @@
+"""The examples as programs, on tiny models, a few steps."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+TINY = ["--hidden-size", "16", "--intermediate-size", "24", "--layers", "1", "--heads", "2"]
+SHORT = [
+    "--steps",
+    "4",
+    "--batch-size",
+    "8",
+    "--seq-len",
+    "16",
+    "--device",
+    "cpu",
+    "--nondeterministic",
+    "--eval-every",
+    "0",
+    "--lr",
+    "0.01",
+]
+LOW_RANK = ["--method", "haar", "--rank", "4", "--gradients", "low_rank", "--optimizer", "oasis"]
+
+Finetune = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def finetune(no_codegen: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Finetune:
+    """The example with these arguments; what it measured."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+    def run(*arguments: str) -> dict[str, Any]:
+        metrics = tmp_path / "metrics.json"
+        script = str(EXAMPLES / "finetune_classifier.py")
+        monkeypatch.setattr(sys, "argv", [script, *SHORT, *arguments, "--metrics", str(metrics)])
+        runpy.run_path(script, run_name="__main__")
+        return json.loads(metrics.read_text())
+
+    return run
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    """A label that the first word tells."""
+    lines = [f"{('good', 'bad')[i % 2]} film number {i}\t{1 - i % 2}" for i in range(400)]
+    path = tmp_path / "data.tsv"
+    path.write_text("\n".join(["sentence\tlabel", *lines, ""]))
+    return str(path)
+
+
+def test_finetuning_learns_in_the_subspace(finetune: Finetune, data: str):
+    found = finetune(*TINY, *LOW_RANK, "--data", data, "--steps", "40")
+    assert found["accuracy"] == 1.0
+    assert found["report"]["regions"][0]["active"]
+    assert found["final_train_loss"] < found["train_loss"][0]
+
+
+def test_the_default_task_is_there_and_balanced(finetune: Finetune, capsys: pytest.CaptureFixture[str]):
+    found = finetune(*TINY, "--backend", "eager")
+    assert 0 < found["accuracy"] < 1
+    assert "(50." in capsys.readouterr().out
+
+
+def test_a_seed_among_several_is_the_seed_alone(finetune: Finetune, data: str):
+    several = finetune(*TINY, *LOW_RANK, "--data", data, "--seeds", "1", "2")
+    alone = finetune(*TINY, *LOW_RANK, "--data", data, "--seed", "2")
+    first, second = several["runs"]
+    assert second["seed"] == 2
+    assert all(second[name] == alone[name] for name in ("accuracy", "final_train_loss", "held_out_loss"))
+    assert first["final_train_loss"] != second["final_train_loss"]
+
+
+def test_a_checkpoint_brings_weights_and_tokenizer(finetune: Finetune, data: str, tmp_path: Path):
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path / "tiny-bert"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "number"]
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(5)
+    sizes: dict[str, Any] = {"vocab_size": len(words), "hidden_size": 16, "intermediate_size": 24}
+    model = BertModel(BertConfig(**sizes, num_hidden_layers=1, num_attention_heads=2))
+    model.save_pretrained(folder)
+
+    found = finetune("--checkpoint", str(folder), "--data", data)
+    assert found["settings"]["tokenizer"] == str(folder)
+    from common.models import load_classifier  # pyright: ignore[reportMissingImports]: on the path by the fixture
+
+    loaded = load_classifier(str(folder), 16, len(words), labels=3, dropout=0.0)
+    assert torch.equal(loaded.model.bert.embeddings.word_embeddings.weight, model.embeddings.word_embeddings.weight)
+    assert loaded.model.classifier.out_features == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "allowed"),
+    [
+        ("sentence\tlabel\ngood\t1\nno label\n", 3, "one tab and a label, an integer from 0 to 999"),
+        ("sentence\tlabel\ngood\t-1\n", 2, "one tab and a label, an integer from 0 to 999"),
+        ("sentence\tlabel\n\t1\n", 2, "a sentence, one tab"),
+        ("sentence\tlabel\ngood\tfilm\t1\n", 2, "one tab"),
+        ("text\tlabel\ngood\t1\n", 1, r"the header 'sentence\tlabel'"),
+    ],
+)
+def test_a_malformed_line_is_named(
+    finetune: Finetune, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, line: int, allowed: str
+):
+    path = tmp_path / "bad.tsv"
+    path.write_text(text)
+    with pytest.raises(SystemExit):
+        finetune(*TINY, "--data", str(path))
+    message = capsys.readouterr().err
+    assert f"{path}, line {line}: " in message
+    assert allowed in message
+
+
+def test_the_rows_of_a_comparison_are_commands(finetune: Finetune, data: str):
+    """With a low-rank optimizer the others still step with AdamW."""
+    from common.job import comparison_rows  # pyright: ignore[reportMissingImports]: on the path by the fixture
+
+    names = runpy.run_path(str(EXAMPLES / "finetune_classifier.py"))
+    settings = names["FinetuneSettings"](
+        method="haar", rank=4, gradients="low_rank", optimizer="oasis", data=data, seeds=(0, 1), compare=True,
+        hidden_size=16, intermediate_size=24, layers=1, heads=2,
+    )  # fmt: skip
+    rows = {row.label: row.arguments for row in comparison_rows(settings)}
+    assert len(rows) == 6
+    assert finetune(*rows["eager"])["settings"]["optimizer"] == "adamw"
+    found = finetune(*rows["actcomp haar 4"])
+    assert found["settings"]["optimizer"] == "oasis"
+    assert [run["seed"] for run in found["runs"]] == [0, 1]
