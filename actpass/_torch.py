@@ -146,13 +146,13 @@ def plain_input_index(desc: Any) -> int | None:
 
 
 def fake_input(mode: FakeTensorMode, real: torch.Tensor, source: Any, *, most: int | None = None) -> torch.Tensor:
-    """The fake tensor of a graph's new input. most: its length may change from call to call, from zero to this many. (Without
-    a bound Inductor's kernels on CUDA would guard on it, and Dynamo knows no input that this length is of.)"""
+    """The fake tensor of a graph's new input. most: its length may change from call to call, from two to this many. (Without
+    bounds Inductor's kernels on CUDA would guard on it, and Dynamo knows no input that this length is of.)"""
     if most is None:
         return mode.from_tensor(real, static_shapes=True)
     context = StatelessSymbolicContext(
         dynamic_sizes=[DimDynamic.DYNAMIC] * real.dim(),
-        constraint_sizes=[StrictMinMaxConstraint(warn_only=False, vr=ValueRanges(0, most))] * real.dim(),
+        constraint_sizes=[StrictMinMaxConstraint(warn_only=False, vr=ValueRanges(2, most))] * real.dim(),
     )
     return mode.from_tensor(real, source=source, symbolic_context=context)
 

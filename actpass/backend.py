@@ -391,7 +391,7 @@ def _without(fn: Callable[..., Any], extra: Extra, device: torch.device) -> Call
     def run(*args: Any) -> Any:
         *first, key = args
         places = [args[f.position].new_zeros(()).expand(f.shape) for f in extra.factors]
-        learned = [key, torch.empty(0, device=device), *states] if states else []
+        learned = [key, torch.zeros(2, device=device), *states] if states else []
         results = fn(*first, key, *learned, *places)
         return results[: len(results) - len(states)]
 

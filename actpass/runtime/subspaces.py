@@ -150,7 +150,7 @@ def with_subspaces(
 ) -> Callable[[tuple[Any, ...], Sequence[torch.Tensor], int], Any]:
     """``run(args, keys, step)`` for a compiled ``fn(*args, *keys, points, *states) -> (*outputs, *sketches)``."""
     count = most_points(sites)
-    nothing = torch.empty(0, device=device)
+    fewest = torch.zeros(2, device=device)  # not none: a kernel of no elements is a special case in every back end
 
     def call(args: Sequence[Any], keys: Keys, points: torch.Tensor, held: Sequence[Subspace]) -> tuple[Any, Any]:
         results = fn(*args, *keys, points, *(s.state for s in held))
@@ -172,7 +172,7 @@ def with_subspaces(
     def run(args: tuple[Any, ...], keys: Keys, step: int) -> Any:
         if any(isinstance(a, FakeTensor) for a in args):  # DDP's graph splitting asks what comes out of a part
             own = [Subspace(s.method, s.rank, torch.zeros(s.shape, device=device)) for s in sites]
-            return call(args, keys, nothing, own)[0]
+            return call(args, keys, fewest, own)[0]
         held = [_held(store, site, args[site.position], config.seed, device) for site in sites]
         if not all(s.begun for s in held):
             begin(args, keys, held)
@@ -180,7 +180,7 @@ def with_subspaces(
         for subspace, sketched in zip(due, _summed([s.sketched for s in due if s.sketched is not None]), strict=True):
             subspace.move(sketched, LEARNED[subspace.method].step_size if subspace.moves else 1.0)
         shown = [config.sketches_at(s.method, step) or not s.moves for s in held]
-        points = _points(config.seed, step, count, device) if any(shown) else nothing
+        points = _points(config.seed, step, count, device) if any(shown) else fewest
         outputs, sketches = call(args, keys, points, held)
         for subspace, sketched, show in zip(held, sketches, shown, strict=True):
             if show:

@@ -66,7 +66,8 @@ def add_training_options(group: Group) -> None:
     add(
         "--optimizer",
         choices=OPTIMIZERS,
-        help="adamw: torch's; compact, oasis, lazy: actpass.optim's CompActAdamW, OasisAdamW, LazySubspaceAdamW (adamw)",
+        help="adamw: torch's; compact, oasis, lazy, adapm: actpass.optim's CompActAdamW, OasisAdamW, LazySubspaceAdamW, AdaPM "
+        "(adamw)",
     )
     add("--warmup", type=number(0, 1), metavar="X", help="fraction of the steps (0.1)")
     add("--weight-decay", type=number(0), metavar="X", help="of matrices, not of norms (0.1)")

@@ -106,7 +106,7 @@ def find_problem(settings: Settings) -> str | None:
     given = [name for name in COMPRESSION if getattr(settings, name)]
     if given and settings.backend != "actcomp":
         return f"--{given[0].replace('_', '-')} goes with --backend actcomp"
-    if settings.optimizer != "adamw" and settings.gradients != "low_rank":
+    if settings.optimizer in ("compact", "oasis", "lazy") and settings.gradients != "low_rank":
         return f"--optimizer {settings.optimizer} goes with --gradients low_rank"
     if (settings.save_every or settings.resume) and not settings.save:
         return "--save-every and --resume need --save DIR"

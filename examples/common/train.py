@@ -114,19 +114,21 @@ def start_run(module: nn.Module, forward: nn.Module, config: TrainConfig) -> Run
 
 
 def make_optimizer(name: str, groups: list[dict[str, object]], lr: float) -> Optimizer:
-    """AdamW, or one of `actpass.optim` that steps in the subspace of low-rank gradients."""
+    """AdamW, or one of `actpass.optim`."""
     if name == "adamw":
         return AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
     from actpass import optim
 
-    kinds = {"compact": optim.CompActAdamW, "oasis": optim.OasisAdamW, "lazy": optim.LazySubspaceAdamW}
+    kinds = {
+        "compact": optim.CompActAdamW, "oasis": optim.OasisAdamW, "lazy": optim.LazySubspaceAdamW, "adapm": optim.AdaPM,
+    }  # fmt: skip
     return kinds[name](groups, lr=lr, betas=(0.9, 0.95))
 
 
 def _parameter_groups(module: nn.Module, config: TrainConfig) -> list[dict[str, object]]:
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trained if parameter.ndim >= 2]
-    vectors = [parameter for parameter in trained if parameter.ndim < 2]
+    trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    matrices = [named for named in trained if named[1].ndim >= 2]
+    vectors = [named for named in trained if named[1].ndim < 2]
     return [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
