@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.utils.weak import WeakIdKeyDictionary
 
 from actpass._torch import FakeTensor
@@ -25,6 +24,7 @@ from actpass.codecs.learned import Spectrum, first_state, moved, nudged, resized
 from actpass.config import Config
 from actpass.errors import ActpassWarning, StateError
 from actpass.report.spectra import SubspaceRow
+from actpass.runtime import ranks
 
 Keys = Sequence[torch.Tensor]
 """`round_keys` of the step's seed, and of that of what is random in learned bases."""
@@ -163,7 +163,7 @@ def with_subspaces(
         for i in range(_PASSES):
             with torch.random.fork_rng(devices), torch.autograd.graph.saved_tensors_hooks(_same, _same):
                 stand_ins = [_stand_in(a) for a in args]
-                sketches = _summed(call(stand_ins, keys, _points(config.seed, -1 - i, count, device), held)[1])
+                sketches = ranks.summed(call(stand_ins, keys, _points(config.seed, -1 - i, count, device), held)[1])
             for subspace, sketched, new in zip(held, sketches, fresh, strict=True):
                 if new:
                     subspace.move(sketched, 1.0)
@@ -177,7 +177,7 @@ def with_subspaces(
         if not all(s.begun for s in held):
             begin(args, keys, held)
         due = [s for s in held if s.sketched is not None and s.step < step]
-        for subspace, sketched in zip(due, _summed([s.sketched for s in due if s.sketched is not None]), strict=True):
+        for subspace, sketched in zip(due, ranks.summed([s.sketched for s in due if s.sketched is not None]), strict=True):
             subspace.move(sketched, LEARNED[subspace.method].step_size if subspace.moves else 1.0)
         shown = [config.sketches_at(s.method, step) or not s.moves for s in held]
         points = _points(config.seed, step, count, device) if any(shown) else nothing
@@ -231,15 +231,6 @@ def _points(seed: int, step: int, count: int, device: torch.device) -> torch.Ten
     generator = torch.Generator().manual_seed(step_seed(seed, step))
     points = (torch.arange(count) + torch.rand(count, generator=generator)) / count
     return points.clamp_(max=1 - 2**-24).to(device)
-
-
-def _summed(sketches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Over the ranks, in one collective: all have the same subspaces then, bit for bit."""
-    if not sketches or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return list(sketches)
-    together = torch.cat([y.flatten() for y in sketches])
-    dist.all_reduce(together)
-    return [part.view_as(y) for part, y in zip(together.split([y.numel() for y in sketches]), sketches, strict=True)]
 
 
 def tails(inputs: Sequence[Any], paths: Sequence[str | None]) -> tuple[tuple[str, float], ...]:
