@@ -93,6 +93,7 @@ __all__ = [
     "run_and_get_code",
     "select_decomp_table",
     "size_hint",
+    "stand_ins",
     "tag_activation_checkpoint",
     "take_out_of_buckets",
     "torch_is_tested",
@@ -176,6 +177,18 @@ def queue_after_backward(function: Callable[[], None]) -> None:
     """Called inside a backward: run ``function`` at its end, as DDP and FSDP2 do with what they await."""
     engine: Any = torch.autograd.Variable._execution_engine
     engine.queue_callback(function)
+
+
+def stand_ins(module: torch.nn.Module) -> dict[int, torch.nn.Parameter]:
+    """What FSDP2 runs a forward with in place of the parameters of ``module`` itself (not of modules inside that are sharded
+    by themselves), by the parameter's id; of those that it has gathered before. They last as long as the parameters."""
+    get: Any = getattr(module, "_get_fsdp_state", None)
+    if get is None:
+        return {}
+    state = get()
+    groups = getattr(state, "_fsdp_param_groups", None) or [g for g in (state._fsdp_param_group,) if g is not None]  # 2.11
+    of = [p for group in groups for p in group.fsdp_params if hasattr(p, "_unsharded_param")]
+    return {id(p.sharded_param): p._unsharded_param for p in of}
 
 
 def take_out_of_buckets(ddp: DistributedDataParallel, names: Iterable[str]) -> None:
