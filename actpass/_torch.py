@@ -69,6 +69,7 @@ __all__ = [
     "HigherOrderOperator",
     "OpOverload",
     "active_ddp",
+    "averages_otherwise",
     "compile_fx",
     "current_code",
     "current_frame",
@@ -83,6 +84,8 @@ __all__ = [
     "inductor_cache_dir",
     "inductor_config",
     "invoke_subgraph",
+    "is_bucketed",
+    "is_joined",
     "is_part_of_a_step",
     "list_mode_options",
     "min_cut_rematerialization_partition",
@@ -189,6 +192,25 @@ def stand_ins(module: torch.nn.Module) -> dict[int, torch.nn.Parameter]:
     groups = getattr(state, "_fsdp_param_groups", None) or [g for g in (state._fsdp_param_group,) if g is not None]  # 2.11
     of = [p for group in groups for p in group.fsdp_params if hasattr(p, "_unsharded_param")]
     return {id(p.sharded_param): p._unsharded_param for p in of}
+
+
+def is_bucketed(parameter: torch.Tensor) -> bool:
+    """Whether DDP copies its gradient into a bucket, if it is one of a DDP's."""
+    return parameter.requires_grad and not hasattr(parameter, "_ddp_ignored")
+
+
+def averages_otherwise(ddp: DistributedDataParallel) -> str | None:
+    """What ``ddp`` does that goes with buckets only."""
+    if ddp.mixed_precision is not None:
+        return f"mixed_precision={ddp.mixed_precision}, which casts parameters and gradients. Use torch.autocast"
+    if any(hasattr(p, "_in_backward_optimizers") for p in ddp.parameters()):
+        return "an optimizer that steps in the backward, before the ranks have averaged. Step it after the backward"
+    return None
+
+
+def is_joined(ddp: DistributedDataParallel) -> bool:
+    """Whether it runs inside ``ddp.join()``."""
+    return ddp._join_config.enable
 
 
 def take_out_of_buckets(ddp: DistributedDataParallel, names: Iterable[str]) -> None:

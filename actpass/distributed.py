@@ -19,7 +19,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdKeyDictionary
 
-from actpass._torch import find_tensors, queue_after_backward, take_out_of_buckets
+from actpass._torch import (
+    averages_otherwise,
+    find_tensors,
+    is_bucketed,
+    is_joined,
+    queue_after_backward,
+    take_out_of_buckets,
+)
 from actpass.codecs.generator import round_keys
 from actpass.errors import ActpassWarning, PlanError
 from actpass.gradients import SHARDED, Basis, LowRankGradient, numbers_of
@@ -41,8 +48,8 @@ def reduce_low_rank(ddp: nn.Module) -> None:
     them that is dense after all is averaged densely. It happens when the backward ends, and takes one collective more, of 16
     bytes between the CPUs (gloo), that compares the bases. ``no_sync``, unused parameters, static graphs and views of buckets
     work as before. Communication hooks see what is left to DDP. Raises `TypeError` for what is no DDP, `ValueError` for one
-    that averages otherwise (its ``mixed_precision``, optimizers in the backward); the backward raises `PlanError` where ranks
-    have gradients in different bases.
+    that averages otherwise (its ``mixed_precision``, optimizers in the backward; at the forward, ``join``); the backward raises
+    `PlanError` where ranks have gradients in different bases.
     """
     ddp = getattr(ddp, "_orig_mod", ddp)
     if not isinstance(ddp, DistributedDataParallel):
@@ -52,16 +59,8 @@ def reduce_low_rank(ddp: nn.Module) -> None:
         )
     if ddp in _reduced:
         return
-    if ddp.mixed_precision is not None:
-        raise ValueError(
-            f"low-rank gradients can't be reduced under DDP with mixed_precision={ddp.mixed_precision}, which casts parameters "
-            "and gradients in its buckets. Allowed: None. Use torch.autocast, or parameters in a low precision."
-        )
-    if any(hasattr(p, "_in_backward_optimizers") for p in ddp.parameters()):
-        raise ValueError(
-            "low-rank gradients can't be reduced where an optimizer runs in the backward: it would step before the ranks have "
-            "averaged. Step it after the backward."
-        )
+    if other := averages_otherwise(ddp):
+        raise ValueError(f"the coefficients of low-rank gradients can't be averaged under DDP with {other}.")
     parameters = dict(_matrices(ddp.module))
     take_out_of_buckets(ddp, [n for n, p in _named(ddp.module) if any(p is q for q in parameters.values())])
     assert ddp.process_group is not None
@@ -78,7 +77,7 @@ def _named(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def _matrices(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters whose gradients may be in factors. DDP can't be left without any: it keeps the smallest then."""
-    trained = {n: p for n, p in module.named_parameters() if p.requires_grad and not hasattr(p, "_ddp_ignored")}
+    trained = {n: p for n, p in module.named_parameters() if is_bucketed(p)}
     tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
     found = {n: p for n, p in trained.items() if p.dim() in (2, 3) and id(p) not in tables}
     if len(found) == len(trained):
@@ -137,6 +136,11 @@ class _Reduction:
         """Like DDP, by what holds at the forward: of several before one backward, any. The hook is on the output, because the
         engine runs what is queued at the end of the backward that queued it, and inside a checkpoint that is another."""
         if torch.is_grad_enabled() and ddp.require_backward_grad_sync:
+            if is_joined(ddp):
+                raise ValueError(
+                    "actpass.distributed.reduce_low_rank does not go with ddp.join(): a rank that has no more inputs would not "
+                    "take part, and the others would wait for it. Give all ranks as many batches."
+                )
             self.awaited = True
             for tensor in find_tensors(output):
                 if tensor.requires_grad:
@@ -182,10 +186,10 @@ class _Reduction:
                     "the same on all ranks. Give all the same options (seed among them), step their optimizers alike, and on "
                     "resume load the same state (actpass.load_state_dict)."
                 )
-            if not found or _DENSE in kinds or (None in kinds and found[0].state is not None):
-                if any(kinds):
-                    _make_dense(parameter)
-            elif mine[name] is None:
+            learned = any(k.state is not None for k in found)  # a subspace that a rank may not have
+            if _DENSE in kinds or (learned and None in kinds):
+                _make_dense(parameter)
+            elif found and mine[name] is None:
                 _take_part(parameter, found[0])
 
 

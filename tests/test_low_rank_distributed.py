@@ -20,6 +20,7 @@ from actpass.distributed import reduce_low_rank
 from actpass.gradients import LowRankGradient
 from actpass.runtime import regions
 from actpass.runtime.clock import CLOCK
+from actpass.runtime.resident import resident
 
 from . import models
 from .helpers import EPS, eager_actcomp, error
@@ -170,7 +171,14 @@ def nothing_called() -> dict[str, Any]:
     reduce_low_rank(run)  # nothing more
     run.zero_grad()
     run(next(batches(0, 1))).backward()
-    return {"before": before, "after": str(actpass.report(run)), "kept": isinstance(model.mid.weight.grad, LowRankGradient)}
+    with ddp.join(), pytest.raises(ValueError, match=r"does not go with ddp\.join\(\)"):
+        run(next(batches(0, 1)))
+    return {
+        "before": before,
+        "after": str(actpass.report(run)),
+        "kept": isinstance(model.mid.weight.grad, LowRankGradient),
+        "buckets": resident(list(model.parameters())).buckets,
+    }
 
 
 def sharded(rank: int, low_rank: bool) -> dict[str, Any]:
@@ -277,6 +285,7 @@ def test_what_ddp_makes_dense_is_said_once_and_reported(results: Results):
         assert "note: DistributedDataParallel makes low-rank gradients dense" in got["before"]
         assert "note: DistributedDataParallel" not in got["after"]
         assert got["kept"]
+        assert got["buckets"] == 4 * (40 + 40 + 16)  # of the biases
 
 
 def test_fsdp2_makes_them_dense_and_says_so(results: Results):
