@@ -48,8 +48,8 @@ def reduce_low_rank(ddp: nn.Module) -> None:
     them that is dense after all is averaged densely. It happens when the backward ends, and takes one collective more, of 16
     bytes between the CPUs (gloo), that compares the bases. ``no_sync``, unused parameters, static graphs and views of buckets
     work as before. Communication hooks see what is left to DDP. Raises `TypeError` for what is no DDP, `ValueError` for one
-    that averages otherwise (its ``mixed_precision``, optimizers in the backward; at the forward, ``join``); the backward raises
-    `PlanError` where ranks have gradients in different bases.
+    that averages otherwise (its ``mixed_precision``, optimizers in the backward; at the forward, ``join``, and a copy of
+    one); the backward raises `PlanError` where ranks have gradients in different bases.
     """
     ddp = getattr(ddp, "_orig_mod", ddp)
     if not isinstance(ddp, DistributedDataParallel):
@@ -136,6 +136,11 @@ class _Reduction:
         """Like DDP, by what holds at the forward: of several before one backward, any. The hook is on the output, because the
         engine runs what is queued at the end of the backward that queued it, and inside a checkpoint that is another."""
         if torch.is_grad_enabled() and ddp.require_backward_grad_sync:
+            if ddp not in _reduced:
+                raise ValueError(
+                    "this DistributedDataParallel is a copy of one that actpass.distributed.reduce_low_rank was called for, "
+                    "and would average the gradients of that one. Copy ddp.module, wrap the copy and call it for that."
+                )
             if is_joined(ddp):
                 raise ValueError(
                     "actpass.distributed.reduce_low_rank does not go with ddp.join(): a rank that has no more inputs would not "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -173,6 +174,8 @@ def nothing_called() -> dict[str, Any]:
     run(next(batches(0, 1))).backward()
     with ddp.join(), pytest.raises(ValueError, match=r"does not go with ddp\.join\(\)"):
         run(next(batches(0, 1)))
+    with pytest.raises(ValueError, match=r"is a copy of one .* Copy ddp\.module, wrap the copy"):
+        copy.deepcopy(ddp)(next(batches(0, 1)))
     return {
         "before": before,
         "after": str(actpass.report(run)),
