@@ -4,6 +4,7 @@
 backward is stored. See `actpass.backend.actcomp` for the options.
 """
 
+from actpass import distributed
 from actpass.api import (
     audit,
     calibrate,
@@ -52,6 +53,7 @@ __all__ = [
     "__version__",
     "audit",
     "calibrate",
+    "distributed",
     "explain",
     "explore",
     "load_state_dict",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import types
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ from torch._inductor.utils import run_and_get_code  # tests read the generated c
 from torch._ops import HigherOrderOperator, OpOverload  # an operator's namespace tells torch's own from a user's
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext, StrictMinMaxConstraint
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel.distributed import _find_tensors as find_tensors  # where DDP looks for tensors in an output
 from torch.utils._sympy.value_ranges import ValueRanges
 
 try:  # ranks compare plans through the process group's store (2.11 to 2.13); a torch without distributed has none
@@ -66,12 +69,15 @@ __all__ = [
     "FakeTensorMode",
     "HigherOrderOperator",
     "OpOverload",
+    "active_ddp",
+    "averages_otherwise",
     "compile_fx",
     "current_code",
     "current_frame",
     "detect_fake_mode",
     "dynamo",
     "fake_input",
+    "find_tensors",
     "functorch_config",
     "fx_graph_cse",
     "get_default_op_list",
@@ -79,16 +85,21 @@ __all__ = [
     "inductor_cache_dir",
     "inductor_config",
     "invoke_subgraph",
+    "is_bucketed",
+    "is_joined",
     "is_part_of_a_step",
     "list_mode_options",
     "min_cut_rematerialization_partition",
     "plain_input_index",
+    "queue_after_backward",
     "rename",
     "reset_code",
     "run_and_get_code",
     "select_decomp_table",
     "size_hint",
+    "stand_ins",
     "tag_activation_checkpoint",
+    "take_out_of_buckets",
     "torch_is_tested",
 ]
 
@@ -163,6 +174,68 @@ def size_hint(value: int | torch.SymInt) -> int:
         return value
     hint = value.node.hint
     return int(hint) if hint is not None else 1
+
+
+def active_ddp() -> DistributedDataParallel | None:
+    """The DDP whose forward is running."""
+    return DistributedDataParallel._get_active_ddp_module()
+
+
+def queue_after_backward(function: Callable[[], None]) -> None:
+    """Called inside a backward: run ``function`` at its end, as DDP and FSDP2 do with what they await."""
+    engine: Any = torch.autograd.Variable._execution_engine
+    engine.queue_callback(function)
+
+
+def stand_ins(module: torch.nn.Module) -> dict[int, torch.nn.Parameter]:
+    """What FSDP2 runs a forward with in place of the parameters of ``module`` itself (not of modules inside that are sharded
+    by themselves), by the parameter's id; of those that it has gathered before. They last as long as the parameters."""
+    get: Any = getattr(module, "_get_fsdp_state", None)
+    if get is None:
+        return {}
+    state = get()
+    groups = getattr(state, "_fsdp_param_groups", None) or [g for g in (state._fsdp_param_group,) if g is not None]  # 2.11
+    of = [p for group in groups for p in group.fsdp_params if hasattr(p, "_unsharded_param")]
+    return {id(p.sharded_param): p._unsharded_param for p in of}
+
+
+def is_bucketed(parameter: torch.Tensor) -> bool:
+    """Whether DDP copies its gradient into a bucket, if it is one of a DDP's."""
+    return parameter.requires_grad and not hasattr(parameter, "_ddp_ignored")
+
+
+def averages_otherwise(ddp: DistributedDataParallel) -> str | None:
+    """What ``ddp`` does that goes with buckets only."""
+    if ddp.mixed_precision is not None:
+        return f"mixed_precision={ddp.mixed_precision}, which casts parameters and gradients. Use torch.autocast"
+    if any(hasattr(p, "_in_backward_optimizers") for p in ddp.parameters()):
+        return "an optimizer that steps in the backward, before the ranks have averaged. Step it after the backward"
+    return None
+
+
+def is_joined(ddp: DistributedDataParallel) -> bool:
+    """Whether it runs inside ``ddp.join()``."""
+    return ddp._join_config.enable
+
+
+def take_out_of_buckets(ddp: DistributedDataParallel, names: Iterable[str]) -> None:
+    """Build the reducer of ``ddp`` again, without the parameters ``names``, from the calls by which DDP makes it when it is
+    unpickled. Communication hooks are registered again. Checked in the source of 2.11 and 2.13."""
+    ddp.parameters_to_ignore |= {
+        form for name in names for form in (name, f".{name}")
+    }  # DDP's name of a root's own begins with a dot
+    for name, parameter in ddp.module.named_parameters(remove_duplicate=False):
+        if name in ddp.parameters_to_ignore:
+            parameter._ddp_ignored = True  # pyright: ignore[reportAttributeAccessIssue]
+    parameters, sparse = ddp._build_params_for_reducer()
+    ddp._ddp_init_helper(parameters, sparse, ddp._build_debug_param_to_name_mapping(parameters), ddp.static_graph)
+    ddp._has_rebuilt_buckets = False
+    if ddp.static_graph:
+        ddp._static_graph_delay_allreduce_enqueued = False
+        ddp.reducer._set_static_graph()
+        ddp.logger._set_static_graph()  # pyright: ignore[reportOptionalMemberAccess]
+    for hook, state in ddp._comm_hooks:
+        torch.distributed._register_comm_hook(ddp.reducer, state, hook)
 
 
 def records_dir() -> str:

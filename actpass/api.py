@@ -11,6 +11,7 @@ import torch
 from actpass.audit import Audit, audit_model, loss_of
 from actpass.calibrate import calibrate_model
 from actpass.config import global_budget, parse
+from actpass.distributed import why_dense
 from actpass.errors import ReportError, StateError
 from actpass.explain import explain_model
 from actpass.plan.calibration import Calibration
@@ -29,7 +30,9 @@ def report(model: torch.nn.Module) -> Report:
     found = regions_of(_module(model, "report"))
     rows = tuple(subspaces.rows(_plain(model))) if found else ()
     why = None if found else "no training step of this model has run through backend='actcomp' in this process yet"
-    return Report(tuple(r.record for r in found), why, rows)
+    factored = any(r.record.plan.get("factored") for r in found)
+    dense = why_dense(_plain(model)) if factored else None
+    return Report(tuple(r.record for r in found), why, rows, notes=(dense,) if dense else ())
 
 
 def explain(model: torch.nn.Module, *inputs: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:

@@ -8,6 +8,7 @@ makes the gradient dense for good. So every optimizer is right with it, and thos
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,8 +18,14 @@ import torch
 from torch.utils import _pytree as pytree
 
 from actpass.codecs import LEARNED, PROJECTIONS, contract
+from actpass.errors import ActpassWarning
 
 aten = torch.ops.aten
+
+SHARDED = (
+    "FSDP2 makes low-rank gradients dense, in its reduce-scatter: they are right, but take the memory of dense ones and as "
+    "many bytes between ranks. Use DistributedDataParallel and actpass.distributed.reduce_low_rank to keep them in factors."
+)
 
 
 @dataclass(eq=False)
@@ -217,6 +224,8 @@ torch.serialization.add_safe_globals([_rebuilt])  # a momentum that is one, in a
 
 def _densely(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run ``func`` on dense gradients. What it writes to, or gives a view of, stays dense, and is returned as it was given."""
+    if func.namespace == "fsdp":
+        warnings.warn(SHARDED, ActpassWarning, stacklevel=2)
     kept = _kept(func, args, kwargs)
     back: dict[int, LowRankGradient] = {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,7 @@ def worker(rank: int, folder: str) -> None:
         dist.all_reduce(result["losses"])
         torch.save({**result, "losses": result["losses"] / WORLD}, Path(folder, f"{case}-{rank}.pt"))
     torch.save(learn(rank), Path(folder, f"learned-{rank}.pt"))
+    torch.save(resume(rank, folder), Path(folder, f"resumed-{rank}.pt"))
     dist.destroy_process_group()
 
 
@@ -126,6 +128,45 @@ def learn(rank: int) -> dict[str, dict[str, torch.Tensor]]:
         "moves": {f"{name}/{k}": torch.tensor(s["moves"]) for name, own in found.items() for k, s in own.items()},
         "parameters": {n: p.detach().clone() for n, p in model.named_parameters()},
     }
+
+
+def resume(rank: int, folder: str) -> dict[str, dict[str, torch.Tensor]]:
+    """Parameters under FSDP2 after six steps, after three and three of a resumed run, and of one without the subspaces."""
+    from torch.distributed.fsdp import fully_shard
+
+    def start() -> tuple[Any, torch.optim.Optimizer]:
+        torch.compiler.reset()
+        CLOCK.steps, CLOCK.drawn = 0, False
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(24, 24), models.MLP())
+        model[1].compile(
+            backend=eager_actcomp({"method": "prac", "rank": 2 * RANK, "refresh_interval": 2}, profitable_only=False)
+        )
+        fully_shard(model[1])
+        fully_shard(model)
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    def go(model: Any, optimizer: torch.optim.Optimizer, steps: range) -> dict[str, torch.Tensor]:
+        for i in steps:
+            optimizer.zero_grad()
+            model(torch.randn(32, 24, generator=torch.Generator().manual_seed(2 * i + rank))).backward()
+            optimizer.step()
+        return {n: p.full_tensor().detach().clone() for n, p in model.named_parameters()}
+
+    found = {"straight": go(*start(), range(6))}
+    first, stepped = start()
+    go(first, stepped, range(3))
+    assert len(actpass.report(first).subspaces) == 3
+    path = Path(folder, f"checkpoint-{rank}.pt")
+    torch.save(actpass.state_dict(first), path)
+    for name in ("resumed", "without"):
+        model, optimizer = start()
+        model.load_state_dict(first.state_dict())
+        optimizer.load_state_dict(copy.deepcopy(stepped.state_dict()))
+        state = torch.load(path, weights_only=True)
+        actpass.load_state_dict(model, state if name == "resumed" else {**state, "subspaces": {}})
+        found[name] = go(model, optimizer, range(3, 6))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +199,10 @@ def test_ranks_learn_one_subspace_bit_for_bit(folder: Path) -> None:
     assert all(int(m) > 16 for m in first["moves"].values())
     for what in ("subspaces", "parameters"):
         assert all(torch.equal(first[what][n], second[what][n]) for n in first[what])
+
+
+def test_a_run_that_resumes_under_fsdp2_is_bitwise_the_one_that_was_not_stopped(folder: Path) -> None:
+    for rank in range(WORLD):
+        found = torch.load(folder / f"resumed-{rank}.pt", weights_only=True)
+        assert all(torch.equal(found["resumed"][n], want) for n, want in found["straight"].items())
+        assert not torch.equal(found["without"]["1.mid.weight"], found["straight"]["1.mid.weight"])  # or it could not fail

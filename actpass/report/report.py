@@ -25,12 +25,13 @@ class Report:
     """What is saved for backward, in which form, and why. ``str(report)`` is a table, `to_dict` plain data.
 
     regions: one `Record` for each compiled graph (a model with graph breaks has several). why_empty: the reason if there
-    is none. subspaces: the learned ones, as they stand.
+    is none. subspaces: the learned ones, as they stand. notes: on the whole model.
     """
 
     regions: tuple[Record, ...]
     why_empty: str | None = None
     subspaces: tuple[SubspaceRow, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def saved_bytes(self) -> int:
@@ -83,7 +84,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: ``schema_version``, ``active``, ``why``, ``totals``, ``regions`` (see `Record`),
-        ``subspaces`` (see `SubspaceRow`)."""
+        ``subspaces`` (see `SubspaceRow`), ``notes``."""
         totals = self.totals
         return {
             "schema_version": SCHEMA_VERSION,
@@ -92,6 +93,7 @@ class Report:
             "totals": {f.name: getattr(totals, f.name) for f in fields(totals)},
             "regions": [r.to_dict() for r in self.regions],
             "subspaces": [asdict(s) for s in self.subspaces],
+            "notes": list(self.notes),
         }
 
     def plot_peak(self, path: str | Path) -> None:
@@ -151,6 +153,7 @@ class Report:
         if self.regions:
             yield from lines(self.subspaces)
             yield from _total_lines(self.totals, self.step_bytes)
+        yield from (f"note: {note}" for note in self.notes)
 
     def _status(self) -> str:
         if not self.regions:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from actpass._torch import FakeTensor
+from actpass._torch import FakeTensor, active_ddp
 from actpass.codecs import LEARNED
 from actpass.codecs.generator import step_seed
 from actpass.config import Config
+from actpass.distributed import note_buckets
 from actpass.gradients import Basis, Coefficients
 from actpass.runtime.clock import CLOCK
 
@@ -50,6 +51,8 @@ def with_coefficients(fn: Callable[..., Any], factors: Sequence[Factor], count: 
     def run(*args: Any) -> Any:
         if any(isinstance(a, FakeTensor) for a in args[:count]):
             return fn(*args, *(args[f.position].new_zeros(()).expand(f.shape) for f in factors))
+        if (ddp := active_ddp()) is not None:
+            note_buckets(ddp)
         step, state = CLOCK.steps, args[count:]
         bases: dict[Any, Basis] = {}
         places = []

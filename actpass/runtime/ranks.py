@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 
+import torch
 import torch.distributed as dist
 
 from actpass._torch import get_default_store
@@ -39,6 +41,15 @@ def check(record: Record) -> None:
         return
     if first.partition(" ")[0] != record.plan_hash:
         raise PlanError(_difference(record, first, mine))
+
+
+def summed(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup | None = None) -> list[torch.Tensor]:
+    """``tensors``, of one dtype, over the ranks of ``group``, in one collective: bit for bit the same on all of them."""
+    if not tensors or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+        return list(tensors)
+    together = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(together, group=group)
+    return [part.view_as(t) for part, t in zip(together.split([t.numel() for t in tensors]), tensors, strict=True)]
 
 
 def _difference(record: Record, first: str, mine: str) -> str:

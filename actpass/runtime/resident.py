@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from actpass._torch import FakeTensor
+from actpass._torch import FakeTensor, is_bucketed
 from actpass.gradients import numbers_of
 
 T = TypeVar("T")
@@ -88,9 +88,10 @@ def _state(optimizer: torch.optim.Optimizer, own: Sequence[torch.Tensor]) -> int
 
 
 def _bucket_bytes(parameters: Mapping[int, torch.Tensor]) -> int:
-    """Bytes of the buckets into which DDP copies gradients: as many as gradients of its parameters."""
+    """Bytes of the buckets into which DDP copies gradients: as many as gradients of its parameters, less those that it was told
+    to ignore."""
     wrapped = [w for w in _living(DistributedDataParallel) if any(id(p) in parameters for p in w.parameters())]
-    own = {id(p): p for w in wrapped for p in w.parameters() if p.requires_grad}
+    own = {id(p): p for w in wrapped for p in w.parameters() if is_bucketed(p)}
     return sum(p.numel() * p.element_size() for p in own.values())
 
 

@@ -9,22 +9,21 @@ whose backward is still to come keeps its own.
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.utils.weak import WeakIdKeyDictionary
 
-from actpass._torch import FakeTensor
+from actpass._torch import FakeTensor, stand_ins
 from actpass.codecs import LEARNED
 from actpass.codecs.generator import round_keys, step_seed
 from actpass.codecs.learned import Spectrum, first_state, moved, nudged, resized, state_shape
 from actpass.config import Config
-from actpass.errors import ActpassWarning, StateError
+from actpass.errors import StateError
 from actpass.report.spectra import SubspaceRow
+from actpass.runtime import ranks
 
 Keys = Sequence[torch.Tensor]
 """`round_keys` of the step's seed, and of that of what is random in learned bases."""
@@ -133,10 +132,6 @@ class Store:
             self._of[parameter] = {name: replace(subspace) for name, subspace in known.items()}
         return self._of[parameter]
 
-    @property
-    def holds_any(self) -> bool:
-        return any(self._of.values())
-
     def clear(self) -> None:
         self._of.clear()
 
@@ -163,7 +158,7 @@ def with_subspaces(
         for i in range(_PASSES):
             with torch.random.fork_rng(devices), torch.autograd.graph.saved_tensors_hooks(_same, _same):
                 stand_ins = [_stand_in(a) for a in args]
-                sketches = _summed(call(stand_ins, keys, _points(config.seed, -1 - i, count, device), held)[1])
+                sketches = ranks.summed(call(stand_ins, keys, _points(config.seed, -1 - i, count, device), held)[1])
             for subspace, sketched, new in zip(held, sketches, fresh, strict=True):
                 if new:
                     subspace.move(sketched, 1.0)
@@ -177,7 +172,7 @@ def with_subspaces(
         if not all(s.begun for s in held):
             begin(args, keys, held)
         due = [s for s in held if s.sketched is not None and s.step < step]
-        for subspace, sketched in zip(due, _summed([s.sketched for s in due if s.sketched is not None]), strict=True):
+        for subspace, sketched in zip(due, ranks.summed([s.sketched for s in due if s.sketched is not None]), strict=True):
             subspace.move(sketched, LEARNED[subspace.method].step_size if subspace.moves else 1.0)
         shown = [config.sketches_at(s.method, step) or not s.moves for s in held]
         points = _points(config.seed, step, count, device) if any(shown) else fewest
@@ -238,15 +233,6 @@ def _points(seed: int, step: int, count: int, device: torch.device) -> torch.Ten
     return points.clamp_(max=1 - 2**-24).to(device)
 
 
-def _summed(sketches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Over the ranks, in one collective: all have the same subspaces then, bit for bit."""
-    if not sketches or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return list(sketches)
-    together = torch.cat([y.flatten() for y in sketches])
-    dist.all_reduce(together)
-    return [part.view_as(y) for part, y in zip(together.split([y.numel() for y in sketches]), sketches, strict=True)]
-
-
 def tails(inputs: Sequence[Any], paths: Sequence[str | None]) -> tuple[tuple[str, float], ...]:
     """The energy beyond the principal directions that the last sketch of each parameter's first subspace showed, by the
     parameter's path; of those among ``inputs`` that have one."""
@@ -259,10 +245,17 @@ def tails(inputs: Sequence[Any], paths: Sequence[str | None]) -> tuple[tuple[str
     return tuple(found.items())
 
 
+def owners(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Whom the subspaces of each parameter belong to, by its name: to itself, or under FSDP2 to what a forward runs with in its
+    place, once it has run."""
+    instead = {i: p for module in model.modules() for i, p in stand_ins(module).items()}
+    return {name: instead.get(id(p), p) for name, p in model.named_parameters()}
+
+
 def rows(model: torch.nn.Module) -> Iterator[SubspaceRow]:
     """The subspaces of ``model``'s parameters as they stand."""
-    for name, parameter in model.named_parameters():
-        for s in STORE.of(parameter).values():
+    for name, owner in owners(model).items():
+        for s in STORE.of(owner).values():
             captured = () if s.spectrum is None else tuple(s.spectrum.captured.tolist())
             principal = LEARNED[s.method].principal(s.rank)
             nbytes = s.state.numel() * s.state.element_size()
@@ -270,22 +263,14 @@ def rows(model: torch.nn.Module) -> Iterator[SubspaceRow]:
 
 
 def state_dict(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
-    """Parameter's name -> its subspaces. Under FSDP2 a forward runs with stand-ins of the parameters, to which the subspaces
-    belong: there is nothing to save them by, and a warning."""
-    own = {name: STORE.of(p) for name, p in model.named_parameters()}
-    if any(type(p.data).__name__ == "DTensor" for p in model.parameters()) and STORE.holds_any:
-        warnings.warn(
-            "the learned subspaces of a model under FSDP2 are not in actpass.state_dict: a resumed run takes new ones from its "
-            "first batch, and is not bitwise the run that was not stopped",
-            ActpassWarning,
-            stacklevel=3,
-        )
+    """Parameter's name -> its subspaces."""
+    own = {name: STORE.of(owner) for name, owner in owners(model).items()}
     return {name: {k: s.to_dict() for k, s in found.items()} for name, found in own.items() if found}
 
 
 def load_state_dict(model: torch.nn.Module, state: Mapping[str, Mapping[str, Any]]) -> None:
     """Put the subspaces of ``model`` in the place of all that it has. Raises `StateError` and changes nothing if a name is no
-    parameter of ``model``, or an entry no subspace of it."""
+    parameter of ``model``, or an entry no subspace of it. Under FSDP2 a collective: what has not run is gathered once."""
     parameters = dict(model.named_parameters())
     loaded: dict[str, dict[str, Subspace]] = {}
     for name, entries in state.items():
@@ -296,10 +281,20 @@ def load_state_dict(model: torch.nn.Module, state: Mapping[str, Mapping[str, Any
             loaded[name] = {k: _checked(k, v) for k, v in entries.items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StateError(f"state of the subspaces of {name!r} can't be read: {type(error).__name__}: {error}") from error
-    for name, parameter in parameters.items():
-        own = STORE.of(parameter)
+    if loaded:
+        _gather(model)
+    for name, owner in owners(model).items():
+        own = STORE.of(owner)
         own.clear()
         own.update(loaded.get(name, {}))
+
+
+def _gather(model: torch.nn.Module) -> None:
+    """Let FSDP2 make what a forward will run with, one sharded module at a time."""
+    for module in model.modules():
+        if hasattr(module, "unshard") and not stand_ins(module):
+            module.unshard()  # pyright: ignore[reportCallIssue]
+            module.reshard()  # pyright: ignore[reportCallIssue]
 
 
 def _checked(name: str, data: Mapping[str, Any]) -> Subspace:
