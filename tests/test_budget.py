@@ -7,7 +7,7 @@ import itertools
 import os
 import subprocess
 import sys
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -144,6 +144,20 @@ def test_no_budget_is_exceeded_and_a_larger_one_gives_a_peak_no_smaller(build: A
         peaks.append(measured)
     assert all(a <= 1.05 * b for a, b in itertools.pairwise(peaks))
     assert peaks[0] < peaks[-1]
+
+
+def test_parts_are_listed_in_the_order_in_which_they_run():
+    """Whichever was compiled last: the predicted peak of a step is that of its regions in this order."""
+    from actpass.config import parse
+    from actpass.runtime import regions
+
+    model, no_record = Broken(8, 8), cast("Any", None)
+    parts = [(regions.Region(no_record, parse({}), (0,)), stage) for stage in (model.first, model.second, model.third)]
+    for part, _ in reversed(parts):
+        regions.register(part)
+    for part, stage in parts:
+        part.note(tuple(stage.parameters()))
+    assert regions.regions_of(model) == [part for part, _ in parts]
 
 
 def test_only_parts_whose_plan_changed_are_compiled_again():
