@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from actpass._torch import FakeTensor, FakeTensorMode, HigherOrderOperator, size_hint, tag_activation_checkpoint
 from actpass.errors import GraphUnsupported
 from actpass.graph.copying import copy_module
+from actpass.graph.inputs import is_computed
 from actpass.plan.curve import Curve, thin
 from actpass.report import Record
 
@@ -47,10 +48,17 @@ def run_eager(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Curve:
         scalars = [o for o in starts if o.dim() == 0]
         if not starts:
             raise GraphUnsupported("nothing that it returns has a gradient")
-        _Root.apply(*(scalars or starts)).backward()
+        starts = scalars or starts
+        tangents = sum(map(_nbytes, starts))
+        _Root.apply(*starts).backward()
         backward = live.take()
         del outputs, starts, scalars
-    return Curve(thin(forward), thin(backward), held, live.level)
+    passed = sum(_nbytes(i.grad) for i, e in zip(inputs, example_inputs, strict=True) if is_computed(e) and i.grad is not None)
+    return Curve(thin(forward), thin(backward), held, live.level - passed, passed, tangents)
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return size_hint(tensor.numel()) * tensor.element_size()
 
 
 def with_eager_curve(record: Record, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Record:

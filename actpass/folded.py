@@ -228,9 +228,7 @@ class FoldedCut:
     @cached_property
     def footprint(self) -> Footprint:
         """As `Cut.footprint`."""
-        forward, backward = self.timelines
-        kept, returned = self._sum(lambda s: 0 if s.user_visible else s.nbytes), self.rest.cut.returned_bytes
-        return Footprint(forward.peak, backward.peak + returned, kept, returned, backward.kept)
+        return self.rest.cut.footprint_of(self.timelines, self._sum(lambda s: 0 if s.user_visible else s.nbytes))
 
     @property
     def peak_bytes(self) -> int:

@@ -43,7 +43,8 @@ class Cut:
     kept_input_bytes: inputs that another region computed and that the backward reads. seeds: nodes of the step's seed
     and of that of learned bases, if there are any.
     arrives: input of the backward -> the memory that it shows, for all that the backward frees behind its last use: what
-    crosses, and tangents. returned_bytes: what the caller holds while the backward runs."""
+    crosses, and tangents. returned_bytes: what the caller holds while the backward runs. passed_bytes: of gradients of inputs
+    that another region computed. tangent_bytes: of gradients that the backward is given."""
 
     forward: fx.GraphModule
     backward: fx.GraphModule
@@ -52,6 +53,8 @@ class Cut:
     seeds: tuple[str, ...]
     arrives: Mapping[str, str]
     returned_bytes: int
+    passed_bytes: int
+    tangent_bytes: int
 
     @property
     def saved_bytes(self) -> int:
@@ -65,10 +68,20 @@ class Cut:
     @property
     def footprint(self) -> Footprint:
         """What a forward and its backward take above what is there before them (parameters, optimizer state, inputs)."""
-        forward, backward = self.timelines
-        kept = sum(s.nbytes for s in self.saved if not s.user_visible)
-        returned = self.returned_bytes
-        return Footprint(forward.peak, backward.peak + returned, kept, returned, backward.kept)
+        return self.footprint_of(self.timelines, sum(s.nbytes for s in self.saved if not s.user_visible))
+
+    def footprint_of(self, timelines: tuple[Timeline, Timeline], kept: int) -> Footprint:
+        """That of a region whose caller gets and gives what that of this one does."""
+        forward, backward = timelines
+        return Footprint(
+            forward=forward.peak,
+            backward=backward.peak + self.returned_bytes,
+            kept=kept,
+            returned=self.returned_bytes,
+            gradients=backward.kept - self.passed_bytes,
+            passed=self.passed_bytes,
+            tangents=self.tangent_bytes,
+        )
 
     @property
     def peak_bytes(self) -> int:
@@ -162,10 +175,20 @@ def cut(
     seeds = tuple(n.name for n in (joint.seed, joint.learned_seed) if n is not None)
     saved = _saved(forward, joint.num_fwd_outputs, seeds)
     held = {s.name: s.holder for s in saved if not s.user_visible}
-    inputs: list[str] = [n.name for n in backward.graph.find_nodes(op="placeholder")]
-    arrives: dict[str, str] = {n: held.get(n, n) for n in inputs if n in held or n.startswith("tangents")}
-    kept = _kept_input_bytes(forward, joint)
-    return Cut(forward, backward, saved, kept, seeds, arrives, _returned_bytes(forward, joint))
+    inputs: dict[str, fx.Node] = {n.name: n for n in backward.graph.find_nodes(op="placeholder")}
+    tangents = [name for name in inputs if name.startswith("tangents")]
+    arrives = {name: held.get(name, name) for name in inputs if name in held or name in tangents}
+    return Cut(
+        forward,
+        backward,
+        saved,
+        kept_input_bytes=_kept_input_bytes(forward, joint),
+        seeds=seeds,
+        arrives=arrives,
+        returned_bytes=_returned_bytes(forward, joint),
+        passed_bytes=_passed_bytes(backward, joint, arrives),
+        tangent_bytes=sum(tensor_bytes(inputs[name]) for name in tangents),
+    )
 
 
 def _recompute_parameter_casts(joint: Joint) -> None:
@@ -213,6 +236,15 @@ def _returned_bytes(forward: fx.GraphModule, joint: Joint) -> int:
     outputs = pytree.tree_leaves(out.args[0])[: joint.num_fwd_outputs]
     roots = {storage_root(o) for o in outputs if isinstance(o, fx.Node)}
     return sum(tensor_bytes(r) for r in roots if r.op == "call_function")
+
+
+def _passed_bytes(backward: fx.GraphModule, joint: Joint, arrives: Mapping[str, str]) -> int:
+    (out,) = backward.graph.find_nodes(op="output")
+    pairs = zip(joint.primals, pytree.tree_leaves(out.args[0]), strict=False)
+    roots = {p: storage_root(o) for p, o in pairs if isinstance(o, fx.Node)}
+    stay = {r for p, r in roots.items() if p not in joint.computed_inputs}
+    passed = {r for r in roots.values() if r.op == "call_function" or r.name in arrives} - stay
+    return sum(tensor_bytes(r) for r in passed)
 
 
 def _kept_input_bytes(forward: fx.GraphModule, joint: Joint) -> int:

@@ -7,7 +7,8 @@ import itertools
 import os
 import subprocess
 import sys
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 
 import actpass
 from actpass.measure import measure
+from actpass.plan.footprint import Footprint, step_peak
 from actpass.runtime.resident import resident
 
 from . import models
@@ -67,6 +69,11 @@ class Blocks(nn.Module):
 
 def broken() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     return Broken(), {"x": torch.randn(1024, 256, generator=torch.Generator().manual_seed(0))}
+
+
+def broken_into_narrow_parts() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """What they hand to one another weighs."""
+    return Broken(hidden=256), broken()[1]
 
 
 def train(build: Any, budget: Any, steps: int = 2) -> tuple[nn.Module, int, int]:
@@ -144,6 +151,38 @@ def test_no_budget_is_exceeded_and_a_larger_one_gives_a_peak_no_smaller(build: A
         peaks.append(measured)
     assert all(a <= 1.05 * b for a, b in itertools.pairwise(peaks))
     assert peaks[0] < peaks[-1]
+
+
+def test_what_parts_hand_to_one_another_counts_once():
+    """A budget that has no room for them twice."""
+    budget = 23_000_000
+    _, predicted, measured = train(broken_into_narrow_parts, budget)
+    assert measured <= budget
+    assert predicted == pytest.approx(measured, rel=0.05)
+
+
+def test_a_gradient_that_is_handed_on_counts_once():
+    """The first of two parts runs its backward with 4 bytes of tangents among its 10: those that the second passed to it, or
+    others."""
+    first = Footprint(forward=1, backward=10, kept=1, returned=1, gradients=3, passed=0, tangents=4)
+    second = Footprint(forward=1, backward=5, kept=1, returned=0, gradients=2, passed=4, tangents=0)
+    assert step_peak([first, second]) == 10 + 2
+    assert step_peak([replace(first, tangents=0), second]) == 10 + 2 + 4
+    assert step_peak([first, replace(second, passed=0)]) == 10 + 2
+
+
+def test_parts_are_listed_in_the_order_in_which_they_run():
+    """Whichever was compiled last: the predicted peak of a step is that of its regions in this order."""
+    from actpass.config import parse
+    from actpass.runtime import regions
+
+    model, no_record = Broken(8, 8), cast("Any", None)
+    parts = [(regions.Region(no_record, parse({}), (0,)), stage) for stage in (model.first, model.second, model.third)]
+    for part, _ in reversed(parts):
+        regions.register(part)
+    for part, stage in parts:
+        part.note(tuple(stage.parameters()))
+    assert regions.regions_of(model) == [part for part, _ in parts]
 
 
 def test_only_parts_whose_plan_changed_are_compiled_again():

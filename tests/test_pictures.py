@@ -87,9 +87,9 @@ def test_thinned_levels_are_few_and_keep_the_highest(levels: list[int]):
 levels = st.lists(st.integers(0, 1000), min_size=1, max_size=5).map(tuple)
 
 
-@given(st.lists(st.builds(Curve, levels, levels, st.integers(0, 500), st.integers(0, 500)), min_size=1, max_size=4))
+@given(st.lists(st.builds(Curve, levels, levels, *[st.integers(0, 500)] * 4), min_size=1, max_size=4))
 def test_a_steps_curve_is_highest_at_the_peak_of_its_footprints(calls: list[Curve]):
-    footprints = [Footprint(max(c.forward), max(c.backward), c.held, 0, c.gradients) for c in calls]
+    footprints = [Footprint(max(c.forward), max(c.backward), c.held, 0, c.gradients, c.passed, c.tangents) for c in calls]
     step = step_curve(calls, [1] * len(calls))
     assert step.peak.nbytes == max(step.nbytes) == step_peak(footprints)
     assert list(step.positions) == sorted(step.positions)

@@ -37,7 +37,12 @@ class GraphInputs:
     def of(cls, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> GraphInputs:
         placeholders = gm.graph.find_nodes(op="placeholder")
         paths = _unique(_parameter_path(n, e) for n, e in zip(placeholders, example_inputs, strict=True))
-        return cls(paths, tuple(isinstance(e, torch.Tensor) and e.requires_grad and not e.is_leaf for e in example_inputs))
+        return cls(paths, tuple(map(is_computed, example_inputs)))
+
+
+def is_computed(example: Any) -> bool:
+    """Whether an input is a value that another region computed and wants the gradient of."""
+    return isinstance(example, torch.Tensor) and example.requires_grad and not example.is_leaf
 
 
 def _unique(paths: Iterable[str | None]) -> tuple[str | None, ...]:

@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from actpass.plan.footprint import levels_below
+
 POINTS = 120
 """The most points that a curve has for one pass of one region."""
 
@@ -14,12 +16,15 @@ POINTS = 120
 class Curve:
     """Bytes of one call of a region above what was there before its forward, at equal steps of each pass. held: what stays when
     the forward is done, until the backward is (kept for it, or returned to the caller); it is contained in ``backward``.
-    gradients: what the backward leaves behind. The maxima of both passes are those of the region's `Footprint`."""
+    gradients, passed, tangents: see `actpass.plan.footprint.Call`. The maxima of both passes are those of the region's
+    `Footprint`."""
 
     forward: tuple[int, ...]
     backward: tuple[int, ...]
     held: int
     gradients: int
+    passed: int
+    tangents: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +96,14 @@ def step_curve(calls: Sequence[Curve], shares: Sequence[int]) -> StepCurve:
         nbytes.extend(below + level for level in levels)
         peaks.extend(Peak(x, below + level, i, backward) for x, level in zip(at, levels, strict=True))
 
-    held, start = 0, 0.0
+    forwards, backwards = levels_below(calls)
+    start = 0.0
     for i, call in enumerate(calls):
-        run(i, held, call.forward, start, backward=False)
-        held, start = held + call.held, start + shares[i] / width
-    left, start = 0, 1.0
+        run(i, forwards[i], call.forward, start, backward=False)
+        start += shares[i] / width
+    start = 1.0
     for i, call in reversed(list(enumerate(calls))):
-        held -= call.held
-        run(i, held + left, call.backward, start, backward=True)
-        left, start = left + call.gradients, start + shares[i] / width
+        run(i, backwards[i], call.backward, start, backward=True)
+        start += shares[i] / width
     highest = max(peaks, key=lambda p: p.nbytes, default=Peak(0.0, 0, 0, backward=False))
     return StepCurve(tuple(positions), tuple(nbytes), highest)

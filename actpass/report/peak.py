@@ -25,7 +25,7 @@ def curve_of(cut: Cut) -> Curve:
     forward, backward = cut.timelines
     footprint = cut.footprint
     behind = [level + cut.returned_bytes for level in backward.levels]
-    return Curve(thin(forward.levels), thin(behind), footprint.kept + footprint.returned, footprint.gradients)
+    return Curve(thin(forward.levels), thin(behind), footprint.held, footprint.gradients, footprint.passed, footprint.tangents)
 
 
 def curves_of(default: Cut, final: Cut, joint: Joint, plan: Plan, kind_of: Callable[[fx.Node], str]) -> Curves:

@@ -92,8 +92,9 @@ def following_global_budget() -> list[Region]:
 
 
 def regions_of(model: torch.nn.Module) -> list[Region]:
-    """The regions that ran with this model's parameters, in the order they were compiled. Of several compilations of one
-    frame for the same parameters (another shape, another mode) the one that ran last.
+    """The regions that ran with this model's parameters, in the order in which they last ran: one that was compiled again keeps
+    its place in a step. Of several compilations of one frame for the same parameters (another shape, another mode) the one that
+    ran last.
 
     Under FSDP2 a forward runs with unsharded stand-ins of the parameters; there the match is by the names and shapes that
     the region's record holds.
@@ -110,7 +111,7 @@ def regions_of(model: torch.nn.Module) -> list[Region]:
     for region in sorted(_regions, key=lambda r: r.called):
         if not region.positions and region.follows in latest.values():
             latest[region.frame, id(region.follows)] = region
-    return [r for r in _regions if r in latest.values()]
+    return sorted(latest.values(), key=lambda r: r.called)
 
 
 def _fits(record: Record, shapes: dict[str, tuple[int, ...]]) -> bool:
