@@ -26,6 +26,7 @@ from actpass._torch import (
     detect_fake_mode,
     fake_input,
     functorch_config,
+    inductor_config,
     is_part_of_a_step,
     list_mode_options,
     size_hint,
@@ -153,10 +154,12 @@ def compile_region(
         return _plain(fn, region)
     if extra and Extra.of(record.plan, plain.paths) != extra:
         return _with_seed(_without(fn, extra, device), region, config, device)
+    copies = device.type == "cuda" and _has_cuda_graphs(config)
     if extra.factors:
-        fn = factors.with_coefficients(fn, extra.factors, len(plain.paths), config)
+        fn = factors.with_coefficients(fn, extra.factors, len(plain.paths), config, copies=copies)
     if extra.sites:
-        return _with_subspaces(subspaces.with_subspaces(fn, extra.sites, config, device), region, config, device)
+        fn = subspaces.with_subspaces(fn, extra.sites, config, device, copies=copies)
+        return _with_subspaces(fn, region, config, device)
     return _with_seed(fn, region, config, device)
 
 
@@ -312,6 +315,10 @@ def _inductor_options(config: Config) -> dict[str, Any]:
     return {**fusion, **(list_mode_options(config.mode) if config.mode else {}), **dict(config.inductor)}
 
 
+def _has_cuda_graphs(config: Config) -> bool:
+    return bool(_inductor_options(config).get("triton.cudagraphs", inductor_config.triton.cudagraphs))
+
+
 def device_of(example_inputs: Sequence[Any]) -> torch.device:
     """The device of the region: that of its first tensor off the CPU, else the CPU."""
     devices = [e.device for e in example_inputs if isinstance(e, torch.Tensor)]
@@ -355,8 +362,8 @@ def _append_state(
         output.args = ((*output.args[0], *stand_ins),)  # pyright: ignore[reportGeneralTypeIssues]
     for i, factor in enumerate(extra.factors):
         like = example_inputs[factor.position]
-        place = torch.zeros(factor.shape, dtype=like.dtype, device=like.device, requires_grad=True)
-        append(f"actpass_coefficients_{i}", place)
+        place = torch.empty_strided(factor.shape, (0,) * len(factor.shape), dtype=like.dtype, device=like.device)
+        append(f"actpass_coefficients_{i}", place.requires_grad_())
     clone.recompile()
     return clone, own
 

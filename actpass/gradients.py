@@ -407,8 +407,10 @@ class Coefficients(torch.autograd.Function):
     checkpoint runs the region again, perhaps at another step, the gradient lies in the basis of that run."""
 
     @staticmethod
-    def forward(ctx: Any, parameter: torch.Tensor, basis: Basis, left: bool, shape: tuple[int, ...]) -> torch.Tensor:
-        ctx.basis, ctx.left = basis, left
+    def forward(
+        ctx: Any, parameter: torch.Tensor, basis: Basis, left: bool, shape: tuple[int, ...], copies: bool
+    ) -> torch.Tensor:
+        ctx.basis, ctx.left, ctx.copies = basis, left, copies
         state = basis.key if basis.state is None else basis.state
         ctx.save_for_backward(basis.key, torch.tensor(basis.draw), state)
         return parameter.new_zeros(()).expand(shape)
@@ -420,10 +422,11 @@ class Coefficients(torch.autograd.Function):
         if int(draw) != basis.draw or (basis.state is not None and state is not basis.state):
             subspace = state if basis.state is not None else None
             basis = replace(basis, key=key, draw=int(draw), state=subspace, made=None)
-        if _GIVEN.get(coefficients.data_ptr()) is not None:  # two parameters may have one and the same
+        # two parameters may have one and the same; and a CUDA graph writes to its own again
+        if ctx.copies or _GIVEN.get(coefficients.data_ptr()) is not None:
             coefficients = coefficients.clone()
         _GIVEN[coefficients.data_ptr()] = coefficients
-        return LowRankGradient(coefficients, basis, left=ctx.left), None, None, None
+        return LowRankGradient(coefficients, basis, left=ctx.left), None, None, None, None
 
 
 _GIVEN: WeakValueDictionary[int, torch.Tensor] = WeakValueDictionary()

@@ -10,9 +10,9 @@ random weights; or, continued from their weights, a file of llama2.c or a folder
 tokenizer (trained to fill in masked words; what its folder lacks of the head for that starts at random). Without --evaluate
 the last tenth of the text is held out. A seed draws the weights that are random and the order of the data; every row of a
 seed sees the same. Losses are nats a token on the held-out text. One JSON object a run, then a table with the mean and the
-spread over the seeds, and the gap to the first row, seed by seed. Of learned subspaces also the energy of a held-out batch that
-the last ones capture, as a fraction of what the best subspaces would: the least of all tensors, and the mean. A row may name
-its own optimizer and learning rate: actcomp:haar:0.25,gradients=low_rank,refresh_interval=50,optimizer=lazy,lr=2e-3.
+spread over the seeds, and the gap to the first row, seed by seed. Of learned subspaces also the energy of
+held-out batches that the last ones capture, as a fraction of what the best subspaces would: the least of all tensors, and the
+mean. A row may name its own optimizer: actcomp:haar:0.25,gradients=low_rank,refresh_interval=50,optimizer=lazy.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from actpass.runtime.clock import CLOCK
 BYTES = 256
 VOCABULARY = 260
 MASKED = 0.15
+CAPTURE_BATCHES = 16
 IGNORE = -100
 _SMALL = {"vocab_size": VOCABULARY, "bos_token_id": 257, "eos_token_id": 258, "pad_token_id": 259}
 MODELS = {
@@ -65,7 +66,10 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--batch", type=positive_int, default=16)
     parser.add_argument("--seq", type=positive_int, default=128)
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak; 5 %% warm-up, then a cosine to a tenth")
+    parser.add_argument(
+        "--lr", type=float, nargs="+", default=[1e-3], metavar="LR",
+        help="peak; 5 %% warm-up, then a cosine to a tenth. Of several a row takes the one of least loss on the first seed",
+    )  # fmt: skip
     parser.add_argument("--eval-batches", type=positive_int, default=64)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=positive_int, help="of torch")
@@ -78,11 +82,12 @@ def main() -> int:
     what = {k: Path(v).name if k in _FILES and v else v for k, v in vars(given).items() if k not in _NOT_THE_RUN}
     runs = earlier(given.json, what)
     try:
-        for seed in given.seeds:
+        for i, seed in enumerate(given.seeds):
             for spec in specs:
-                if not any((r["row"], r["seed"]) == (spec.label, seed) for r in runs):
-                    runs.append(run(given, spec, seed))
-                    save(given.json, what, runs, specs)
+                for lr in given.lr if i == 0 else [tuned(runs, spec.label)]:
+                    if not any((r["row"], r["seed"], r["lr"]) == (spec.label, seed, lr) for r in runs):
+                        runs.append(run(given, spec, seed, lr))
+                        save(given.json, what, runs, specs)
     except UsageError as error:
         parser.error(str(error))
     save(given.json, what, runs, specs)
@@ -90,7 +95,7 @@ def main() -> int:
     return 0
 
 
-_NOT_THE_RUN = ("rows", "json", "seeds", "threads")
+_NOT_THE_RUN = ("rows", "json", "seeds", "threads", "lr")
 _FILES = ("model", "tokenizer", "train", "evaluate")
 
 
@@ -177,15 +182,15 @@ def model_of(given: argparse.Namespace, seed: int) -> LossOnly:
     return LossOnly(load_model(Path(given.model))).train()
 
 
-def run(given: argparse.Namespace, spec: RowSpec, seed: int) -> dict[str, Any]:
-    """Train one row from one seed."""
+def run(given: argparse.Namespace, spec: RowSpec, seed: int, lr: float) -> dict[str, Any]:
+    """Train one row from one seed at one rate."""
     torch.compiler.reset()
     CLOCK.steps = 0
     train, held_out = texts(given)
     model = model_of(given, seed).to(given.device)
     options = {**spec.options, "seed": seed} if spec.kind == "actcomp" else spec.options
     call = compiled(replace(spec, options=options), model, VOCABULARY)
-    optimizer = spec.optimize(model, lr=given.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = spec.optimize(model, lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, given.steps))
     began = time.perf_counter()
     losses = []
@@ -208,10 +213,11 @@ def run(given: argparse.Namespace, spec: RowSpec, seed: int) -> dict[str, Any]:
     model.eval()
     with torch.no_grad():
         found = [model(**on(given.device, batch)).item() for batch in held_out.held_out(given.eval_batches)]
-    capture = captured(model, on(given.device, next(held_out.held_out(1))))
+    capture = captured(model, [on(given.device, batch) for batch in held_out.held_out(CAPTURE_BATCHES)])
     trained = torch.stack(losses).tolist()
     result = {
-        "row": spec.label, "seed": seed, "loss": statistics.fmean(found), "training_loss": statistics.fmean(trained[-100:]),
+        "row": spec.label, "seed": seed, "lr": lr, "loss": statistics.fmean(found),
+        "training_loss": statistics.fmean(trained[-100:]),
         "finite": all(map(math.isfinite, trained)), "seconds": round(time.perf_counter() - began, 1),
         "saved_bytes": actpass.report(model).saved_bytes if spec.kind == "actcomp" else None,
         "captured_least": min(capture, default=None), "captured_mean": statistics.fmean(capture) if capture else None,
@@ -220,30 +226,34 @@ def run(given: argparse.Namespace, spec: RowSpec, seed: int) -> dict[str, Any]:
     return result
 
 
-def captured(model: LossOnly, batch: dict[str, Tensor]) -> list[float]:
-    """Energy of each projected tensor of ``batch`` in the principal directions that the run has learned, as a fraction of what
-    the best subspace of as many directions has."""
+def captured(model: LossOnly, batches: Sequence[dict[str, Tensor]]) -> list[float]:
+    """Energy of each projected tensor of ``batches`` in the principal directions that the run has learned, as a fraction of
+    what the best subspace of as many directions has. Of many more tokens than a tensor is wide: the best subspace of few is
+    fitted to their noise, and no subspace learned from others can have its energy."""
     rows, states = actpass.report(model).subspaces, actpass.state_dict(model)["subspaces"]
-    found: list[float] = []
+    grams: dict[str, Tensor] = {}
 
-    def compare(x: Tensor, q: Tensor) -> None:
+    def add(name: str, x: Tensor) -> None:
         x = x.reshape(-1, x.shape[-1]).double()
-        best = torch.linalg.svdvals(x)[: q.shape[1]].square().sum()
-        found.append(float((x @ q.double()).square().sum() / best))
+        grams[name] = grams.get(name, 0) + x.t() @ x
 
-    hooks = []
+    hooks, learned = [], {}
     for row in rows:
         own = list(states[row.parameter].values())
         if len(own) > 1:  # with ``nonlinear_rank`` a module's output has one as well
             continue
-        owner = model.get_submodule(row.parameter.rpartition(".")[0])
-        q = own[0]["state"][:-1, : row.principal]
-        hooks.append(owner.register_forward_pre_hook(lambda _, args, q=q: compare(args[0], q)))
+        owner, name = model.get_submodule(row.parameter.rpartition(".")[0]), row.parameter
+        learned[name] = own[0]["state"][:-1, : row.principal].double()
+        hooks.append(owner.register_forward_pre_hook(lambda _, args, name=name: add(name, args[0])))
     with torch.no_grad():
-        if rows:
+        for batch in batches if rows else ():
             model.forward(**batch)
     for hook in hooks:
         hook.remove()
+    found = []
+    for name, q in learned.items():
+        best = torch.linalg.eigvalsh(grams[name])[-q.shape[1] :].sum()
+        found.append(float((q * (grams[name] @ q)).sum() / best))
     return found
 
 
@@ -267,7 +277,8 @@ def rate(step: int, steps: int) -> float:
 
 def summary(runs: list[dict[str, Any]], labels: list[str]) -> list[dict[str, Any]]:
     """Mean and spread of each row, and its gap to the first row: mean and spread of the seeds' own ratios."""
-    by = {(r["row"], r["seed"]): r["loss"] for r in runs}
+    rates = {label: tuned(runs, label) for label in labels}
+    by = {(r["row"], r["seed"]): r["loss"] for r in runs if r["lr"] == rates.get(r["row"])}
     rows = []
     for label in labels:
         losses = [loss for (row, _), loss in by.items() if row == label]
@@ -276,18 +287,26 @@ def summary(runs: list[dict[str, Any]], labels: list[str]) -> list[dict[str, Any
         gaps = [loss / by[labels[0], seed] - 1 for (row, seed), loss in by.items() if row == label]
         spread = [statistics.stdev(x) if len(x) > 1 else None for x in (losses, gaps)]
         mean, gap = statistics.fmean(losses), statistics.fmean(gaps)
-        rows.append({"row": label, "loss": mean, "spread": spread[0], "gap": gap, "gap_spread": spread[1]})
+        rows.append({"row": label, "lr": rates[label], "loss": mean, "spread": spread[0], "gap": gap, "gap_spread": spread[1]})
     return rows
+
+
+def tuned(runs: list[dict[str, Any]], label: str) -> float | None:
+    """The rate of a row: of least loss on the first seed."""
+    own = [r for r in runs if r["row"] == label]
+    return min(((r["loss"], r["lr"]) for r in own if r["seed"] == own[0]["seed"]), default=(0.0, None))[1]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     def number(x: float | None, form: str) -> str:
         return "-" if x is None else format(x, form)
 
-    lines = ["| | loss | spread | gap | its spread |", "|---|---:|---:|---:|---:|"]
-    for r in rows:
-        cells = (number(r["loss"], ".4f"), number(r["spread"], ".4f"), number(r["gap"], "+.2%"), number(r["gap_spread"], ".2%"))
-        lines.append(f"| {r['row']} | {' | '.join(cells)} |")
+    def cells(r: dict[str, Any]) -> str:
+        forms = {"lr": "g", "loss": ".4f", "spread": ".4f", "gap": "+.2%", "gap_spread": ".2%"}
+        return " | ".join(number(r[key], form) for key, form in forms.items())
+
+    lines = ["| | rate | loss | spread | gap | its spread |", "|---|---:|---:|---:|---:|---:|"]
+    lines += [f"| {r['row']} | {cells(r)} |" for r in rows]
     return "\n".join(lines)
 
 

@@ -44,9 +44,12 @@ def factors_of(plan: Mapping[str, Any], paths: Sequence[str | None]) -> tuple[Fa
     return tuple(found)
 
 
-def with_coefficients(fn: Callable[..., Any], factors: Sequence[Factor], count: int, config: Config) -> Callable[..., Any]:
+def with_coefficients(
+    fn: Callable[..., Any], factors: Sequence[Factor], count: int, config: Config, *, copies: bool
+) -> Callable[..., Any]:
     """``fn(*inputs, *state)`` for a compiled one that also takes the places of coefficients, last. count: of the model's own
-    inputs; the state begins with the seeds' keys (and has points and subspaces behind two of them)."""
+    inputs; the state begins with the seeds' keys (and has points and subspaces behind two of them). copies: whether ``fn``
+    keeps the memory of what it returns, as CUDA graphs do."""
 
     def run(*args: Any) -> Any:
         if any(isinstance(a, FakeTensor) for a in args[:count]):
@@ -63,7 +66,7 @@ def with_coefficients(fn: Callable[..., Any], factors: Sequence[Factor], count: 
                 draw = config.draw_at(step) if f.state is None else config.learned_draw_at(step)
                 subspace = None if f.state is None else state[3 + f.state]
                 bases[key] = Basis(f.method, f.width, f.rank, state[at], step_seed(config.seed, draw), f.unbiased, subspace)
-            places.append(Coefficients.apply(args[f.position], bases[key], f.left, f.shape))
+            places.append(Coefficients.apply(args[f.position], bases[key], f.left, f.shape, copies))
         return fn(*args, *places)
 
     return run

@@ -141,9 +141,16 @@ STORE = Store()
 
 
 def with_subspaces(
-    fn: Callable[..., Any], sites: Sequence[Site], config: Config, device: torch.device, store: Store = STORE
+    fn: Callable[..., Any],
+    sites: Sequence[Site],
+    config: Config,
+    device: torch.device,
+    store: Store = STORE,
+    *,
+    copies: bool = False,
 ) -> Callable[[tuple[Any, ...], Sequence[torch.Tensor], int], Any]:
-    """``run(args, keys, step)`` for a compiled ``fn(*args, *keys, points, *states) -> (*outputs, *sketches)``."""
+    """``run(args, keys, step)`` for a compiled ``fn(*args, *keys, points, *states) -> (*outputs, *sketches)``. copies: whether
+    ``fn`` keeps the memory of what it returns, as CUDA graphs do."""
     count = most_points(sites)
     fewest = torch.zeros(2, device=device)  # not none: a kernel of no elements is a special case in every back end
 
@@ -179,7 +186,7 @@ def with_subspaces(
         outputs, sketches = call(args, keys, points, held)
         for subspace, sketched, show in zip(held, sketches, shown, strict=True):
             if show:
-                subspace.note(step, sketched)
+                subspace.note(step, sketched.clone() if copies else sketched)
         return outputs
 
     return run
