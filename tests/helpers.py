@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from filelock import FileLock  # torch needs it
 from torch import fx
 
 from actpass._torch import compile_fx, functorch_config
@@ -88,3 +92,15 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
 def projected(report: Report) -> set[str]:
     """Paths of the parameters whose gradient is formed through a projection, all regions."""
     return {p for region in report.regions for d in region.plan["decisions"] if d["rank"] for p in d["parameters"]}
+
+
+def once(factory: pytest.TempPathFactory, name: str, fill: Callable[[Path], object]) -> Path:
+    """A folder that ``fill`` has filled, once for all processes that run tests side by side."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "done").exists():
+            folder.mkdir(exist_ok=True)
+            fill(folder)
+            (folder / "done").touch()
+    return folder

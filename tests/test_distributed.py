@@ -16,7 +16,7 @@ import actpass
 from actpass.runtime.clock import CLOCK
 
 from . import models
-from .helpers import EPS, eager_actcomp, projected
+from .helpers import EPS, eager_actcomp, once, projected
 
 pytestmark = pytest.mark.distributed
 
@@ -172,9 +172,7 @@ def resume(rank: int, folder: str) -> dict[str, dict[str, torch.Tensor]]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes have left their results, ``{case}-{rank}.pt``. They start once for all cases."""
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(worker, (str(folder),), nprocs=WORLD)
-    return folder
+    return once(tmp_path_factory, "ranks", lambda folder: torch.multiprocessing.spawn(worker, (str(folder),), nprocs=WORLD))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -37,7 +37,9 @@ def on_cuda(made: models.Made) -> models.Made:
     return model.cuda(), {k: v.cuda() for k, v in inputs.items()}
 
 
-def both(made: models.Made, autocast: torch.dtype | None = None, **options: Any) -> list[tuple[torch.Tensor, Grads]]:
+def both(
+    made: models.Made, autocast: torch.dtype | None = None, loss_error: float = 0.0, **options: Any
+) -> list[tuple[torch.Tensor, Grads]]:
     """Loss and gradients of the exact form and of ``options``. CUDA graphs replay from the third step."""
     model, inputs = on_cuda(made)
     results = []
@@ -49,7 +51,7 @@ def both(made: models.Made, autocast: torch.dtype | None = None, **options: Any)
         with torch.autocast("cuda", dtype=autocast, enabled=autocast is not None):
             results.append([step(compiled, model, inputs) for _ in range(4)][-1])
     assert torch.isfinite(results[0][0])
-    assert torch.equal(results[0][0], results[1][0])
+    assert torch.allclose(results[0][0], results[1][0], rtol=loss_error, atol=0.0)
     return results
 
 
@@ -59,7 +61,7 @@ def test_learned_subspaces_change_only_their_own_gradients_on_cuda(method: str, 
     made = models.transformer()
     options = {"method": method, "rank": 0.25, "refresh_interval": 2, "profitable_only": False, "mode": mode}
     more = {"nonlinear_rank": None} if method == "prac" else {}
-    (_, want), (_, got) = both(made, **options, **more)
+    (_, want), (_, got) = both(made, loss_error=1e-6, **options, **more)  # with a sketch Inductor's sums are split otherwise
     touched = projected(actpass.report(made[0]))
     assert touched
     others = want.keys() - touched

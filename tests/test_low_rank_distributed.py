@@ -24,7 +24,7 @@ from actpass.runtime.clock import CLOCK
 from actpass.runtime.resident import resident
 
 from . import models
-from .helpers import EPS, eager_actcomp, error
+from .helpers import EPS, eager_actcomp, error, once
 from .test_distributed import bare
 
 pytestmark = pytest.mark.distributed
@@ -221,8 +221,7 @@ def worker(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Any]]:
     """By name, what each rank has left. Two processes start once for all."""
-    folder = tmp_path_factory.mktemp("low-rank")
-    torch.multiprocessing.spawn(worker, (str(folder),), nprocs=WORLD)
+    folder = once(tmp_path_factory, "low-rank", lambda to: torch.multiprocessing.spawn(worker, (str(to),), nprocs=WORLD))
 
     def load(name: str) -> tuple[Any, Any]:
         first, second = (torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(WORLD))

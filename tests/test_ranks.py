@@ -17,7 +17,7 @@ from actpass.config import parse
 from actpass.runtime import ranks
 
 from . import models
-from .helpers import eager_actcomp
+from .helpers import eager_actcomp, once
 
 WORLD = 2
 BUDGETS = {"equal": (0.5, 0.5), "different": (1.0, 0.2)}
@@ -71,12 +71,15 @@ def worker(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """By rank, what became of each case. Ends the processes, and fails, if they are not done in time."""
-    folder = tmp_path_factory.mktemp("ranks")
-    context = torch.multiprocessing.spawn(worker, (str(folder),), nprocs=WORLD, join=False)
-    done = any(context.join(timeout=1) for _ in range(240))
-    for process in context.processes:
-        process.terminate()
-    assert done, "a rank hangs"
+
+    def fill(folder: Path) -> None:
+        context = torch.multiprocessing.spawn(worker, (str(folder),), nprocs=WORLD, join=False)
+        done = any(context.join(timeout=1) for _ in range(240))
+        for process in context.processes:
+            process.terminate()
+        assert done, "a rank hangs"
+
+    folder = once(tmp_path_factory, "compared", fill)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 
