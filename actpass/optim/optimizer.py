@@ -10,7 +10,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from actpass.codecs.generator import round_keys
 from actpass.gradients import Basis, LowRankGradient
-from actpass.optim.transforms import MOMENTS, MOMENTUM, Place, State, Transform, forget
+from actpass.optim.transforms import MOMENTS, MOMENTUM, Place, Ratio, State, Transform, Update, forget
 
 _BASIS = ("basis_draw", "basis_method", "basis_rank", "basis_unbiased", "basis_subspace")
 
@@ -83,12 +83,16 @@ class ComposedOptimizer(torch.optim.Optimizer):
         else:
             place = Place(step, group, name=name)
             numbers = gradient.dense() if isinstance(gradient, LowRankGradient) else gradient
-        update = numbers
+        update: Update = numbers
         for transform in self.transforms:
             update = transform(update, state, place)
         lr = group["lr"]
         if group["weight_decay"]:
             parameter.mul_(1 - lr * group["weight_decay"])
+        if place.basis is None and isinstance(update, Ratio):
+            parameter.addcdiv_(update.above, update.below, value=-float(lr) * update.times)
+            return
+        update = update.formed() if isinstance(update, Ratio) else update
         if place.basis is None:
             parameter.add_(update.to(parameter.dtype), alpha=-float(lr))
         else:

@@ -7,7 +7,7 @@ shape. It keeps what it needs in the parameter's state under names of its own.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -54,6 +54,22 @@ class Place:
         return self.step - int(state.get("began", 0))
 
 
+@dataclass(frozen=True)
+class Ratio:
+    """An update that is ``times * above / below``, which need not be formed (``addcdiv_``): an embedding's would be a tensor as
+    large as it."""
+
+    above: torch.Tensor
+    below: torch.Tensor
+    times: float = 1.0
+
+    def formed(self) -> torch.Tensor:
+        return self.above.div(self.below).mul_(self.times)
+
+
+Update = torch.Tensor | Ratio
+
+
 def forget(state: State) -> None:
     """Drop all moments."""
     for name in MOMENTS:
@@ -61,11 +77,12 @@ def forget(state: State) -> None:
 
 
 class Transform(Protocol):
-    """Turns a gradient into an update. defaults: options that a parameter group may set, with their defaults."""
+    """Turns a gradient, or what the transform before it made of it, into an update. defaults: options that a parameter group
+    may set, with their defaults."""
 
     @property
     def defaults(self) -> dict[str, Any]: ...
-    def __call__(self, gradient: torch.Tensor, state: State, at: Place) -> torch.Tensor: ...
+    def __call__(self, gradient: Any, state: State, at: Place) -> Update: ...
 
 
 @dataclass(frozen=True)
@@ -78,7 +95,7 @@ class Adam:
     def defaults(self) -> dict[str, Any]:
         return {"betas": (0.9, 0.999), "eps": 1e-8}
 
-    def __call__(self, gradient: torch.Tensor, state: State, at: Place) -> torch.Tensor:
+    def __call__(self, gradient: torch.Tensor, state: State, at: Place) -> Ratio:
         if "exp_avg" not in state:
             state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(gradient) for _ in range(2))
         beta1, beta2 = at.group["betas"]
@@ -86,8 +103,7 @@ class Adam:
         m, v = state["exp_avg"], state["exp_avg_sq"]
         m.lerp_(gradient, 1 - beta1)
         v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        size = v.sqrt().div_((1 - beta2**seen) ** 0.5).add_(at.group["eps"])
-        return torch.div(m, size, out=size).div_(1 - beta1**seen)  # one tensor of that size, no more
+        return Ratio(m, v.sqrt().div_((1 - beta2**seen) ** 0.5).add_(at.group["eps"]), 1 / (1 - beta1**seen))
 
 
 @dataclass(frozen=True)
@@ -114,18 +130,18 @@ class PartialMomentum:
             "betas": (0.9, 0.999), "eps": 1e-8, "momentum": "auto", "momentum_rank": 1 / 32, "second_moment": "full",
         }  # fmt: skip
 
-    def __call__(self, gradient: torch.Tensor, state: State, at: Place) -> torch.Tensor:
+    def __call__(self, gradient: torch.Tensor, state: State, at: Place) -> Ratio:
         beta1, beta2 = at.group["betas"]
         seen = at.moments(state)
         kind = momentum_kind(at.group["momentum"], at.name, gradient)
         size = self._second(gradient, state, at, beta2).div(1 - beta2**seen).sqrt_().add_(at.group["eps"])
         if kind == "none":
-            return gradient / size
+            return Ratio(gradient, size)
         if kind == "full":
             if "exp_avg" not in state:
                 state["exp_avg"] = torch.zeros_like(gradient)
-            return state["exp_avg"].lerp_(gradient, 1 - beta1).div(size).div_(1 - beta1**seen)
-        return self._low_rank(gradient, state, at, beta1, seen).div_(size)
+            return Ratio(state["exp_avg"].lerp_(gradient, 1 - beta1), size, 1 / (1 - beta1**seen))
+        return Ratio(self._low_rank(gradient, state, at, beta1, seen), size)
 
     def _second(self, gradient: torch.Tensor, state: State, at: Place, beta: float) -> torch.Tensor:
         if at.group["second_moment"] == "full" or gradient.dim() < 2:
@@ -251,7 +267,7 @@ class ErrorFeedback:
     def defaults(self) -> dict[str, Any]:
         return {**self.moved.defaults, "error_feedback": False}
 
-    def __call__(self, gradient: torch.Tensor, state: State, at: Place) -> torch.Tensor:
+    def __call__(self, gradient: torch.Tensor, state: State, at: Place) -> Update:
         if not at.group["error_feedback"] or at.basis is None or "exp_avg" not in state:
             return self.moved(gradient, state, at)
         whole = None
@@ -259,7 +275,7 @@ class ErrorFeedback:
             whole = contract(state["exp_avg"], at.before.matrix().to(gradient.dtype), left=at.left)
             if "error" in state:
                 whole += state["error"]
-        gradient = self.moved(gradient, state, at)
+        moved = self.moved(gradient, state, at)
         if whole is not None:
             p = at.basis.matrix().to(gradient.dtype)
             inverse = torch.linalg.solve(p.t() @ p, p.t())  # (R, N)
@@ -267,7 +283,7 @@ class ErrorFeedback:
             state["error"] = whole - contract(state["exp_avg"], p, left=at.left)
         if "error" in state:
             state["error"].mul_(at.group["betas"][0])
-        return gradient
+        return moved
 
 
 @dataclass(frozen=True)
@@ -296,5 +312,8 @@ class Scale:
     def defaults(self) -> dict[str, Any]:
         return {"alpha": self.alpha}
 
-    def __call__(self, gradient: torch.Tensor, state: State, at: Place) -> torch.Tensor:
-        return gradient * at.group["alpha"] if at.basis is not None else gradient
+    def __call__(self, gradient: Update, state: State, at: Place) -> Update:
+        if at.basis is None:
+            return gradient
+        alpha = at.group["alpha"]
+        return replace(gradient, times=gradient.times * alpha) if isinstance(gradient, Ratio) else gradient * alpha
