@@ -58,7 +58,7 @@ class LearnedProjection(ABC):
     step is cheap enough to follow a run's first thousand steps."""
     step_size: ClassVar[float] = 1.0
     """How far a basis moves to what a sketch says; 1: all the way."""
-    points: ClassVar[int] = 1024
+    points: ClassVar[int] = 2048
     """Tokens that a sketch samples at least."""
 
     def columns(self, width: int, rank: int) -> int:
