@@ -59,43 +59,51 @@ def factor_gradients(joint: Joint, done: Rewritten, wanted: Callable[[str], bool
 
 
 def _candidates(joint: Joint, done: Rewritten) -> Iterator[tuple[fx.Node, fx.Node, _Found]]:
+    known: dict[fx.Node, _Found | None] = {}
     for primal, gradient in joint.gradients:
         if primal in joint.parameter_path:
-            found = _coefficients(gradient, done)
+            found = _coefficients(gradient, done, known)
             if found is not None and value(primal).dim() in (2, 3):
                 yield primal, gradient, found
 
 
-def _coefficients(node: fx.Node, done: Rewritten) -> _Found | None:
-    """The coefficients of a gradient, if ``node`` is one."""
+_SAME = (aten.clone.default, aten.alias.default)
+_MOVES = (aten.permute.default, aten.t.default, aten.transpose.int)
+_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+
+
+def _coefficients(node: fx.Node, done: Rewritten, known: dict[fx.Node, _Found | None]) -> _Found | None:
+    """The coefficients of a gradient, if ``node`` is one. known: what was found of others: sums of sums share their terms, and
+    without it a residual stream would be walked once for every way through it."""
+    if node not in known:
+        known[node] = _looked_up(node, done, known)
+    return known[node]
+
+
+def _looked_up(node: fx.Node, done: Rewritten, known: dict[fx.Node, _Found | None]) -> _Found | None:
     if node in done.lifts:
         factor, contraction, decision = done.lifts[node]
         return _Found((factor,), decision, contraction.left)
-    if node.op != "call_function":
-        return None
     if node.target is aten.add.Tensor and node.kwargs.get("alpha", 1) == 1:
-        a, b = (_coefficients(n, done) if isinstance(n, fx.Node) else None for n in node.args)
+        a, b = (_coefficients(n, done, known) if isinstance(n, fx.Node) else None for n in node.args)
         alike = a is not None and b is not None and a.way == b.way
         return replace(a, nodes=(*a.nodes, *b.nodes)) if alike and a is not None and b is not None else None
-    if not node.all_input_nodes:
+    if node.target not in (*CASTS, *_SAME, *_MOVES, *_VIEWS):
         return None
     source = node.all_input_nodes[0]
-    inner = _coefficients(source, done)
-    if inner is None:
-        return None
+    inner = _coefficients(source, done, known)
+    if inner is None or node.target in _SAME:
+        return inner
     if node.target in CASTS:
         return replace(inner, dtypes=(*inner.dtypes, value(node).dtype))
-    if node.target in (aten.clone.default, aten.alias.default):
-        return inner
-    if node.target in (aten.permute.default, aten.t.default, aten.transpose.int):
+    if node.target in _MOVES:
         dims = value(source).dim()
-        swap = (*range(dims - 2), dims - 1, dims - 2)
         order = _order(node, dims)
         if order == tuple(range(dims)):
             return inner
+        swap = (*range(dims - 2), dims - 1, dims - 2)
         return replace(inner, swapped=not inner.swapped) if order == swap else None
-    same = tuple(value(node).shape) == tuple(value(source).shape)
-    return inner if same and node.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default) else None
+    return inner if tuple(value(node).shape) == tuple(value(source).shape) else None
 
 
 def _order(node: fx.Node, dims: int) -> tuple[int, ...]:

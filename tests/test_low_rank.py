@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import actpass
+from actpass import factor
 from actpass.codecs.generator import round_keys, step_seed
 from actpass.gradients import Basis, LowRankGradient, nbytes
 from actpass.measure import measure
@@ -435,3 +436,21 @@ def test_a_checkpoint_around_the_region_forms_the_gradient_in_the_basis_of_its_s
         return gradient.dense() if isinstance(gradient, LowRankGradient) else gradient
 
     assert error(run(gradients="low_rank"), run()) < 1e-6
+
+
+def test_no_node_is_looked_at_twice(monkeypatch: pytest.MonkeyPatch):
+    """The embedding's gradient is a sum over the residual stream: a walk without memory takes every way through it."""
+    seen: list[str] = []
+    looked_up = factor._looked_up
+
+    def counted(node: Any, *rest: Any) -> Any:
+        seen.append(f"{id(node.graph)} {node.name}")
+        return looked_up(node, *rest)
+
+    monkeypatch.setattr(factor, "_looked_up", counted)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20, 32), *models.transformer(layers=4)[0].blocks)
+    run = torch.compile(model, backend=eager_actcomp({"method": "haar", "rank": 0.25, "gradients": "low_rank"}))
+    run(torch.arange(16).view(1, 16)).square().sum().backward()
+    assert len(seen) > 50
+    assert len(seen) == len(set(seen))
