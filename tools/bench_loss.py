@@ -95,7 +95,7 @@ def main() -> int:
     return 0
 
 
-_NOT_THE_RUN = ("rows", "json", "seeds", "threads", "lr")
+_NOT_THE_RUN = ("rows", "json", "seeds", "threads", "lr", "device")
 _FILES = ("model", "tokenizer", "train", "evaluate")
 
 
@@ -216,7 +216,7 @@ def run(given: argparse.Namespace, spec: RowSpec, seed: int, lr: float) -> dict[
     capture = captured(model, [on(given.device, batch) for batch in held_out.held_out(CAPTURE_BATCHES)])
     trained = torch.stack(losses).tolist()
     result = {
-        "row": spec.label, "seed": seed, "lr": lr, "loss": statistics.fmean(found),
+        "row": spec.label, "seed": seed, "lr": lr, "device": given.device, "loss": statistics.fmean(found),
         "training_loss": statistics.fmean(trained[-100:]),
         "finite": all(map(math.isfinite, trained)), "seconds": round(time.perf_counter() - began, 1),
         "saved_bytes": actpass.report(model).saved_bytes if spec.kind == "actcomp" else None,
