@@ -7,7 +7,7 @@ its way. In the compiled region its coefficients come back as the gradient of an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,41 +60,41 @@ def factor_gradients(joint: Joint, done: Rewritten, wanted: Callable[[str], bool
 
 def _candidates(joint: Joint, done: Rewritten) -> Iterator[tuple[fx.Node, fx.Node, _Found]]:
     known: dict[fx.Node, _Found | None] = {}
+    for node in joint.gm.graph.nodes:
+        known[node] = _coefficients(node, done, known)
     for primal, gradient in joint.gradients:
         if primal in joint.parameter_path:
-            found = _coefficients(gradient, done, known)
+            found = known[gradient]
             if found is not None and value(primal).dim() in (2, 3):
                 yield primal, gradient, found
 
 
+_MOST_TERMS = 64
+"""Of a sum that stays in factors. A weight that is used in more places has a dense gradient."""
 _SAME = (aten.clone.default, aten.alias.default)
 _MOVES = (aten.permute.default, aten.t.default, aten.transpose.int)
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
-def _coefficients(node: fx.Node, done: Rewritten, known: dict[fx.Node, _Found | None]) -> _Found | None:
-    """The coefficients of a gradient, if ``node`` is one. known: what was found of others: sums of sums share their terms, and
-    without it a residual stream would be walked once for every way through it."""
-    if node not in known:
-        known[node] = _looked_up(node, done, known)
-    return known[node]
-
-
-def _looked_up(node: fx.Node, done: Rewritten, known: dict[fx.Node, _Found | None]) -> _Found | None:
+def _coefficients(node: fx.Node, done: Rewritten, known: Mapping[fx.Node, _Found | None]) -> _Found | None:
+    """The coefficients of a gradient, if ``node`` is one. known: what was found of all nodes before it."""
     if node in done.lifts:
         factor, contraction, decision = done.lifts[node]
         return _Found((factor,), decision, contraction.left)
     if node.target is aten.add.Tensor and node.kwargs.get("alpha", 1) == 1:
-        a, b = (_coefficients(n, done, known) if isinstance(n, fx.Node) else None for n in node.args)
-        alike = a is not None and b is not None and a.way == b.way
-        return replace(a, nodes=(*a.nodes, *b.nodes)) if alike and a is not None and b is not None else None
+        a, b = (known[n] if isinstance(n, fx.Node) else None for n in node.args)
+        if a is None or b is None or a.way != b.way or len(a.nodes) + len(b.nodes) > _MOST_TERMS:
+            return None
+        return replace(a, nodes=(*a.nodes, *b.nodes))
     if node.target not in (*CASTS, *_SAME, *_MOVES, *_VIEWS):
         return None
     source = node.all_input_nodes[0]
-    inner = _coefficients(source, done, known)
+    inner = known[source]
     if inner is None or node.target in _SAME:
         return inner
     if node.target in CASTS:
+        if value(node).device != value(source).device:
+            return None
         return replace(inner, dtypes=(*inner.dtypes, value(node).dtype))
     if node.target in _MOVES:
         dims = value(source).dim()

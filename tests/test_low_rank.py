@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import actpass
 from actpass import factor
@@ -438,19 +438,20 @@ def test_a_checkpoint_around_the_region_forms_the_gradient_in_the_basis_of_its_s
     assert error(run(gradients="low_rank"), run()) < 1e-6
 
 
-def test_no_node_is_looked_at_twice(monkeypatch: pytest.MonkeyPatch):
-    """The embedding's gradient is a sum over the residual stream: a walk without memory takes every way through it."""
-    seen: list[str] = []
-    looked_up = factor._looked_up
+def test_every_node_is_looked_at_once(monkeypatch: pytest.MonkeyPatch):
+    """The embedding's gradient is a sum over the residual stream: a walk back from it takes every way through it."""
+    seen: list[fx.Node] = []
+    coefficients = factor._coefficients
 
     def counted(node: Any, *rest: Any) -> Any:
-        seen.append(f"{id(node.graph)} {node.name}")
-        return looked_up(node, *rest)
+        seen.append(node)
+        return coefficients(node, *rest)
 
-    monkeypatch.setattr(factor, "_looked_up", counted)
+    monkeypatch.setattr(factor, "_coefficients", counted)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(20, 32), *models.transformer(layers=4)[0].blocks)
     run = torch.compile(model, backend=eager_actcomp({"method": "haar", "rank": 0.25, "gradients": "low_rank"}))
     run(torch.arange(16).view(1, 16)).square().sum().backward()
     assert len(seen) > 50
     assert len(seen) == len(set(seen))
+    assert isinstance(model[1].down.weight.grad, LowRankGradient)  # pyright: ignore

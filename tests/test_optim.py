@@ -180,7 +180,8 @@ def test_partial_momentum_is_its_definition(mini: bool):
         parameter.grad = gradient
         optimizer.step()
         assert torch.allclose(parameter.double(), want, atol=5e-5)
-    held = {k: tuple(t.shape) for k, t in optimizer.state[parameter].items() if k != "step"}
+    state = {k: t for k, t in optimizer.state[parameter].items() if isinstance(t, torch.Tensor) and k != "step"}
+    held = {k: tuple(t.shape) for k, t in state.items()}
     second = (ROWS, 1) if mini else (ROWS, WIDTH)
     assert held == {"momentum_left": (ROWS, 3), "momentum_right": (WIDTH, 3), "exp_avg_sq": second}
 
@@ -212,14 +213,94 @@ def test_partial_momentum_survives_gradients_without_rank():
         assert parameter.isfinite().all()
 
 
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("ranks", [(2, 2, 2, 2, 2), (8, 3, 8, 1, 4)])
+def test_partial_momentum_survives_bases_that_share_nothing(left: bool, ranks: tuple[int, ...]):
+    for repeat in range(8):
+        parameter = start(left)
+        optimizer = PARTIAL([parameter], momentum_rank=4, **COMMON)
+        through(optimizer, parameter, [seeded("srht", 10 * repeat + i, r) for i, r in enumerate(ranks)], left)
+        assert parameter.isfinite().all()
+
+
+def test_partial_momentum_keeps_its_accuracy_in_bfloat16_and_at_any_scale():
+    """A gradient that stays is its own average, whatever is dropped."""
+    gradient = numbers(0, ROWS, 1) @ numbers(1, 1, WIDTH)
+    narrow, large = (nn.Parameter(torch.zeros(ROWS, WIDTH, dtype=d)) for d in (torch.bfloat16, torch.float32))
+    options: dict[str, Any] = {"betas": (0.99, 0.99), "momentum_rank": 4, "lr": 1.0}
+    optimizers = [PARTIAL([narrow], **options), PARTIAL([large], **options)]
+    for _ in range(40):
+        narrow.grad, large.grad = gradient.bfloat16(), gradient * 1e18
+        for p, optimizer in zip((narrow, large), optimizers, strict=True):
+            p.data.zero_()
+            optimizer.step()
+    for p in (narrow, large):
+        assert torch.allclose(p.float(), -gradient.sign(), atol=0.06)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["gaussian", "sparse", "rademacher"])
+def test_error_feedback_takes_any_basis(method: str, dtype: torch.dtype):
+    for repeat in range(4):
+        parameter = nn.Parameter(numbers(99, 6, 8).to(dtype))
+        optimizer = OasisAdamW([parameter], **COMMON, error_feedback=True)
+        for i in range(4):
+            seed = step_seed(repeat, i)
+            basis = Basis(method, 8, 8, round_keys(seed), seed)
+            parameter.grad = LowRankGradient(numbers(i, 6, 8).to(dtype), basis, left=False)
+            optimizer.step()
+        assert parameter.isfinite().all()
+
+
+def test_options_that_change_begin_anew():
+    parameter = start(False)
+    optimizer = AdaPM([parameter], momentum="none", lr=0.1)
+    gradient = numbers(0, ROWS, WIDTH)
+    for momentum, second in (("none", "full"), ("full", "row"), ("low_rank", "full"), ("full", "full")):
+        optimizer.param_groups[0].update(momentum=momentum, second_moment=second)
+        for i in range(3):
+            before = parameter.detach().clone()
+            parameter.grad = gradient.clone()
+            optimizer.step()
+            if second == "full" and (momentum != "low_rank" or i == 0):
+                assert torch.allclose(parameter, before - 0.1 * gradient.sign(), atol=1e-4), (momentum, i)
+
+
+def test_states_of_other_methods_and_of_before_an_option_load():
+    parameter = start(False)
+    optimizer = OasisAdamW([parameter], **COMMON)
+    through(optimizer, parameter, [learned(1), seeded("gaussian", 2)], False)
+    old = optimizer.state_dict()
+    del old["param_groups"][0]["error_feedback"]
+    again = OasisAdamW([parameter], **COMMON)
+    again.load_state_dict(old)
+    through(again, parameter, [seeded("gaussian", 3)], False)
+    theirs = torch.optim.AdamW([parameter])
+    AdaPM([parameter], momentum="full").load_state_dict(theirs.state_dict())
+
+
+def test_a_group_that_is_refused_is_not_there():
+    optimizer = AdaPM([start(False)], momentum="full")
+    other = start(False)
+    with pytest.raises(ValueError, match="named_parameters"):
+        optimizer.add_param_group({"params": [other], "momentum": "auto"})
+    optimizer.add_param_group({"params": [other], "momentum": "none"})
+    with pytest.raises(ValueError, match="lr="):
+        AdamW([start(False)], lr=torch.tensor(-1.0))  # pyright: ignore[reportArgumentType]
+
+
 def test_kinds_of_blocks_go_by_their_names():
     matrix = torch.zeros(2, 2)
     named = {
         "none": ("model.embed_tokens.weight", "layers.0.self_attn.o_proj.weight", "h.0.attn.c_proj.weight", "wte.weight",
-                 "encoder.layer.0.attention.output.dense.weight", "embeddings.word_embeddings.weight"),
-        "full": ("layers.0.self_attn.v_proj.weight", "attention.self.value.weight", "h.0.attn.c_attn.weight"),
+                 "encoder.layer.0.attention.output.dense.weight", "embeddings.word_embeddings.weight", "shared.weight",
+                 "block.0.layer.0.SelfAttention.o.weight", "attention.out_lin.weight", "self_attn.dense.weight",
+                 "attn.Wo.weight"),
+        "full": ("layer.0.SelfAttention.v.weight", "attention.v_lin.weight", "attn.Wqkv.weight",
+                 "layers.0.self_attn.v_proj.weight", "attention.self.value.weight", "h.0.attn.c_attn.weight"),
         "low_rank": ("layers.0.self_attn.q_proj.weight", "mlp.down_proj.weight", "h.0.mlp.c_proj.weight",
-                     "encoder.layer.0.output.dense.weight", "encoder.layer.0.attention.self.key.weight", "lm_head.weight"),
+                     "encoder.layer.0.output.dense.weight", "encoder.layer.0.attention.self.key.weight", "lm_head.weight",
+                     "text_embedder.layers.0.q_proj.weight", "layer.1.DenseReluDense.wo.weight", "embed_out.weight"),
     }  # fmt: skip
     for kind, names in named.items():
         for name in names:

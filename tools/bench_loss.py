@@ -284,9 +284,10 @@ def summary(runs: list[dict[str, Any]], labels: list[str]) -> list[dict[str, Any
         losses = [loss for (row, _), loss in by.items() if row == label]
         if not losses:
             continue
-        gaps = [loss / by[labels[0], seed] - 1 for (row, seed), loss in by.items() if row == label]
-        spread = [statistics.stdev(x) if len(x) > 1 else None for x in (losses, gaps)]
-        mean, gap = statistics.fmean(losses), statistics.fmean(gaps)
+        first = {seed: loss for (row, seed), loss in by.items() if row == labels[0]}
+        gaps = [loss / first[seed] - 1 for (row, seed), loss in by.items() if row == label and seed in first]
+        spread = [statistics.stdev(x) if len(x) > 1 and all(map(math.isfinite, x)) else None for x in (losses, gaps)]
+        mean, gap = statistics.fmean(losses), statistics.fmean(gaps) if gaps else None
         rows.append({"row": label, "lr": rates[label], "loss": mean, "spread": spread[0], "gap": gap, "gap_spread": spread[1]})
     return rows
 
@@ -294,7 +295,8 @@ def summary(runs: list[dict[str, Any]], labels: list[str]) -> list[dict[str, Any
 def tuned(runs: list[dict[str, Any]], label: str) -> float | None:
     """The rate of a row: of least loss on the first seed."""
     own = [r for r in runs if r["row"] == label]
-    return min(((r["loss"], r["lr"]) for r in own if r["seed"] == own[0]["seed"]), default=(0.0, None))[1]
+    losses = [(r["loss"] if math.isfinite(r["loss"]) else math.inf, r["lr"]) for r in own if r["seed"] == own[0]["seed"]]
+    return min(losses, default=(0.0, None))[1]
 
 
 def table(rows: list[dict[str, Any]]) -> str:

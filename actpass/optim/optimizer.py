@@ -43,6 +43,10 @@ class ComposedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._bases = WeakIdKeyDictionary()
+        for group in self.param_groups:  # a state of before an option was there, or of another optimizer
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+            _check(group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().load_state_dict(state_dict)
@@ -50,7 +54,11 @@ class ComposedOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        _check(self.param_groups[-1])
+        try:
+            _check(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -62,7 +70,7 @@ class ComposedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             names = group.get("param_names") or [None] * len(group["params"])
             for parameter, name in zip(group["params"], names, strict=True):
-                if parameter.grad is not None:
+                if parameter.grad is not None and parameter.numel():
                     self._update(parameter, parameter.grad, group, name)
         return loss
 
@@ -118,6 +126,8 @@ class ComposedOptimizer(torch.optim.Optimizer):
         state["basis_rank"], state["basis_unbiased"] = basis.rank, basis.unbiased
         if basis.state is not None:
             state["basis_subspace"] = basis.state.to(parameter.dtype)
+        else:
+            state.pop("basis_subspace", None)
         self._bases[parameter] = basis
 
 
@@ -145,7 +155,7 @@ def _check(group: dict[str, Any]) -> None:
     def refuse(name: str, allowed: str) -> ValueError:
         return ValueError(f"{name}={group[name]!r} is not usable. Allowed: {allowed}.")
 
-    if not (isinstance(group["lr"], torch.Tensor) or group["lr"] >= 0):
+    if not float(group["lr"]) >= 0:
         raise refuse("lr", "a number of 0 or more")
     if not group["weight_decay"] >= 0:
         raise refuse("weight_decay", "a number of 0 or more")

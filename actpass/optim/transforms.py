@@ -132,8 +132,12 @@ class PartialMomentum:
 
     def __call__(self, gradient: torch.Tensor, state: State, at: Place) -> Ratio:
         beta1, beta2 = at.group["betas"]
-        seen = at.moments(state)
         kind = momentum_kind(at.group["momentum"], at.name, gradient)
+        form = MOMENTUM.index(kind) * 2 + (at.group["second_moment"] == "row")
+        if state.setdefault("momentum_form", form) != form:  # the group's options were changed
+            forget(state)
+            state["momentum_form"], state["began"] = form, at.step - 1
+        seen = at.moments(state)
         size = self._second(gradient, state, at, beta2).div(1 - beta2**seen).sqrt_().add_(at.group["eps"])
         if kind == "none":
             return Ratio(gradient, size)
@@ -154,31 +158,42 @@ class PartialMomentum:
 
     def _low_rank(self, gradient: torch.Tensor, state: State, at: Place, beta: float, seen: int) -> torch.Tensor:
         rows, columns = gradient.shape
-        left, right = state.get("momentum_left"), state.get("momentum_right")
-        if left is None or right is None:
+        given, wide = (
+            gradient.dtype,
+            torch.promote_types(gradient.dtype, torch.float32),
+        )  # what is dropped counts 1 / (1 - b1) times
+        if "momentum_left" in state:
+            left, right = (state[f"momentum_{side}"].to(wide) for side in ("left", "right"))
+        else:
             rank = momentum_rank(at.group["momentum_rank"], min(rows, columns))
-            left = gradient.new_zeros(rows, rank)
+            left = gradient.new_zeros(rows, rank, dtype=wide)
             noise = normals(round_keys(0, gradient.device), columns, columns * rank).view(columns, rank)
-            right = orthonormal(noise.double()).to(gradient.dtype)
-        y = torch.addmm(gradient, left, right.t(), beta=1 - beta, alpha=beta)
-        turned = (y.t() @ (y @ right)).double()
+            right = orthonormal(noise.double()).to(wide)
+        y = torch.addmm(gradient.to(wide), left, right.t(), beta=1 - beta, alpha=beta)
+        tiny = torch.finfo(torch.float32).tiny
+        through = y @ right
+        turned = (y.t() @ through.div_(torch.linalg.vector_norm(y, float("inf")).clamp_min(tiny))).double()
         # a part of the old directions keeps those that y has nothing of: the basis never loses rank
-        turned += (1e-6 * turned.norm() + torch.finfo(torch.float32).tiny) * right
+        turned += (1e-6 * turned.norm() + tiny) * right
         turned /= turned.norm(dim=0)
-        right = orthonormal(turned).to(gradient.dtype).contiguous()
+        right = orthonormal(turned).to(wide).contiguous()
         left = y @ right
-        state["momentum_left"], state["momentum_right"] = left, right
+        state["momentum_left"], state["momentum_right"] = left.to(given), right.to(given)
         kept = 1 / (1 - beta**seen)
-        return y.div_(1 - beta).addmm_(left, right.t(), alpha=kept - 1 / (1 - beta))
+        return y.div_(1 - beta).addmm_(left, right.t(), alpha=kept - 1 / (1 - beta)).to(given)
 
 
 MOMENTUM = ("auto", "none", "low_rank", "full")
 _KINDS = (
-    ("none", r"embed|wte|wpe|o_proj|out_proj|attention\.output\.dense|attn\.c_proj|\bwo\b|attention\.dense"),
-    ("full", r"v_proj|value|\bwv\b|c_attn|qkv|in_proj"),
+    (
+        "none",
+        r"embed(?!_out)[^.]*\.weight$|embeddings?\b|\bshared\.|\bwte\b|\bwpe\b|o_proj|out_proj|out_lin|attention\.output\.dense|attn\.c_proj"
+        r"|(attn|attention)\.(wo|dense|o)\b",
+    ),
+    ("full", r"v_proj|v_lin|attention\.v\b|\bvalue\b|\bwv\b|c_attn|qkv|query_key_value|in_proj"),
 )
-"""Kinds of blocks by their names in `transformers` and torch: embeddings and attention's output, values (and what holds them
-together with queries and keys). Every other matrix is low-rank."""
+"""Kinds of blocks by their names in `transformers` and torch, in lower case: embeddings and attention's output, values (and
+what holds them together with queries and keys). Every other matrix is low-rank."""
 
 
 def momentum_kind(given: str, name: str | None, gradient: torch.Tensor) -> str:
@@ -188,7 +203,7 @@ def momentum_kind(given: str, name: str | None, gradient: torch.Tensor) -> str:
     if given != "auto":
         return given
     assert name is not None
-    return next((kind for kind, pattern in _KINDS if re.search(pattern, name)), "low_rank")
+    return next((kind for kind, pattern in _KINDS if re.search(pattern, name.lower())), "low_rank")
 
 
 def momentum_rank(given: float, most: int) -> int:
@@ -232,8 +247,13 @@ class CarryMoments:
             return gradient
         overlap = at.overlap()
         if "momentum_left" in state:
-            side = "momentum_left" if at.left else "momentum_right"
-            state[side] = overlap.t().to(gradient.dtype) @ state[side]
+            left, right = (state[f"momentum_{side}"].to(overlap.dtype) for side in ("left", "right"))
+            if at.left:
+                left = overlap.t() @ left
+            else:  # orthonormal again, whatever the overlap took of it
+                right, triangle = torch.linalg.qr(overlap.t() @ right)
+                left = left @ triangle.t()
+            state["momentum_left"], state["momentum_right"] = left.to(gradient.dtype), right.to(gradient.dtype).contiguous()
         v, m = state["exp_avg_sq"], state.get("exp_avg")
         if at.group.get("second_moment") == "row":  # a mean over the basis, the same in any other
             if m is not None:
@@ -277,8 +297,9 @@ class ErrorFeedback:
                 whole += state["error"]
         moved = self.moved(gradient, state, at)
         if whole is not None:
-            p = at.basis.matrix().to(gradient.dtype)
-            inverse = torch.linalg.solve(p.t() @ p, p.t())  # (R, N)
+            p = at.basis.matrix()
+            inverse = torch.linalg.pinv(p).to(gradient.dtype)  # (R, N); a basis may have columns that depend on others
+            p = p.to(gradient.dtype)
             state["exp_avg"] = inverse @ whole if at.left else whole @ inverse.t()
             state["error"] = whole - contract(state["exp_avg"], p, left=at.left)
         if "error" in state:
