@@ -158,10 +158,8 @@ class PartialMomentum:
 
     def _low_rank(self, gradient: torch.Tensor, state: State, at: Place, beta: float, seen: int) -> torch.Tensor:
         rows, columns = gradient.shape
-        given, wide = (
-            gradient.dtype,
-            torch.promote_types(gradient.dtype, torch.float32),
-        )  # what is dropped counts 1 / (1 - b1) times
+        given = gradient.dtype
+        wide = torch.promote_types(given, torch.float32)  # the rounding of what is dropped counts 1 / (1 - b1) times
         if "momentum_left" in state:
             left, right = (state[f"momentum_{side}"].to(wide) for side in ("left", "right"))
         else:
