@@ -118,8 +118,9 @@ class PartialMomentum:
         m^ = L R^T / (1 - b1^t) + (Y - L R^T) / (1 - b1)
 
     which is Adam's m^ at full rank and g at rank 0. The kinds of blocks, and that the residual corrects the bias, are the
-    paper's; its equation was not at hand: this one is this project's own, as is the default rank. The second moment is Adam's, or with
-    ``second_moment="row"`` one number per row of a matrix, its mean (Adam-mini, Y. Zhang et al., 2025, arXiv 2406.16793).
+    paper's; its equation was not at hand: this one is this project's own, as is the default rank. The second moment is
+    Adam's, or with ``second_moment="row"`` one number per row of a matrix, its mean (Adam-mini, Y. Zhang et al., 2025, arXiv
+    2406.16793).
     State: of M x N, (M + N) r numbers for m, and M N or M for v. Costs 6 M N r FLOPs more a step. Works on the coefficients of
     a gradient in factors as on a dense gradient.
     """
