@@ -354,7 +354,8 @@ def _append_state(
     append("actpass_seed", round_keys(0, device))
     if extra.sites:
         append("actpass_learned_seed", round_keys(0, device))
-        append("actpass_points", torch.zeros(64, device=device), most=subspaces.most_points(extra.sites))
+        most = subspaces.most_points(extra.sites)  # traced so: a plan's peak holds a sketch, too
+        append("actpass_points", torch.zeros(most, device=device), most=most)
         states = [append(f"actpass_subspace_{i}", torch.zeros(site.shape, device=device)) for i, site in enumerate(extra.sites)]
         (output,) = clone.graph.find_nodes(op="output")
         with clone.graph.inserting_before(output):

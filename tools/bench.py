@@ -16,14 +16,12 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from arguments import positive_int, probability
 from bench_compile_time import measure_compile_times, work
-from bench_rows import ROW_FORMS, Row, RowSpec, Setup, parse_row, run_rows
+from bench_rows import ROW_FORMS, Row, RowSpec, Setup, least_of, parse_row, run_rows
 from bench_tables import COMPILE_COLUMNS, COMPILE_NOTES, ROW_COLUMNS, add_ratios, finish, header, markdown, row_notes
 from torch._dynamo import config as dynamo_config
 from workloads import (
@@ -127,18 +125,6 @@ def budget_rows(setup: Setup, count: int) -> list[RowSpec]:
         least, more = more, least_of(functools.partial(train_at, setup), more)
     budgets = [least + (most - least) * i // max(count - 1, 1) for i in range(count)]
     return [parse_row(f"actcomp:auto,memory_budget={b}") for b in budgets]
-
-
-def least_of(call: Callable[[int], Any], budget: int) -> int | None:
-    """The least budget that the error names that ``budget`` raises; None if it raises none."""
-    try:
-        call(budget)
-    except Exception as error:  # Dynamo wraps what a backend raises
-        least = getattr(getattr(error, "inner_exception", error), "least", None)
-        if least is None:
-            raise
-        return int(least)
-    return None
 
 
 def train_at(setup: Setup, budget: int) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from arguments import positive_int
 from bench_loss import MODELS, model_of, texts
+from bench_rows import least_of
 from torch import Tensor
 
 import actpass
@@ -31,7 +32,7 @@ WIDTHS = ("int16", "int8", "int4")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="llama-mini", help=f"{', '.join(MODELS)}, or a .bin file of llama2.c")
+    parser.add_argument("--model", default="llama-mini", help=f"{', '.join(MODELS)} or a .bin file of llama2.c")
     parser.add_argument("--tokenizer", type=Path, metavar="BIN", help="of a llama2.c model")
     parser.add_argument("--train", type=Path, required=True, metavar="TXT")
     parser.add_argument("--batch", type=positive_int, default=16)
@@ -97,15 +98,14 @@ class Judge:
         }  # fmt: skip
 
     def least(self) -> float:
-        """The smallest fraction that can be met."""
-        try:
-            self._explain({"memory_budget": 0.0})
-        except Exception as error:  # Dynamo wraps what a backend raises
-            least = getattr(getattr(error, "inner_exception", error), "least", None)
-            if least is None:
-                raise
-            return float(least)
-        return 0.0
+        """The smallest fraction that every region can meet."""
+        found, more = 0.0, least_of(self._within, 0.0)
+        while more is not None:
+            found, more = more, least_of(self._within, more)
+        return found
+
+    def _within(self, budget: float) -> Any:
+        return self._explain({"memory_budget": budget})
 
     def _explain(self, options: Mapping[str, Any]) -> Any:
         torch.compiler.reset()

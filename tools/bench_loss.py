@@ -5,14 +5,14 @@
     python tools/bench_loss.py --model stories260K.bin --tokenizer tok512.bin --train input.txt --steps 300 --lr 5e-4
     python tools/bench_loss.py --model MINILM_FOLDER --train valid.txt --evaluate test.txt --steps 300 --lr 2e-4 --seq 64
 
-Models: llama-mini (of WORKLOADS, with a vocabulary of bytes), gpt2-mini, bert-mini (masked), all without dropout and with
-random weights; or, continued from their weights, a file of llama2.c or a folder with a BERT of Hugging Face and its
-tokenizer (trained to fill in masked words; what its folder lacks of the head for that starts at random). Without --evaluate
-the last tenth of the text is held out. A seed draws the weights that are random and the order of the data; every row of a
-seed sees the same. Losses are nats a token on the held-out text. One JSON object a run, then a table with the mean and the
-spread over the seeds, and the gap to the first row, seed by seed. Of learned subspaces also the energy of
-held-out batches that the last ones capture, as a fraction of what the best subspaces would: the least of all tensors, and the
-mean. A row may name its own optimizer: actcomp:haar:0.25,gradients=low_rank,refresh_interval=50,optimizer=lazy.
+Models: the language models of WORKLOADS (llama-mini with a vocabulary of bytes), gpt2-mini, bert-mini (masked), all without
+dropout and with random weights; or, continued from their weights, a file of llama2.c or a folder with a BERT of Hugging Face
+and its tokenizer (trained to fill in masked words; what its folder lacks of the head for that starts at random). Without
+--evaluate the last tenth of the text is held out. A seed draws the weights that are random and the order of the data; every
+row of a seed sees the same. Losses are nats a token on the held-out text. One JSON object a run, then a table with the mean
+and the spread over the seeds, and the gap to the first row, seed by seed. Of learned subspaces also the energy of held-out
+batches that the last ones capture, as a fraction of what the best subspaces would: the least of all tensors, and the mean. A
+row may name its own optimizer: actcomp:haar:0.25,gradients=low_rank,refresh_interval=50,optimizer=lazy.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ CAPTURE_BATCHES = 16
 IGNORE = -100
 _SMALL = {"vocab_size": VOCABULARY, "bos_token_id": 257, "eos_token_id": 258, "pad_token_id": 259}
 MODELS = {
+    **{name: w for name, w in WORKLOADS.items() if w.head.startswith("causal-lm")},
     "llama-mini": Workload("llama-mini", "llama", {**WORKLOADS["llama-mini"].fields, **_SMALL}),
     "gpt2-mini": Workload("gpt2-mini", "gpt2", {**_SMALL, "n_embd": 192, "n_layer": 4, "n_head": 6, "n_positions": 512}),
     "bert-mini": Workload(

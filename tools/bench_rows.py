@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from arguments import option, probability, rank
@@ -337,6 +337,21 @@ def _result(spec: RowSpec, row: Row | None, failed: str | None) -> dict[str, Any
     if row is None:
         return {"row": spec.label, "failed": failed}
     return {"row": spec.label, "failed": None, **row.measured, "round_step_s": row.round_step_s}
+
+
+BudgetT = TypeVar("BudgetT", int, float)
+
+
+def least_of(call: Callable[[BudgetT], Any], budget: BudgetT) -> BudgetT | None:
+    """The least budget that the error names that ``budget`` raises; None if it raises none."""
+    try:
+        call(budget)
+    except Exception as error:  # Dynamo wraps what a backend raises
+        least = getattr(getattr(error, "inner_exception", error), "least", None)
+        if least is None:
+            raise
+        return type(budget)(least)
+    return None
 
 
 def failure(error: Exception) -> str:

@@ -88,9 +88,8 @@ class Subspace:
     begun: bool = True
 
     def note(self, step: int, sketched: torch.Tensor) -> None:
-        """A copy: what a CUDA graph returned is overwritten by its next run."""
         again = self.sketched is not None and self.step == step
-        self.sketched = self.sketched + sketched if again and self.sketched is not None else sketched.clone()
+        self.sketched = self.sketched + sketched if again and self.sketched is not None else sketched
         self.step = step
 
     def move(self, sketched: torch.Tensor, size: float) -> None:
