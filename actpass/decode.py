@@ -56,7 +56,7 @@ def decode_saved(
         z = splice(forward.graph, torch.matmul, [x, basis], after=x, like=x, inserted=done.inserted)
         rename(z, f"{_OWN}z")  # no name that another node has in the backward
         if state is not None:
-            sketch_of(first, stand_ins[state], x, state, False, done)
+            sketch_of(first, decision, stand_ins[state], x, z, state, False, done)
         crosses = behind[tensor.crossing[0]]
         (arrived,) = receive(backward.graph, crosses, [z])
         passed = [n for n in (state, seed) if n is not None and n.name not in behind]  # a forward passes its inputs on, once

@@ -58,11 +58,11 @@ def rewrite(joint: Joint, contractions: Sequence[Contraction], plan: Plan) -> Re
             state = states.get(decision)
             seed = joint.seed if state is None else joint.learned_seed
             basis = learned_basis(joint.gm.graph, bases, decision, value(x).dtype, state, seed, done)
-            if state is not None:
-                sketch_of(joint, stand_ins[state], x, state, members[0].left, done)
         else:
-            basis = _basis(joint, bases, decision, x, done)
+            state, basis = None, _basis(joint, bases, decision, x, done)
         z = _payload(joint, x, basis, decision, members[0].left, done)
+        if state is not None:
+            sketch_of(joint, decision, stand_ins[state], x, z, state, members[0].left, done)
         for contraction in members:
             _replace(joint, nodes[contraction.node], z, basis, contraction, decision, done)
     joint.gm.graph.eliminate_dead_code()
@@ -180,21 +180,30 @@ def returned(joint: Joint) -> dict[fx.Node, fx.Node]:
     return {s: n for s in joint.subspaces for n in s.users if output in n.users}
 
 
-def sketch_of(joint: Joint, stand_in: fx.Node, x: fx.Node, state: fx.Node, left: bool, done: Rewritten) -> None:
-    """Return the sketch of ``x`` in place of ``stand_in``."""
+def sketch_of(
+    joint: Joint, decision: Decision, stand_in: fx.Node, x: fx.Node, z: fx.Node, state: fx.Node, left: bool, done: Rewritten
+) -> None:
+    """Return the sketch of ``x`` in place of ``stand_in``. z: the projection of ``x``, which the sketch reads where the forward
+    computes it."""
+    leading = LEARNED[decision.method].leading(decision.rank or 0)
+    known, given = (0, None) if _is_of_backward(z) else (leading, z)
 
-    def take(x: torch.Tensor, state: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-        return sketch(x, state, points, left=left)
+    def take(x: torch.Tensor, state: torch.Tensor, points: torch.Tensor, z: torch.Tensor | None) -> torch.Tensor:
+        return sketch(x, state, points, left=left, z=z, known=known)
 
     x = _in_forward(joint, x, done)
-    new = splice(joint.gm.graph, take, [x, state, joint.points], after=x, like=x, inserted=done.inserted)
+    new = splice(joint.gm.graph, take, [x, state, joint.points, given], after=x, like=x, inserted=done.inserted)
     stand_in.replace_all_uses_with(new)
     done.sketches.add(new)
 
 
+def _is_of_backward(node: fx.Node) -> bool:
+    return "backward" in str(node.meta.get("partitioner_tag", ""))
+
+
 def _in_forward(joint: Joint, x: fx.Node, done: Rewritten) -> fx.Node:
     """``x``, or a copy of it where autograd took a view only for the backward."""
-    if "backward" not in str(x.meta.get("partitioner_tag", "")):
+    if not _is_of_backward(x):
         return x
     if not is_view(x):
         raise GraphUnsupported(f"{x.name} is computed in the backward, and no sketch can be taken of it in the forward")

@@ -71,6 +71,19 @@ def test_captured_energy_is_near_that_of_the_best_subspace(name: str):
 
 
 @methods
+def test_a_sketch_reads_what_the_projection_has_computed(name: str):
+    method, state, x = LEARNED[name], trained(name), tokens(3).view(2, TOKENS // 2, N)
+    basis = method.draw(state, method.noise(key(1), N, R), R)
+    known = method.leading(R)
+    torch.testing.assert_close(basis[:, :known], state[:-1, :known])
+    z = x @ basis
+    z[..., known:] = float("nan")  # not read
+    torch.testing.assert_close(sketch(x, state, points(64), z=z, known=known), sketch(x, state, points(64)))
+    turned = sketch(x.transpose(1, 2), state, points(64), left=True, z=z, known=known)
+    torch.testing.assert_close(turned, sketch(x, state, points(64)))
+
+
+@methods
 def test_spectrum_is_the_energy_along_each_direction(name: str):
     state, x = trained(name), tokens(9)
     _, spectrum = moved(LEARNED[name], state, sketch(x, state, (torch.arange(TOKENS) + 0.5) / TOKENS), R, 1.0)

@@ -69,6 +69,10 @@ class LearnedProjection(ABC):
         """How many of the ``rank`` directions follow the data."""
         return rank
 
+    def leading(self, rank: int) -> int:
+        """How many first columns of the basis are those of the state."""
+        return self.principal(rank)
+
     def noise(self, key: torch.Tensor, width: int, rank: int, sequence: int = 0) -> torch.Tensor | None:
         """What is drawn for a basis, if anything is: the same for all sites of a shape and a ``sequence``."""
         return None
@@ -174,6 +178,9 @@ class Sampled(LearnedProjection):
     def columns(self, width: int, rank: int) -> int:
         return width
 
+    def leading(self, rank: int) -> int:
+        return 0
+
     def noise(self, key: torch.Tensor, width: int, rank: int, sequence: int = 0) -> torch.Tensor | None:
         return bits32(key, stream(_own(width, sequence), 41), 1).to(torch.float64) * 2.0**-32
 
@@ -208,18 +215,32 @@ def inclusion_probabilities(energies_N: torch.Tensor, rank: int) -> torch.Tensor
     return torch.cat([torch.ones(surely, dtype=torch.float64, device=root_N.device), share_N])
 
 
-def sketch(x: torch.Tensor, state: torch.Tensor, points_S: torch.Tensor, *, left: bool = False) -> torch.Tensor:
+def sketch(
+    x: torch.Tensor,
+    state: torch.Tensor,
+    points_S: torch.Tensor,
+    *,
+    left: bool = False,
+    z: torch.Tensor | None = None,
+    known: int = 0,
+) -> torch.Tensor:
     """(N + 1, K) in float32: X_S^T (X_S Q), and a row of |X_S|^2.
 
     x: (T, N) or (E, T, N), with ``left`` (N, T) or (E, N, T). points: where to sample tokens, in [0, 1); with none of them
-    it is all zeros, and costs nothing.
+    it is all zeros, and costs nothing. z: (T, R) or (E, T, R), of which the first ``known`` columns are x times those of Q, and
+    are not computed again. Costs 2 S N (2 K - known) FLOPs.
     """
     tokens = -1 if left else -2
-    sample = x.index_select(tokens, (points_S * x.shape[tokens]).to(torch.int64)).to(torch.float32)
+    places_S = (points_S * x.shape[tokens]).to(torch.int64)
+    sample = x.index_select(tokens, places_S).to(torch.float32)
     sample_SN = (sample.transpose(-1, -2) if left else sample).reshape(-1, state.shape[0] - 1)
-    flat = sample_SN.reshape(1, -1)
-    energy_12 = flat @ flat.reshape(-1, 1).expand(-1, 2)  # a matmul: Inductor's reductions set limits to what they sum
-    return torch.cat([sample_SN.t() @ (sample_SN @ state[:-1]), energy_12[:, :1].expand(1, state.shape[1])])
+    projected_SK = sample_SN @ state[:-1, known:]
+    if z is not None and known:
+        known_SR = z.index_select(-2, places_S).to(torch.float32).reshape(-1, z.shape[-1])
+        projected_SK = torch.cat([known_SR[:, :known], projected_SK], 1)
+    energies_1S = sample_SN.square().sum(1).unsqueeze(0)  # summed by a matmul: a reduction would set limits to S in Inductor
+    energy_12 = energies_1S @ energies_1S.new_ones(energies_1S.shape[1], 2)
+    return torch.cat([sample_SN.t() @ projected_SK, energy_12[:, :1].expand(1, state.shape[1])])
 
 
 def moved(
@@ -246,7 +267,7 @@ def moved(
 def nudged(state: torch.Tensor, sketched: torch.Tensor, size: float) -> torch.Tensor:
     """The next state after a small move, by `moved`'s formula without its eigenvectors: Q + size (Y (Q^T Y)^-1 - Q), made
     orthonormal by one CholeskyQR in float32 (its Gram matrix is I + size^2 E^T E, with E orthogonal to Q). For between two
-    calls of `moved`, which sorts the directions and says what they hold: 5 N K^2 FLOPs in place of its 14, a third of those in
+    calls of `moved`, which sorts the directions and says what they hold: 8 N K^2 FLOPs in float32 in place of its 14 in
     float64. A sketch of nothing, or of what is not finite, moves nothing."""
     basis_NK, product_NK = state[:-1], sketched[:-1]
     gram_KK = (basis_NK.t() @ product_NK).double()
@@ -257,13 +278,14 @@ def nudged(state: torch.Tensor, sketched: torch.Tensor, size: float) -> torch.Te
     factor_KK, failed = torch.linalg.cholesky_ex(gram_KK)
     if bool(failed):
         return state
-    ahead_NK = torch.cholesky_solve(product_NK.t(), factor_KK.float()).t()
-    stepped_NK = (1 - size) * basis_NK + size * ahead_NK
+    inverse_KK = torch.cholesky_inverse(factor_KK).float()
+    stepped_NK = torch.addmm(basis_NK, product_NK, inverse_KK, beta=1 - size, alpha=size)
     factor_KK, failed = torch.linalg.cholesky_ex((stepped_NK.t() @ stepped_NK).double(), upper=True)
     if bool(failed):
         return state
-    basis_NK = torch.linalg.solve_triangular(factor_KK.float(), stepped_NK, upper=True, left=False)
-    return torch.cat([basis_NK, state[-1:]])
+    unit_KK = torch.eye(factor_KK.shape[0], dtype=torch.float64, device=state.device)
+    inverse_KK = torch.linalg.solve_triangular(factor_KK, unit_KK, upper=True).float()  # then a matmul: faster than N solves
+    return torch.cat([stepped_NK @ inverse_KK, state[-1:]])
 
 
 def first_state(method: LearnedProjection, key: torch.Tensor, width: int, rank: int) -> torch.Tensor:
