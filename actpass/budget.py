@@ -213,14 +213,13 @@ def _within(search: Search[Region] | _Ranks, cut_of: Callable[[Choice], Cut], pe
     if found.stored <= capacity:
         return found.choice
     early = sum(t.nbytes for t in search.tensors if t.obstacle == EARLY_GRADIENT)
-    found = search.at(capacity + early)
-    if found.stored <= capacity + early:
+    smallest = min(found, search.at(search.least), key=lambda f: f.stored)
+    if smallest.stored <= capacity + early:  # as little on top as can be: a larger budget never saves less
         note = f"the gradients that are formed early with the loss, {early} bytes, come on top of memory_budget={budget}"
-        return replace(found.choice, note=note)
-    smallest = search.at(search.least)
+        return replace(smallest.choice, note=note)
     if region.default.saved_bytes <= region.config.smallest:  # a loss behind a graph break: nothing to win there
         return smallest.choice
-    least = min(found.stored, smallest.stored) - early
+    least = smallest.stored - early
     fraction = math.ceil(100 * least / max(region.default.saved_bytes, 1)) / 100
     raise BudgetError(
         f"memory_budget={budget} asks to save {capacity} of the {region.default.saved_bytes} bytes that Inductor's default "

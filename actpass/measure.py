@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,14 +21,20 @@ class Memory:
     result: Any
 
 
-def measure(call: Callable[[], Any], device: torch.device | str = "cpu") -> Memory:
+def measure(call: Callable[[], Any], device: torch.device | str = "cpu", *, before: Callable[[], Any] | None = None) -> Memory:
     """Run ``call`` once and measure its memory on ``device``.
 
     CUDA: the caching allocator's counters (blocks are rounded up to 512 bytes). CPU: the profiler's allocation events
     (to the byte; agree with the process's high-water mark within 1 %). Warm up first: compiling allocates, too.
+    before: run first, not measured. What ``call`` frees counts on a CPU only if it was allocated by ``before`` or by itself
+    (the profiler knows the size of no other block): pass a step whose state the next one replaces.
     """
     where = torch.device(device)
-    return _measure_cuda(call, where) if where.type == "cuda" else _measure_cpu(call)
+    if where.type == "cuda":
+        if before is not None:
+            before()
+        return _measure_cuda(call, where)
+    return _measure_cpu(call, before)
 
 
 def _measure_cuda(call: Callable[[], Any], device: torch.device) -> Memory:
@@ -40,10 +46,16 @@ def _measure_cuda(call: Callable[[], Any], device: torch.device) -> Memory:
     return Memory(torch.cuda.max_memory_allocated(device) - start, torch.cuda.memory_allocated(device) - start, result)
 
 
-def _measure_cpu(call: Callable[[], Any]) -> Memory:
+_MEASURED = "actpass.measure"
+
+
+def _measure_cpu(call: Callable[[], Any], before: Callable[[], Any] | None) -> Memory:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler prints that it starts and stops
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        result = call()
+        if before is not None:
+            before()
+        with record_function(_MEASURED):
+            result = call()
     level = peak = 0
     for nbytes in _cpu_allocations(prof):
         level += nbytes
@@ -52,7 +64,9 @@ def _measure_cpu(call: Callable[[], Any]) -> Memory:
 
 
 def _cpu_allocations(prof: profile) -> list[int]:
-    """Sizes of allocations (positive) and frees (negative) in time order."""
+    """Sizes of allocations (positive) and frees (negative) of the measured call in time order."""
     profiler: Any = prof.profiler
-    events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]" and e.device_type().name == "CPU"]
-    return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    events = profiler.kineto_results.events()
+    start = next(e.start_ns() for e in events if e.name() == _MEASURED)
+    found = [e for e in events if e.name() == "[memory]" and e.device_type().name == "CPU" and e.start_ns() >= start]
+    return [e.nbytes() for e in sorted(found, key=lambda e: e.start_ns())]

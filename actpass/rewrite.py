@@ -143,7 +143,7 @@ def learned_basis(
         return _drawn(graph, nothing, [seed], seed, done, after)
     if tuple(value(state).shape) != state_shape(method, width, rank):
         raise GraphUnsupported(f"a subspace of {tuple(value(state).shape)} arrived for {decision.site}")
-    noise = _noise(graph, bases, method, width, rank, sequence, seed, done)
+    noise = _noise(graph, bases, method, width, rank, sequence, seed, done, after)
 
     def draw(state: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
         return method.draw(state, noise, rank).to(dtype)
@@ -160,8 +160,10 @@ def _noise(
     sequence: int,
     seed: fx.Node,
     done: Rewritten,
+    after: fx.Node | None,
 ) -> fx.Node | None:
-    """What is drawn for the bases of a shape and a sequence, once."""
+    """What is drawn for the bases of a shape and a sequence, once. Behind ``after``: what Inductor makes in one go on a CPU
+    takes its memory in one go, and the numbers of a basis are summed from twelve times their bytes."""
     key = (method.name, width, rank, sequence)
     if not method.draws:
         return None
@@ -170,7 +172,7 @@ def _noise(
         def noise(seed: torch.Tensor) -> torch.Tensor | None:
             return method.noise(seed, width, rank, sequence)
 
-        bases[key] = _drawn(graph, noise, [seed], seed, done)
+        bases[key] = _drawn(graph, noise, [seed], seed, done, after)
     return bases[key]
 
 

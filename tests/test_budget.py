@@ -153,6 +153,19 @@ def test_no_budget_is_exceeded_and_a_larger_one_gives_a_peak_no_smaller(build: A
     assert peaks[0] < peaks[-1]
 
 
+def test_a_larger_fraction_never_saves_less():
+    """Also where gradients that are formed early with the loss, which no budget can do without, are most of what is saved."""
+    model, inputs = llama()
+    few = {name: x[:1] for name, x in inputs.items()}
+    saved = []
+    for budget in (0.05, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0):
+        torch.compiler.reset()
+        options = {"memory_budget": budget, "smallest": 1024, "chunk_loss": 32}
+        saved.append(actpass.explain(model, options=options, **few).totals.saved_bytes)
+    assert saved == sorted(saved), saved
+    assert saved[0] < saved[-1]
+
+
 def test_what_parts_hand_to_one_another_counts_once():
     """A budget that has no room for them twice."""
     budget = 23_000_000

@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 import actpass
 from actpass.codecs import LEARNED
+from actpass.interpret import interpret
 from actpass.measure import measure
 from actpass.modelplan import ModelPlan
 from actpass.runtime.clock import CLOCK
 from actpass.runtime.subspaces import STORE
 
-from . import models
+from . import helpers, models
 from .helpers import Grads, assert_equal, eager_actcomp, error, step
 
 SMALL: dict[str, Any] = {"smallest": 0, "profitable_only": False}
@@ -289,6 +290,27 @@ def test_a_derivative_that_is_computed_early_is_no_tensor_to_decode(loss: Callab
     step(compiled(model, method="prac"), model, {"x": torch.randn(64, 24)})
     assert actpass.report(model).regions[0].active
     assert decoded(model)
+
+
+def test_random_numbers_are_drawn_where_their_tensor_is_stored_and_needed(monkeypatch: pytest.MonkeyPatch):
+    """All at the beginning, Inductor would make them in one go on a CPU, and hold what they are summed from at once."""
+    graphs: list[fx.GraphModule] = []
+
+    def seen(gm: fx.GraphModule, example_inputs: Any, **more: Any) -> Any:
+        graphs.append(gm)
+        return interpret(gm, example_inputs, **more)
+
+    monkeypatch.setattr(helpers, "interpret", seen)
+    model, inputs = models.transformer(layers=3)
+    step(compiled(model, method="prac"), model, inputs)
+    sites = len(decoded(model))
+    assert sites >= 6
+    for gm in graphs[-2:]:
+        nodes = list(gm.graph.nodes)
+        body = nodes[len(gm.graph.find_nodes(op="placeholder")) :]
+        draws = [i / len(body) for i, n in enumerate(body) if n.target is torch.ops.prims.iota.default and n.args[0] > 96]
+        assert len(draws) >= sites
+        assert max(draws) - min(draws) > 0.5
 
 
 def test_two_decoded_tensors_that_are_multiplied_are_random_apart():

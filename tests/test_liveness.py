@@ -84,9 +84,12 @@ def peaks(build: Any, plan: str) -> tuple[int, int]:
     def step() -> None:
         compiled(**inputs).backward()
 
-    step()
-    model.zero_grad(set_to_none=True)
-    measured = measure(step).peak_bytes
+    def begin() -> None:
+        step()
+        model.zero_grad(set_to_none=True)
+
+    begin()
+    measured = measure(step, before=begin).peak_bytes
     predicted = actpass.report(model).totals.peak_bytes
     assert predicted is not None
     return predicted, measured

@@ -169,6 +169,24 @@ def test_the_dense_gradient_never_exists():
     assert low < 0.3 * dense
 
 
+def test_a_seeded_basis_lasts_as_long_as_its_draw():
+    torch.compiler.reset()
+    model, inputs = Net(), net_inputs()
+    options = {"method": "haar", "rank": 4, "gradients": "low_rank", "refresh_interval": 2, "profitable_only": False}
+    function = torch.compile(model, backend=eager_actcomp(**options))
+    found = []
+    for step in range(4):
+        CLOCK.steps = step
+        loss_of(function(**inputs)).backward()
+        found.append([p.grad.basis for p in model.parameters() if isinstance(p.grad, LowRankGradient)])
+        model.zero_grad()
+    assert found[0]
+    for a, b, c, d in zip(*found, strict=True):
+        assert a is b
+        assert c is d
+        assert not a.spans_as(c)
+
+
 def test_options_that_mean_nothing_are_refused():
     for options in ({"method": "exact"}, {"method": "int8"}, {}):
         with pytest.raises(actpass.OptionError, match="goes with a projection"):

@@ -72,7 +72,9 @@ def measure(given: argparse.Namespace) -> list[dict[str, Any]]:
         budget = least + (1.0 - least) * i / max(given.budgets - 1, 1)
         for label, more in (("", {}), (", calibrated", {"calibration": calibration})):
             rows.append(judge.row(f"budget {budget:.3f}{label}", {"memory_budget": budget, **more}))
-            fits = [w for w in widths if w["saved_bytes"] <= rows[-1]["allowed_bytes"]]
+            # more is taken where gradients that are formed early with the loss come on top of a budget
+            most = max(rows[-1]["allowed_bytes"], rows[-1]["saved_bytes"])
+            fits = [w for w in widths if w["saved_bytes"] <= most]
             rows[-1]["rival"] = min(fits, key=lambda w: w["direction"])["row"] if fits else None
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     return rows

@@ -50,6 +50,7 @@ from actpass.backend import fusion_within
 from actpass.budget import Choice, PeakBudget, Region, Search, free_choice
 from actpass.compiler import Traced, finish, read
 from actpass.config import memory_budget as bytes_of
+from actpass.config import parse
 from actpass.errors import ActpassError, BudgetError
 from actpass.explain import explain_model
 from actpass.folded import FoldedCut, FoldedPlan, FoldedRegion, LayerKind, ShardedBudget, Stack
@@ -103,7 +104,8 @@ def main() -> int:
     given = parser.parse_args()
     started = time.perf_counter()
     try:
-        with inductor_config.patch(fusion_within(given.memory_budget)):  # as what is planned will be compiled
+        fusion = fusion_within(given.memory_budget, decodes=parse(options_of(given)).decodes)
+        with inductor_config.patch(fusion):  # as what is planned will be compiled
             model = trace(given)
             outcomes = [plan_for(model, limit, where) for where, limit in limits(given, model)]
     except (UsageError, ActpassError) as error:
@@ -143,6 +145,12 @@ def _parser() -> argparse.ArgumentParser:
 # ---------------------------------------------------------------------------------------------------------------- tracing
 
 
+def options_of(given: argparse.Namespace) -> dict[str, Any]:
+    """Those for the trace, without what is decided after it."""
+    decided_later = {"memory_budget": None, "rank": None, "plan": None, "off": False}
+    return options_from(argparse.Namespace(**{**vars(given), **decided_later}))
+
+
 def trace(given: argparse.Namespace) -> Model:
     """Trace a few layers. Raises `UsageError` or `ActpassError`."""
     workload = _workload(given)
@@ -153,8 +161,7 @@ def trace(given: argparse.Namespace) -> Model:
     if layers < TRACED * group:
         raise UsageError(f"{workload.name!r} has {layers} layers: fewer than {TRACED * group} are planned by inspect_graph.py.")
     kinds = getattr(config, "layer_types", None)
-    decided_later = {"memory_budget": None, "rank": None, "plan": None, "off": False}
-    options = options_from(argparse.Namespace(**{**vars(given), **decided_later}))
+    options = options_of(given)
 
     def traced(depth: int) -> tuple[nn.Module, dict[str, torch.Tensor], Traced]:
         """The model with ``depth`` layers, a batch, and its joint graph."""

@@ -85,6 +85,17 @@ class OasisAdamW(_AdamWith):
 
     moments = ErrorFeedback(CarryMoments())
 
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        error_feedback: bool = False,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, error_feedback=error_feedback)
+
 
 class LazySubspaceAdamW(_AdamWith):
     """Li et al., "Optimal low-rank stochastic gradient estimation", 2026, arXiv 2603.20632: K steps on B in W + B V^T, lift,

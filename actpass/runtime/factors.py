@@ -51,6 +51,8 @@ def with_coefficients(
     inputs; the state begins with the seeds' keys (and has points and subspaces behind two of them). copies: whether ``fn``
     keeps the memory of what it returns, as CUDA graphs do."""
 
+    kept: dict[Any, Basis] = {}  # seeded ones, while their draw stays: an optimizer has made their matrices
+
     def run(*args: Any) -> Any:
         if any(isinstance(a, FakeTensor) for a in args[:count]):
             return fn(*args, *(args[f.position].new_zeros(()).expand(f.shape) for f in factors))
@@ -60,13 +62,16 @@ def with_coefficients(
         bases: dict[Any, Basis] = {}
         places = []
         for f in factors:
-            key = (f.method, f.width, f.rank, f.unbiased, f.state)
+            at = 0 if f.state is None else 1
+            draw = step_seed(config.seed, config.draw_at(step) if f.state is None else config.learned_draw_at(step))
+            key = (f.method, f.width, f.rank, f.unbiased, f.state, draw)
             if key not in bases:
-                at = 0 if f.state is None else 1
-                draw = config.draw_at(step) if f.state is None else config.learned_draw_at(step)
                 subspace = None if f.state is None else state[3 + f.state]
-                bases[key] = Basis(f.method, f.width, f.rank, state[at], step_seed(config.seed, draw), f.unbiased, subspace)
+                new = Basis(f.method, f.width, f.rank, state[at], draw, f.unbiased, subspace)
+                bases[key] = kept.get(key, new)
             places.append(Coefficients.apply(args[f.position], bases[key], f.left, f.shape, copies))
+        kept.clear()
+        kept.update((key, basis) for key, basis in bases.items() if basis.state is None)
         return fn(*args, *places)
 
     return run
