@@ -70,7 +70,7 @@ class LearnedProjection(ABC):
         return rank
 
     def leading(self, rank: int) -> int:
-        """How many first columns of the basis are those of the state."""
+        """How many first columns of the basis are those of the state, and a sketch need not multiply by again."""
         return self.principal(rank)
 
     def noise(self, key: torch.Tensor, width: int, rank: int, sequence: int = 0) -> torch.Tensor | None:
@@ -121,6 +121,9 @@ class Prac(LearnedProjection):
 
     def principal(self, rank: int) -> int:
         return rank // 2
+
+    def leading(self, rank: int) -> int:
+        return 0  # with a forward that reads z twice the cut saves the basis, too, in place of drawing it again
 
     def noise(self, key: torch.Tensor, width: int, rank: int, sequence: int = 0) -> torch.Tensor | None:
         random = rank - self.principal(rank)
