@@ -28,9 +28,9 @@ from actpass.partition import Cut, Setting, cut
 from actpass.plan import Candidate, SavedTensor, Storage, choose_storage, noise, rank_sites
 from actpass.plan.calibration import Sensitivity
 from actpass.plan.footprint import MARGIN
-from actpass.plan.knapsack import least_bytes, solve
-from actpass.plan.menu import AGAIN, NOISE_PER_STEP, SHARE_IN_A_CONTRACTION, UNIT, Costs, Menu, menus
-from actpass.plan.policy import StoredBytes
+from actpass.plan.knapsack import Option, least_bytes, solve
+from actpass.plan.menu import AGAIN, NOISE_PER_STEP, SHARE_IN_A_CONTRACTION, UNIT, WIDTHS, Costs, Menu, bytes_in, menus
+from actpass.plan.policy import StoredBytes, WishFor
 from actpass.plan.ranks import RankSite, bytes_at, choose_ranks
 from actpass.plan.ranks import least_bytes as least_bytes_of_ranks
 from actpass.plan.spread import Level, needs
@@ -286,6 +286,29 @@ class Searched(Protocol):
 R = TypeVar("R", bound=Searched)
 
 
+class _Crossing:
+    """What crosses one cut, and the menus of it."""
+
+    def __init__(
+        self, setting: Setting, cut: Any, tensors: list[SavedTensor], wish_for: WishFor, sizes: StoredBytes, costs: Costs
+    ) -> None:
+        self.setting, self.cut, self.tensors = setting, cut, tensors
+        self._wish_for, self._sizes, self._costs = wish_for, sizes, costs
+        self._menus: dict[tuple[str, bool], list[Menu]] = {}
+        self._bytes: dict[str, int] = {}
+
+    def menus(self, coarsest: str, *, again: bool) -> list[Menu]:
+        key = coarsest, again
+        if key not in self._menus:
+            self._menus[key] = menus(self.tensors, self._wish_for, self._sizes, self._costs, again=again, coarsest=coarsest)
+        return self._menus[key]
+
+    def bytes_in(self, width: str) -> int:
+        if width not in self._bytes:
+            self._bytes[width] = bytes_in(width, self.tensors, self._wish_for, self._sizes)
+        return self._bytes[width]
+
+
 class Search(Generic[R]):
     """Choices within capacities of saved bytes. stride: each how manieth capacity is looked at where a search by halves finds
     none that fits."""
@@ -295,26 +318,30 @@ class Search(Generic[R]):
 
     def __init__(self, region: R, free: Choice) -> None:
         self.region, self.free = region, free
-        self.menus = self._menus(free.cut, again=True)
-        self.cuts: dict[frozenset[str], tuple[Setting, Cut, list[Menu]]] = {}
+        self._free = self._crossing(free.setting, free.cut)
+        self._cuts = {frozenset[str](): self._free}
+
+    def _crossing(self, setting: Setting, cut: Any) -> _Crossing:
+        tensors = self.region.tensors(cut)
+        sizes, costs = self.region.sizes(cut), self.region.costs(cut, tensors)
+        return _Crossing(setting, cut, tensors, self.region.config.treatment_of_any, sizes, costs)
 
     @property
     def tensors(self) -> list[SavedTensor]:
         """What crosses the free cut."""
-        return [t for m in self.menus for t in m.members]
+        return self._free.tensors
 
-    def _menus(self, cut: Cut, *, again: bool) -> list[Menu]:
-        tensors = self.region.tensors(cut)
-        costs = self.region.costs(cut, tensors)
-        return menus(tensors, self.region.config.treatment_of_any, self.region.sizes(cut), costs, again=again)
+    @property
+    def _options(self) -> list[tuple[Option, ...]]:
+        return [m.options for m in self._free.menus(WIDTHS[-1], again=True)]
 
     @property
     def least(self) -> int:
-        return least_bytes([m.options for m in self.menus])
+        return least_bytes(self._options)
 
     @property
     def most(self) -> int:
-        return sum(max(o.nbytes for o in m.options) for m in self.menus)
+        return sum(max(o.nbytes for o in options) for options in self._options)
 
     def capacities(self, step: float) -> list[int]:
         """From the most bytes down, each ``step`` times the one before, and the least at the end."""
@@ -324,11 +351,22 @@ class Search(Generic[R]):
         return [*found, self.least]
 
     def at(self, capacity: int) -> _Found:
-        """The cheapest choice within ``capacity``, or the smallest that was found."""
+        """The cheapest choice within ``capacity``, or the smallest that was found.
+
+        Where everything fits in one width, nothing takes a coarser one: a budget never does more to a gradient than the widest
+        single width of no more bytes would.
+        """
+        widest = next((w for w in WIDTHS if self._free.bytes_in(w) <= capacity), WIDTHS[-1])
+        found = [self._at(capacity, widest)]
+        if found[0].stored > capacity and widest != WIDTHS[-1]:
+            found.append(self._at(capacity, WIDTHS[-1]))
+        return min(found, key=lambda f: f.stored)
+
+    def _at(self, capacity: int, coarsest: str) -> _Found:
         smallest: _Found | None = None
         target = capacity
         for _ in range(_TRIES):
-            found = self._settle(self._rerun(target), capacity)
+            found = self._settle(self._rerun(target, coarsest), capacity, coarsest)
             if smallest is None or found.stored < smallest.stored:
                 smallest = found
             if found.stored <= capacity or target <= self.least:
@@ -337,24 +375,25 @@ class Search(Generic[R]):
         assert smallest is not None
         return smallest
 
-    def _rerun(self, capacity: int) -> list[tuple[Menu, int]]:
-        return [(m, k) for m, k in zip(self.menus, _solve(self.menus, capacity), strict=True) if m.again[k]]
+    def _rerun(self, capacity: int, coarsest: str) -> list[tuple[Menu, int]]:
+        listed = self._free.menus(coarsest, again=True)
+        return [(m, k) for m, k in zip(listed, _solve(listed, capacity), strict=True) if m.again[k]]
 
-    def _settle(self, rerun: list[tuple[Menu, int]], capacity: int) -> _Found:
+    def _settle(self, rerun: list[tuple[Menu, int]], capacity: int, coarsest: str) -> _Found:
         """Cut with what is run again, and choose the forms of what then crosses."""
         names = frozenset(name for menu, k in rerun for name in menu.again[k])
-        if names not in self.cuts:
+        if names not in self._cuts:
             gone = {t.root for menu, k in rerun for t, form in zip(menu.members, menu.forms[k], strict=True) if form == AGAIN}
             setting = Setting(self.free.setting.rebuild, names, self.free.setting.keep - gone)
-            where = self.region.cut(setting) if names else self.free.cut
-            self.cuts[names] = setting, where, self._menus(where, again=False)
-        setting, where, listed = self.cuts[names]
+            self._cuts[names] = self._crossing(setting, self.region.cut(setting))
+        crossing = self._cuts[names]
+        listed = crossing.menus(coarsest, again=False)
         taken = [(m, k) for m, k in zip(listed, _solve(listed, capacity), strict=True)]
         codecs = {t.node: form for menu, k in taken for t, form in zip(menu.members, menu.forms[k], strict=True)}
         chosen = {node: None if form == KEEP else form for node, form in codecs.items()}
         again = sum(menu.options[k].cost for menu, k in rerun)
         stored, cost = (sum(getattr(menu.options[k], name) for menu, k in taken) for name in ("nbytes", "cost"))
-        return _Found(Choice(setting, where, chosen), stored, cost + again)
+        return _Found(Choice(crossing.setting, crossing.cut, chosen), stored, cost + again)
 
 
 class _Ranks:

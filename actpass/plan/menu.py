@@ -31,7 +31,8 @@ NOISE_PER_STEP = 14.0
 time for memory gets it back, and who gives quality does not."""
 SHARE_IN_A_CONTRACTION = 0.25
 """What an error weighs that ends in one weight's gradient; any other goes on into all gradients below."""
-_MENU = ("int16", "int8", "int4")
+WIDTHS = ("int16", "int8", "int4")
+"""What a budget chooses from beside exact, the finest first."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,9 @@ def menus(
     costs: Costs,
     *,
     again: bool,
+    coarsest: str = WIDTHS[-1],
 ) -> list[Menu]:
-    """again: whether the backward may run anything again.
+    """again: whether the backward may run anything again. coarsest: of `WIDTHS`, where ``auto`` decides.
 
     The tensors of one fused attention are on one menu. With the logsumexp of the exact queries and keys only 16 bits are safe
     for these (`SCORE_CODECS`), and 8 for ``v`` and the output, whose products must cancel row by row; if the attention is run
@@ -99,7 +101,7 @@ def menus(
         groups.setdefault(t.attention or f"/{t.node}", []).append(t)
 
     def forms(t: SavedTensor, *, inexact: bool) -> Iterable[_Choice]:
-        for codec in _codecs(t, wish_for(t.paths)):
+        for codec in _codecs(t, wish_for(t.paths), coarsest):
             s = store(t, wish_for(t.paths), stored_bytes, codec)
             yield Option(s.stored_bytes, costs.of_form(t, s.codec, s.stored_bytes)), (s.codec,), ()
         if again and inexact and t.again:
@@ -122,15 +124,27 @@ def menus(
     return found
 
 
+def bytes_in(
+    codec: str, tensors: Sequence[SavedTensor], wish_for: Callable[[tuple[str, ...]], Wish], stored_bytes: StoredBytes
+) -> int:
+    """Of ``tensors`` if all that ``auto`` decides takes one width, queries and keys like the rest."""
+    total = 0
+    for t in tensors:
+        wish = wish_for(t.paths)
+        alike = replace(t, kinds=_consistent(t.kinds), role=None)
+        total += store(alike, wish, stored_bytes, codec if wish.codec == AUTO else wish.codec).stored_bytes
+    return total
+
+
 def _consistent(kinds: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(SCORE_AGAIN if k == SCORE else k for k in kinds)
 
 
-def _codecs(t: SavedTensor, wish: Wish) -> tuple[str | None, ...]:
+def _codecs(t: SavedTensor, wish: Wish, coarsest: str) -> tuple[str | None, ...]:
     if wish.codec != AUTO:
         return (wish.codec,)
-    coarse = t.role is None and SCORE_AGAIN not in t.kinds
-    return (None, *(_MENU if coarse else _MENU[:-1]))
+    safe = WIDTHS if t.role is None and SCORE_AGAIN not in t.kinds else WIDTHS[:-1]
+    return (None, *(w for w in safe if WIDTHS.index(w) <= WIDTHS.index(coarsest)))
 
 
 def _plus(a: Option, b: Option) -> Option:
