@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
+from actpass.budget import Choice, Search
 from actpass.codecs import QUANTIZERS
 from actpass.config import Treatment
+from actpass.partition import Setting
 from actpass.plan import SavedTensor
 from actpass.plan.calibration import Sensitivity
 from actpass.plan.knapsack import solve
-from actpass.plan.menu import AGAIN, ERROR, Costs, menus
+from actpass.plan.menu import AGAIN, ERROR, WIDTHS, Costs, bytes_in, menus
 from actpass.swap import layout_of
 
 T, N = 64, 32
@@ -40,6 +45,23 @@ def stored(t: SavedTensor, codec: str, group: int | None) -> int:
 def menus_of(tensors: list[SavedTensor], *, again: bool = True, treatment: Treatment | None = None, step_flops: int = 10**9):
     costs = Costs(step_flops, sum(t.elements for t in tensors))
     return menus(tensors, lambda _: treatment or Treatment(), stored, costs, again=again)
+
+
+def search_of(tensors: list[SavedTensor], *, step_flops: int) -> Search[Any]:
+    """Over tensors alone: what is run again does not cross."""
+
+    def crossing(setting: Setting) -> list[SavedTensor]:
+        return [t for t in tensors if not set(t.again) & setting.again]
+
+    region = SimpleNamespace(
+        config=SimpleNamespace(treatment_of_any=lambda _: Treatment()),
+        cut=crossing,
+        tensors=lambda cut: cut,
+        sizes=lambda _: stored,
+        costs=lambda cut, found: Costs(step_flops, sum(t.elements for t in found)),
+    )
+    free = Setting(rebuild=True)
+    return Search(region, Choice(free, crossing(free), None))  # type: ignore[arg-type]
 
 
 def attention() -> list[SavedTensor]:
@@ -109,3 +131,24 @@ def test_a_tensor_that_weighs_more_in_the_gradient_keeps_more_bits():
     solution = solve([m.options for m in found], stored(tensors[0], "int8", None) + stored(tensors[1], "int4", None))
     assert solution is not None
     assert [m.forms[k] for m, k in zip(found, solution.chosen, strict=True)] == [("int8",), ("int4",)]
+
+
+def test_no_form_is_coarser_than_one_that_fits_everywhere():
+    """Time speaks for fewer bits: they take fewer bytes to write and read."""
+    tensors = [tensor(name, again=()) for name in "abcd"]
+    search = search_of(tensors, step_flops=10**7)
+    sizes = {w: bytes_in(w, tensors, lambda _: Treatment(), stored) for w in WIDTHS}
+    for width, nbytes in sizes.items():
+        finer = {None, *WIDTHS[: WIDTHS.index(width) + 1]}
+        for capacity in (nbytes, nbytes + 1, int(1.2 * nbytes)):
+            found = search.at(capacity)
+            assert found.stored <= capacity
+            assert set((found.choice.codecs or {}).values()) <= finer, (width, capacity, found)
+    assert "int8" in (search.at(sizes["int16"] - 1).choice.codecs or {}).values()
+
+
+def test_the_bytes_of_one_width_count_queries_and_keys_in_it():
+    tensors = [tensor("x"), *attention()]
+    every = 5 * stored(tensors[0], "int8", None)
+    assert bytes_in("int8", tensors, lambda _: Treatment(), stored) == every
+    assert bytes_in("int8", tensors, lambda _: Treatment("exact"), stored) == 5 * tensors[0].nbytes
