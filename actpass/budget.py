@@ -318,8 +318,8 @@ class Search(Generic[R]):
 
     def __init__(self, region: R, free: Choice) -> None:
         self.region, self.free = region, free
-        self._free = self._crossing(free.setting, free.cut)
-        self._cuts = {frozenset[str](): self._free}
+        self._base = self._crossing(free.setting, free.cut)
+        self._cuts = {frozenset[str](): self._base}
 
     def _crossing(self, setting: Setting, cut: Any) -> _Crossing:
         tensors = self.region.tensors(cut)
@@ -329,11 +329,11 @@ class Search(Generic[R]):
     @property
     def tensors(self) -> list[SavedTensor]:
         """What crosses the free cut."""
-        return self._free.tensors
+        return self._base.tensors
 
     @property
     def _options(self) -> list[tuple[Option, ...]]:
-        return [m.options for m in self._free.menus(WIDTHS[-1], again=True)]
+        return [m.options for m in self._base.menus(WIDTHS[-1], again=True)]
 
     @property
     def least(self) -> int:
@@ -356,7 +356,7 @@ class Search(Generic[R]):
         Where everything fits in one width, nothing takes a coarser one: a budget never does more to a gradient than the widest
         single width of no more bytes would.
         """
-        widest = next((w for w in WIDTHS if self._free.bytes_in(w) <= capacity), WIDTHS[-1])
+        widest = next((w for w in WIDTHS if self._base.bytes_in(w) <= capacity), WIDTHS[-1])
         found = [self._at(capacity, widest)]
         if found[0].stored > capacity and widest != WIDTHS[-1]:
             found.append(self._at(capacity, WIDTHS[-1]))
@@ -376,7 +376,7 @@ class Search(Generic[R]):
         return smallest
 
     def _rerun(self, capacity: int, coarsest: str) -> list[tuple[Menu, int]]:
-        listed = self._free.menus(coarsest, again=True)
+        listed = self._base.menus(coarsest, again=True)
         return [(m, k) for m, k in zip(listed, _solve(listed, capacity), strict=True) if m.again[k]]
 
     def _settle(self, rerun: list[tuple[Menu, int]], capacity: int, coarsest: str) -> _Found:
