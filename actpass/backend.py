@@ -139,7 +139,7 @@ def compile_region(
     nonce, record = records.load(key)
     device = device_of(example_inputs)
     extra = ask(gm, example_inputs, config, plain, device, peak, record)
-    peak = _with_states(peak, extra.sites)
+    peak = extra.counted_in(peak)
     compiled, fn = run_passes(gm, example_inputs, config, plain, device, nonce, peak, compile_fx, extra, **compiler_options)
     if compiled is not None:
         record = with_eager_curve(compiled.record, gm, example_inputs)
@@ -180,6 +180,12 @@ class Extra:
     def __bool__(self) -> bool:
         return bool(self.sites or self.factors)
 
+    def counted_in(self, peak: PeakBudget | None) -> PeakBudget | None:
+        """``peak`` beside the subspaces."""
+        if peak is None or not self.sites:
+            return peak
+        return replace(peak, resident=peak.resident.with_more(sum(site.nbytes for site in self.sites)))
+
 
 def ask(
     gm: fx.GraphModule,
@@ -199,7 +205,7 @@ def ask(
     rounds = 0 if record is not None else 1 if peak is None else 2
     for _ in range(rounds):
         with functorch_config.patch(enable_autograd_cache=False):
-            around = _with_states(peak, extra.sites)
+            around = extra.counted_in(peak)
             found, _ = run_passes(gm, example_inputs, config, plain, device, "", around, compile_fx, inner_compile=no_code)
         if found is None:
             return Extra()
@@ -209,12 +215,6 @@ def ask(
     if record is None or not extra or not config.searches or (peak is not None and peak.part):
         return extra
     return replace(extra, decided=ModelPlan.of([record.plan]).regions[0].bare)
-
-
-def _with_states(peak: PeakBudget | None, sites: Sequence[subspaces.Site]) -> PeakBudget | None:
-    if peak is None or not sites:
-        return peak
-    return replace(peak, resident=peak.resident.with_more(sum(site.nbytes for site in sites)))
 
 
 def peak_budget(config: Config, inputs: Sequence[Any]) -> PeakBudget | None:

@@ -12,7 +12,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from actpass._torch import compile_fx, detect_fake_mode, dynamo, functorch_config
-from actpass.backend import device_of, no_code, peak_budget, run_passes
+from actpass.backend import Extra, ask, device_of, no_code, peak_budget, run_passes
 from actpass.compiler import Compiled
 from actpass.config import Config, parse
 from actpass.eager import with_eager_curve
@@ -69,16 +69,19 @@ def explain_model(
 def _analyse(gm: fx.GraphModule, example_inputs: list[Any], config: Config, explore: bool) -> Compiled | None:
     plain = GraphInputs.of(gm, example_inputs)
     gm, example_inputs = _off_meta(gm, example_inputs)
+    device, peak = device_of(example_inputs), peak_budget(config, example_inputs)
+    extra = Extra() if explore else ask(gm, example_inputs, config, plain, device, peak)  # a plan to follow weighs nothing
     with functorch_config.patch(enable_autograd_cache=False):
         compiled, _ = run_passes(
             gm,
             example_inputs,
             config,
             plain,
-            device_of(example_inputs),
+            device,
             "",
-            peak_budget(config, example_inputs),
+            extra.counted_in(peak),
             compile_fx,
+            extra,
             inner_compile=no_code,
         )
     if compiled is None:

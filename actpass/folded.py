@@ -23,14 +23,15 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from actpass._torch import invoke_subgraph
 from actpass.budget import Choice, Limit, Search, free_choice, sizes_in, within_peak
 from actpass.compiler import Finished, Traced, finish, read
 from actpass.config import Config
 from actpass.errors import BudgetError, GraphUnsupported
-from actpass.graph.joint import module_path
+from actpass.graph.joint import module_path, tensor_bytes
 from actpass.graph.liveness import Timeline
 from actpass.graph.liveness import read as read_kernels
-from actpass.partition import Cut, Cuts, Saved, Setting
+from actpass.partition import Cut, Cuts, Saved, Setting, returned
 from actpass.plan import Plan, SavedTensor
 from actpass.plan.folding import MIDDLE, TRACED, Fold
 from actpass.plan.footprint import MARGIN, Footprint, step_peak
@@ -162,8 +163,10 @@ class Block:
     def _places(
         self, graph: fx.Graph, before: fx.Graph, arrived: Mapping[fx.Node, tuple[int | None, Key]]
     ) -> dict[fx.Node, tuple[int | None, Key]]:
-        """Layer and key of every node. What was inserted to code a tensor lies where that does."""
+        """Layer and key of every node. What was inserted to code or project a tensor lies where that does; what reads none of
+        a layer (a basis) where it was inserted, though it may serve others, too."""
         own = {n.name for n in before.nodes}
+        free: set[fx.Node] = set()
         counts: Counter[Key] = Counter()
         found: dict[fx.Node, tuple[int | None, Key]] = {}
         for node, (layer, path) in self.stack.places(graph).items():
@@ -174,9 +177,11 @@ class Block:
                 layer, like = self.names.place[node.name]
                 found[node] = layer, (path, like)
                 continue
-            sources = (found[a] for a in reversed(node.all_input_nodes) if found[a][0] is not None)
-            layer, base = next(sources, (layer, (path,)))
-            if arrived and node.target is operator.getitem:  # decoded: the same as the tensor in a layer where it is exact
+            sources = [found[a] for a in reversed(node.all_input_nodes) if found[a][0] is not None and a not in free]
+            if not sources:
+                free.add(node)
+            layer, base = sources[0] if sources else (layer, (path,))
+            if arrived and _is_decoded(node):  # the same as the tensor in a layer where it is exact
                 found[node] = layer, base[:2]
                 continue
             key = (*base, str(node.target))
@@ -187,9 +192,28 @@ class Block:
     def layer_of(self, saved: Saved) -> int | None:
         return self._layers[saved.holder if saved.holder in self._layers else saved.name]
 
+    def by_layer(self, nbytes_of: Callable[[Saved], int]) -> Counter[int | None]:
+        """A sum over all that crosses."""
+        sums: Counter[int | None] = Counter()
+        for s in self.cut.saved:
+            sums[self.layer_of(s)] += nbytes_of(s)
+        return sums
+
+    def returned_by_layer(self) -> Counter[int | None]:
+        """Bytes that the caller gets."""
+        sums: Counter[int | None] = Counter()
+        for node in returned(self.cut.forward, self.outputs):
+            sums[self._layers[node.name]] += tensor_bytes(node)
+        return sums
+
     @cached_property
     def _layers(self) -> dict[str, int | None]:
         return {n.name: layer for n, (layer, _) in self.forward.place.items()}
+
+
+def _is_decoded(node: fx.Node) -> bool:
+    """Whether ``node``, which was inserted into a backward, is a tensor that was stored in few bits."""
+    return node.target is operator.getitem and node.all_input_nodes[0].target is invoke_subgraph
 
 
 @dataclass(frozen=True)
@@ -200,19 +224,14 @@ class FoldedCut:
     blocks: tuple[Block, ...]
     rest: Block
 
-    def _sum(self, nbytes_of: Callable[[Saved], int]) -> int:
-        """A sum over all that crosses."""
-        sums: dict[int, Counter[int | None]] = {}
-        for block in {id(b): b for b in (*self.blocks, self.rest)}.values():
-            sums[id(block)] = Counter()
-            for s in block.cut.saved:
-                sums[id(block)][block.layer_of(s)] += nbytes_of(s)
+    def _sum(self, by_layer: Callable[[Block], Counter[int | None]]) -> int:
+        sums = {id(block): by_layer(block) for block in (*self.blocks, self.rest)}
         layers = (sums[id(b)][self.fold.traced(i)] for i, b in enumerate(self.blocks))
         return sums[id(self.rest)][None] + sum(layers)
 
     @cached_property
     def saved_bytes(self) -> int:
-        return self._sum(lambda s: s.nbytes)
+        return self._sum(lambda b: b.by_layer(lambda s: s.nbytes))
 
     @cached_property
     def unrolled(self) -> tuple[Unrolled, Unrolled]:
@@ -228,7 +247,13 @@ class FoldedCut:
     @cached_property
     def footprint(self) -> Footprint:
         """As `Cut.footprint`."""
-        return self.rest.cut.footprint_of(self.timelines, self._sum(lambda s: 0 if s.user_visible else s.nbytes))
+        kept = self._sum(lambda b: b.by_layer(lambda s: 0 if s.user_visible else s.nbytes))
+        return self.rest.cut.footprint_of(self.timelines, kept, self.returned_bytes)
+
+    @cached_property
+    def returned_bytes(self) -> int:
+        """As `Cut.returned_bytes`."""
+        return self._sum(Block.returned_by_layer)
 
     @property
     def peak_bytes(self) -> int:
@@ -238,7 +263,7 @@ class FoldedCut:
     def largest_at_peak(self) -> tuple[tuple[str, int], ...]:
         """(what, bytes) of what is in use at the predicted peak, of all layers together, the largest first."""
         forward, backward = self.timelines
-        at_forward = forward.peak > backward.peak + self.rest.cut.returned_bytes
+        at_forward = forward.peak > backward.peak + self.returned_bytes
         timeline, unrolled = (forward, self.unrolled[0]) if at_forward else (backward, self.unrolled[1])
         program = unrolled.program
         label = {c.name: c.label + (" (stays)" if c in program.outputs else "") for c in program.bytes}
@@ -252,7 +277,7 @@ class FoldedCut:
         """Bytes at the predicted peak: of gradients that are there already (or, in the forward, of nothing), of what is saved,
         and of all else, which is what runs."""
         forward, backward = self.timelines
-        at_forward = forward.peak > backward.peak + self.rest.cut.returned_bytes
+        at_forward = forward.peak > backward.peak + self.returned_bytes
         timeline, unrolled = (forward, self.unrolled[0]) if at_forward else (backward, self.unrolled[1])
         program, live = unrolled.program, dict(timeline.live)
         stays = sum(live.get(c.name, 0) for c in program.outputs)
@@ -264,7 +289,7 @@ class FoldedCut:
     def moments(self) -> tuple[list[Moment], list[Moment]]:
         """Layer by layer, as under FSDP, where a layer's hooks let no kernel of another one come between."""
         forward, backward = (self._moments(u) for u in self.unrolled)
-        return forward, [replace(m, level=m.level + self.rest.cut.returned_bytes) for m in backward]
+        return forward, [replace(m, level=m.level + self.returned_bytes) for m in backward]
 
     def _moments(self, unrolled: Unrolled) -> list[Moment]:
         program = unrolled.program

@@ -68,16 +68,17 @@ class Cut:
     @property
     def footprint(self) -> Footprint:
         """What a forward and its backward take above what is there before them (parameters, optimizer state, inputs)."""
-        return self.footprint_of(self.timelines, sum(s.nbytes for s in self.saved if not s.user_visible))
+        kept = sum(s.nbytes for s in self.saved if not s.user_visible)
+        return self.footprint_of(self.timelines, kept, self.returned_bytes)
 
-    def footprint_of(self, timelines: tuple[Timeline, Timeline], kept: int) -> Footprint:
+    def footprint_of(self, timelines: tuple[Timeline, Timeline], kept: int, returned: int) -> Footprint:
         """That of a region whose caller gets and gives what that of this one does."""
         forward, backward = timelines
         return Footprint(
             forward=forward.peak,
-            backward=backward.peak + self.returned_bytes,
+            backward=backward.peak + returned,
             kept=kept,
-            returned=self.returned_bytes,
+            returned=returned,
             gradients=backward.kept - self.passed_bytes,
             passed=self.passed_bytes,
             tangents=self.tangent_bytes,
@@ -185,7 +186,7 @@ def cut(
         kept_input_bytes=_kept_input_bytes(forward, joint),
         seeds=seeds,
         arrives=arrives,
-        returned_bytes=_returned_bytes(forward, joint),
+        returned_bytes=sum(map(tensor_bytes, returned(forward, joint.num_fwd_outputs))),
         passed_bytes=_passed_bytes(backward, joint, arrives),
         tangent_bytes=sum(tensor_bytes(inputs[name]) for name in tangents),
     )
@@ -231,11 +232,11 @@ def _is_realised(root: fx.Node) -> bool:
     return is_matmul(root) or root.target is operator.getitem or is_attention(root)
 
 
-def _returned_bytes(forward: fx.GraphModule, joint: Joint) -> int:
+def returned(forward: fx.GraphModule, outputs: int) -> set[fx.Node]:
+    """The storages that are made for the first ``outputs`` results of ``forward``, which the caller gets."""
     (out,) = forward.graph.find_nodes(op="output")
-    outputs = pytree.tree_leaves(out.args[0])[: joint.num_fwd_outputs]
-    roots = {storage_root(o) for o in outputs if isinstance(o, fx.Node)}
-    return sum(tensor_bytes(r) for r in roots if r.op == "call_function")
+    roots = {storage_root(o) for o in pytree.tree_leaves(out.args[0])[:outputs] if isinstance(o, fx.Node)}
+    return {r for r in roots if r.op == "call_function"}
 
 
 def _passed_bytes(backward: fx.GraphModule, joint: Joint, arrives: Mapping[str, str]) -> int:

@@ -76,12 +76,16 @@ def build_of(folded: FoldedRegion) -> str:
 @pytest.fixture(scope="module", params=BUILT)
 def both(request: pytest.FixtureRequest) -> tuple[Region, FoldedRegion]:
     """(a model of `LAYERS` traced whole, the same from five layers)."""
-    build, path = BUILT[request.param]
+    return traced_both(request.param, {})
+
+
+def traced_both(name: str, options: dict[str, Any]) -> tuple[Region, FoldedRegion]:
+    build, path = BUILT[name]
     traced = []
     for layers in (LAYERS, TRACED):
         torch.compiler.reset()
         model, inputs = build(layers)
-        (region,) = explain_model(model, (), inputs, {"smallest": 1024}).regions
+        (region,) = explain_model(model, (), inputs, {"smallest": 1024, **options}).regions
         traced.append(region.traced)
     whole, _, _ = read(traced[0])
     return whole, FoldedRegion(traced[1], Stack(path, LAYERS))
@@ -97,6 +101,23 @@ def test_without_a_budget_all_is_the_same_to_the_byte(both: tuple[Region, Folded
     assert folded_free.footprint.backward == free.footprint.backward
     # the keys of stochastic rounding are drawn at once for all tensors, as many as there are: bytes, but other memory is reused
     assert folded_free.footprint.forward == pytest.approx(free.footprint.forward, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "haar", "rank": 0.25, "gradients": "low_rank"},
+        {"method": "prac"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_projections_too(options: dict[str, Any]):
+    """Bases lie in no layer, or where the first of several layers that read one does."""
+    whole, folded = traced_both("llama", options)
+    free, folded_free = finish(whole, free_choice(whole)).swapped, folded.carry_out(folded.free())
+    assert folded_free.saved_bytes == free.saved_bytes
+    assert folded_free.footprint.gradients == free.footprint.gradients
+    assert folded_free.peak_bytes == pytest.approx(free.peak_bytes, rel=PEAK["llama"])
 
 
 def test_from_the_most_to_the_least_saved_bytes_forms_and_peaks_agree(both: tuple[Region, FoldedRegion]):

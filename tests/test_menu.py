@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -109,6 +110,16 @@ def test_what_feeds_an_attention_is_run_again_only_with_it():
     assert menu.forms[0] == (AGAIN,) * 4  # the fewest bytes
 
 
+def test_queries_and_keys_may_take_16_bits_where_attention_is_run_again():
+    stored_once = [replace(t, again=()) if t.role == "score" else t for t in attention()]
+    costs = Costs(10**9, 5 * T * N)
+    (menu,) = menus(stored_once, lambda _: Treatment(), stored, costs, again=True, coarsest="int16")
+    assert not any({"int8", "int4"} & set(forms) for forms in menu.forms), menu.forms
+    assert any(
+        "flash" in again and forms[:2] == ("int16", "int16") for forms, again in zip(menu.forms, menu.again, strict=True)
+    )
+
+
 def test_nothing_is_run_again_where_it_must_not():
     for menu in menus_of([tensor("x"), *attention()], again=False):
         assert not any(menu.again)
@@ -149,6 +160,6 @@ def test_no_form_is_coarser_than_one_that_fits_everywhere():
 
 def test_the_bytes_of_one_width_count_queries_and_keys_in_it():
     tensors = [tensor("x"), *attention()]
-    every = 5 * stored(tensors[0], "int8", None)
-    assert bytes_in("int8", tensors, lambda _: Treatment(), stored) == every
+    for width in ("int16", "int8"):
+        assert bytes_in(width, tensors, lambda _: Treatment(), stored) == 5 * stored(tensors[0], width, None)
     assert bytes_in("int8", tensors, lambda _: Treatment("exact"), stored) == 5 * tensors[0].nbytes

@@ -40,6 +40,7 @@ def main() -> int:
     parser.add_argument("--budgets", type=positive_int, default=10)
     parser.add_argument("--warm-up", type=int, default=0, metavar="STEPS", help="AdamW steps before, in eager mode")
     parser.add_argument("--seeds", type=positive_int, default=3, help="draws of stochastic rounding")
+    parser.add_argument("--no-calibration", action="store_true", help="budgets as they are, in half of the time")
     parser.add_argument("--json", type=Path, metavar="FILE")
     given = parser.parse_args()
     given.evaluate = None
@@ -63,14 +64,16 @@ def measure(given: argparse.Namespace) -> list[dict[str, Any]]:
         optimizer.zero_grad(set_to_none=True)
     batch = next(batches)
     judge = Judge(model, batch, optimizer if given.warm_up else None, given.seeds)
-    two = {k: v[:2] for k, v in batch.items()}
-    calibration = actpass.calibrate(model, two, optimizer=judge.optimizer)
+    kinds: dict[str, dict[str, Any]] = {"": {}}
+    if not given.no_calibration:
+        two = {k: v[:2] for k, v in batch.items()}
+        kinds[", calibrated"] = {"calibration": actpass.calibrate(model, two, optimizer=judge.optimizer)}
     widths = [judge.row(width, {"overrides": {"*": width}}) for width in WIDTHS]
     least = judge.least()
     rows = [*widths]
     for i in range(given.budgets):
         budget = least + (1.0 - least) * i / max(given.budgets - 1, 1)
-        for label, more in (("", {}), (", calibrated", {"calibration": calibration})):
+        for label, more in kinds.items():
             rows.append(judge.row(f"budget {budget:.3f}{label}", {"memory_budget": budget, **more}))
             # more is taken where gradients that are formed early with the loss come on top of a budget
             most = max(rows[-1]["allowed_bytes"], rows[-1]["saved_bytes"])

@@ -16,8 +16,9 @@ AUTO_CODECS = {"contraction": "int4"}
 """Without a budget: the form of a tensor all of whose uses are here; any other takes 8 bits. 4 bits where the error ends in
 one weight's gradient; where it goes on into all gradients below, 4 bits cost up to 0.7 % of the loss, even unbiased, and 8
 nothing (tools/results/loss-*.json)."""
-SCORE_CODECS = {SCORE: "int16", SCORE_AGAIN: "int8"}
-"""The form of a query or key, whatever is asked for, unless an override names the module. The backward forms exp(q k -
+FINEST = "int16"
+SCORE_CODECS = {SCORE: FINEST, SCORE_AGAIN: "int8"}
+"""The form of a query or key where a coarser one is asked for, unless an override names the module. The backward forms exp(q k -
 logsumexp) with the logsumexp of the exact ones: where scores are large (200 on a small pretrained Llama) an error of 8 bits
 makes rows sum to 8 in place of 1 and a gradient wrong by its own size, 4 bits by 10^30 times. Where attention is run again
 from what was stored, rows sum to one, and 8 bits are as good as anywhere."""
@@ -263,7 +264,7 @@ def store(t: SavedTensor, wish: Wish, stored_bytes: StoredBytes, codec: str | No
         return keep("exponentiated in the backward, where its error becomes a factor; an override may ask for a form")
     if codec in (None, KEEP):
         return keep("exact, and within the budget" if wish.codec == AUTO else KEPT)
-    if not wish.named:
+    if not wish.named and codec != FINEST:
         codec = next((form for kind, form in SCORE_CODECS.items() if kind in t.kinds), codec)
     rounding = wish.rounding if wish.rounding != AUTO else "stochastic" if t.linear else "nearest"
     size = stored_bytes(t, codec, wish.group)
