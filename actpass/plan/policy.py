@@ -18,10 +18,10 @@ one weight's gradient; where it goes on into all gradients below, 4 bits cost up
 nothing (tools/results/loss-*.json)."""
 FINEST = "int16"
 SCORE_CODECS = {SCORE: FINEST, SCORE_AGAIN: "int8"}
-"""The form of a query or key where a coarser one is asked for, unless an override names the module. The backward forms exp(q k -
-logsumexp) with the logsumexp of the exact ones: where scores are large (200 on a small pretrained Llama) an error of 8 bits
-makes rows sum to 8 in place of 1 and a gradient wrong by its own size, 4 bits by 10^30 times. Where attention is run again
-from what was stored, rows sum to one, and 8 bits are as good as anywhere."""
+"""The form of a query or key where a coarser one is asked for, unless an override names the module. The backward forms exp(q
+k - logsumexp) with the logsumexp of the exact ones: where scores are large (200 on a small pretrained Llama) an error of 8
+bits makes rows sum to 8 in place of 1 and a gradient wrong by its own size, 4 bits by 10^30 times. Where attention is run
+again from what was stored, rows sum to one, and 8 bits are as good as anywhere."""
 
 
 StoredBytes = Callable[[SavedTensor, str, int | None], int | None]
