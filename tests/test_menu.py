@@ -144,6 +144,19 @@ def test_a_tensor_that_weighs_more_in_the_gradient_keeps_more_bits():
     assert [m.forms[k] for m, k in zip(found, solution.chosen, strict=True)] == [("int8",), ("int4",)]
 
 
+@pytest.mark.parametrize("first", ["x", "v"])
+def test_what_must_cancel_in_the_gradient_of_a_score_is_exact_before_others(first: str):
+    """Of two alike, at the bytes of one exact and one in 8 bits."""
+    x = tensor("x", kinds=("linear",), again=())
+    v = tensor("v", kinds=("linear",), again=(), attention="flash", role="value")
+    tensors = [x, v] if first == "x" else [v, x]
+    found = menus_of(tensors, again=False)
+    solution = solve([m.options for m in found], x.nbytes + stored(x, "int8", None))
+    assert solution is not None
+    forms = {m.members[0].node: m.forms[k] for m, k in zip(found, solution.chosen, strict=True)}
+    assert forms == {"x": ("int8",), "v": ("keep",)}
+
+
 def test_no_form_is_coarser_than_one_that_fits_everywhere():
     """Time speaks for fewer bits: they take fewer bytes to write and read."""
     tensors = [tensor(name, again=()) for name in "abcd"]
