@@ -145,8 +145,8 @@ class Region:
         return Costs(self.step_flops, sum(t.elements for t in tensors), self._measured(cut, tensors))
 
     def _measured(self, cut: Cut, tensors: Sequence[SavedTensor]) -> dict[str, Sensitivity]:
-        """By node, what a calibration says of ``tensors``. Only how they compare: all together weigh what they do without one,
-        against which `NOISE_PER_STEP` was set."""
+        """By node, what a calibration says of ``tensors``. Only how they compare: all together weigh their share of all
+        elements, against which `NOISE_PER_STEP` was set."""
         calibration, nodes = self.config.calibration, {n.name: n for n in cut.forward.graph.nodes}
         if calibration is None:
             return {}
@@ -353,27 +353,29 @@ class Search(Generic[R]):
     def at(self, capacity: int) -> _Found:
         """The cheapest choice within ``capacity``, or the smallest that was found.
 
-        Where everything fits in one width, nothing takes a coarser one: a budget never does more to a gradient than the widest
-        single width of no more bytes would.
+        Where everything fits in one width, nothing takes a coarser one, if that can be met with queries and keys in forms that
+        are safe: an error is weighed against time, and one tensor in 8 bits where 16 do for all is a worse gradient.
         """
-        widest = next((w for w in WIDTHS if self._base.bytes_in(w) <= capacity), WIDTHS[-1])
-        found = [self._at(capacity, widest)]
-        if found[0].stored > capacity and widest != WIDTHS[-1]:
-            found.append(self._at(capacity, WIDTHS[-1]))
+        widest = next((i for i, w in enumerate(WIDTHS) if self._base.bytes_in(w) <= capacity), len(WIDTHS) - 1)
+        found: list[_Found] = []
+        for coarsest in WIDTHS[widest:]:
+            found.append(self._at(capacity, coarsest))
+            if found[-1].stored <= capacity:
+                return found[-1]
         return min(found, key=lambda f: f.stored)
 
     def _at(self, capacity: int, coarsest: str) -> _Found:
-        smallest: _Found | None = None
+        found: list[_Found] = []
         target = capacity
         for _ in range(_TRIES):
-            found = self._settle(self._rerun(target, coarsest), capacity, coarsest)
-            if smallest is None or found.stored < smallest.stored:
-                smallest = found
-            if found.stored <= capacity or target <= self.least:
+            found.append(self._settle(self._rerun(target, coarsest), capacity, coarsest))
+            if found[-1].stored <= capacity:
+                return found[-1]
+            if target <= self.least:
                 break
-            target = max(self.least, target - (found.stored - capacity))
-        assert smallest is not None
-        return smallest
+            target = max(self.least, target - (found[-1].stored - capacity))
+        found.append(self._settle([], capacity, coarsest))
+        return min(found, key=lambda f: f.stored)
 
     def _rerun(self, capacity: int, coarsest: str) -> list[tuple[Menu, int]]:
         listed = self._base.menus(coarsest, again=True)

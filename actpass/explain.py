@@ -70,7 +70,8 @@ def _analyse(gm: fx.GraphModule, example_inputs: list[Any], config: Config, expl
     plain = GraphInputs.of(gm, example_inputs)
     gm, example_inputs = _off_meta(gm, example_inputs)
     device, peak = device_of(example_inputs), peak_budget(config, example_inputs)
-    extra = Extra() if explore else ask(gm, example_inputs, config, plain, device, peak)  # a plan to follow weighs nothing
+    # what a region takes beside its inputs fixes its plan, and then there is no choice whose alternatives could be explored
+    extra = Extra() if explore else ask(gm, example_inputs, config, plain, device, peak)
     with functorch_config.patch(enable_autograd_cache=False):
         compiled, _ = run_passes(
             gm,

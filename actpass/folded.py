@@ -503,9 +503,10 @@ class FoldedRegion:
 
     def sizes(self, cut: FoldedSetting) -> StoredBytes:
         known: dict[tuple[int, str, str, int | None], int | None] = {}
+        copied = dict(self._copied)  # as they are now: another cut may hold other tensors under these names
 
         def stored_bytes(tensor: SavedTensor, codec: str, group: int | None) -> int | None:
-            where, traced = self._copied[tensor.node]
+            where, traced = copied[tensor.node]
             key = id(where), traced.node, codec, group
             if key not in known:
                 known[key] = sizes_in(where)(traced, codec, group)

@@ -48,11 +48,13 @@ def menus_of(tensors: list[SavedTensor], *, again: bool = True, treatment: Treat
     return menus(tensors, lambda _: treatment or Treatment(), stored, costs, again=again)
 
 
-def search_of(tensors: list[SavedTensor], *, step_flops: int) -> Search[Any]:
-    """Over tensors alone: what is run again does not cross."""
+def search_of(tensors: list[SavedTensor], *, step_flops: int, inputs: int = 0) -> Search[Any]:
+    """Over tensors alone: in place of what is run again crosses what it is made from, ``inputs`` bytes of no other form."""
 
     def crossing(setting: Setting) -> list[SavedTensor]:
-        return [t for t in tensors if not set(t.again) & setting.again]
+        again = [t for t in tensors if set(t.again) & setting.again]
+        made_from = [tensor(f"{t.node}_in", nbytes=inputs, obstacle="a mask", again=()) for t in again if inputs]
+        return [*(t for t in tensors if t not in again), *made_from]
 
     region = SimpleNamespace(
         config=SimpleNamespace(treatment_of_any=lambda _: Treatment()),
@@ -169,6 +171,16 @@ def test_no_form_is_coarser_than_one_that_fits_everywhere():
             assert found.stored <= capacity
             assert set((found.choice.codecs or {}).values()) <= finer, (width, capacity, found)
     assert "int8" in (search.at(sizes["int16"] - 1).choice.codecs or {}).values()
+
+
+def test_where_running_again_frees_nothing_one_width_for_everything_is_found():
+    tensors = [tensor(name, again_flops=1) for name in "abcd"]
+    search = search_of(tensors, step_flops=10**7, inputs=tensors[0].nbytes)
+    for width in WIDTHS:
+        nbytes = bytes_in(width, tensors, lambda _: Treatment(), stored)
+        found = search.at(nbytes)
+        assert found.stored <= nbytes
+        assert set((found.choice.codecs or {}).values()) == {width}
 
 
 def test_the_bytes_of_one_width_count_queries_and_keys_in_it():

@@ -43,7 +43,7 @@ WIDTHS = ("int16", "int8", "int4")
 class Costs:
     """step_flops: of one step. elements: of all tensors that are stored. measured: by tensor, its errors and what they do to
     the gradients; where it was not measured, its errors are those of a Gaussian tensor, and the squared relative error of
-    the gradients for that of the tensor is its share of ``elements``."""
+    the gradients for that of the tensor is its share of ``elements``, times `SHARE_IN_A_CONTRACTION` or `CANCELLING`."""
 
     step_flops: int
     elements: int
