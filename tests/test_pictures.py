@@ -20,7 +20,7 @@ import actpass
 from actpass.measure import measure
 from actpass.plan.curve import POINTS, Curve, step_curve, thin
 from actpass.plan.footprint import Footprint, step_peak
-from actpass.plan.menu import ERROR, SHARE_IN_A_CONTRACTION
+from actpass.plan.menu import CANCELLING, ERROR, SHARE_IN_A_CONTRACTION
 from actpass.plan.tradeoff import Point, Tradeoff, add_up
 from actpass.report import Record, Report
 
@@ -304,12 +304,15 @@ def test_our_curve_starts_exact_and_keeps_within_its_capacities():
 
 def test_error_of_a_plan_is_the_sum_of_its_forms():
     """Each weighs its share of the elements (all float32 here), and what ends in one weight's gradient, which `auto` stores in
-    4 bits, a quarter of that."""
+    4 bits, a quarter of that; the value and the output of attention, which it stores in 8, thirty times that."""
     (region,) = explored().regions
     assert region.tradeoff is not None
-    storages = region.plan["storages"]
-    assert "int8" in {s["codec"] for s in storages}
-    weights = [ERROR[s["codec"]] * (SHARE_IN_A_CONTRACTION if s["codec"] == "int4" else 1) * s["nbytes"] for s in storages]
+    storages, kinds = region.plan["storages"], {s.name: s.kind for s in region.sites}
+    factors = {("attention", "int8"): CANCELLING}
+    found = [(kinds[s["root"]], s["codec"]) for s in storages]
+    assert found.count(("attention", "int8")) == 2
+    more = [SHARE_IN_A_CONTRACTION if codec == "int4" else factors.get((kind, codec), 1.0) for kind, codec in found]
+    weights = [ERROR[s["codec"]] * factor * s["nbytes"] for s, factor in zip(storages, more, strict=True)]
     assert region.tradeoff.chosen.error == pytest.approx(sum(weights) / sum(s["nbytes"] for s in storages))
 
 
