@@ -225,7 +225,8 @@ class FoldedCut:
     rest: Block
 
     def _sum(self, by_layer: Callable[[Block], Counter[int | None]]) -> int:
-        sums = {id(block): by_layer(block) for block in (*self.blocks, self.rest)}
+        blocks = {id(block): block for block in (*self.blocks, self.rest)}  # most layers share one
+        sums = {key: by_layer(block) for key, block in blocks.items()}
         layers = (sums[id(b)][self.fold.traced(i)] for i, b in enumerate(self.blocks))
         return sums[id(self.rest)][None] + sum(layers)
 
