@@ -497,6 +497,7 @@ class FoldedRegion:
             root=name(t.root),
             paths=t.paths if layer is None else tuple(self.stack.moved(p, layer) for p in t.paths),
             again=tuple(map(name, t.again)),
+            of_factors=tuple(map(name, t.of_factors)),
             attention=name(t.attention) if t.attention is not None else None,
         )
         self._copied[copy.node] = self._cut(setting)[0], t

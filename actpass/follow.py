@@ -21,6 +21,7 @@ from actpass.errors import BudgetError, PlanError
 from actpass.graph import Contraction, Joint, fingerprint, plain_inputs
 from actpass.graph.cost import is_attention, is_matmul
 from actpass.graph.joint import storage_root
+from actpass.graph.ops import is_reduction
 from actpass.modelplan import ModelPlan
 from actpass.partition import Cut, Setting
 from actpass.plan import EXPONENTIAL, KEEP, SCORE, SCORE_AGAIN, Candidate, Decision, Plan, SavedTensor, Storage
@@ -92,10 +93,10 @@ def _check_again(region: Region, nodes: dict[str, fx.Node], plan: Plan) -> None:
     again, and a query or key only together with its attention."""
     for name in plan.again:
         node = _node(nodes, name, "again")
-        if not (is_matmul(node) or is_attention(node)) or node in region.joint.backward:
+        if not (is_matmul(node) or is_attention(node) or is_reduction(node)) or node in region.joint.backward:
             raise PlanError(
-                f"again names {name!r}, which is {node.target}. Allowed: matmuls and fused attentions of the forward. All else "
-                "is run again anyway where that is free."
+                f"again names {name!r}, which is {node.target}. Allowed: matmuls and fused attentions of the forward, and with "
+                "the scores of one that is not fused its statistics. All else is run again anyway where that is free."
             )
     allowed: set[str] = set()
     scores: dict[str, tuple[str, str]] = {}
@@ -104,7 +105,13 @@ def _check_again(region: Region, nodes: dict[str, fx.Node], plan: Plan) -> None:
             if t.role == "score" and t.attention is not None:
                 scores.update(dict.fromkeys(t.again, (t.node, t.attention)))
             else:
-                allowed.update(t.again)
+                allowed.update(t.again, t.of_factors)
+            missing = sorted(set(t.of_factors) - set(plan.again))
+            if missing and len(missing) < len(t.of_factors):
+                raise PlanError(
+                    f"again names {_some(sorted(set(t.of_factors) - set(missing)))} without {_some(missing)}. Scores and "
+                    "their softmax's statistics are of one another: name all of them, or none."
+                )
     for name in plan.again:
         if name not in allowed and name not in scores:
             raise PlanError(

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from actpass._torch import OpOverload, invoke_subgraph, size_hint
 from actpass.graph.cost import is_attention, is_matmul
-from actpass.graph.joint import CASTS, Joint, is_view, module_path, tensor_bytes, value
+from actpass.graph.joint import CASTS, Joint, is_view, module_path, storage_root, tensor_bytes, value
 from actpass.graph.ops import is_pointwise, is_reduction
 from actpass.graph.recompute import EXPONENTIALS, Recomputation, attention_behind
 from actpass.graph.uses import SCORES_OF, classify_uses, consumers
@@ -60,6 +60,8 @@ _CLAMPS = {
     aten.maximum.default,
     aten.minimum.default,
 }
+_SHIFTS = {aten.sub.Tensor, aten.add.Tensor, aten.div.Tensor, aten.where.self}
+"""What stands between a tensor and its exponential, too: Inductor writes a softmax of scaled scores with a choice."""
 _STEPS = {
     aten.eq.Tensor,
     aten.ne.Tensor,
@@ -140,7 +142,8 @@ class _Reading:
         kinds = {*(u.kind for uses, _ in read for u in uses), *_exponential(arrived), *(kind for kind, _, _ in reads if kind)}
         obstacle = self._obstacle(node, members)
         is_small = obstacle is None and tensor_bytes(node) < self.smallest
-        again = () if obstacle or EXPONENTIAL in kinds else self._again(root, members)
+        again, of_factors = self._again(root, members, exponential=EXPONENTIAL in kinds) if obstacle is None else ((), ())
+        factors = self._missing_factors(of_factors[0], self.available) if of_factors else []
         attention, role = self._attention(root, reads)
         return SavedTensor(
             node=node.name,
@@ -152,7 +155,10 @@ class _Reading:
             paths=tuple(dict.fromkeys((module_path(root), *weights))),
             obstacle=f"smaller than {self.smallest} bytes" if is_small else obstacle,
             again=tuple(n.name for n in again),
-            again_flops=self.recomputation.flops(again) if self.recomputation else 0,
+            again_flops=self._flops(again),
+            of_factors=tuple(n.name for n in of_factors),
+            of_factors_flops=self._flops(of_factors),
+            factors=sum(size_hint(value(a).numel()) for a in factors),
             attention=attention,
             role=role,
             elements=size_hint(value(node).numel()),
@@ -160,11 +166,26 @@ class _Reading:
             dtype=str(value(node).dtype).removeprefix("torch."),
         )
 
-    def _again(self, root: fx.Node, members: list[Saved]) -> tuple[fx.Node, ...]:
+    def _again(self, root: fx.Node, members: list[Saved], *, exponential: bool) -> _Rerun:
+        """What is run again to rebuild ``root`` from what else crosses; and from its own factors, if it is the product of two
+        activations that a softmax exponentiates: attention that is not fused."""
         if self.recomputation is None or root.name not in self.joint or root.name in self.recomputation.anchors:
-            return ()
-        own = {self.joint[name] for m in members for name in (m.name, m.root)}
-        return self.recomputation.producers(self.joint[root.name], self.available - own) or ()
+            return (), ()
+        own, node = {self.joint[name] for m in members for name in (m.name, m.root)}, self.joint[root.name]
+        others = self.available - own
+        made = None if exponential else self.recomputation.producers(node, others)
+        scores = self.recomputation.scores_behind(node) if made is None else None
+        softmax = self.recomputation.softmax_of(scores) if scores is not None else ()
+        if scores is None or not softmax:
+            return made or (), ()
+        behind = [self.recomputation.producers(a, others) for a in self._missing_factors(scores, others)]
+        return (*(n for found in behind for n in found or ()), *softmax) if behind and all(behind) else (), softmax
+
+    def _missing_factors(self, scores: fx.Node, available: set[fx.Node]) -> list[fx.Node]:
+        return [a for a in scores.all_input_nodes if not {a, storage_root(a)} & available]
+
+    def _flops(self, nodes: tuple[fx.Node, ...]) -> int:
+        return self.recomputation.flops(nodes) if self.recomputation else 0
 
     def _attention(self, root: fx.Node, reads: list[_Read]) -> tuple[str | None, Role | None]:
         """The fused attention whose q, k, v or output the tensor is, if its backward reads the logsumexp of the forward."""
@@ -216,7 +237,9 @@ class _Reading:
         while todo:
             current = todo.pop()
             if current.target in (aten.where.self, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
-                return True
+                filled = [a for a in current.all_input_nodes[1:] if a.name not in self.learned]
+                if not all(map(_is_finite_constant, filled)):
+                    return True
             sources = [a for a in current.all_input_nodes if a.name in self.learned]
             added = [a for a in current.all_input_nodes if a.name not in self.learned]
             if current.target in (aten.add.Tensor, aten.sub.Tensor) and added and any(self.scores.behind(a) for a in sources):
@@ -282,6 +305,7 @@ def _exponential(arrived: list[fx.Node]) -> set[str]:
     return {EXPONENTIAL} if any(map(_is_exponentiated, arrived)) else set()
 
 
+_Rerun = tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]]
 _Read = tuple[str | None, Role, fx.Node | None]
 """How a fused attention's backward reads a tensor: as a `SCORE` or `SCORE_AGAIN` or neither, in which role, with which
 logsumexp."""
@@ -301,10 +325,27 @@ def _attention_reads(tensor: fx.Node) -> list[_Read]:
                 found.append((SCORE if exact else SCORE_AGAIN, "score", statistic))
             elif any(user.args[i] is node for i in values):
                 found.append((None, "value", statistic))
+            elif is_matmul(user) and _is_exponentiated(user):
+                found.append((SCORE_AGAIN if _softmax_is_formed_again(user) else SCORE, "score", None))
             if is_pointwise(user) and user not in seen:
                 seen.add(user)
                 todo.append(user)
     return found
+
+
+def _softmax_is_formed_again(scores: fx.Node) -> bool:
+    """Whether no statistic of a row of ``scores``, a maximum or a sum, comes from the forward."""
+    below = _pointwise_below(scores)
+    others = {a for n in below for a in n.all_input_nodes} - below
+    rows = [a for a in others if _is_row_statistic(a)]
+    return all(map(_is_formed_again, rows))
+
+
+def _is_row_statistic(node: fx.Node) -> bool:
+    val = node.meta.get("val")
+    if not isinstance(val, torch.Tensor):
+        return False
+    return val.dim() > 0 and val.dtype.is_floating_point and size_hint(val.shape[-1]) == 1
 
 
 def _is_formed_again(statistic: Any) -> bool:
@@ -372,7 +413,7 @@ def _is_exponentiated(tensor: fx.Node) -> bool:
                 continue
             if user.target in EXPONENTIALS and not all(_adds_number(u) for u in user.users):
                 return True
-            passes = user.target in (_KEEPS_ZERO | CASTS | {aten.sub.Tensor, aten.add.Tensor, aten.div.Tensor}) or is_view(user)
+            passes = user.target in (_KEEPS_ZERO | CASTS | _SHIFTS) or is_view(user)
             if passes and user not in seen:
                 seen.add(user)
                 todo.append(user)
@@ -401,6 +442,11 @@ def _pointwise_below(tensor: fx.Node) -> set[fx.Node]:
 
 def _adds_number(node: fx.Node) -> bool:
     return node.target is aten.add.Tensor and not isinstance(node.args[1], fx.Node)
+
+
+def _is_finite_constant(node: fx.Node) -> bool:
+    """Whether ``node`` is one number written in the code; a huge one makes a mask of all that it reaches (`_infinite`)."""
+    return node.target is aten.full.default or (node.target is aten.scalar_tensor.default)
 
 
 def _is_huge(argument: object) -> bool:

@@ -42,10 +42,26 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.norm1(x)
         q, k, v = (f(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-        x = x + self.o(attended)
+        x = x + self.o(self.attend(q, k, v).transpose(1, 2).flatten(2))
         h = self.norm2(x)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+class UnfusedBlock(Block):
+    """The same with scores that exist, under a causal mask or without any."""
+
+    def __init__(self, masked: bool) -> None:
+        super().__init__()
+        self.masked = masked
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        if self.masked:
+            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
+        return scores.softmax(-1) @ v
 
 
 class Transformer(nn.Module):
@@ -72,6 +88,18 @@ def mlp() -> Made:
 def transformer(layers: int = 2, checkpoint: bool = False) -> Made:
     torch.manual_seed(0)
     return Transformer(layers, checkpoint), {"x": torch.randn(2, 16, 32)}
+
+
+def unfused(masked: bool = False, layers: int = 3) -> Made:
+    """Scores are what weighs."""
+    torch.manual_seed(0)
+    model = Transformer(layers)
+    model.blocks = nn.ModuleList(UnfusedBlock(masked) for _ in range(layers))
+    return model, {"x": torch.randn(4, 64, 32)}
+
+
+def unfused_masked() -> Made:
+    return unfused(masked=True)
 
 
 VOCAB = 61

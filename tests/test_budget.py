@@ -287,7 +287,19 @@ def test_the_same_plan_in_processes_with_other_hash_seeds():
     assert len(set(eval(out[0]))) == 3
 
 
-@pytest.mark.parametrize("build", [models.mlp, models.transformer, models.llama, models.gpt2, models.bert, models.qwen3])
+@pytest.mark.parametrize(
+    "build",
+    [
+        models.mlp,
+        models.transformer,
+        models.llama,
+        models.gpt2,
+        models.bert,
+        models.qwen3,
+        models.unfused,
+        models.unfused_masked,
+    ],
+)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_what_is_run_again_is_exact_where_nothing_is_coded(build: Any, autocast: bool):
     """At the least budget that there is."""

@@ -6,6 +6,7 @@ Interpreted (`eager_actcomp`) where the subject is the pass.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,10 +18,11 @@ import actpass
 from actpass._torch import functorch_config, invoke_subgraph
 from actpass.explain import explain_model
 from actpass.measure import measure
+from actpass.plan import SCORE, SCORE_AGAIN
 from actpass.runtime.clock import CLOCK
 
 from . import models
-from .helpers import Grads, assert_close, assert_equal, eager_actcomp, error, step
+from .helpers import EPS, Grads, assert_close, assert_equal, eager_actcomp, error, step
 
 SMALL = {"smallest": 0}
 LOW_BIT = ("int8", "int4", "int2", "fp8", "fp8_e5m2")
@@ -524,3 +526,30 @@ def test_queries_of_attention_that_is_run_again_take_8_bits(monkeypatch: pytest.
     assert actpass.report(model).regions[0].totals.extra_attention == 1
     assert {s["codec"] for s in storages(model) if "score formed again" in s["reason"]} == {"int8"}
     assert error(grads["qkv.weight"], want["qkv.weight"]) < 0.3
+
+
+@pytest.mark.parametrize("build", [models.unfused, models.unfused_masked])
+def test_scores_that_exist_are_kept_exact_or_run_again_with_their_statistics(build: Any):
+    """Inductor writes the softmax of scaled scores with a choice between two maxima, which the exponential is behind."""
+    model, inputs = build()
+    _, want = run(model, inputs, method="exact")
+    for budget in (0.4, 0.05):
+        _, grads = run(model, inputs, memory_budget=budget)
+        assert not any(tuple(s["shape"])[-2:] == (64, 64) and s["dtype"] != "bool" for s in storages(model))
+        again = actpass.report(model).regions[0].plan["again"]
+        scores = [name for name in again if name in ("bmm", "bmm_2", "bmm_4")]
+        assert len(scores) == 3
+        assert sum("amax" in name for name in again) >= 3
+        assert sum("sum" in name for name in again) == 3
+        assert_close(grads, want, 0.03 if budget < 0.1 else 300 * EPS)
+
+
+@pytest.mark.parametrize(("names", "kind"), [({"bmm", "amax", "sum_1"}, SCORE_AGAIN), ({"bmm"}, SCORE)])
+def test_queries_and_keys_of_scores_that_are_run_again_are_known(names: set[str], kind: str):
+    model, inputs = models.unfused_masked()
+    (compiled,) = explain_model(model, (), inputs, SMALL).regions
+    assert compiled.decided is not None
+    region, setting = compiled.decided.region, compiled.decided.choice.setting
+    kinds = {t.root: t.kinds for t in region.saved(region.joint, region.cut(replace(setting, again=frozenset(names))))}
+    assert not {"bmm", "where_1"} & kinds.keys()
+    assert [root for root, found in kinds.items() if kind in found] == ["clone", "clone_1"]

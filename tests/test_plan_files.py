@@ -296,6 +296,15 @@ def test_a_query_is_coded_coarsely_only_by_name_or_with_its_attention_run_again(
         explain(tower, plan=edited(tight, lambda r: r["again"].remove(attention), tmp_path))
 
 
+def test_scores_are_run_again_with_their_statistics_or_not_at_all(tmp_path: Path):
+    plan = explain(models.unfused_masked, **SMALL, memory_budget=0.2).plan
+    assert explain(models.unfused_masked, plan=edited(plan, lambda r: None, tmp_path)).plan_hash == plan.hash
+    with pytest.raises(actpass.PlanError, match=r"again names .*bmm.* without .*amax.*Scores and their softmax's statistics"):
+        explain(models.unfused_masked, plan=edited(plan, lambda r: r["again"].remove("amax_1"), tmp_path))
+    with pytest.raises(actpass.PlanError, match="again names 'mean'"):
+        explain(models.unfused_masked, plan=edited(plan, lambda r: r["again"].append("mean"), tmp_path))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -14,6 +14,7 @@ import argparse
 import functools
 import json
 import os
+import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -76,9 +77,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     parser.add_argument("--autocast", action="store_true", help="forward under bfloat16 autocast")
     parser.add_argument("--dropout", type=probability, help="replaces the config's dropout probabilities")
+    parser.add_argument(
+        "--attention", choices=("sdpa", "eager"), default="sdpa",
+        help="of transformers: fused, or in matmuls that keep the scores (default: sdpa)",
+    )  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--optimizer", action="store_true", help="a step includes AdamW")
     parser.add_argument("--steps", type=positive_int, default=5, help="timed steps of a row in a round")
+    parser.add_argument(
+        "--mean", action="store_true",
+        help="a round's time is the mean of its steps, not the median: with --steps 20 one of them moves learned subspaces",
+    )  # fmt: skip
     parser.add_argument("--rounds", type=positive_int, default=5, help="rounds over all rows")
     parser.add_argument("--rows", type=parse_row, nargs="+", metavar="ROW", help=ROW_FORMS)
     parser.add_argument(
@@ -153,7 +162,7 @@ def set_up(given: argparse.Namespace) -> tuple[Setup, str]:
     workload = workload_of(given)
     batch, seq = workload.shape(given.device)
     shape = given.batch or batch, given.seq or seq
-    config = build_config(workload, shape[1], given.dropout)
+    config = build_config(workload, shape[1], given.dropout, given.attention)
     torch.manual_seed(0)
     model = build_model(config, workload.head, DTYPES[given.dtype])
     batches = [make_batch(config, workload.head, shape, given.device, seed) for seed in range(BATCHES)]
@@ -161,13 +170,15 @@ def set_up(given: argparse.Namespace) -> tuple[Setup, str]:
     setup = Setup(model, batches, device, given.autocast, given.optimizer, not drops(config), config.vocab_size)
     count = sum(p.numel() for p in model.parameters())
     precision = given.dtype + (", bfloat16 autocast" if given.autocast else "")
+    precision += ", unfused attention" if given.attention == "eager" else ""
     return setup, f"{workload.name} ({count / 1e6:.1f} M parameters), {shape[0]} x {shape[1]} tokens, {precision}"
 
 
 def bench(given: argparse.Namespace, specs: list[RowSpec], setup: Setup, title: str) -> int:
     head = header(title, given.device)
     with tempfile.TemporaryDirectory(prefix="inductor-") as root, dynamo_config.patch(recompile_limit=2 * MOST_ROWS):
-        results = run_rows(specs, setup, given.steps, given.rounds, root)
+        average = statistics.mean if given.mean else statistics.median
+        results = run_rows(specs, setup, given.steps, given.rounds, root, average)
     add_ratios(results)
     for result in results:
         print(json.dumps(result), flush=True)

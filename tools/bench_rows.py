@@ -46,6 +46,7 @@ FP8_PASS = {
 }  # fmt: skip
 """Inductor's own pass that stores saved tensors in float8, for tensors of any size."""
 Gradients = list[Tensor | None]
+Average = Callable[[Sequence[float]], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +168,10 @@ def compiled(spec: RowSpec, module: nn.Module, vocab: int) -> Callable[..., Tens
     return torch.compile(module, options={"custom_partitioner_fn": BudgetCut(spec.label, spec.budget, vocab), **spec.options})
 
 
-def run_rows(specs: Sequence[RowSpec], setup: Setup, steps: int, rounds: int, cache_root: str) -> list[dict[str, Any]]:
-    """Measure every row. A row that fails says why in ``failed``, and the others go on."""
+def run_rows(
+    specs: Sequence[RowSpec], setup: Setup, steps: int, rounds: int, cache_root: str, average: Average = statistics.median
+) -> list[dict[str, Any]]:
+    """Measure every row. A row that fails says why in ``failed``, and the others go on. average: of a round's steps."""
     rows: dict[str, Row] = {}
     failed: dict[str, str] = {}
     reference: Gradients | None = None
@@ -186,7 +189,7 @@ def run_rows(specs: Sequence[RowSpec], setup: Setup, steps: int, rounds: int, ca
             failed[spec.label] = failure(error)
             _say(f"{spec.label} failed: {failed[spec.label]}")
     del reference
-    _time_rows(rows, failed, steps, rounds)
+    _time_rows(rows, failed, steps, rounds, average)
     if "inductor" in rows:
         rows["inductor"].measured |= _default_counts(setup)
     return [_result(spec, rows.get(spec.label), failed.get(spec.label)) for spec in specs]
@@ -305,7 +308,7 @@ def _default_counts(setup: Setup) -> dict[str, Any]:
         return {}
 
 
-def _time_rows(rows: dict[str, Row], failed: dict[str, str], steps: int, rounds: int) -> None:
+def _time_rows(rows: dict[str, Row], failed: dict[str, str], steps: int, rounds: int, average: Average) -> None:
     """Interleaved: in each round every row runs ``steps`` steps, and another row begins."""
     for number in range(rounds):
         _say(f"timing, round {number + 1} of {rounds}")
@@ -313,14 +316,14 @@ def _time_rows(rows: dict[str, Row], failed: dict[str, str], steps: int, rounds:
         turn = number % max(len(labels), 1)
         for label in [*labels[turn:], *labels[:turn]]:
             try:
-                rows[label].round_step_s.append(time_round(rows[label], steps))
+                rows[label].round_step_s.append(time_round(rows[label], steps, average))
             except Exception as error:
                 failed[label] = failure(error)
                 del rows[label]
 
 
-def time_round(row: Row, steps: int) -> float:
-    """Median step time, after a step that does not count."""
+def time_round(row: Row, steps: int, average: Average) -> float:
+    """Average step time, after a step that does not count."""
     row.setup.settle()
     row.step(0)
     times = []
@@ -330,7 +333,7 @@ def time_round(row: Row, steps: int) -> float:
         row.step(index)
         row.setup.wait()
         times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    return average(times)
 
 
 def _result(spec: RowSpec, row: Row | None, failed: str | None) -> dict[str, Any]:

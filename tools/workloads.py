@@ -123,12 +123,13 @@ def _head_of(fields: Mapping[str, Any], file: Path) -> str:
     raise UsageError(f"config {str(file)!r} does not name its task (architectures). Give --head: {', '.join(HEADS)}.")
 
 
-def build_config(workload: Workload, seq: int, dropout: float | None = None) -> Any:
-    """The workload's config. dropout: replaces every dropout probability of it; None leaves them."""
+def build_config(workload: Workload, seq: int, dropout: float | None = None, attention: str = "sdpa") -> Any:
+    """The workload's config. dropout: replaces every dropout probability of it; None leaves them. attention: transformers'
+    implementation."""
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.for_model(workload.model_type, **workload.fields)
+        config = AutoConfig.for_model(workload.model_type, attn_implementation=attention, **workload.fields)
     except ValueError as error:
         raise UsageError(f"transformers cannot make the config of {workload.name!r}: {error}") from error
     config.use_cache = False

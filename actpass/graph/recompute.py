@@ -16,7 +16,7 @@ from torch import fx
 from actpass._torch import OpOverload, size_hint
 from actpass.graph.cost import is_attention, is_matmul, matmul_flops
 from actpass.graph.joint import Joint, is_view, value
-from actpass.graph.ops import is_pointwise
+from actpass.graph.ops import is_pointwise, is_reduction
 
 aten = torch.ops.aten
 
@@ -102,6 +102,43 @@ class Recomputation:
             seen.update(new)
             todo.extend(new)
         return tuple(sorted(found, key=self._position.__getitem__))
+
+    def scores_behind(self, node: fx.Node) -> fx.Node | None:
+        """The one product of two activations that ``node`` is a function of by rows, its statistics (a softmax's) among it: the
+        scores of attention that is not fused. None if there is no such, or anything else enters that is learned."""
+        scores: fx.Node | None = None
+        todo, seen = [node], {node}
+        while todo:
+            current = todo.pop()
+            if current not in self.hidden:
+                continue
+            if current.meta.get("recompute") is not None:
+                return None
+            if is_matmul(current):
+                if scores not in (None, current) or sum(a in self.joint.activations for a in current.all_input_nodes) < 2:
+                    return None
+                scores = current
+                continue
+            if not (is_pointwise(current) or is_reduction(current)):
+                return None
+            new = [a for a in current.all_input_nodes if a not in seen]
+            seen.update(new)
+            todo.extend(new)
+        return scores if scores is not None and _is_repeatable(scores) else None
+
+    def softmax_of(self, scores: fx.Node) -> tuple[fx.Node, ...]:
+        """``scores`` and what is reduced of its rows (a softmax's maximum and sum), which only run again together are of one
+        and the same product; none if nothing is exponentiated."""
+        rows = value(scores).numel() // value(scores).shape[-1]
+        below, reductions, exponentiated = {scores}, list[fx.Node](), False
+        for node in self.forward:
+            if not any(a in below for a in node.all_input_nodes):
+                continue
+            if is_pointwise(node) or (is_reduction(node) and value(node).numel() == rows):
+                below.add(node)
+                exponentiated |= node.target in EXPONENTIALS
+                reductions += [node] if is_reduction(node) else []
+        return (scores, *reductions) if exponentiated else ()
 
     @cached_property
     def _position(self) -> dict[fx.Node, int]:

@@ -38,6 +38,9 @@ gradients of queries and keys wrong by five times their size, 30 times the share
 WIDTHS = ("int16", "int8", "int4")
 """What a budget chooses from beside exact, the finest first."""
 
+_BYTES_OF_A_FACTOR = {"int16": 2.1, "int8": 1.1, "int4": 1.1}
+"""Of an element of a query or a key that is stored in place of scores, where so much is the coarsest."""
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -111,6 +114,9 @@ def menus(
             yield Option(s.stored_bytes, costs.of_form(t, s.codec, s.stored_bytes)), (s.codec,), ()
         if again and inexact and t.again:
             yield Option(0, costs.of_time(t.again_flops)), (AGAIN,), t.again
+        if again and inexact and t.of_factors:
+            nbytes = round(t.factors * _BYTES_OF_A_FACTOR[coarsest])
+            yield Option(nbytes, costs.of_time(t.of_factors_flops)), (AGAIN,), t.of_factors
 
     found = []
     for members in groups.values():

@@ -113,7 +113,9 @@ class SavedTensor:
     only be kept as it is, or None.
 
     again, again_flops: the matmuls and fused attentions that the backward would run again to rebuild it from all else that
-    is stored, and what that costs; empty if it can't or must not be. attention, role: the fused attention that it belongs
+    is stored, and what that costs; empty if it can't or must not be. of_factors, of_factors_flops, factors: the same of the
+    scores of an attention that is not fused, if the ``factors`` elements of its queries and keys are stored in their place; its
+    statistics are formed again with them. attention, role: the fused attention that it belongs
     to, as its ``q`` or ``k`` (``score``), its ``v`` (``value``) or its ``output``. elements: how many it has. shape, dtype: of
     the node at the traced size.
     """
@@ -128,6 +130,9 @@ class SavedTensor:
     obstacle: str | None
     again: tuple[str, ...] = ()
     again_flops: int = 0
+    of_factors: tuple[str, ...] = ()
+    of_factors_flops: int = 0
+    factors: int = 0
     attention: str | None = None
     role: Role | None = None
     elements: int = 0

@@ -29,9 +29,13 @@ Keys = Sequence[torch.Tensor]
 """`round_keys` of the step's seed, and of that of what is random in learned bases."""
 _PASSES = 3
 """Forwards of the first batch before the first step: block power steps from random directions."""
+_WHOLE_MOVES = 10
+"""The first moves, those of the first batch among them, go all the way: a model that has just begun to learn changes fast."""
 _POINTS_PER_DIRECTION = 2
 _SORTED_EVERY = 20
-"""Of small moves, every how many sort the directions by their energy."""
+"""Of small moves, one in how many optimizer steps sorts the directions by their energy."""
+_TOGETHER = 64 << 20
+"""Bytes of the states that small moves take together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +96,19 @@ class Subspace:
         self.sketched = self.sketched + sketched if again and self.sketched is not None else sketched
         self.step = step
 
-    def move(self, sketched: torch.Tensor, size: float) -> None:
+    @property
+    def size(self) -> float:
+        """How far the next move goes."""
+        return LEARNED[self.method].step_size if self.moves >= _WHOLE_MOVES else 1.0
+
+    @property
+    def sorts(self) -> bool:
+        """Whether the next move sorts the directions, and says what they hold."""
+        return self.size == 1 or not self.moves % max(1, _SORTED_EVERY // LEARNED[self.method].refresh_interval)
+
+    def move(self, sketched: torch.Tensor) -> None:
         self.sketched = None
-        if size < 1 and self.moves % _SORTED_EVERY:
-            state = nudged(self.state, sketched, size)
-            self.moves += state is not self.state
-            self.state = state
-            return
-        self.state, spectrum = moved(LEARNED[self.method], self.state, sketched, self.rank, size)
+        self.state, spectrum = moved(LEARNED[self.method], self.state, sketched, self.rank, self.size)
         self.spectrum = spectrum or self.spectrum
         self.moves += spectrum is not None
 
@@ -114,6 +123,24 @@ class Subspace:
         sketched = data["sketched"]
         fresh = None if sketched is None else sketched.clone()
         return cls(data["method"], data["rank"], data["state"].clone(), fresh, data["step"], spectrum, data["moves"])
+
+
+def _move(subspaces: Sequence[Subspace], sketches: Sequence[torch.Tensor]) -> None:
+    """Move each by its sketch. Small moves of one shape go together: a GPU takes as long for one of them."""
+    small: dict[Any, list[tuple[Subspace, torch.Tensor]]] = {}
+    for subspace, sketched in zip(subspaces, sketches, strict=True):
+        if subspace.sorts:
+            subspace.move(sketched)
+        else:
+            small.setdefault((subspace.size, subspace.state.shape), []).append((subspace, sketched))
+    for (size, shape), members in small.items():
+        count = max(1, _TOGETHER // (4 * shape.numel()))
+        for i in range(0, len(members), count):
+            some = members[i : i + count]
+            states = nudged(torch.stack([s.state for s, _ in some]), torch.stack([y for _, y in some]), size)
+            for (subspace, _), state in zip(some, states, strict=True):
+                subspace.state, subspace.sketched = state.clone(), None
+                subspace.moves += 1
 
 
 class Store:
@@ -167,7 +194,7 @@ def with_subspaces(
                 sketches = ranks.summed(call(stand_ins, keys, _points(config.seed, -1 - i, count, device), held)[1])
             for subspace, sketched, new in zip(held, sketches, fresh, strict=True):
                 if new:
-                    subspace.move(sketched, 1.0)
+                    subspace.move(sketched)
                     subspace.begun = True
 
     def run(args: tuple[Any, ...], keys: Keys, step: int) -> Any:
@@ -178,8 +205,7 @@ def with_subspaces(
         if not all(s.begun for s in held):
             begin(args, keys, held)
         due = [s for s in held if s.sketched is not None and s.step < step]
-        for subspace, sketched in zip(due, ranks.summed([s.sketched for s in due if s.sketched is not None]), strict=True):
-            subspace.move(sketched, LEARNED[subspace.method].step_size if subspace.moves else 1.0)
+        _move(due, ranks.summed([s.sketched for s in due if s.sketched is not None]))
         shown = [config.sketches_at(s.method, step) or not s.moves for s in held]
         points = _points(config.seed, step, count, device) if any(shown) else fewest
         outputs, sketches = call(args, keys, points, held)
