@@ -304,17 +304,25 @@ through the next one's backward (0.06 of llama-mini's peak) to save a read of 12
 random numbers of all layers' bases in one loop (half of llama-60m's peak with `prac`)."""
 
 
-def fusion_within(memory_budget: float | int | str | None, *, decodes: bool) -> dict[str, Any]:
+def options_within(memory_budget: float | int | str | None, *, decodes: bool) -> dict[str, Any]:
     """Inductor's options for what is compiled within a budget, or decodes projections."""
     whole = memory_budget in (None, 1.0) and not decodes
-    return {} if whole else {"score_fusion_memory_threshold": _LEAST_SHARED_BYTES}
+    return {} if whole else _options_of(_LEAST_SHARED_BYTES)
+
+
+def _options_of(least_shared_bytes: int) -> dict[str, Any]:
+    """Where few loops are fused, memory is given back behind its last reader, too: Inductor keeps it for a later result of the
+    same size up to what it takes for the peak, which is the end of the backward where an embedding's gradient is large
+    (RoBERTa-large: a quarter of the peak)."""
+    within = least_shared_bytes >= _LEAST_SHARED_BYTES
+    return {"score_fusion_memory_threshold": least_shared_bytes, **({"allow_buffer_reuse": False} if within else {})}
 
 
 def _inductor_options(config: Config) -> dict[str, Any]:
-    fusion = fusion_within(config.memory_budget, decodes=config.decodes)
+    own = options_within(config.memory_budget, decodes=config.decodes)
     if config.plan is not None:
-        fusion = {"score_fusion_memory_threshold": max(r.least_shared_bytes for r in config.plan.regions)}
-    return {**fusion, **(list_mode_options(config.mode) if config.mode else {}), **dict(config.inductor)}
+        own = _options_of(max(r.least_shared_bytes for r in config.plan.regions))
+    return {**own, **(list_mode_options(config.mode) if config.mode else {}), **dict(config.inductor)}
 
 
 def _has_cuda_graphs(config: Config) -> bool:

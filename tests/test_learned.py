@@ -187,7 +187,7 @@ def test_a_small_move_without_eigenvectors_spans_what_the_sorted_one_spans():
     state = first_state(method, round_keys(3), N, R)
     for i in range(4):
         taken = sketch(tokens(i), state, points(seed=i))
-        quick, (sorted_, _) = nudged(state, taken, 0.2), moved(method, state, taken, R, 0.2)
+        (quick, _), (sorted_, _) = nudged(state, taken, 0.2), moved(method, state, taken, R, 0.2)
         a, b = quick[:-1].double(), sorted_[:-1].double()
         assert float((a.T @ a - torch.eye(a.shape[1])).abs().max()) < 1e-5
         assert float((a @ a.T - b @ b.T).norm() / b.shape[1] ** 0.5) < 1e-3
@@ -198,4 +198,25 @@ def test_a_small_move_without_eigenvectors_spans_what_the_sorted_one_spans():
 @pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
 def test_a_small_move_by_nonsense_moves_nothing(bad: float):
     state = first_state(LEARNED["oasis"], round_keys(3), N, R)
-    assert torch.equal(nudged(state, torch.full_like(state, bad), 0.2), state)
+    for sort in (False, True):
+        still, energies = nudged(state, torch.full_like(state, bad), 0.2, sort=sort)
+        assert torch.equal(still, state)
+        assert energies is None or bool(energies.isnan().all())
+
+
+def test_small_moves_sort_the_directions_and_say_what_they_hold():
+    """As `moved` does, of many at once, whatever order they begin in."""
+    method, x = LEARNED["pca"], tokens()
+    states = torch.stack([first_state(method, round_keys(seed), N, R) for seed in (3, 4)])
+    for i in range(12):
+        taken = torch.stack([sketch(x, state, points(seed=i)) for state in states])
+        before, (states, energies) = states, nudged(states, taken, 0.5, sort=True)
+    assert energies is not None
+    exact = torch.linalg.eigvalsh(x.double().T @ x.double()).flip(0) / x.double().square().sum()
+    for state, present, found in zip(states, before, energies, strict=True):
+        q = state[:-1].double()
+        assert float((q.T @ q - torch.eye(q.shape[1])).abs().max()) < 1e-5
+        _, spectrum = moved(method, present, sketch(x, present, points(seed=11)), R, 0.5)
+        assert spectrum is not None
+        assert float((found[:R] - spectrum.captured[:R]).abs().max()) < 0.02
+        assert float(found[:R].sum()) > 0.97 * float(exact[:R].sum())

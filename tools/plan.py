@@ -46,7 +46,7 @@ from workloads import (
 )
 
 from actpass._torch import inductor_config
-from actpass.backend import fusion_within
+from actpass.backend import options_within
 from actpass.budget import Choice, PeakBudget, Region, Search, free_choice
 from actpass.compiler import Traced, finish, read
 from actpass.config import memory_budget as bytes_of
@@ -104,7 +104,7 @@ def main() -> int:
     given = parser.parse_args()
     started = time.perf_counter()
     try:
-        fusion = fusion_within(given.memory_budget, decodes=parse(options_of(given)).decodes)
+        fusion = options_within(given.memory_budget, decodes=parse(options_of(given)).decodes)
         with inductor_config.patch(fusion):  # as what is planned will be compiled
             model = trace(given)
             outcomes = [plan_for(model, limit, where) for where, limit in limits(given, model)]

@@ -6,7 +6,8 @@ The compiled region takes the state as an input and, on a refresh step, gives ba
 Y = X_S^T (X_S Q), one block power step on S sampled tokens, and their energy |X_S|^2. State and sketch are (N + 1, K): Q or
 Y, and a row for what else a method keeps (the probabilities of `sampled`) or a sketch says (the energy). No (T, N) matrix is
 ever factored. Between two steps `moved` turns Q and Y into the next Q: a K x K eigenproblem and QR of N x K in float64, of
-`sampled`, whose K is N, N x N. Inside a step only `prac` factors, its random part of N x r2.
+`sampled`, whose K is N, N x N; small moves do with Cholesky factors of K x K (`nudged`). Inside a step only `prac` factors, its
+random part of N x r2.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _RIDGE = 1e-6
 @dataclass(frozen=True)
 class Spectrum:
     """What a sketch says of a tensor. captured: energy along each direction of the state, largest first, as fractions of the
-    whole. A float64 vector on the CPU."""
+    whole. A float64 vector."""
 
     captured: torch.Tensor
 
@@ -270,27 +271,44 @@ def moved(
     seen_K = energies_K > _RIDGE * energies_K[0]
     stepped_NK = (1 - size) * basis_NK + size * product_NK / torch.where(seen_K, energies_K, 1.0)
     basis_NK = _upright(torch.where(seen_K, stepped_NK, basis_NK))
-    return _state(method, basis_NK, energies_K, rank), Spectrum((energies_K / energy).cpu())
+    return _state(method, basis_NK, energies_K, rank), Spectrum(energies_K / energy)
 
 
-def nudged(states: torch.Tensor, sketched: torch.Tensor, size: float) -> torch.Tensor:
+def nudged(
+    states: torch.Tensor, sketched: torch.Tensor, size: float, *, sort: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The next states after a small move, by `moved`'s formula without its eigenvectors: Q + size (Y (Q^T Y)^-1 - Q), made
-    orthonormal by one CholeskyQR in float32 (its Gram matrix is I + size^2 E^T E, with E orthogonal to Q). For between two
-    calls of `moved`, which sorts the directions and says what they hold: 8 N K^2 FLOPs in float32 in place of its 14 in
-    float64. A sketch of nothing, or of what is not finite, moves nothing. (..., N + 1, K) each: those of one shape move
-    together, and a GPU is not waited for."""
+    orthonormal by one CholeskyQR in float32 (its Gram matrix is I + size^2 E^T E, with E orthogonal to Q): 8 N K^2 FLOPs in
+    float32 in place of `moved`'s 14 in float64. (..., N + 1, K) each: those of one shape move together, and a GPU is not waited
+    for. A sketch of nothing, or of what is not finite, moves nothing.
+
+    sort: turn the directions by a step of the QR algorithm on the Gram matrix, too, which keeps them in falling order of
+    energy where they nearly are (12 K^3 FLOPs in float64), and give back the energies, as fractions of the whole: (..., K),
+    NaN of what moves nothing.
+    """
     basis_NK, product_NK = states[..., :-1, :], sketched[..., :-1, :]
     gram_KK = (basis_NK.mT @ product_NK).double()
     gram_KK = (gram_KK + gram_KK.mT) / 2
     unit_KK = torch.eye(gram_KK.shape[-1], dtype=torch.float64, device=states.device)
     ridge = _RIDGE * gram_KK.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
     seen = torch.isfinite(ridge) & (ridge > 0)
-    factor_KK, failed = torch.linalg.cholesky_ex(torch.where(seen, gram_KK + ridge * unit_KK, unit_KK))
+    gram_KK = torch.where(seen, gram_KK + ridge * unit_KK, unit_KK)
+    factor_KK, failed = torch.linalg.cholesky_ex(gram_KK)
     stepped_NK = (1 - size) * basis_NK + size * (product_NK @ torch.cholesky_inverse(factor_KK).float())
-    factor_KK, failed_again = torch.linalg.cholesky_ex((stepped_NK.mT @ stepped_NK).double(), upper=True)
-    inverse_KK = torch.linalg.solve_triangular(factor_KK, unit_KK, upper=True).float()  # then a matmul: faster than N solves
+    squared_KK = (stepped_NK.mT @ stepped_NK).double()
+    energies_K, turn_KK = None, unit_KK
+    if sort:
+        factor_KK, failed_in_turn = torch.linalg.cholesky_ex(gram_KK @ gram_KK, upper=True)
+        turn_KK = torch.linalg.solve_triangular(factor_KK, gram_KK, upper=True, left=False)
+        lengths_K = turn_KK.square().sum(-2)
+        energies_K = (turn_KK * (gram_KK @ turn_KK)).sum(-2) / lengths_K / sketched[..., -1, :1].double()
+        squared_KK, failed = turn_KK.mT @ squared_KK @ turn_KK, failed + failed_in_turn
+    factor_KK, failed_again = torch.linalg.cholesky_ex(squared_KK, upper=True)
+    turn_KK = torch.linalg.solve_triangular(factor_KK, turn_KK.expand_as(factor_KK), upper=True, left=False)
     moves = seen & ((failed == 0) & (failed_again == 0))[..., None, None]
-    return torch.cat([torch.where(moves, stepped_NK @ inverse_KK, basis_NK), states[..., -1:, :]], -2)
+    next_NK = torch.where(moves, stepped_NK @ turn_KK.float(), basis_NK)  # a matmul: faster than N solves
+    energies_K = energies_K.where(moves[..., 0], torch.nan) if energies_K is not None else None
+    return torch.cat([next_NK, states[..., -1:, :]], -2), energies_K
 
 
 def first_state(method: LearnedProjection, key: torch.Tensor, width: int, rank: int) -> torch.Tensor:

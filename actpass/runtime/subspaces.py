@@ -33,7 +33,7 @@ _WHOLE_MOVES = 10
 """The first moves, those of the first batch among them, go all the way: a model that has just begun to learn changes fast."""
 _POINTS_PER_DIRECTION = 2
 _SORTED_EVERY = 20
-"""Of small moves, one in how many optimizer steps sorts the directions by their energy."""
+"""Of small moves, one in how many optimizer steps keeps the directions in the order of their energies."""
 _TOGETHER = 64 << 20
 """Bytes of the states that small moves take together."""
 
@@ -103,8 +103,8 @@ class Subspace:
 
     @property
     def sorts(self) -> bool:
-        """Whether the next move sorts the directions, and says what they hold."""
-        return self.size == 1 or not self.moves % max(1, _SORTED_EVERY // LEARNED[self.method].refresh_interval)
+        """Whether the next small move looks at the order of the directions, and says what they hold."""
+        return not self.moves % max(1, _SORTED_EVERY // LEARNED[self.method].refresh_interval)
 
     def move(self, sketched: torch.Tensor) -> None:
         self.sketched = None
@@ -129,18 +129,26 @@ def _move(subspaces: Sequence[Subspace], sketches: Sequence[torch.Tensor]) -> No
     """Move each by its sketch. Small moves of one shape go together: a GPU takes as long for one of them."""
     small: dict[Any, list[tuple[Subspace, torch.Tensor]]] = {}
     for subspace, sketched in zip(subspaces, sketches, strict=True):
-        if subspace.sorts:
+        if subspace.size == 1 or subspace.spectrum is None:
             subspace.move(sketched)
         else:
-            small.setdefault((subspace.size, subspace.state.shape), []).append((subspace, sketched))
-    for (size, shape), members in small.items():
+            small.setdefault((subspace.state.shape, subspace.size, subspace.sorts), []).append((subspace, sketched))
+    for (shape, size, sort), members in small.items():
         count = max(1, _TOGETHER // (4 * shape.numel()))
         for i in range(0, len(members), count):
-            some = members[i : i + count]
-            states = nudged(torch.stack([s.state for s, _ in some]), torch.stack([y for _, y in some]), size)
-            for (subspace, _), state in zip(some, states, strict=True):
-                subspace.state, subspace.sketched = state.clone(), None
-                subspace.moves += 1
+            _nudge([s for s, _ in members[i : i + count]], [y for _, y in members[i : i + count]], size, sort=sort)
+
+
+def _nudge(subspaces: Sequence[Subspace], sketches: Sequence[torch.Tensor], size: float, *, sort: bool) -> None:
+    """All of one shape, each of which has a spectrum."""
+    states, captured = nudged(torch.stack([s.state for s in subspaces]), torch.stack(list(sketches)), size, sort=sort)
+    if captured is not None:
+        before = torch.stack([s.spectrum.captured for s in subspaces if s.spectrum is not None]).to(captured.device)
+        for subspace, fractions in zip(subspaces, torch.where(captured.isnan(), before, captured), strict=True):
+            subspace.spectrum = Spectrum(fractions.clone())
+    for subspace, state in zip(subspaces, states, strict=True):
+        subspace.state, subspace.sketched = state.clone(), None
+        subspace.moves += 1
 
 
 class Store:
