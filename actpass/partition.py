@@ -165,7 +165,7 @@ def cut(
     if setting.stock is not None:
         patch["activation_memory_budget"] = setting.stock
     for node in gm.graph.nodes:
-        if node.name in setting.keep:
+        if node.name in setting.keep or (setting.again and _draws(node)):
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
     if setting.again or setting.part:
         patch["activation_memory_budget"] = _LEAST_BUDGET
@@ -190,6 +190,13 @@ def cut(
         passed_bytes=_passed_bytes(backward, joint, arrives),
         tangent_bytes=sum(tensor_bytes(inputs[name]) for name in tangents),
     )
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether ``node`` takes from the random state: a seed, of which Inductor makes all numbers, or the numbers. Where
+    something runs again upstream would draw another seed in the backward: it knows eager mode's operators alone as random."""
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded in tags and isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def _recompute_parameter_casts(joint: Joint) -> None:

@@ -60,8 +60,6 @@ _CLAMPS = {
     aten.maximum.default,
     aten.minimum.default,
 }
-_SHIFTS = {aten.sub.Tensor, aten.add.Tensor, aten.div.Tensor, aten.where.self}
-"""What stands between a tensor and its exponential, too: Inductor writes a softmax of scaled scores with a choice."""
 _STEPS = {
     aten.eq.Tensor,
     aten.ne.Tensor,
@@ -138,7 +136,7 @@ class _Reading:
         read = [classify_uses(n, self.contractions) for n in arrived]
         root = self.forward[members[0].root]
         weights = [path for n in arrived for user, _ in consumers(n) for path in self.contractions.get(user.name, ())]
-        reads = [found for n in arrived for found in _attention_reads(n)]
+        reads = [found for n in arrived for found in _attention_reads(n, self.learned)]
         kinds = {*(u.kind for uses, _ in read for u in uses), *_exponential(arrived), *(kind for kind, _, _ in reads if kind)}
         obstacle = self._obstacle(node, members)
         is_small = obstacle is None and tensor_bytes(node) < self.smallest
@@ -311,8 +309,9 @@ _Read = tuple[str | None, Role, fx.Node | None]
 logsumexp."""
 
 
-def _attention_reads(tensor: fx.Node) -> list[_Read]:
-    """Where a fused attention's backward reads ``tensor`` as its q, k or v, behind views, copies and rotations."""
+def _attention_reads(tensor: fx.Node, learned: set[str]) -> list[_Read]:
+    """Where a fused attention's backward reads ``tensor`` as its q, k or v, behind views, copies and rotations, or a product
+    that is run again and exponentiated reads it as a factor. learned: names of what depends on a parameter."""
     found: list[_Read] = []
     todo, seen = [tensor], {tensor}
     while todo:
@@ -326,26 +325,26 @@ def _attention_reads(tensor: fx.Node) -> list[_Read]:
             elif any(user.args[i] is node for i in values):
                 found.append((None, "value", statistic))
             elif is_matmul(user) and _is_exponentiated(user):
-                found.append((SCORE_AGAIN if _softmax_is_formed_again(user) else SCORE, "score", None))
+                found.append((SCORE_AGAIN if _softmax_is_formed_again(user, learned) else SCORE, "score", None))
             if is_pointwise(user) and user not in seen:
                 seen.add(user)
                 todo.append(user)
     return found
 
 
-def _softmax_is_formed_again(scores: fx.Node) -> bool:
-    """Whether no statistic of a row of ``scores``, a maximum or a sum, comes from the forward."""
-    below = _pointwise_below(scores)
-    others = {a for n in below for a in n.all_input_nodes} - below
-    rows = [a for a in others if _is_row_statistic(a)]
-    return all(map(_is_formed_again, rows))
-
-
-def _is_row_statistic(node: fx.Node) -> bool:
-    val = node.meta.get("val")
-    if not isinstance(val, torch.Tensor):
-        return False
-    return val.dim() > 0 and val.dtype.is_floating_point and size_hint(val.shape[-1]) == 1
+def _softmax_is_formed_again(scores: fx.Node, learned: set[str]) -> bool:
+    """Whether nothing smaller that may be a statistic of ``scores``, a maximum or a sum, comes from the forward: a mask does
+    not depend on a parameter."""
+    below, size = _pointwise_below(scores), size_hint(value(scores).numel())
+    for other in {a for n in below for a in n.all_input_nodes} - below:
+        val = other.meta.get("val")
+        if isinstance(val, torch.Tensor) and val.dtype.is_floating_point and size_hint(val.numel()) < size:
+            source = other
+            while is_view(source) or (is_pointwise(source) and source.all_input_nodes):
+                source = next((a for a in source.all_input_nodes if a.name in learned), source.all_input_nodes[0])
+            if source.op == "placeholder" and source.name in learned:
+                return False
+    return True
 
 
 def _is_formed_again(statistic: Any) -> bool:
@@ -403,8 +402,8 @@ def _is_whole(exponent: object) -> bool:
 
 
 def _is_exponentiated(tensor: fx.Node) -> bool:
-    """Whether the backward takes exp of ``tensor``; but for a sigmoid's, which adds one to it and is bounded, and for that of
-    a square, a Gaussian's (GELU)."""
+    """Whether the backward takes exp of ``tensor``, behind any pointwise operators; but for a sigmoid's, which adds one to it
+    and is bounded, and for that of a square, a Gaussian's (GELU)."""
     todo, seen = [tensor], {tensor}
     while todo:
         node = todo.pop()
@@ -413,11 +412,15 @@ def _is_exponentiated(tensor: fx.Node) -> bool:
                 continue
             if user.target in EXPONENTIALS and not all(_adds_number(u) for u in user.users):
                 return True
-            passes = user.target in (_KEEPS_ZERO | CASTS | _SHIFTS) or is_view(user)
-            if passes and user not in seen:
+            if _is_floating(user) and (is_pointwise(user) or is_view(user)) and user not in seen:
                 seen.add(user)
                 todo.append(user)
     return False
+
+
+def _is_floating(node: fx.Node) -> bool:
+    val = node.meta.get("val")
+    return isinstance(val, torch.Tensor) and val.dtype.is_floating_point
 
 
 def _is_square(user: fx.Node, node: fx.Node) -> bool:

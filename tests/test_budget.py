@@ -342,6 +342,38 @@ def test_dropout_is_not_drawn_again():
     assert actpass.report(model).totals.extra_matmuls > 0
 
 
+@pytest.mark.parametrize("where", ["scores", "hidden"])
+def test_dropout_is_the_same_in_a_backward_that_runs_things_again(where: str):
+    """Compiled by Inductor, which makes seeds of it. The loss is quadratic in the last weight, so <w, dw> is twice the loss; a
+    mask that is drawn again gives half as much."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.up, self.down, self.last = (nn.Linear(64, 64, bias=False) for _ in range(6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if where == "scores":
+                scores = self.q(x) @ self.k(x).transpose(-2, -1) / 8
+                x = nn.functional.dropout(scores.softmax(-1), 0.5) @ self.v(x)
+            hidden = nn.functional.gelu(self.up(x))
+            x = self.down(nn.functional.dropout(hidden, 0.5 if where == "hidden" else 0.0))
+            return self.last(nn.functional.gelu(x)).square().mean()
+
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(8, 64, 64)
+    for budget in (0.5, 0.25):
+        torch.compiler.reset()
+        options = {"method": "exact", "memory_budget": budget, "smallest": 0}
+        loss = torch.compile(model, backend="actcomp", options=options)(x)
+        model.zero_grad()
+        loss.backward()
+        assert actpass.report(model).totals.extra_matmuls > 0
+        grad = model.last.weight.grad
+        assert grad is not None
+        assert float((model.last.weight * grad).sum()) == pytest.approx(2 * loss.item(), rel=1e-4)
+
+
 def test_a_users_own_checkpointing_stays_as_it_is():
     model, inputs = models.transformer(checkpoint=True)
     compiled = torch.compile(model, backend=eager_actcomp(method="exact"))

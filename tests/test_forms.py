@@ -553,3 +553,40 @@ def test_queries_and_keys_of_scores_that_are_run_again_are_known(names: set[str]
     kinds = {t.root: t.kinds for t in region.saved(region.joint, region.cut(replace(setting, again=frozenset(names))))}
     assert not {"bmm", "where_1"} & kinds.keys()
     assert [root for root, found in kinds.items() if kind in found] == ["clone", "clone_1"]
+
+
+@pytest.mark.parametrize("kind", ["soft-capped", "columns", "maximum", "sum without its dimension"])
+def test_scores_of_other_attentions_do_no_harm(kind: str):
+    """Their softmax is read wherever it stands, or they are left alone."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.o = (nn.Linear(32, 32, bias=False) for _ in range(4))
+
+        def attend(self, scores: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            if kind == "soft-capped":
+                return (20 * torch.tanh(scores / 20)).softmax(-1) @ v
+            if kind == "columns":
+                return scores.softmax(-2) @ v
+            if kind == "maximum":
+                return scores.softmax(-1) @ v + scores.max(-1).values[..., None]
+            weights = scores.exp()
+            return weights / weights.sum(-1)[..., None] @ v
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for _ in range(2):
+                h = F.layer_norm(x, (32,))
+                scores = self.q(h) @ self.k(h[:, ::2]).transpose(-2, -1) * (0.2 if kind.startswith("sum") else 1)
+                x = x + torch.tanh(self.o(self.attend(scores, self.v(h[:, ::2]))))
+            return x.square().mean()
+
+    torch.manual_seed(0)
+    model, inputs = Net(), {"x": torch.randn(4, 64, 32)}
+    for weight in (model.q.weight, model.k.weight):
+        weight.data *= 4
+    _, want = run(model, inputs, method="exact")
+    for method, budget in (("auto", None), ("auto", 0.3), ("auto", 0.1), ("int8", 0.3)):
+        _, grads = run(model, inputs, method=method, **({} if budget is None else {"memory_budget": budget}))
+        assert all(region.active for region in actpass.report(model).regions)
+        assert_close(grads, want, 0.1)

@@ -104,8 +104,8 @@ class Recomputation:
         return tuple(sorted(found, key=self._position.__getitem__))
 
     def scores_behind(self, node: fx.Node) -> fx.Node | None:
-        """The one product of two activations that ``node`` is a function of by rows, its statistics (a softmax's) among it: the
-        scores of attention that is not fused. None if there is no such, or anything else enters that is learned."""
+        """The one product of two activations that ``node`` is a function of, with statistics of it (a softmax's): the scores of
+        attention that is not fused. None if there is no such, or another activation enters that is learned."""
         scores: fx.Node | None = None
         todo, seen = [node], {node}
         while todo:
@@ -127,17 +127,21 @@ class Recomputation:
         return scores if scores is not None and _is_repeatable(scores) else None
 
     def softmax_of(self, scores: fx.Node) -> tuple[fx.Node, ...]:
-        """``scores`` and what is reduced of its rows (a softmax's maximum and sum), which only run again together are of one
-        and the same product; none if nothing is exponentiated."""
-        rows = value(scores).numel() // value(scores).shape[-1]
+        """``scores`` and what is reduced of it along a dimension (a softmax's maximum and sum), which only run again together
+        are of one and the same product; none if nothing is exponentiated."""
         below, reductions, exponentiated = {scores}, list[fx.Node](), False
         for node in self.forward:
             if not any(a in below for a in node.all_input_nodes):
                 continue
-            if is_pointwise(node) or (is_reduction(node) and value(node).numel() == rows):
+            if is_reduction(node):
+                if not isinstance(node.meta["val"], torch.Tensor):  # a maximum with its places, a variance with its mean
+                    return ()
+                if size_hint(value(node).numel()) > 1:  # a loss is no statistic
+                    reductions.append(node)
+                    below.add(node)
+            elif is_pointwise(node) or is_view(node):
                 below.add(node)
                 exponentiated |= node.target in EXPONENTIALS
-                reductions += [node] if is_reduction(node) else []
         return (scores, *reductions) if exponentiated else ()
 
     @cached_property
