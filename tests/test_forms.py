@@ -586,7 +586,7 @@ def test_scores_of_other_attentions_do_no_harm(kind: str):
     for weight in (model.q.weight, model.k.weight):
         weight.data *= 4
     _, want = run(model, inputs, method="exact")
-    for method, budget in (("auto", None), ("auto", 0.3), ("auto", 0.1), ("int8", 0.3)):
+    for method, budget in (("int8", None), ("int8", 0.3), ("auto", 0.3)):
         _, grads = run(model, inputs, method=method, **({} if budget is None else {"memory_budget": budget}))
         assert all(region.active for region in actpass.report(model).regions)
         assert_close(grads, want, 0.1)
