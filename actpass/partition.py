@@ -159,15 +159,16 @@ def cut(
     """Run upstream's min-cut on a copy of ``joint``."""
     gm, _ = copy_module(joint.gm)
     patch: dict[str, Any] = {}
+    aggressive = bool(setting.again) or setting.part
     if setting.rebuild:
         patch["ban_recompute_materialized_backward"] = False
         _recompute_parameter_casts(Joint(gm, joint.inputs, joint.num_fwd_outputs, joint.static))
     if setting.stock is not None:
         patch["activation_memory_budget"] = setting.stock
     for node in gm.graph.nodes:
-        if node.name in setting.keep or (setting.again and _draws(node)):
+        if node.name in setting.keep or (aggressive and _draws(node)):
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-    if setting.again or setting.part:
+    if aggressive:
         patch["activation_memory_budget"] = _LEAST_BUDGET
         patch["activation_memory_budget_solver"] = _RunAgain(setting.again)
         patch["activation_memory_budget_runtime_estimator"] = "testing"  # unused: what runs again is decided
