@@ -236,7 +236,7 @@ class _Reading:
             current = todo.pop()
             if current.target in (aten.where.self, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
                 filled = [a for a in current.all_input_nodes[1:] if a.name not in self.learned]
-                if not all(map(_is_finite_constant, filled)):
+                if not all(map(_is_constant, filled)):
                     return True
             sources = [a for a in current.all_input_nodes if a.name in self.learned]
             added = [a for a in current.all_input_nodes if a.name not in self.learned]
@@ -304,6 +304,7 @@ def _exponential(arrived: list[fx.Node]) -> set[str]:
 
 
 _Rerun = tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]]
+"""What is run again from all else that crosses, and from the factors of a product (`SavedTensor.of_factors`)."""
 _Read = tuple[str | None, Role, fx.Node | None]
 """How a fused attention's backward reads a tensor: as a `SCORE` or `SCORE_AGAIN` or neither, in which role, with which
 logsumexp."""
@@ -447,9 +448,9 @@ def _adds_number(node: fx.Node) -> bool:
     return node.target is aten.add.Tensor and not isinstance(node.args[1], fx.Node)
 
 
-def _is_finite_constant(node: fx.Node) -> bool:
+def _is_constant(node: fx.Node) -> bool:
     """Whether ``node`` is one number written in the code; a huge one makes a mask of all that it reaches (`_infinite`)."""
-    return node.target is aten.full.default or (node.target is aten.scalar_tensor.default)
+    return node.target in (aten.full.default, aten.scalar_tensor.default)
 
 
 def _is_huge(argument: object) -> bool:

@@ -345,7 +345,7 @@ def test_dropout_is_not_drawn_again():
 @pytest.mark.parametrize("where", ["scores", "hidden"])
 def test_dropout_is_the_same_in_a_backward_that_runs_things_again(where: str):
     """Compiled by Inductor, which makes seeds of it. The loss is quadratic in the last weight, so <w, dw> is twice the loss; a
-    mask that is drawn again gives half as much."""
+    mask that is drawn again gives anything else."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -362,7 +362,7 @@ def test_dropout_is_the_same_in_a_backward_that_runs_things_again(where: str):
 
     torch.manual_seed(0)
     model, x = Net(), torch.randn(8, 64, 64)
-    for budget in (0.5, 0.25):
+    for budget in (0.5, 0.2):
         torch.compiler.reset()
         options = {"method": "exact", "memory_budget": budget, "smallest": 0}
         loss = torch.compile(model, backend="actcomp", options=options)(x)

@@ -104,8 +104,8 @@ def main() -> int:
     given = parser.parse_args()
     started = time.perf_counter()
     try:
-        fusion = options_within(given.memory_budget, decodes=parse(options_of(given)).decodes)
-        with inductor_config.patch(fusion):  # as what is planned will be compiled
+        within = options_within(given.memory_budget, decodes=parse(options_of(given)).decodes)
+        with inductor_config.patch(within):  # as what is planned will be compiled
             model = trace(given)
             outcomes = [plan_for(model, limit, where) for where, limit in limits(given, model)]
     except (UsageError, ActpassError) as error:

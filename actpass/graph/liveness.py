@@ -10,7 +10,7 @@ The model, after torch/_inductor (scheduler.py, memory.py; torch 2.13):
 - Of several orders (the graph's, least memory first, depth first) the one with the least peak runs.
 - A result takes over the memory of an input of the same size whose last and only reader it is. Memory that is free again
   stays allocated for a later result of its size, as long as what Inductor takes for the peak (which knows of no memory that is
-  taken over) does not rise; under a budget it does not (`allow_buffer_reuse`).
+  taken over) does not rise; under a budget memory does not stay (`allow_buffer_reuse`).
 - A saved tensor and a tangent are freed behind their last reader; outputs stay.
 """
 

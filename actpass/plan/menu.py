@@ -39,7 +39,7 @@ WIDTHS = ("int16", "int8", "int4")
 """What a budget chooses from beside exact, the finest first."""
 
 _BYTES_OF_A_FACTOR = {"int16": 2.1, "int8": 1.1, "int4": 1.1}
-"""Of an element of a query or a key that is stored in place of scores, where so much is the coarsest."""
+"""Of an element of a query or a key that is stored in place of scores, by the coarsest form allowed: 8 bits at least."""
 
 
 @dataclass(frozen=True)
