@@ -36,7 +36,10 @@ from torch._inductor.codecache import cache_dir as inductor_cache_dir  # records
 from torch._inductor.compile_fx import compile_fx  # Inductor
 from torch._inductor.custom_graph_pass import CustomPartitionerFn  # picklable, so the caches key on it
 from torch._inductor.decomposition import select_decomp_table  # codecs are traced with Inductor's own table
-from torch._inductor.utils import run_and_get_code  # tests read the generated code
+from torch._inductor.utils import (
+    needs_fallback_due_to_atomic_add_limitations,  # whether a sum at indices is a loop
+    run_and_get_code,  # tests read the generated code
+)
 from torch._ops import HigherOrderOperator, OpOverload  # an operator's namespace tells torch's own from a user's
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext, StrictMinMaxConstraint
@@ -90,6 +93,7 @@ __all__ = [
     "is_part_of_a_step",
     "list_mode_options",
     "min_cut_rematerialization_partition",
+    "needs_fallback_due_to_atomic_add_limitations",
     "plain_input_index",
     "queue_after_backward",
     "rename",

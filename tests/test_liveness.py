@@ -61,6 +61,27 @@ def bert() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     return built(BertForMaskedLM(config))
 
 
+class Classifier(nn.Module):
+    """A BERT whose peak is at the gradient of its embedding: norm's backward is computed in the loop that adds it up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import BertConfig, BertModel
+
+        config = BertConfig(
+            vocab_size=16384, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=128, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+        self.model = BertModel(config)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=input_ids).pooler_output.square().mean()
+
+
+def classifier() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    return Classifier(), {"input_ids": torch.randint(0, 16384, (16, 128), generator=torch.Generator().manual_seed(0))}
+
+
 def built(model: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """With a batch that weighs more than what is left out (a thread's buffers in attention)."""
     ids = torch.randint(0, 2048, (8, 128), generator=torch.Generator().manual_seed(0))
@@ -68,7 +89,7 @@ def built(model: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]:
 
 
 CASES = [(llama, plan) for plan in PLANS] + [(gpt2, plan) for plan in ("exact", "auto", "again")]
-CASES += [(bert, "auto"), (llama_without_groups, "again")]
+CASES += [(bert, "auto"), (llama_without_groups, "again"), (classifier, "again")]
 
 
 @pytest.mark.parametrize(("build", "plan"), CASES, ids=lambda x: getattr(x, "__name__", x))

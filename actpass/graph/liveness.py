@@ -4,7 +4,8 @@ The model, after torch/_inductor (scheduler.py, memory.py; torch 2.13):
 
 - Matmuls, fused attention and whatever has no loop form are kernels of their own and read from memory. Pointwise operators
   and copies are loops, inlined into each loop that reads them; such a value is in memory only if it is an output, if what is
-  no loop reads it, or if it is long. What a reduction yields is in memory.
+  no loop reads it, or if it is long. What a reduction yields is in memory. A sum at indices (the gradient of an embedding) is a
+  loop over its values: what they are computed from stays while the sum is allocated.
 - Loops over as many elements that read one buffer, or one another, are one kernel, unless something must run between them: its
   results are allocated together, and its inputs freed behind all of them. Sums over columns are fused with their like alone.
 - Of several orders (the graph's, least memory first, depth first) the one with the least peak runs.
@@ -27,7 +28,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from actpass._torch import inductor_config, invoke_subgraph, size_hint
+from actpass._torch import inductor_config, invoke_subgraph, needs_fallback_due_to_atomic_add_limitations, size_hint
 from actpass.graph.joint import CASTS, is_view, storage_root, tensor_bytes, value
 from actpass.graph.ops import is_pointwise, is_reduced_by_row, is_reduction
 from actpass.graph.uses import WRITES
@@ -68,6 +69,11 @@ _LOOPS = {
     prims.iota.default,
 }
 """Operators that are neither pointwise nor reductions, and loops all the same."""
+_SCATTERS: dict[Any, int] = {
+    op: WRITES[op][1]
+    for op in (aten.index_put.default, aten._unsafe_index_put.default, aten._unsafe_masked_index_put_accumulate.default)
+}
+"""Loops over the values that they write at indices (the gradient of an embedding) -> position of the values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +139,8 @@ class Program:
     """Kernels in the graph's order, and the memory that they read and write.
 
     bytes: of every buffer. believed: the inputs that Inductor counts when it chooses an order, a transposed weight among them,
-    and how many bytes. freed: the inputs that count. outputs: what stays. inlined: what each result is computed from in memory.
+    and how many bytes. freed: the inputs that count. outputs: what stays. inlined: what each element of a result is computed
+    from in memory, at its own place.
     """
 
     def __init__(
@@ -258,7 +265,8 @@ class _Reading:
         self.sums = {n: product for n in self.nodes if (product := _product_in(n, self.users)) is not None}
         self.stored, self.inlined = self._inline()
         kernels = self._fused(self._kernels())
-        self.program = Program(kernels, self.bytes, self.believed, self.freed, self.outputs, self.inlined)
+        by_element = {n: {} if _scatters(n) else read for n, read in self.inlined.items()}
+        self.program = Program(kernels, self.bytes, self.believed, self.freed, self.outputs, by_element)
 
     def _inline(self) -> tuple[set[fx.Node], dict[fx.Node, dict[fx.Node, None]]]:
         """The nodes whose values are in memory; and for every node what its value is computed from in memory (an ordered
@@ -288,7 +296,8 @@ class _Reading:
             several = len(users) > 1
             dear = any(map(_is_heavy, operators)) or self._is_long(operators)
             again = (several and count > _READS_AGAIN) or (dear and (several or self._is_spread(node)))
-            is_value = self._is_loop(node) and not is_reduction(node) and node.target is not operator.getitem
+            yields_memory = is_reduction(node) or _scatters(node) or node.target is operator.getitem
+            is_value = self._is_loop(node) and not yields_memory
             needed = node in self.outputs or any(self._reads_memory(u, node) for u in users)
             if not is_value or needed or again or count > _READS or length > _LENGTH:
                 stored.add(node)
@@ -334,7 +343,10 @@ class _Reading:
         if not self._is_loop(node):
             return None
         taken = 0
-        if is_reduction(node) and node.all_input_nodes:
+        if _scatters(node):
+            values = node.args[_SCATTERS[node.target]]
+            node = values if isinstance(values, fx.Node) else node
+        elif is_reduction(node) and node.all_input_nodes:
             source = node.all_input_nodes[0]
             if not is_reduced_by_row(node):
                 taken = _elements(source) // max(_elements(node), 1)
@@ -470,7 +482,15 @@ def _is_loop(node: fx.Node) -> bool:
         return False
     if node.target is operator.getitem:
         return is_reduction(node.all_input_nodes[0])
-    return is_pointwise(node) or is_reduction(node) or node.target in _LOOPS
+    return is_pointwise(node) or is_reduction(node) or node.target in _LOOPS or _scatters(node)
+
+
+def _scatters(node: fx.Node) -> bool:
+    """Whether ``node`` is a loop over values that it writes at indices. What has no atomic sum, and all of them where runs must
+    repeat, are operators of eager mode."""
+    if node.target not in _SCATTERS or torch.are_deterministic_algorithms_enabled():
+        return False
+    return not needs_fallback_due_to_atomic_add_limitations(value(node).dtype)
 
 
 def _elements(node: fx.Node) -> int:
