@@ -7,71 +7,27 @@ import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from actpass._torch import OpOverload, invoke_subgraph, size_hint
+from actpass._torch import invoke_subgraph, size_hint
 from actpass.graph.cost import is_attention, is_matmul
-from actpass.graph.joint import CASTS, Joint, is_view, module_path, storage_root, tensor_bytes, value
+from actpass.graph.joint import Joint, module_path, storage_root, tensor_bytes, value
 from actpass.graph.ops import is_pointwise, is_reduction
-from actpass.graph.recompute import EXPONENTIALS, Recomputation, attention_behind
-from actpass.graph.uses import SCORES_OF, classify_uses, consumers
+from actpass.graph.recompute import Recomputation, attention_behind
+from actpass.graph.uses import classify_uses, consumers
 from actpass.partition import Cut, Saved
-from actpass.plan import EXPONENTIAL, SCORE, SCORE_AGAIN, Role, SavedTensor
+from actpass.plan import EXPONENTIAL, SCORE_AGAIN, Role, SavedTensor
+from actpass.readers import Read, attention_reads, foreign_users, fragile_use, is_exponentiated
 
 aten = torch.ops.aten
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_KEEPS_ZERO = {
-    aten.mul.Tensor,
-    aten.mul.Scalar,
-    aten.neg.default,
-    aten.abs.default,
-    aten.pow.Tensor_Scalar,
-    aten.clone.default,
-    aten.add.Scalar,
-}
-_UNBOUNDED = {
-    aten.reciprocal.default,
-    aten.rsqrt.default,
-    aten.sqrt.default,
-    aten.log.default,
-    aten.log2.default,
-    aten.log10.default,
-    aten.log1p.default,
-    aten.asin.default,
-    aten.acos.default,
-    aten.atanh.default,
-    aten.acosh.default,
-    aten.erfinv.default,
-    aten.tan.default,
-    aten.lgamma.default,
-    aten.digamma.default,
-}
-_CLAMPS = {
-    aten.sub.Tensor,
-    aten.clamp.default,
-    aten.clamp_min.default,
-    aten.clamp_max.default,
-    aten.relu.default,
-    aten.maximum.default,
-    aten.minimum.default,
-}
-_STEPS = {
-    aten.eq.Tensor,
-    aten.ne.Tensor,
-    aten.floor.default,
-    aten.ceil.default,
-    aten.round.default,
-    aten.trunc.default,
-}
 _BOUNDED = {aten.exp.default, aten.sigmoid.default, aten.tanh.default}
 _HUGE = 1e8
 """Numbers in a model's code beyond this are masks."""
-_TORCH_NAMESPACES = ("aten", "prims")
 EARLY_GRADIENT = "a gradient, formed in the forward with the loss"
 
 
@@ -136,7 +92,7 @@ class _Reading:
         read = [classify_uses(n, self.contractions) for n in arrived]
         root = self.forward[members[0].root]
         weights = [path for n in arrived for user, _ in consumers(n) for path in self.contractions.get(user.name, ())]
-        reads = [found for n in arrived for found in _attention_reads(n, self.learned)]
+        reads = [found for n in arrived for found in attention_reads(n, self.learned)]
         kinds = {*(u.kind for uses, _ in read for u in uses), *_exponential(arrived), *(kind for kind, _, _ in reads if kind)}
         obstacle = self._obstacle(node, members)
         is_small = obstacle is None and tensor_bytes(node) < self.smallest
@@ -185,7 +141,7 @@ class _Reading:
     def _flops(self, nodes: tuple[fx.Node, ...]) -> int:
         return self.recomputation.flops(nodes) if self.recomputation else 0
 
-    def _attention(self, root: fx.Node, reads: list[_Read]) -> tuple[str | None, Role | None]:
+    def _attention(self, root: fx.Node, reads: list[Read]) -> tuple[str | None, Role | None]:
         """The fused attention whose q, k, v or output the tensor is, if its backward reads the logsumexp of the forward."""
         if root.target is operator.getitem and is_attention(root.all_input_nodes[0]):
             return root.all_input_nodes[0].name, "output"
@@ -210,10 +166,10 @@ class _Reading:
             return "a statistic of each row"
         if node.name in self.infinite or self._may_be_masked(node):
             return "may hold the -inf of a mask"
-        foreign = sorted({u for m in members for u in _foreign_users(self.backward.get(m.name))})
+        foreign = sorted({u for m in members for u in foreign_users(self.backward.get(m.name))})
         if foreign:
             return f"read by {foreign[0]}, which is not one of torch's own operators"
-        fragile = next((op for m in members if (op := _fragile_use(self.backward.get(m.name)))), None)
+        fragile = next((op for m in members if (op := fragile_use(self.backward.get(m.name)))), None)
         if fragile is not None:
             return f"read by {fragile}, which a small error can throw far off"
         if len(members) > 1 and any(not self._is_shown_by(node, self.forward[m.name]) for m in members):
@@ -300,152 +256,11 @@ def _is_statistic(node: fx.Node) -> bool:
 
 
 def _exponential(arrived: list[fx.Node]) -> set[str]:
-    return {EXPONENTIAL} if any(map(_is_exponentiated, arrived)) else set()
+    return {EXPONENTIAL} if any(map(is_exponentiated, arrived)) else set()
 
 
 _Rerun = tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]]
 """What is run again from all else that crosses, and from the factors of a product (`SavedTensor.of_factors`)."""
-_Read = tuple[str | None, Role, fx.Node | None]
-"""How a fused attention's backward reads a tensor: as a `SCORE` or `SCORE_AGAIN` or neither, in which role, with which
-logsumexp."""
-
-
-def _attention_reads(tensor: fx.Node, learned: set[str]) -> list[_Read]:
-    """Where a fused attention's backward reads ``tensor`` as its q, k or v, behind views, copies and rotations, or a product
-    that is run again and exponentiated reads it as a factor. learned: names of what depends on a parameter."""
-    found: list[_Read] = []
-    todo, seen = [tensor], {tensor}
-    while todo:
-        node = todo.pop()
-        for user in node.users:
-            queries, values, place = SCORES_OF.get(getattr(user.target, "_opname", str(user.target)), ((), (), None))
-            statistic: Any = user.args[place] if place is not None else None
-            if any(user.args[i] is node for i in queries):
-                exact = statistic is None or not _is_formed_again(statistic)
-                found.append((SCORE if exact else SCORE_AGAIN, "score", statistic))
-            elif any(user.args[i] is node for i in values):
-                found.append((None, "value", statistic))
-            elif is_matmul(user) and _is_exponentiated(user):
-                found.append((SCORE_AGAIN if _softmax_is_formed_again(user, learned) else SCORE, "score", None))
-            if is_pointwise(user) and user not in seen:
-                seen.add(user)
-                todo.append(user)
-    return found
-
-
-def _softmax_is_formed_again(scores: fx.Node, learned: set[str]) -> bool:
-    """Whether nothing smaller that may be a statistic of ``scores``, a maximum or a sum, comes from the forward: a mask does
-    not depend on a parameter."""
-    below, size = _pointwise_below(scores), size_hint(value(scores).numel())
-    for other in {a for n in below for a in n.all_input_nodes} - below:
-        val = other.meta.get("val")
-        if isinstance(val, torch.Tensor) and val.dtype.is_floating_point and size_hint(val.numel()) < size:
-            source = other
-            while is_view(source) or (is_pointwise(source) and source.all_input_nodes):
-                source = next((a for a in source.all_input_nodes if a.name in learned), source.all_input_nodes[0])
-            if source.op == "placeholder" and source.name in learned:
-                return False
-    return True
-
-
-def _is_formed_again(statistic: Any) -> bool:
-    """Whether the backward computes ``statistic`` itself."""
-    while isinstance(statistic, fx.Node) and (is_view(statistic) or is_pointwise(statistic)):
-        statistic = statistic.all_input_nodes[0]
-    return isinstance(statistic, fx.Node) and statistic.op != "placeholder"
-
-
-def _foreign_users(tensor: fx.Node | None) -> set[str]:
-    """Operators outside torch's own that read ``tensor``, through views and casts."""
-    targets = [user.target for user, _ in consumers(tensor)] if tensor is not None else []
-    overloads = [t for t in targets if isinstance(t, OpOverload)]
-    return {str(t) for t in overloads if t.namespace not in _TORCH_NAMESPACES}
-
-
-def _fragile_use(tensor: fx.Node | None) -> str | None:
-    """An operator that a small error in ``tensor`` can throw far off: what divides by it, takes a root or a logarithm of it
-    (behind an addition of a tensor, a reduction or a bounded function a zero is gone), compares it for equality with the
-    exact maximum, makes an index of it, or factors it as a matrix. A comparison is found behind any pointwise operator."""
-    if tensor is None:
-        return None
-    stepped = next((n for n in _pointwise_below(tensor) if n.target in _STEPS), None)
-    if stepped is not None:
-        return str(stepped.target)
-    todo = [tensor]
-    seen = set(todo)
-    while todo:
-        node = todo.pop()
-        for user in node.users:
-            if _is_fragile(user, node):
-                return str(user.target)
-            passes = user.target in (_KEEPS_ZERO | _CLAMPS | CASTS) or _adds_number(user) or is_view(user)
-            if passes and user not in seen:
-                seen.add(user)
-                todo.append(user)
-    return None
-
-
-def _is_fragile(user: fx.Node, node: fx.Node) -> bool:
-    target = user.target
-    if target in _UNBOUNDED or target in _STEPS or getattr(target, "_opname", "").startswith(("linalg_", "_linalg")):
-        return True
-    if target is aten.div.Tensor:
-        return user.args[1] is node
-    if target is aten.pow.Tensor_Scalar:
-        return not _is_whole(user.args[1])
-    if target not in CASTS:
-        return False
-    return not value(user).dtype.is_floating_point
-
-
-def _is_whole(exponent: object) -> bool:
-    return isinstance(exponent, int | float) and exponent >= 0 and float(exponent).is_integer()
-
-
-def _is_exponentiated(tensor: fx.Node) -> bool:
-    """Whether the backward takes exp of ``tensor``, behind any pointwise operators; but for a sigmoid's, which adds one to it
-    and is bounded, and for that of a square, a Gaussian's (GELU)."""
-    todo, seen = [tensor], {tensor}
-    while todo:
-        node = todo.pop()
-        for user in node.users:
-            if _is_square(user, node) and all(_is_negated(u) for u in user.users):
-                continue
-            if user.target in EXPONENTIALS and not all(_adds_number(u) for u in user.users):
-                return True
-            if _is_floating(user) and (is_pointwise(user) or is_view(user)) and user not in seen:
-                seen.add(user)
-                todo.append(user)
-    return False
-
-
-def _is_floating(node: fx.Node) -> bool:
-    val = node.meta.get("val")
-    return isinstance(val, torch.Tensor) and val.dtype.is_floating_point
-
-
-def _is_square(user: fx.Node, node: fx.Node) -> bool:
-    squared = user.target is aten.pow.Tensor_Scalar and bool(user.args[1] == 2)
-    return squared or (user.target is aten.mul.Tensor and user.args[:2] == (node, node))
-
-
-def _is_negated(node: fx.Node) -> bool:
-    factor = node.args[1] if node.target in (aten.mul.Tensor, aten.mul.Scalar) else None
-    return node.target is aten.neg.default or (isinstance(factor, int | float) and factor < 0)
-
-
-def _pointwise_below(tensor: fx.Node) -> set[fx.Node]:
-    """All that is computed of ``tensor`` by pointwise operators alone."""
-    todo, found = [tensor], set()
-    while todo:
-        new = [u for u in todo.pop().users if is_pointwise(u) and u not in found]
-        found.update(new)
-        todo.extend(new)
-    return found
-
-
-def _adds_number(node: fx.Node) -> bool:
-    return node.target is aten.add.Tensor and not isinstance(node.args[1], fx.Node)
 
 
 def _is_constant(node: fx.Node) -> bool:
