@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar
 
+from actpass._torch import size_hint
 from actpass.candidates import find_candidates
 from actpass.config import Config
 from actpass.errors import BudgetError
@@ -233,7 +234,8 @@ def free_choice(region: Region) -> Choice:
     """The cut that runs no matmul again and has the fewest bytes, as they will be stored.
 
     The residual stream is asked for as such where that costs nothing: upstream would as soon save every addend of it, which
-    the backward then adds up, layer by layer, and holds.
+    the backward then adds up, layer by layer, and holds. Of attention that is not fused the weights are asked for where they
+    take less: upstream would as soon save the scores, which it exponentiates again, and which have no low-bit form.
     """
     plain = Setting(rebuild=True)
     setting, found = plain, region.cut(plain)
@@ -244,10 +246,28 @@ def free_choice(region: Region) -> Choice:
         if other.saved_bytes <= found.saved_bytes:
             setting, found = kept, other
     free = Choice(setting, found, None)
+    weights = _attention_weights(region)
+    if weights:
+        setting = Setting(rebuild=True, keep=setting.keep | weights)
+        free = min(free, Choice(setting, region.cut(setting), None), key=lambda choice: _stored(region, choice))
     default = Choice(Setting(rebuild=False), region.default, None)
     if not region.chunk_rows and _stored(region, free) > _stored(region, default):
         return default
     return free
+
+
+def _attention_weights(region: Region) -> frozenset[str]:
+    """What Inductor's default saves of a softmax over attention's scores."""
+    nodes = {n.name: n for n in region.joint.gm.graph.nodes}
+    saved = [nodes[name] for name in {s.root: None for s in region.default.saved} if name in nodes]
+    found: set[str] = set()
+    for node in saved:
+        scores = region.recomputation.scores_behind(node)
+        if scores in (None, node) or not region.recomputation.softmax_of(scores):
+            continue
+        if size_hint(value(node).numel()) >= size_hint(value(scores).numel()):  # and no statistic
+            found.add(node.name)
+    return frozenset(found)
 
 
 def alternatives(region: Region, count: int) -> list[tuple[int, Choice]]:
