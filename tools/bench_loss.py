@@ -11,8 +11,10 @@ and its tokenizer (trained to fill in masked words; what its folder lacks of the
 --evaluate the last tenth of the text is held out. A seed draws the weights that are random and the order of the data; every
 row of a seed sees the same. Losses are nats a token on the held-out text. One JSON object a run, then a table with the mean
 and the spread over the seeds, and the gap to the first row, seed by seed. Of learned subspaces also the energy of held-out
-batches that the last ones capture, as a fraction of what the best subspaces would: the least of all tensors, and the mean. A
-row may name its own optimizer: actcomp:haar:0.25,gradients=low_rank,refresh_interval=50,optimizer=lazy.
+batches that the last ones capture, as a fraction of what the best subspaces would: the least of all tensors and seeds, and the
+mean. A row may name its own optimizer: actcomp:haar:0.25,gradients=low_rank,refresh_interval=50,optimizer=lazy.
+Runs that --json or --merge hold are not run again, so rows may run side by side, or on several machines, each with its own
+file; then one call with all rows makes the table.
 """
 
 from __future__ import annotations
@@ -75,13 +77,16 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=positive_int, help="of torch")
     parser.add_argument("--rows", type=parse_row, nargs="+", metavar="ROW", help=ROW_FORMS)
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="written after each run; what it holds is not run again")
+    parser.add_argument("--merge", type=Path, nargs="+", default=[], metavar="FILE", help="more files of runs that are done")
     given = parser.parse_args()
     if given.threads:
         torch.set_num_threads(given.threads)
     specs = given.rows or [parse_row(t) for t in ("actcomp:exact", "actcomp:int4")]
     what = {k: Path(v).name if k in _FILES and v else v for k, v in vars(given).items() if k not in _NOT_THE_RUN}
-    runs = earlier(given.json, what)
+    runs: list[dict[str, Any]] = []
+    for file in (given.json, *given.merge):
+        runs += [r for r in earlier(file, what) if r not in runs]
     try:
         for i, seed in enumerate(given.seeds):
             for spec in specs:
@@ -96,7 +101,7 @@ def main() -> int:
     return 0
 
 
-_NOT_THE_RUN = ("rows", "json", "seeds", "threads", "lr", "device")
+_NOT_THE_RUN = ("rows", "json", "merge", "seeds", "threads", "lr", "device")
 _FILES = ("model", "tokenizer", "train", "evaluate")
 
 
@@ -277,19 +282,30 @@ def rate(step: int, steps: int) -> float:
 
 
 def summary(runs: list[dict[str, Any]], labels: list[str]) -> list[dict[str, Any]]:
-    """Mean and spread of each row, and its gap to the first row: mean and spread of the seeds' own ratios."""
+    """Mean and spread of each row at its rate, and its gap to the first row: mean and spread of the seeds' own ratios, and what
+    the mean gap in loss is in perplexity."""
     rates = {label: tuned(runs, label) for label in labels}
-    by = {(r["row"], r["seed"]): r["loss"] for r in runs if r["lr"] == rates.get(r["row"])}
+    by = {(r["row"], r["seed"]): r for r in runs if r["lr"] == rates.get(r["row"])}
     rows = []
     for label in labels:
-        losses = [loss for (row, _), loss in by.items() if row == label]
-        if not losses:
+        own = [r for (row, _), r in by.items() if row == label]
+        if not own:
             continue
-        first = {seed: loss for (row, seed), loss in by.items() if row == labels[0]}
-        gaps = [loss / first[seed] - 1 for (row, seed), loss in by.items() if row == label and seed in first]
+        losses = [r["loss"] for r in own]
+        first = {seed: r["loss"] for (row, seed), r in by.items() if row == labels[0]}
+        gaps = [r["loss"] / first[r["seed"]] - 1 for r in own if r["seed"] in first]
+        above = [r["loss"] - first[r["seed"]] for r in own if r["seed"] in first]
         spread = [statistics.stdev(x) if len(x) > 1 and all(map(math.isfinite, x)) else None for x in (losses, gaps)]
-        mean, gap = statistics.fmean(losses), statistics.fmean(gaps) if gaps else None
-        rows.append({"row": label, "lr": rates[label], "loss": mean, "spread": spread[0], "gap": gap, "gap_spread": spread[1]})
+        captures = [(r["captured_least"], r["captured_mean"]) for r in own if r.get("captured_least") is not None]
+        rows.append({
+            "row": label, "lr": rates[label], "tried": sorted({r["lr"] for r in runs if r["row"] == label}), "seeds": len(own),
+            "loss": statistics.fmean(losses), "spread": spread[0],
+            "gap": statistics.fmean(gaps) if gaps else None, "gap_spread": spread[1],
+            "perplexity": math.expm1(statistics.fmean(above)) if above else None,
+            "captured_least": min((least for least, _ in captures), default=None),
+            "captured_mean": statistics.fmean(mean for _, mean in captures) if captures else None,
+            "devices": sorted({r.get("device", "cpu") for r in own}),
+        })  # fmt: skip
     return rows
 
 
@@ -305,11 +321,16 @@ def table(rows: list[dict[str, Any]]) -> str:
         return "-" if x is None else format(x, form)
 
     def cells(r: dict[str, Any]) -> str:
-        forms = {"lr": "g", "loss": ".4f", "spread": ".4f", "gap": "+.2%", "gap_spread": ".2%"}
-        return " | ".join(number(r[key], form) for key, form in forms.items())
+        forms = {
+            "seeds": "d", "loss": ".4f", "spread": ".4f", "gap": "+.2%", "gap_spread": ".2%", "perplexity": "+.1%",
+            "captured_least": ".3f", "captured_mean": ".3f",
+        }  # fmt: skip
+        tried = ", ".join(format(lr, "g") for lr in r["tried"])
+        return " | ".join([f"{r['lr']:g} of {tried}", *(number(r[key], form) for key, form in forms.items())])
 
-    lines = ["| | rate | loss | spread | gap | its spread |", "|---|---:|---:|---:|---:|---:|"]
-    lines += [f"| {r['row']} | {cells(r)} |" for r in rows]
+    lines = ["| | rate | seeds | loss | spread | gap | its spread | perplexity | captured, least | mean | on |"]
+    lines.append("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---|")
+    lines += [f"| `{r['row']}` | {cells(r)} | {', '.join(r['devices'])} |" for r in rows]
     return "\n".join(lines)
 
 

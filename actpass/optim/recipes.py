@@ -101,8 +101,10 @@ class LazySubspaceAdamW(_AdamWith):
     """Li et al., "Optimal low-rank stochastic gradient estimation", 2026, arXiv 2603.20632: K steps on B in W + B V^T, lift,
     redraw V.
 
-    For ``options={"method": "haar", "gradients": "low_rank", "refresh_interval": K}``. A step on B with V fixed moves W by the
-    same step lifted, so W is moved at once, and the lift is nothing; B's optimizer begins anew with each V.
+    For ``options={"method": "sampled", "gradients": "low_rank", "refresh_interval": K}``: V by the paper's law for a known
+    covariance, here that of the layer's input. Its other law, for none (``"haar"``), learns much less in as many steps (README).
+    A step on B with V fixed moves W by the same step lifted, so W is moved at once, and the lift is nothing; B's optimizer
+    begins anew with each V.
     """
 
     moments = ResetMoments()
