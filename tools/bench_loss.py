@@ -14,7 +14,7 @@ and the spread over the seeds, and the gap to the first row, seed by seed. Of le
 batches that the last ones capture, as a fraction of what the best subspaces would: the least of all tensors and seeds, and the
 mean. A row may name its own optimizer: actcomp:haar:0.25,gradients=low_rank,refresh_interval=50,optimizer=lazy.
 Runs that --json or --merge hold are not run again, so rows may run side by side, or on several machines, each with its own
-file; then one call with all rows makes the table.
+file; then one call with all rows and no seeds makes the table.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main() -> int:
     parser.add_argument("--train", type=Path, required=True, metavar="TXT")
     parser.add_argument("--evaluate", type=Path, metavar="TXT", help="default: the last tenth of --train")
     parser.add_argument("--steps", type=positive_int, default=1000)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="(0 1 2); none: the table of what is done")
     parser.add_argument("--batch", type=positive_int, default=16)
     parser.add_argument("--seq", type=positive_int, default=128)
     parser.add_argument(
