@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from actpass.codecs.generator import normals, round_keys, step_seed
 from actpass.codecs.learned import first_state
 from actpass.gradients import Basis, LowRankGradient
 from actpass.optim import AdamW, AdaPM, CompActAdamW, LazySubspaceAdamW, OasisAdamW
-from actpass.optim.transforms import momentum_kind
+from actpass.optim.transforms import CarryMoments, Place, momentum_kind
 from actpass.runtime.clock import CLOCK
 from actpass.runtime.subspaces import STORE
 
@@ -90,7 +91,7 @@ def nothing(m: Any, v: Any, t: int, old: Any, new: Any) -> Any:
 
 
 def ldadam(m: Any, v: Any, t: int, old: Any, new: Any) -> Any:
-    q = (old / old.norm(dim=0)).T @ (new / new.norm(dim=0))
+    q = (old / old.square().sum(dim=0)).T @ new
     mean, second = m / (1 - BETA1 ** (t - 1)), v / (1 - BETA2 ** (t - 1))
     carried = mean @ q
     spread = (second - mean**2) @ (q**2)
@@ -153,6 +154,27 @@ def test_moments_in_one_full_basis_are_carried_to_another_exactly():
     optimizer.step()
     m = optimizer.state[parameter]["exp_avg"] @ bases[1].matrix().T
     assert torch.allclose(m, BETA1 * (1 - BETA1) * dense, atol=1e-6)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_moments_know_the_lengths_of_columns(left: bool):
+    """`sampled` weighs what it draws: a direction that was sure and is drawn next has a longer column and larger coefficients."""
+
+    @dataclass
+    class Columns:
+        lengths: torch.Tensor
+
+        def matrix(self) -> torch.Tensor:
+            return torch.eye(WIDTH)[:, :RANK] * self.lengths
+
+    before, after = Columns(torch.linspace(1, 3, RANK)), Columns(torch.linspace(4, 1, RANK))
+    gradient = numbers(0, *((WIDTH, ROWS) if left else (ROWS, WIDTH)))
+    old, new = (b.matrix().T @ gradient if left else gradient @ b.matrix() for b in (before, after))
+    place = Place(2, {"betas": (BETA1, BETA2)}, after, left, before)  # pyright: ignore[reportArgumentType]
+    state = {"exp_avg": old * (1 - BETA1), "exp_avg_sq": old.square() * (1 - BETA2)}
+    CarryMoments()(new, state, place)
+    assert torch.allclose(state["exp_avg"], new * (1 - BETA1), rtol=1e-5)
+    assert torch.allclose(state["exp_avg_sq"], new.square() * (1 - BETA2), rtol=1e-5)
 
 
 def of_rank(gradients: list[torch.Tensor], rank: int, *, mini: bool = False) -> list[torch.Tensor]:

@@ -102,9 +102,9 @@ class LazySubspaceAdamW(_AdamWith):
     redraw V.
 
     For ``options={"method": "sampled", "gradients": "low_rank", "refresh_interval": K}``: V by the paper's law for a known
-    covariance, here that of the layer's input. Its other law, for none (``"haar"``), learns much less in as many steps (README).
-    A step on B with V fixed moves W by the same step lifted, so W is moved at once, and the lift is nothing; B's optimizer
-    begins anew with each V.
+    covariance, here that of the layer's input. Its other law, for none (``"haar"``), learns less in as many steps (README). A
+    step on B with V fixed moves W by the same step lifted, so W is moved at once, and the lift is nothing; B's optimizer begins
+    anew with each V.
     """
 
     moments = ResetMoments()

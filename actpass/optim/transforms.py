@@ -36,13 +36,13 @@ class Place:
     name: str | None = None
 
     def overlap(self) -> torch.Tensor:
-        """O (R_old, R): the coefficients in this basis of what has unit coefficients in the one before, both with columns of
-        length one: exact for what lies in both."""
+        """O (R_old, R): coefficients in the basis before are G P_old of a gradient G, and times O those in this one, G P: exact
+        for what lies in both, where columns are orthogonal, whatever their lengths (those of ``sampled`` are weights)."""
         assert self.basis is not None
         assert self.before is not None
-        tiny = torch.finfo(torch.float32).tiny
-        old, new = (p / p.norm(dim=0).clamp_min(tiny) for p in (self.before.matrix(), self.basis.matrix()))
-        return old.t() @ new
+        old = self.before.matrix()
+        dual = old / old.square().sum(dim=0).clamp_min(torch.finfo(torch.float32).tiny)
+        return dual.t() @ self.basis.matrix()
 
     def carry(self, moment: torch.Tensor, overlap: torch.Tensor) -> torch.Tensor:
         """``moment``, which has the shape of coefficients in the old basis, through ``overlap``."""
