@@ -158,7 +158,7 @@ def test_moments_in_one_full_basis_are_carried_to_another_exactly():
 
 @pytest.mark.parametrize("left", [False, True])
 def test_moments_know_the_lengths_of_columns(left: bool):
-    """`sampled` weighs what it draws: a direction that was sure and is drawn next has a longer column, so larger coefficients."""
+    """`sampled` weighs what it draws: a direction that was sure and is drawn next gets a longer column."""
 
     @dataclass
     class Columns:
