@@ -235,7 +235,9 @@ class CarryMoments:
     """Moments go to a new basis through the overlap O of old and new: m exactly, as far as it lies in both; v by LDAdam's rule
     (arXiv 2410.16103), v' = (1 - b2^(t-1)) |(O * O)(v^ - m^2) + (O m^)^2| with m^ and v^ corrected for bias: v as variance plus
     squared mean, coefficients taken for uncorrelated. OASIS (arXiv 2604.09406) says of v only that it is approximated per
-    coordinate; this rule is this project's choice."""
+    coordinate; this rule is this project's choice. A direction that the old basis has nothing of starts with v = 0, which is
+    corrected as if it had seen all steps: without a first moment its first update is 1 / sqrt(1 - b2) of a step. ``sampled``
+    has many such directions."""
 
     @property
     def defaults(self) -> dict[str, Any]:
