@@ -303,8 +303,9 @@ def call(
     its code once for all calls of a ``key``, and fuses it with nothing around it."""
     position = max((after, *arguments))
     provenance = _provenance(like)
+    sizes = _sizes(module.graph, arguments, inserted)
     with _mode(arguments), torch.no_grad():
-        traced = _trace(function, arguments, traces, key)
+        traced = _trace(lambda *given: function(*given[: len(arguments)]), [*arguments, *sizes], traces, key)
         (returned,) = traced.graph.find_nodes(op="output")
         values = [_fresh(value(n)) for n in returned.args[0]]
     name = _submodule(module, traced)
@@ -318,10 +319,37 @@ def call(
         return node
 
     graph = insert("get_attr", name, (), None)
-    whole = insert("call_function", invoke_subgraph, (graph, name, *arguments), tuple(values))
+    whole = insert("call_function", invoke_subgraph, (graph, name, *arguments, *sizes), tuple(values))
     results = tuple(insert("call_function", operator.getitem, (whole, i), v) for i, v in enumerate(values))
     inserted.update(made)
     return results
+
+
+def _sizes(graph: fx.Graph, arguments: Sequence[fx.Node], inserted: set[fx.Node]) -> list[fx.Node]:
+    """Nodes of the symbols in the sizes of ``arguments`` (4 * s) of which none is a size by itself: a graph that is called
+    knows no symbol but from its arguments."""
+    sizes = [s for a in arguments for s in (*value(a).shape, *value(a).stride()) if isinstance(s, torch.SymInt)]
+    known = {s.node.expr for s in sizes}
+    missing = {symbol for expression in known for symbol in expression.free_symbols} - known
+    return [_size(graph, symbol, inserted) for symbol in sorted(missing, key=str)]
+
+
+def _size(graph: fx.Graph, symbol: object, inserted: set[fx.Node]) -> fx.Node:
+    """The node of ``symbol``: an input of ``graph``, or a size of one."""
+    inputs = graph.find_nodes(op="placeholder")
+    for node in inputs:
+        if isinstance(node.meta.get("val"), torch.SymInt) and node.meta["val"].node.expr == symbol:
+            return node
+    for node in inputs:
+        val = node.meta.get("val")
+        for axis, size in enumerate(val.shape if isinstance(val, torch.Tensor) else ()):
+            if isinstance(size, torch.SymInt) and size.node.expr == symbol:
+                with graph.inserting_after(inputs[-1]):
+                    found = graph.call_function(torch.ops.aten.sym_size.int, (node, axis))
+                found.meta["val"] = size
+                inserted.add(found)
+                return found
+    raise GraphUnsupported(f"no input of the graph has the size {symbol}")
 
 
 def _submodule(module: fx.GraphModule, part: fx.GraphModule) -> str:

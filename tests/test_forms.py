@@ -557,6 +557,28 @@ def test_of_attention_that_is_not_fused_the_weights_are_stored_and_not_the_score
     assert_close(grads, want, 0.1)
 
 
+def test_inductor_compiles_payloads_whose_sizes_are_products_of_a_dynamic_one():
+    """Batch x length rows go into a decoder, which is a graph of its own: nothing that it is given has either alone."""
+
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(self.up(x.flatten(0, 1)).exp()).square().mean()
+
+    torch.manual_seed(0)
+    model = Flat()
+    function = torch.compile(model, backend="actcomp", dynamic=True, options={**SMALL, "method": "int8", "memory_budget": 1.0})
+    for length in (24, 16):
+        inputs = {"x": torch.randn(4, length, 32)}
+        _, want = step(model, model, inputs)
+        _, grads = step(function, model, inputs)
+        assert_close(grads, want, 0.05)
+    assert coded(model)
+
+
 @pytest.mark.parametrize(("names", "kind"), [({"bmm", "amax", "sum_1"}, SCORE_AGAIN), ({"bmm"}, SCORE)])
 def test_queries_and_keys_of_scores_that_are_run_again_are_known(names: set[str], kind: str):
     model, inputs = models.unfused_masked()
