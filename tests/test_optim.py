@@ -91,11 +91,14 @@ def nothing(m: Any, v: Any, t: int, old: Any, new: Any) -> Any:
 
 
 def ldadam(m: Any, v: Any, t: int, old: Any, new: Any) -> Any:
-    q = (old / old.square().sum(dim=0)).T @ new
+    lengths = old.square().sum(dim=0)
+    q = (old / lengths).T @ new
+    beyond = (new.square().sum(dim=0) - lengths @ q**2).clamp(min=0)
     mean, second = m / (1 - BETA1 ** (t - 1)), v / (1 - BETA2 ** (t - 1))
     carried = mean @ q
     spread = (second - mean**2) @ (q**2)
-    return carried * (1 - BETA1 ** (t - 1)), (1 - BETA2 ** (t - 1)) * (spread + carried**2).abs()
+    rest = (second / lengths).mean(dim=1, keepdim=True) * beyond
+    return carried * (1 - BETA1 ** (t - 1)), (1 - BETA2 ** (t - 1)) * ((spread + carried**2).abs() + rest)
 
 
 @pytest.mark.parametrize("left", [False, True])
@@ -156,25 +159,47 @@ def test_moments_in_one_full_basis_are_carried_to_another_exactly():
     assert torch.allclose(m, BETA1 * (1 - BETA1) * dense, atol=1e-6)
 
 
-@pytest.mark.parametrize("left", [False, True])
-def test_moments_know_the_lengths_of_columns(left: bool):
-    """`sampled` weighs what it draws: a direction that was sure and is drawn next gets a longer column."""
+@dataclass
+class Columns:
+    """A basis of some axes, each at its own length."""
 
-    @dataclass
-    class Columns:
-        lengths: torch.Tensor
+    axes: list[int]
+    lengths: torch.Tensor
 
-        def matrix(self) -> torch.Tensor:
-            return torch.eye(WIDTH)[:, :RANK] * self.lengths
+    def matrix(self) -> torch.Tensor:
+        return torch.eye(WIDTH)[:, self.axes] * self.lengths
 
-    before, after = Columns(torch.linspace(1, 3, RANK)), Columns(torch.linspace(4, 1, RANK))
+
+def carried(before: Columns, after: Columns, left: bool) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
+    """The moments of one gradient in another basis, and its coefficients in both."""
     gradient = numbers(0, *((WIDTH, ROWS) if left else (ROWS, WIDTH)))
     old, new = (b.matrix().T @ gradient if left else gradient @ b.matrix() for b in (before, after))
     place = Place(2, {"betas": (BETA1, BETA2)}, after, left, before)  # pyright: ignore[reportArgumentType]
     state = {"exp_avg": old * (1 - BETA1), "exp_avg_sq": old.square() * (1 - BETA2)}
     CarryMoments()(new, state, place)
+    return state, old, new
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_moments_know_the_lengths_of_columns(left: bool):
+    """`sampled` weighs what it draws: a direction that was sure and is drawn next gets a longer column."""
+    axes = list(range(RANK))
+    state, _, new = carried(Columns(axes, torch.linspace(1, 3, RANK)), Columns(axes, torch.linspace(4, 1, RANK)), left)
     assert torch.allclose(state["exp_avg"], new * (1 - BETA1), rtol=1e-5)
     assert torch.allclose(state["exp_avg_sq"], new.square() * (1 - BETA2), rtol=1e-5)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_directions_that_the_old_basis_has_nothing_of_start_with_the_mean_of_the_others(left: bool):
+    """From v = 0 their first step would be 1 / sqrt(1 - b2) of one."""
+    before, after = Columns([0, 1, 2], torch.tensor([1.0, 2.0, 1.0])), Columns([2, 3], torch.tensor([1.0, 3.0]))
+    state, old, _ = carried(before, after, left)
+    dim = 0 if left else 1
+    mean = (old.square() / (before.lengths.square()[:, None] if left else before.lengths.square())).mean(dim)
+    v = state["exp_avg_sq"] / (1 - BETA2)
+    assert torch.allclose(v.select(dim, 0), old.select(dim, 2).square(), rtol=1e-5)
+    assert torch.allclose(v.select(dim, 1), 9 * mean, rtol=1e-5)
+    assert not state["exp_avg"].select(dim, 1).any()
 
 
 def of_rank(gradients: list[torch.Tensor], rank: int, *, mini: bool = False) -> list[torch.Tensor]:

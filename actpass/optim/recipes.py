@@ -117,8 +117,7 @@ class AdaPM(ComposedOptimizer):
     keys, and the matrices of the MLP. ``AdaPM(model.named_parameters())`` reads the kinds off the names; a group's own
     ``momentum`` ("none", "low_rank", "full") goes before. momentum_rank: directions, or a fraction of a matrix's smaller side.
     second_moment: "full" (Adam's), or "row" (one number a row). For dense gradients and for those in factors, where a change
-    of basis carries the moments over; not through ``sampled``, whose new directions get steps that are too long (see
-    `CarryMoments`; it diverged on a model of 260 thousand parameters).
+    of basis carries the moments over (`CarryMoments`).
     """
 
     def __init__(

@@ -35,14 +35,18 @@ class Place:
     before: Basis | None = None
     name: str | None = None
 
-    def overlap(self) -> torch.Tensor:
+    def overlap(self) -> tuple[torch.Tensor, torch.Tensor]:
         """O (R_old, R): coefficients in the basis before are G P_old of a gradient G, and times O those in this one, G P: exact
-        for what lies in both, where columns are orthogonal, whatever their lengths (those of ``sampled`` are weights)."""
+        for what lies in both, where columns are orthogonal, whatever their lengths (those of ``sampled`` are weights). And for
+        what of this basis lies beyond the one before, E (R_old, R): squares of coefficients times E are their mean, at unit
+        length, times the squared length of that."""
         assert self.basis is not None
         assert self.before is not None
-        old = self.before.matrix()
-        dual = old / old.square().sum(dim=0).clamp_min(torch.finfo(torch.float32).tiny)
-        return dual.t() @ self.basis.matrix()
+        old, new = self.before.matrix(), self.basis.matrix()
+        lengths = old.square().sum(dim=0).clamp_min(torch.finfo(torch.float32).tiny)
+        overlap = (old / lengths).t() @ new
+        beyond = (new.square().sum(dim=0) - lengths @ overlap.square()).clamp_min(0)
+        return overlap, torch.outer(1 / (len(lengths) * lengths), beyond)
 
     def carry(self, moment: torch.Tensor, overlap: torch.Tensor) -> torch.Tensor:
         """``moment``, which has the shape of coefficients in the old basis, through ``overlap``."""
@@ -235,9 +239,9 @@ class CarryMoments:
     """Moments go to a new basis through the overlap O of old and new: m exactly, as far as it lies in both; v by LDAdam's rule
     (arXiv 2410.16103), v' = (1 - b2^(t-1)) |(O * O)(v^ - m^2) + (O m^)^2| with m^ and v^ corrected for bias: v as variance plus
     squared mean, coefficients taken for uncorrelated. OASIS (arXiv 2604.09406) says of v only that it is approximated per
-    coordinate; this rule is this project's choice. A direction that the old basis has nothing of starts with v = 0, which is
-    corrected as if it had seen all steps: without a first moment its first update is 1 / sqrt(1 - b2) of a step. ``sampled``
-    has many such directions."""
+    coordinate; this rule is this project's choice, and so is what is added for the part of a direction that the old basis has
+    nothing of: the mean of v over that basis. With nothing in its place the first steps along it would be up to
+    1 / sqrt(1 - b2) too long."""
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -246,7 +250,7 @@ class CarryMoments:
     def __call__(self, gradient: torch.Tensor, state: State, at: Place) -> torch.Tensor:
         if at.before is None or "exp_avg_sq" not in state:
             return gradient
-        overlap = at.overlap()
+        overlap, expected = at.overlap()
         if "momentum_left" in state:
             left, right = (state[f"momentum_{side}"].to(overlap.dtype) for side in ("left", "right"))
             if at.left:
@@ -268,7 +272,7 @@ class CarryMoments:
         spread = at.carry(v / corrected2 - mean.square(), overlap.square())
         if m is not None:
             state["exp_avg"] = carried * corrected1
-        state["exp_avg_sq"] = (spread + carried.square()).abs_() * corrected2
+        state["exp_avg_sq"] = (spread + carried.square()).abs_() * corrected2 + at.carry(v, expected)
         return gradient
 
 
