@@ -163,6 +163,19 @@ def test_basis_moves_after_a_refresh_step_and_not_within_one(method: str):
     assert moved == [True, False, False, True, False, False]
 
 
+@pytest.mark.parametrize(("interval", "times"), [(1, 1), (10, 10), (20, 20)])
+def test_small_moves_sort_the_directions_every_twenty_optimizer_steps(interval: int, times: int):
+    """Whatever the user's interval between two sketches: twenty moves of `oasis`, after those that always sort."""
+    model, _ = models.mlp()
+    run = compiled(model, "oasis", refresh_interval=interval)
+    spectra = []
+    for batch in batches(34):
+        run(**batch).backward()
+        spectra.append(subspaces(model)["up.weight"].spectrum)
+        CLOCK.steps += interval
+    assert sum(a is not b for a, b in pairwise(spectra[-21:])) == times
+
+
 def test_sketches_of_accumulated_batches_add_up():
     model, _ = models.mlp()
     run = compiled(model, "pca")

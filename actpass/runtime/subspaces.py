@@ -33,7 +33,8 @@ _WHOLE_MOVES = 10
 """The first moves, those of the first batch among them, go all the way: a model that has just begun to learn changes fast."""
 _POINTS_PER_DIRECTION = 2
 _SORTED_EVERY = 20
-"""Of small moves, one in how many optimizer steps keeps the directions in the order of their energies."""
+"""How many optimizer steps after the sketch that last did it a small move keeps the directions in the order of their energies
+again."""
 _TOGETHER = 64 << 20
 """Bytes of the states that small moves take together."""
 
@@ -80,7 +81,8 @@ def sites_of(plan: Mapping[str, Any], paths: Sequence[str | None]) -> tuple[Site
 @dataclass(eq=False, slots=True)
 class Subspace:
     """state: (N + 1, K) float32, see `actpass.codecs.learned`. sketched: the sum of the sketches of the optimizer step
-    ``step``. spectrum: what the last sketch said. moves: how often it moved. begun: whether the first batch was shown."""
+    ``step``. spectrum: what the last sketch said by which the directions were sorted, that of the step ``sorted_at``. moves:
+    how often it moved. begun: whether the first batch was shown."""
 
     method: str
     rank: int
@@ -88,6 +90,7 @@ class Subspace:
     sketched: torch.Tensor | None = None
     step: int = -1
     spectrum: Spectrum | None = None
+    sorted_at: int = -1
     moves: int = 0
     begun: bool = True
 
@@ -104,25 +107,27 @@ class Subspace:
     @property
     def sorts(self) -> bool:
         """Whether the next small move looks at the order of the directions, and says what they hold."""
-        return not self.moves % max(1, _SORTED_EVERY // LEARNED[self.method].refresh_interval)
+        return self.step - self.sorted_at >= _SORTED_EVERY
 
     def move(self, sketched: torch.Tensor) -> None:
         self.sketched = None
         self.state, spectrum = moved(LEARNED[self.method], self.state, sketched, self.rank, self.size)
-        self.spectrum = spectrum or self.spectrum
-        self.moves += spectrum is not None
+        if spectrum is not None:
+            self.spectrum, self.sorted_at = spectrum, self.step
+            self.moves += 1
 
     def to_dict(self) -> dict[str, Any]:
         spectrum = None if self.spectrum is None else self.spectrum.captured
         plain = {"method": self.method, "rank": self.rank, "state": self.state, "sketched": self.sketched}
-        return {**plain, "step": self.step, "spectrum": spectrum, "moves": self.moves}
+        return {**plain, "step": self.step, "spectrum": spectrum, "sorted_at": self.sorted_at, "moves": self.moves}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Subspace:
         spectrum = None if data["spectrum"] is None else Spectrum(data["spectrum"])
         sketched = data["sketched"]
         fresh = None if sketched is None else sketched.clone()
-        return cls(data["method"], data["rank"], data["state"].clone(), fresh, data["step"], spectrum, data["moves"])
+        step, sorted_at = data["step"], data.get("sorted_at", data["step"])  # a state of before the second was kept
+        return cls(data["method"], data["rank"], data["state"].clone(), fresh, step, spectrum, sorted_at, data["moves"])
 
 
 def _move(subspaces: Sequence[Subspace], sketches: Sequence[torch.Tensor]) -> None:
@@ -145,7 +150,7 @@ def _nudge(subspaces: Sequence[Subspace], sketches: Sequence[torch.Tensor], size
     if captured is not None:
         before = torch.stack([s.spectrum.captured for s in subspaces if s.spectrum is not None]).to(captured.device)
         for subspace, fractions in zip(subspaces, torch.where(captured.isnan(), before, captured), strict=True):
-            subspace.spectrum = Spectrum(fractions.clone())
+            subspace.spectrum, subspace.sorted_at = Spectrum(fractions.clone()), subspace.step
     for subspace, state in zip(subspaces, states, strict=True):
         subspace.state, subspace.sketched = state.clone(), None
         subspace.moves += 1
