@@ -188,7 +188,7 @@ class _Adam:
 
     def __call__(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
         state, group = self.of[name]
-        if "exp_avg" not in state or "exp_avg_sq" not in state:
+        if "exp_avg" not in state or "exp_avg_sq" not in state or "basis_draw" in state:  # none, or of coefficients
             return gradient.sign()
         beta1, beta2 = group.get("betas", (0.9, 0.999))
         steps = int(state.get("step", 0)) + 1
@@ -221,9 +221,8 @@ class _Step:
                     gm, example_inputs, config, plain, device, "", peak, compile_fx, extra, inner_compile=interpret
                 )[1]
             if extra.sites:
-                run = with_subspaces(
-                    fn, extra.sites, config, device, Store(STORE)
-                )  # those of the training run stay as they are
+                own = Store(STORE)  # those of the training run stay as they are
+                run = with_subspaces(fn, extra.sites, config, device, own, written=plain.written)
                 return lambda *args: run(args, [round_keys(seed, device)] * 2, CLOCK.steps)
             return (lambda *args: fn(*args, round_keys(seed, device))) if config.needs_seed else fn
 

@@ -158,7 +158,7 @@ def compile_region(
     if extra.factors:
         fn = factors.with_coefficients(fn, extra.factors, len(plain.paths), config, copies=copies)
     if extra.sites:
-        fn = subspaces.with_subspaces(fn, extra.sites, config, device, copies=copies)
+        fn = subspaces.with_subspaces(fn, extra.sites, config, device, copies=copies, written=plain.written)
         return _with_subspaces(fn, region, config, device)
     return _with_seed(fn, region, config, device)
 
@@ -365,8 +365,9 @@ def _append_state(
     if extra.sites:
         append("actpass_learned_seed", round_keys(0, device))
         most = subspaces.most_points(extra.sites)  # traced so: a plan's peak holds a sketch, too
-        append("actpass_points", torch.zeros(most, device=device), most=most)
-        states = [append(f"actpass_subspace_{i}", torch.zeros(site.shape, device=device)) for i, site in enumerate(extra.sites)]
+        append("actpass_points", torch.zeros(most, dtype=torch.float32, device=device), most=most)
+        empty = [torch.zeros(site.shape, dtype=torch.float32, device=device) for site in extra.sites]
+        states = [append(f"actpass_subspace_{i}", state) for i, state in enumerate(empty)]
         (output,) = clone.graph.find_nodes(op="output")
         with clone.graph.inserting_before(output):
             stand_ins = [clone.graph.call_function(torch.ops.aten.i0.default, (state,)) for state in states]
@@ -404,12 +405,12 @@ def _with_subspaces(
 
 def _without(fn: Callable[..., Any], extra: Extra, device: torch.device) -> Callable[..., Any]:
     """A region that takes more, but was left to Inductor after all."""
-    states = [torch.zeros(site.shape, device=device) for site in extra.sites]
+    states = [torch.zeros(site.shape, dtype=torch.float32, device=device) for site in extra.sites]
 
     def run(*args: Any) -> Any:
         *first, key = args
         places = [args[f.position].new_zeros(()).expand(f.shape) for f in extra.factors]
-        learned = [key, torch.zeros(2, device=device), *states] if states else []
+        learned = [key, torch.zeros(2, dtype=torch.float32, device=device), *states] if states else []
         results = fn(*first, key, *learned, *places)
         return results[: len(results) - len(states)]
 

@@ -171,7 +171,8 @@ class _Gradients:
             index = plain_input_index(primal.meta.get("desc"))
             parameter = inputs[index] if index is not None and index < len(inputs) else None
             own = state.get(parameter, {}) if isinstance(parameter, torch.nn.Parameter) else {}
-            kept.append(_sample(position, gradient, own.get("exp_avg_sq")))
+            second = None if "basis_draw" in own else own.get("exp_avg_sq")  # of a low-rank gradient: of its coefficients
+            kept.append(_sample(position, gradient, second))
         return cls(tuple(kept))
 
     def error(self, outputs: Sequence[Any]) -> float:

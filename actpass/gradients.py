@@ -18,6 +18,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from actpass.codecs import LEARNED, PROJECTIONS, contract
+from actpass.codecs.precision import as_written
 from actpass.errors import ActpassWarning
 
 aten = torch.ops.aten
@@ -57,12 +58,13 @@ class Basis:
     def matrix(self) -> torch.Tensor:
         """P in float32, kept as long as this object."""
         if self.made is None:
-            if self.state is None:
-                projection = PROJECTIONS[self.method]
-                self.made = projection.basis(self.key, self.width, self.rank, unbiased=self.unbiased, dtype=torch.float32)
-            else:
-                method = LEARNED[self.method]
-                self.made = method.draw(self.state, method.noise(self.key, self.width, self.rank), self.rank)
+            with as_written(self.key.device):
+                if self.state is None:
+                    projection = PROJECTIONS[self.method]
+                    self.made = projection.basis(self.key, self.width, self.rank, unbiased=self.unbiased, dtype=torch.float32)
+                else:
+                    method = LEARNED[self.method]
+                    self.made = method.draw(self.state, method.noise(self.key, self.width, self.rank), self.rank)
         return self.made
 
 
@@ -120,7 +122,8 @@ class LowRankGradient(torch.Tensor):
         if self.held.dense is not None:
             return self.held.dense
         c = self.coefficients
-        return contract(c, self.basis.matrix().to(c.dtype), left=self.left)
+        with as_written(c.device):
+            return contract(c, self.basis.matrix().to(c.dtype), left=self.left)
 
     def densify(self) -> torch.Tensor:
         """Make it dense for good, and return what it is now."""
@@ -157,7 +160,8 @@ class LowRankGradient(torch.Tensor):
         """|G|^2 = tr(C PᵀP Cᵀ), in float32 at least."""
         c = self.coefficients.to(torch.promote_types(self.dtype, torch.float32))
         p = self.basis.matrix().to(c.dtype)
-        through = (p.t() @ p) @ c if self.left else c @ (p.t() @ p)
+        with as_written(c.device):
+            through = (p.t() @ p) @ c if self.left else c @ (p.t() @ p)
         return (through * c).sum().clamp_min(0)
 
     @property

@@ -16,6 +16,7 @@ from actpass import factor
 from actpass.codecs.generator import round_keys, step_seed
 from actpass.gradients import Basis, LowRankGradient, nbytes
 from actpass.measure import measure
+from actpass.optim import OasisAdamW
 from actpass.runtime.clock import CLOCK
 from actpass.runtime.subspaces import STORE
 
@@ -473,3 +474,15 @@ def test_every_node_is_looked_at_once(monkeypatch: pytest.MonkeyPatch):
     assert len(seen) > 50
     assert len(seen) == len(set(seen))
     assert isinstance(model[1].down.weight.grad, LowRankGradient)  # pyright: ignore
+
+
+def test_audit_and_calibrate_take_an_optimizer_whose_moments_are_of_coefficients():
+    model, inputs = models.mlp()
+    optimizer = OasisAdamW(model.parameters())
+    options = {"method": "oasis", "rank": 8, "gradients": "low_rank", "profitable_only": False}
+    torch.compile(model, backend=eager_actcomp(options))(**inputs).backward()
+    assert isinstance(model.up.weight.grad, LowRankGradient)
+    optimizer.step()
+    options = {"method": "int4", "smallest": 0}
+    assert actpass.audit(model, inputs, options=options, seeds=2, optimizer=optimizer).parameters
+    assert actpass.calibrate(model, inputs, options=options, optimizer=optimizer).rows

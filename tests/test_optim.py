@@ -421,6 +421,54 @@ def test_resume_is_bitwise_across_a_refresh_and_a_change_of_rank(kind: Any, rank
         assert torch.equal(resumed, want), stop
 
 
+@pytest.mark.parametrize("kind", [*ALL, PARTIAL])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_weights_that_are_not_float32_resume_bitwise(kind: Any, dtype: torch.dtype):
+    """Torch casts what it loads to the weight's dtype, and a subspace is float32."""
+
+    def train(parameter: nn.Parameter, optimizer: Any, draws: list[int]) -> None:
+        for draw in draws:
+            parameter.grad = LowRankGradient(numbers(draw, ROWS, RANK).to(dtype), learned(draw), left=False)
+            optimizer.step()
+
+    parameter = nn.Parameter(start(False).detach().to(dtype))
+    optimizer = kind([parameter], **COMMON)
+    train(parameter, optimizer, [1, 2])
+    resumed = nn.Parameter(parameter.detach().clone())
+    other = kind([resumed], **COMMON)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(parameter, optimizer, [3, 4])
+    train(resumed, other, [3, 4])
+    assert torch.equal(resumed, parameter)
+
+
+@pytest.mark.parametrize("kind", [*ALL, PARTIAL])
+def test_a_step_inside_autocast_is_the_step_outside(kind: Any):
+    found = []
+    for enabled in (False, True):
+        parameter = start(False)
+        optimizer = kind([parameter], **COMMON)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            through(optimizer, parameter, [learned(1), learned(2), seeded("haar", 3)], False)
+            assert isinstance(parameter.grad, LowRankGradient)
+            found.append((parameter.detach(), parameter.grad.dense(), parameter.grad.squared_norm()))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("kind", [*ALL, PARTIAL])
+def test_moments_of_the_other_side_of_a_weight_are_forgotten(kind: Any):
+    """One graph reads it as x W^T, another as x W."""
+    square = nn.Parameter(numbers(99, WIDTH, WIDTH))
+    optimizer = kind([square], lr=0.1, weight_decay=0.0)
+    for i, left in enumerate((False, True)):
+        basis, before = seeded("haar", i), square.detach().clone()
+        square.grad = LowRankGradient(numbers(i, *((RANK, WIDTH) if left else (WIDTH, RANK))), basis, left=left)
+        optimizer.step()
+    moved = basis.matrix().t() @ (square.detach() - before) / (WIDTH / RANK)
+    size = 0.1 * (0.25 if kind is CompActAdamW else 1.0)
+    assert torch.allclose(moved.abs(), torch.full_like(moved, size), atol=1e-5)  # Adam's first step
+
+
 @every
 def test_the_contract_of_torch_optimizers(kind: Any):
     a, b = start(False), nn.Parameter(torch.ones(3))

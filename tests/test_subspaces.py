@@ -339,6 +339,34 @@ def test_first_forwards_write_into_no_input(scale: torch.Tensor):
     assert scale._version == before
 
 
+@pytest.mark.parametrize("write", ["in place", "through a view", "by index", "of a list"])
+def test_first_forwards_write_into_no_parameter(write: str):
+    """A moving average that is a parameter without a gradient."""
+
+    class Average(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.mean = nn.Linear(24, 24), nn.Parameter(torch.ones(24), requires_grad=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                if write == "in place":
+                    self.mean.mul_(0.9).add_(x.mean(0), alpha=0.1)
+                elif write == "through a view":
+                    self.mean.data.view(2, 12).mul_(0.5)
+                elif write == "by index":
+                    self.mean[:12] = x.mean(0)[:12]
+                else:
+                    torch._foreach_mul_([self.mean], 0.5)
+            return (self.layer(x) * self.mean).square().mean()
+
+    want, got = Average(), Average()
+    got.load_state_dict(want.state_dict())
+    x = torch.randn(32, 24)
+    assert want(x).item() == pytest.approx(compiled(got, "pca")(x).item(), rel=64 * EPS)
+    assert torch.equal(got.mean, want.mean)
+
+
 def test_first_forwards_leave_what_another_backward_reads():
     first, second = models.mlp()[0], models.mlp()[0]
     x = torch.randn(32, 24)
@@ -412,6 +440,67 @@ def test_a_first_batch_of_nonsense_is_made_good_at_the_next_step():
         optimizer_step()
         step(run, model, batch)
     assert all(s.moves > 0 for s in subspaces(model).values())
+
+
+def test_a_batch_of_nonsense_does_not_spoil_the_one_that_takes_its_place():
+    """A scaler skips the optimizer's step, so that both are of one step of the clock."""
+    model, _ = models.mlp()
+    first, second, third = batches(3)
+    second["x"][3, 5] = torch.nan
+    run = compiled(model, "pca", refresh_interval=1)
+    step(run, model, first)
+    optimizer_step()
+    before = {n: s.moves for n, s in subspaces(model).items()}
+    for batch in (second, third):
+        step(run, model, batch)
+    optimizer_step()
+    step(run, model, first)
+    assert all(s.moves > before[n] + 1 for n, s in subspaces(model).items())
+
+
+@pytest.mark.parametrize("method", ["pca", "prac", "oasis"])
+def test_under_autocast_subspaces_move_and_stay_orthonormal(method: str):
+    """With a direction that outweighs all others: in bfloat16 their Gram matrix has no factor."""
+    model, _ = models.mlp()
+    run = compiled(model, method, refresh_interval=1)
+    outlier = torch.linspace(0.05, 0.02, 24).index_fill(0, torch.tensor([3]), 30.0)
+    before: list[torch.Tensor] = []
+    for i, batch in enumerate(batches(20)):
+        with torch.autocast("cpu", torch.bfloat16):
+            run(batch["x"] * outlier).backward()
+        state = states(model)["up.weight"]
+        if i > 12:
+            assert not torch.equal(state, before[-1])
+            q = state[:-1].double()
+            assert error(q.t() @ q, torch.eye(q.shape[1], dtype=torch.float64)) < 1e-5
+        before.append(state)
+        optimizer_step()
+
+
+@methods
+def test_a_batch_without_tokens_has_no_gradient_and_moves_nothing(method: str):
+    model, _ = models.mlp()
+    run = compiled(model, method)
+    step(run, model, batches(1)[0])
+    optimizer_step()
+    run(torch.randn(0, 24)).nan_to_num().backward()
+    before = states(model)
+    optimizer_step()
+    run(torch.randn(0, 24))
+    assert_equal(states(model), before)
+
+
+def test_the_default_dtype_is_nothing_to_a_subspace():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model, _ = models.mlp()
+        run = compiled(model, "pca", refresh_interval=1)
+        for batch in batches(3):
+            run(batch["x"].bfloat16()).backward()
+            optimizer_step()
+        assert {s.dtype for s in states(model).values()} == {torch.float32}
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_subspaces_that_are_new_begin_and_others_stay():

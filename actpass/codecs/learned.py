@@ -241,6 +241,8 @@ def sketch(
     are not computed again. Costs 2 S N (2 K - known) FLOPs.
     """
     tokens = -1 if left else -2
+    if x.shape[tokens] == 0:  # an expert without tokens
+        return torch.zeros_like(state)
     places_S = (points_S * x.shape[tokens]).to(torch.int64)
     sample = x.index_select(tokens, places_S).to(torch.float32)
     sample_SN = (sample.transpose(-1, -2) if left else sample).reshape(-1, state.shape[0] - 1)

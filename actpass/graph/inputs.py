@@ -21,12 +21,14 @@ _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 class GraphInputs:
     """paths: for every positional input its parameter path (``layers.0.mlp.up_proj.weight``), or None if it is not a
     parameter. computed: whether it is a value that another region computed (an activation that a graph break passes on).
+    written: whether the graph writes to it.
     seed: the position of the step's seed, or None if the region takes none. learned_seed, points, subspaces: those of the
     seed of what is random in learned bases, of the points at which tokens are sampled, and of the learned subspaces.
     coefficients: of what gets the coefficients of a low-rank gradient for its gradient."""
 
     paths: tuple[str | None, ...]
     computed: tuple[bool, ...]
+    written: tuple[bool, ...] = ()
     seed: int | None = None
     learned_seed: int | None = None
     points: int | None = None
@@ -37,7 +39,31 @@ class GraphInputs:
     def of(cls, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> GraphInputs:
         placeholders = gm.graph.find_nodes(op="placeholder")
         paths = _unique(_parameter_path(n, e) for n, e in zip(placeholders, example_inputs, strict=True))
-        return cls(paths, tuple(map(is_computed, example_inputs)))
+        return cls(paths, tuple(map(is_computed, example_inputs)), tuple(map(_is_written, placeholders)))
+
+
+_SHOWS = {
+    "detach", "_get_data_attr", "getattr", "getitem", "view", "view_as", "reshape", "flatten", "unflatten", "t",
+    "transpose", "permute", "movedim", "swapaxes", "unsqueeze", "squeeze", "expand", "expand_as", "narrow", "select",
+    "chunk", "split", "unbind", "diagonal", "alias",
+}  # fmt: skip
+"""Operators of Dynamo's graphs whose result shows the memory of what they are given."""
+_WRITES = {
+    "setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "ilshift", "irshift",
+    "imatmul",
+}  # fmt: skip
+
+
+def _is_written(tensor: fx.Node) -> bool:
+    """Whether what is in the memory of ``tensor`` is changed in place, by the names of operators (``mul_``, ``x[i] = ...``,
+    ``out=``)."""
+    for user in tensor.users:
+        name = str(getattr(user.target, "__name__", user.target))
+        if name in _WRITES or (name.endswith("_") and not name.endswith("__")) or user.kwargs.get("out") is tensor:
+            return True
+        if name in _SHOWS and _is_written(user):
+            return True
+    return False
 
 
 def is_computed(example: Any) -> bool:

@@ -9,10 +9,11 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from actpass.codecs.generator import round_keys
+from actpass.codecs.precision import as_written
 from actpass.gradients import Basis, LowRankGradient
 from actpass.optim.transforms import MOMENTS, MOMENTUM, Place, Ratio, State, Transform, Update, forget
 
-_BASIS = ("basis_draw", "basis_method", "basis_rank", "basis_unbiased", "basis_subspace")
+_BASIS = ("basis_draw", "basis_method", "basis_rank", "basis_unbiased", "basis_width", "basis_left", "basis_subspace")
 
 
 class ComposedOptimizer(torch.optim.Optimizer):
@@ -51,6 +52,12 @@ class ComposedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().load_state_dict(state_dict)
         self._bases = WeakIdKeyDictionary()
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            subspace = state_dict["state"].get(number, {}).get("basis_subspace")
+            if subspace is not None:  # torch has cast it to the parameter's dtype
+                self.state[parameter]["basis_subspace"] = subspace.to(parameter.device, torch.float32, copy=True)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -71,7 +78,8 @@ class ComposedOptimizer(torch.optim.Optimizer):
             names = group.get("param_names") or [None] * len(group["params"])
             for parameter, name in zip(group["params"], names, strict=True):
                 if parameter.grad is not None and parameter.numel():
-                    self._update(parameter, parameter.grad, group, name)
+                    with as_written(parameter.device):
+                        self._update(parameter, parameter.grad, group, name)
         return loss
 
     def _update(self, parameter: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any], name: str | None) -> None:
@@ -80,14 +88,13 @@ class ComposedOptimizer(torch.optim.Optimizer):
         state: State = self.state[parameter]
         step = int(state.get("step", 0)) + 1
         state["step"] = torch.tensor(float(step))
-        factored = isinstance(gradient, LowRankGradient) and gradient.is_factored
-        if factored != ("basis_draw" in state):  # dense where it was in factors, or the other way: moments of another kind
+        if _side(gradient) != _side_before(state):  # or dense where it was in factors: the moments are of another kind
             self._bases.pop(parameter, None)
             _begin_anew(state)
         if isinstance(gradient, LowRankGradient) and gradient.is_factored:
             place = Place(step, group, gradient.basis, gradient.left, self._before(parameter, state, gradient.basis), name)
             numbers = gradient.coefficients
-            self._remember(parameter, state, gradient.basis)
+            self._remember(parameter, state, gradient)
         else:
             place = Place(step, group, name=name)
             numbers = gradient.dense() if isinstance(gradient, LowRankGradient) else gradient
@@ -114,21 +121,34 @@ class ComposedOptimizer(torch.optim.Optimizer):
             rank, unbiased = state["basis_rank"], bool(state["basis_unbiased"])
             method = int(state["basis_method"]).to_bytes(16, "big").strip(b"\0").decode()
             subspace = state.get("basis_subspace")
-            if subspace is not None and basis.state is not None and torch.equal(subspace, basis.state.to(subspace.dtype)):
+            if subspace is not None and basis.state is not None and torch.equal(subspace, basis.state):
                 subspace = basis.state
             before = Basis(method, basis.width, rank, key, state["basis_draw"], unbiased, subspace)
         return None if before is None or before.spans_as(basis) else before
 
-    def _remember(self, parameter: torch.Tensor, state: State, basis: Basis) -> None:
-        """What the basis can be made of again, in numbers, which is all that torch loads. A subspace in the parameter's dtype,
-        to which it casts all that it loads."""
+    def _remember(self, parameter: torch.Tensor, state: State, gradient: LowRankGradient) -> None:
+        """What the basis can be made of again, in numbers, which is all that torch loads."""
+        basis = gradient.basis
+        state["basis_width"], state["basis_left"] = basis.width, gradient.left
         state["basis_draw"], state["basis_method"] = basis.draw, int.from_bytes(basis.method.encode(), "big")
         state["basis_rank"], state["basis_unbiased"] = basis.rank, basis.unbiased
         if basis.state is not None:
-            state["basis_subspace"] = basis.state.to(parameter.dtype)
+            state["basis_subspace"] = basis.state
         else:
             state.pop("basis_subspace", None)
         self._bases[parameter] = basis
+
+
+def _side(gradient: torch.Tensor) -> tuple[int, bool] | None:
+    """What a gradient is in factors of, and from which side; None: it is dense. One graph may read a weight as x W, another as
+    x W^T."""
+    if isinstance(gradient, LowRankGradient) and gradient.is_factored:
+        return gradient.basis.width, gradient.left
+    return None
+
+
+def _side_before(state: State) -> tuple[int, bool] | None:
+    return (int(state["basis_width"]), bool(state["basis_left"])) if "basis_width" in state else None
 
 
 def _lift(parameter: torch.Tensor, update: torch.Tensor, basis: Basis, left: bool, size: float) -> None:

@@ -9,6 +9,7 @@ whose backward is still to come keeps its own.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +21,7 @@ from actpass._torch import FakeTensor, stand_ins
 from actpass.codecs import LEARNED
 from actpass.codecs.generator import round_keys, step_seed
 from actpass.codecs.learned import Spectrum, first_state, moved, nudged, resized, state_shape
+from actpass.codecs.precision import as_written
 from actpass.config import Config
 from actpass.errors import StateError
 from actpass.report.spectra import SubspaceRow
@@ -95,8 +97,9 @@ class Subspace:
     begun: bool = True
 
     def note(self, step: int, sketched: torch.Tensor) -> None:
-        again = self.sketched is not None and self.step == step
-        self.sketched = self.sketched + sketched if again and self.sketched is not None else sketched
+        if self.sketched is not None and self.step == step:
+            sketched = sketched + torch.where(torch.isfinite(self.sketched[-1, 0]), self.sketched, 0)  # else: of a skipped step
+        self.sketched = sketched
         self.step = step
 
     @property
@@ -145,15 +148,18 @@ def _move(subspaces: Sequence[Subspace], sketches: Sequence[torch.Tensor]) -> No
 
 
 def _nudge(subspaces: Sequence[Subspace], sketches: Sequence[torch.Tensor], size: float, *, sort: bool) -> None:
-    """All of one shape, each of which has a spectrum."""
+    """All of one shape, each of which has a spectrum. Where they are sorted it is known of which the factors failed, and these
+    move by eigenvectors."""
     states, captured = nudged(torch.stack([s.state for s in subspaces]), torch.stack(list(sketches)), size, sort=sort)
-    if captured is not None:
-        before = torch.stack([s.spectrum.captured for s in subspaces if s.spectrum is not None]).to(captured.device)
-        for subspace, fractions in zip(subspaces, torch.where(captured.isnan(), before, captured), strict=True):
-            subspace.spectrum, subspace.sorted_at = Spectrum(fractions.clone()), subspace.step
-    for subspace, state in zip(subspaces, states, strict=True):
-        subspace.state, subspace.sketched = state.clone(), None
+    failed = captured.isnan().any(1).tolist() if captured is not None else [False] * len(subspaces)
+    for i, (subspace, sketched) in enumerate(zip(subspaces, sketches, strict=True)):
+        if failed[i]:
+            subspace.move(sketched)
+            continue
+        subspace.state, subspace.sketched = states[i].clone(), None
         subspace.moves += 1
+        if captured is not None:
+            subspace.spectrum, subspace.sorted_at = Spectrum(captured[i].clone()), subspace.step
 
 
 class Store:
@@ -187,11 +193,12 @@ def with_subspaces(
     store: Store = STORE,
     *,
     copies: bool = False,
+    written: Sequence[bool] = (),
 ) -> Callable[[tuple[Any, ...], Sequence[torch.Tensor], int], Any]:
     """``run(args, keys, step)`` for a compiled ``fn(*args, *keys, points, *states) -> (*outputs, *sketches)``. copies: whether
-    ``fn`` keeps the memory of what it returns, as CUDA graphs do."""
+    ``fn`` keeps the memory of what it returns, as CUDA graphs do. written: of each argument, whether ``fn`` writes to it."""
     count = most_points(sites)
-    fewest = torch.zeros(2, device=device)  # not none: a kernel of no elements is a special case in every back end
+    fewest = torch.zeros(2, dtype=torch.float32, device=device)  # none would be a special case in every back end
 
     def call(args: Sequence[Any], keys: Keys, points: torch.Tensor, held: Sequence[Subspace]) -> tuple[Any, Any]:
         results = fn(*args, *keys, points, *(s.state for s in held))
@@ -203,22 +210,25 @@ def with_subspaces(
         devices = sorted({a.device.index for a in args if isinstance(a, torch.Tensor) and a.is_cuda})
         for i in range(_PASSES):
             with torch.random.fork_rng(devices), torch.autograd.graph.saved_tensors_hooks(_same, _same):
-                stand_ins = [_stand_in(a) for a in args]
+                stand_ins = [_stand_in(a, written=w) for a, w in itertools.zip_longest(args, written, fillvalue=False)]
                 sketches = ranks.summed(call(stand_ins, keys, _points(config.seed, -1 - i, count, device), held)[1])
             for subspace, sketched, new in zip(held, sketches, fresh, strict=True):
                 if new:
-                    subspace.move(sketched)
+                    with as_written(device):
+                        subspace.move(sketched)
                     subspace.begun = True
 
     def run(args: tuple[Any, ...], keys: Keys, step: int) -> Any:
         if any(isinstance(a, FakeTensor) for a in args):  # DDP's graph splitting asks what comes out of a part
-            own = [Subspace(s.method, s.rank, torch.zeros(s.shape, device=device)) for s in sites]
+            own = [Subspace(s.method, s.rank, torch.zeros(s.shape, dtype=torch.float32, device=device)) for s in sites]
             return call(args, keys, fewest, own)[0]
-        held = [_held(store, site, args[site.position], config.seed, device) for site in sites]
+        with as_written(device):
+            held = [_held(store, site, args[site.position], config.seed, device) for site in sites]
         if not all(s.begun for s in held):
             begin(args, keys, held)
         due = [s for s in held if s.sketched is not None and s.step < step]
-        _move(due, ranks.summed([s.sketched for s in due if s.sketched is not None]))
+        with as_written(device):
+            _move(due, ranks.summed([s.sketched for s in due if s.sketched is not None]))
         shown = [config.sketches_at(s.method, step) or not s.moves for s in held]
         points = _points(config.seed, step, count, device) if any(shown) else fewest
         outputs, sketches = call(args, keys, points, held)
@@ -235,9 +245,10 @@ def _same(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def _stand_in(argument: Any) -> Any:
-    """What a forward may overwrite in place of ``argument``: a copy of everything but parameters, with its strides."""
-    if not isinstance(argument, torch.Tensor) or isinstance(argument, torch.nn.Parameter):
+def _stand_in(argument: Any, *, written: bool) -> Any:
+    """What a forward may overwrite in place of ``argument``: a copy, with its strides, of everything but parameters that it
+    does not write to."""
+    if not isinstance(argument, torch.Tensor) or (isinstance(argument, torch.nn.Parameter) and not written):
         return argument
     with torch.enable_grad():
         strides = argument.stride()
@@ -274,7 +285,7 @@ def _points(seed: int, step: int, count: int, device: torch.device) -> torch.Ten
     """Where to sample tokens: one point in each of ``count`` equal parts of [0, 1), so that all parts of a batch count alike.
     The same on all ranks, each of which has tokens of its own."""
     generator = torch.Generator().manual_seed(step_seed(seed, step))
-    points = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    points = (torch.arange(count) + torch.rand(count, generator=generator, dtype=torch.float32)) / count
     return points.clamp_(max=1 - 2**-24).to(device)
 
 
