@@ -310,13 +310,14 @@ def _notes(
 def check_budget(region: Region, choice: Choice, done: Cut, tensors: Sequence[Storage], peak: PeakBudget | None) -> Choice:
     """``choice``, if what it became is within the budget that is given beside the plan. Raises `BudgetError`."""
     budget = region.config.memory_budget
+    plan, other = ("the plan that is given", ", or another plan") if region.config.plan else ("what was decided", "")
     if peak is not None:
         needed = peak.needs(done)
         if needed > peak.nbytes:
             raise BudgetError(
-                f"memory_budget={peak.nbytes} bytes of peak does not hold the plan that is given, which needs {needed} bytes: "
+                f"memory_budget={peak.nbytes} bytes of peak does not hold {plan}, which needs {needed} bytes: "
                 f"{peak.resident}, and {done.peak_bytes} predicted above them (and a margin). Use memory_budget={needed} or "
-                "more, or another plan.",
+                f"more{other}.",
                 needed,
             )
         level = Level(0, 0, done.footprint)
@@ -327,8 +328,8 @@ def check_budget(region: Region, choice: Choice, done: Cut, tensors: Sequence[St
         if stored > budget * default:
             least = math.ceil(100 * stored / max(default, 1)) / 100
             raise BudgetError(
-                f"memory_budget={budget} does not hold the plan that is given, which saves {stored} of the {default} bytes "
-                f"that Inductor's default saves for backward. Use memory_budget={least:.2f} or more, or another plan.",
+                f"memory_budget={budget} does not hold {plan}, which saves {stored} of the {default} bytes "
+                f"that Inductor's default saves for backward. Use memory_budget={least:.2f} or more{other}.",
                 least,
             )
     return choice

@@ -132,6 +132,23 @@ def test_a_weight_whose_gradient_has_another_source_stays_dense():
     assert isinstance(model.b.weight.grad, LowRankGradient)
 
 
+def test_the_report_names_projected_gradients_that_are_dense():
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.both, self.head = nn.Linear(24, 48, bias=False), nn.Linear(24, 24)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            a, b = self.both.weight.chunk(2)
+            return self.head(torch.tanh(x @ a.t()) * torch.tanh(x @ b.t())).square().mean()
+
+    model = Parts()
+    torch.compile(model, backend=eager_actcomp(method="haar", rank=8, gradients="low_rank"))(torch.randn(32, 24)).backward()
+    assert not isinstance(model.both.weight.grad, LowRankGradient)
+    (note,) = (n for region in actpass.report(model).regions for n in region.notes)
+    assert note.startswith("the gradients of both.weight are projected but dense: ")
+
+
 def test_the_dense_gradient_never_exists():
     """Compiled by Inductor, measured by allocation events: a step of a wide layer on few tokens is nearly all gradients."""
 

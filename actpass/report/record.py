@@ -426,6 +426,14 @@ def _notes(plan: Plan, sites: Iterable[SiteRow], cuts: Cuts, config: Config, fin
             yield f"override {pattern!r} decided no site of this region"
     if not plan.projections and any(config.treatment_of(paths)[0].projection for paths in read or [()]):
         yield f"no site is projected: {_first_reason(plan, finding)}"
+    factored = {g.parameter for g in plan.factored}
+    dense = sorted({path for d in plan.projections for path in d.parameters} - factored)
+    if dense and config.factors_gradients:
+        more = f" and {len(dense) - 3} more" if len(dense) > 3 else ""
+        yield (
+            f"the gradients of {', '.join(dense[:3])}{more} are projected but dense: a gradient stays in factors where it is "
+            "a projected contraction in the parameter's own axes, or a sum of some through one basis"
+        )
     returned = sum(s.nbytes for s in cuts.exact.saved if s.user_visible)
     if returned:
         yield (
