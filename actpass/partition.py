@@ -172,6 +172,9 @@ def cut(
         patch["activation_memory_budget"] = _LEAST_BUDGET
         patch["activation_memory_budget_solver"] = _RunAgain(setting.again)
         patch["activation_memory_budget_runtime_estimator"] = "testing"  # unused: what runs again is decided
+    if joint.subspaces:  # they stay between steps, as parameters do: a basis that both passes read is made of them again
+        stay = joint.static.union(i for i, primal in enumerate(joint.primals) if primal in joint.subspaces)
+        partition_kwargs = {**partition_kwargs, "static_lifetime_input_indices": sorted(stay)}
     with functorch_config.patch(patch):
         forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **partition_kwargs)
     seeds = tuple(n.name for n in (joint.seed, joint.learned_seed) if n is not None)

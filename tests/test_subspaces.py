@@ -205,6 +205,20 @@ def test_pending_backward_keeps_the_basis_of_its_own_forward():
     later.backward()
 
 
+@pytest.mark.parametrize(
+    ("method", "gradients"), [("pca", "low_rank"), ("prac", "low_rank"), ("sampled", "dense"), ("sampled", "low_rank")]
+)
+def test_bases_are_made_again_and_not_stored(method: str, gradients: str):
+    """A subspace stays between steps, as a parameter does: what is made of it need not cross to the backward, and a budget is
+    met as without it."""
+    model, inputs = models.transformer(layers=1)
+    options = {**ALL, "method": method, "rank": 0.6, "gradients": gradients, "memory_budget": 0.5}
+    step(torch.compile(model, backend=eager_actcomp(options)), model, inputs)
+    report = actpass.report(model)
+    assert projected(report)
+    assert report.saved_bytes <= 0.5 * report.totals.saved_bytes_default
+
+
 def test_one_graph_of_several_modules_has_a_subspace_for_each():
     model, inputs = models.transformer(layers=3)
     inputs["x"].requires_grad_()
