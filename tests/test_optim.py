@@ -93,11 +93,11 @@ def nothing(m: Any, v: Any, t: int, old: Any, new: Any) -> Any:
 def ldadam(m: Any, v: Any, t: int, old: Any, new: Any) -> Any:
     lengths = old.square().sum(dim=0)
     q = (old / lengths).T @ new
-    beyond = (new.square().sum(dim=0) - lengths @ q**2).clamp(min=0)
+    missing = (old.shape[1] / old.shape[0] * new.square().sum(dim=0) - lengths @ q**2).clamp(min=0)
     mean, second = m / (1 - BETA1 ** (t - 1)), v / (1 - BETA2 ** (t - 1))
     carried = mean @ q
     spread = (second - mean**2) @ (q**2)
-    rest = (second / lengths).mean(dim=1, keepdim=True) * beyond
+    rest = (second / lengths).mean(dim=1, keepdim=True) * missing
     return carried * (1 - BETA1 ** (t - 1)), (1 - BETA2 ** (t - 1)) * ((spread + carried**2).abs() + rest)
 
 
@@ -190,7 +190,7 @@ def test_moments_know_the_lengths_of_columns(left: bool):
 
 
 @pytest.mark.parametrize("left", [False, True])
-def test_directions_that_the_old_basis_has_nothing_of_start_with_the_mean_of_the_others(left: bool):
+def test_directions_that_the_old_basis_has_nothing_of_start_with_what_a_random_one_has(left: bool):
     """From v = 0 their first step would be 1 / sqrt(1 - b2) of one."""
     before, after = Columns([0, 1, 2], torch.tensor([1.0, 2.0, 1.0])), Columns([2, 3], torch.tensor([1.0, 3.0]))
     state, old, _ = carried(before, after, left)
@@ -198,7 +198,7 @@ def test_directions_that_the_old_basis_has_nothing_of_start_with_the_mean_of_the
     mean = (old.square() / (before.lengths.square()[:, None] if left else before.lengths.square())).mean(dim)
     v = state["exp_avg_sq"] / (1 - BETA2)
     assert torch.allclose(v.select(dim, 0), old.select(dim, 2).square(), rtol=1e-5)
-    assert torch.allclose(v.select(dim, 1), 9 * mean, rtol=1e-5)
+    assert torch.allclose(v.select(dim, 1), 9 * mean * 3 / WIDTH, rtol=1e-5)
     assert not state["exp_avg"].select(dim, 1).any()
 
 

@@ -37,16 +37,17 @@ class Place:
 
     def overlap(self) -> tuple[torch.Tensor, torch.Tensor]:
         """O (R_old, R): coefficients in the basis before are G P_old of a gradient G, and times O those in this one, G P: exact
-        for what lies in both, where columns are orthogonal, whatever their lengths (those of ``sampled`` are weights). And for
-        what of this basis lies beyond the one before, E (R_old, R): squares of coefficients times E are their mean, at unit
-        length, times the squared length of that."""
+        for what lies in both, where columns are orthogonal, whatever their lengths (those of ``sampled`` are weights). And E
+        (R_old, R), for directions of which the basis before has less than a random one of its rank would, R_old / N: squares
+        of coefficients times E are their mean, at unit length, times the squared length of what is missing."""
         assert self.basis is not None
         assert self.before is not None
         old, new = self.before.matrix(), self.basis.matrix()
         lengths = old.square().sum(dim=0).clamp_min(torch.finfo(torch.float32).tiny)
         overlap = (old / lengths).t() @ new
-        beyond = (new.square().sum(dim=0) - lengths @ overlap.square()).clamp_min(0)
-        return overlap, torch.outer(1 / (len(lengths) * lengths), beyond)
+        width, rank = old.shape
+        missing = (rank / width * new.square().sum(dim=0) - lengths @ overlap.square()).clamp_min(0)
+        return overlap, torch.outer(1 / (rank * lengths), missing)
 
     def carry(self, moment: torch.Tensor, overlap: torch.Tensor) -> torch.Tensor:
         """``moment``, which has the shape of coefficients in the old basis, through ``overlap``."""
@@ -239,9 +240,10 @@ class CarryMoments:
     """Moments go to a new basis through the overlap O of old and new: m exactly, as far as it lies in both; v by LDAdam's rule
     (arXiv 2410.16103), v' = (1 - b2^(t-1)) |(O * O)(v^ - m^2) + (O m^)^2| with m^ and v^ corrected for bias: v as variance plus
     squared mean, coefficients taken for uncorrelated. OASIS (arXiv 2604.09406) says of v only that it is approximated per
-    coordinate; this rule is this project's choice, and so is what is added for the part of a direction that the old basis has
-    nothing of: the mean of v over that basis. With nothing in its place the first steps along it would be up to
-    1 / sqrt(1 - b2) too long."""
+    coordinate; this rule is this project's choice. So is what is added for a direction that the old basis has little of: the
+    mean of v over that basis, up to the share, R / N, that a random basis would have of it. With nothing in its place the first
+    steps along it are 1 / sqrt(1 - b2) of a step (AdaPM with ``sampled`` diverged); with all of the mean, AdaPM with ``haar``
+    learned less (llama-mini, N/4: loss 1.599, without 1.572)."""
 
     @property
     def defaults(self) -> dict[str, Any]:
