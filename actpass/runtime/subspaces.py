@@ -148,8 +148,8 @@ def _move(subspaces: Sequence[Subspace], sketches: Sequence[torch.Tensor]) -> No
 
 
 def _nudge(subspaces: Sequence[Subspace], sketches: Sequence[torch.Tensor], size: float, *, sort: bool) -> None:
-    """All of one shape, each of which has a spectrum. Where they are sorted it is known of which the factors failed, and these
-    move by eigenvectors."""
+    """All of one shape, each of which has a spectrum. Where they are sorted it is known of which the factors failed (a GPU
+    is waited for then), and these move by eigenvectors."""
     states, captured = nudged(torch.stack([s.state for s in subspaces]), torch.stack(list(sketches)), size, sort=sort)
     failed = captured.isnan().any(1).tolist() if captured is not None else [False] * len(subspaces)
     for i, (subspace, sketched) in enumerate(zip(subspaces, sketches, strict=True)):
