@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -132,6 +133,20 @@ def test_in_factors_each_is_its_definition(
         want = transposed
     for a, b in zip(got, want, strict=True):
         assert torch.allclose(a.double(), b.double(), atol=2e-5)
+
+
+@every
+def test_another_random_basis_at_each_step_is_worth_a_warning(kind: Any):
+    for every_step, expected in ((True, 1), (False, 0)):
+        optimizer = kind([parameter := start(False)], lr=0.1)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            through(optimizer, parameter, [seeded("haar", i if every_step else i // 2) for i in range(24)], False)
+        assert len(found) == expected, every_step
+        assert all("refresh_interval" in str(w.message) for w in found)
+    with warnings.catch_warnings():  # one that follows the data may move at each step
+        warnings.simplefilter("error")
+        through(kind([parameter := start(False)], lr=0.1), parameter, [learned(i) for i in range(24)], False)
 
 
 @every
@@ -514,7 +529,7 @@ METHODS: list[Any] = [
     (OasisAdamW, {"method": "oasis", "rank": 0.5}),
     (LazySubspaceAdamW, {"method": "haar", "refresh_interval": 5, "rank": 0.5}),
     (AdaPM, {"method": "haar", "refresh_interval": 5, "rank": 0.5}),
-    (AdamW, {"method": "haar", "rank": 0.5}),
+    (AdamW, {"method": "haar", "refresh_interval": 5, "rank": 0.5}),
     (AdamW, {"method": "exact", "gradients": "dense"}),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -10,10 +11,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from actpass.codecs.generator import round_keys
 from actpass.codecs.precision import as_written
+from actpass.errors import ActpassWarning
 from actpass.gradients import Basis, LowRankGradient
 from actpass.optim.transforms import MOMENTS, MOMENTUM, Place, Ratio, State, Transform, Update, forget
 
 _BASIS = ("basis_draw", "basis_method", "basis_rank", "basis_unbiased", "basis_width", "basis_left", "basis_subspace")
+_RESTLESS = 10
+RESTLESS = (
+    f"{_RESTLESS} optimizer steps in a row had another random basis each: moments of one mean little in the next, and a model "
+    'learns badly. Give options={"refresh_interval": 20} or more; "gradients": "dense" if each step is to have its own.'
+)
 
 
 class ComposedOptimizer(torch.optim.Optimizer):
@@ -34,6 +41,7 @@ class ComposedOptimizer(torch.optim.Optimizer):
         if unknown:
             raise ValueError(f"unknown option {unknown[0]!r}. Known: lr, weight_decay, {', '.join(known)}.")
         self._bases: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of the last step; the state has it to be saved
+        self._redrawn = 0  # steps in a row with another random basis each
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **known, **options})
         for group in self.param_groups:
             _check(group)
@@ -43,7 +51,7 @@ class ComposedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._bases = WeakIdKeyDictionary()
+        self._bases, self._redrawn = WeakIdKeyDictionary(), 0
         for group in self.param_groups:  # a state of before an option was there, or of another optimizer
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -74,15 +82,20 @@ class ComposedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        redrawn = False
         for group in self.param_groups:
             names = group.get("param_names") or [None] * len(group["params"])
             for parameter, name in zip(group["params"], names, strict=True):
                 if parameter.grad is not None and parameter.numel():
                     with as_written(parameter.device):
-                        self._update(parameter, parameter.grad, group, name)
+                        redrawn |= self._update(parameter, parameter.grad, group, name)
+        self._redrawn = self._redrawn + 1 if redrawn else 0
+        if self._redrawn == _RESTLESS:
+            warnings.warn(RESTLESS, ActpassWarning, stacklevel=2)
         return loss
 
-    def _update(self, parameter: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any], name: str | None) -> None:
+    def _update(self, parameter: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any], name: str | None) -> bool:
+        """Move one parameter. True: in a random basis that is another than the last step's."""
         if gradient.is_sparse:
             raise RuntimeError("sparse gradients are not supported. Allowed: dense ones, or low-rank ones in factors.")
         state: State = self.state[parameter]
@@ -106,12 +119,13 @@ class ComposedOptimizer(torch.optim.Optimizer):
             parameter.mul_(1 - lr * group["weight_decay"])
         if place.basis is None and isinstance(update, Ratio):
             parameter.addcdiv_(update.above, update.below, value=-float(lr) * update.times)
-            return
+            return False
         update = update.formed() if isinstance(update, Ratio) else update
         if place.basis is None:
             parameter.add_(update.to(parameter.dtype), alpha=-float(lr))
         else:
             _lift(parameter, update, place.basis, place.left, -float(lr))
+        return place.before is not None and place.before.state is None
 
     def _before(self, parameter: torch.Tensor, state: State, basis: Basis) -> Basis | None:
         """The basis of the step before, if it was another."""
