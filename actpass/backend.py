@@ -86,8 +86,9 @@ def actcomp(
       are faster); see `actpass.chunking`.
     - ``scale``: ``"unbiased"`` (default) or ``"none"`` (orthonormal scaling, for an optimizer inside a fixed subspace).
     - ``refresh_interval``: optimizer steps for which a basis stays (default 1), or between two sketches of a learned subspace
-      (default: `oasis` 1, others 20). ``complement``: of `prac`, ``"fresh"`` (default: drawn at each step, unbiased) or
-      ``"frozen"`` (between two refreshes).
+      (default: `oasis` 1, others 20). ``complement``: the random part of `prac` and `sampled`, ``"fresh"`` (drawn at each
+      step, unbiased), ``"frozen"`` (between two refreshes), or ``"auto"`` (default: frozen with low-rank gradients, whose
+      moments are those of one basis, else fresh).
     - ``gradients``: ``"dense"`` (default), or ``"low_rank"``: projected weight gradients stay in their factors, see
       `actpass.gradients` and `actpass.optim`. All that can be projected is, then.
     - ``seed``: base seed of all bases (default 0).

@@ -25,7 +25,7 @@ Rank = int | float | Literal["budget"]
 Scale = Literal["unbiased", "none"]
 AUTO = "auto"
 ROUNDINGS = (AUTO, "stochastic", "nearest")
-COMPLEMENTS = ("fresh", "frozen")
+COMPLEMENTS = ("auto", "fresh", "frozen")
 GRADIENTS = ("dense", "low_rank")
 METHODS = (AUTO, "exact", *ALL_PROJECTIONS, *QUANTIZERS)
 KEEP = "keep"
@@ -142,7 +142,7 @@ class Config:
     memory_budget: a fraction of saved bytes (float), bytes of peak (int), or None. follows_global_budget: whether the options
     named none, so that it is the global one's. calibration: what a budget weighs errors by. plan: what to follow in place of
     a policy. gradients: one of `GRADIENTS`. tails: of the learned subspaces that there are when a region is compiled, by the
-    path of their parameter.
+    path of their parameter. complement: one of `COMPLEMENTS`.
     """
 
     treatment: Treatment = Treatment()
@@ -150,7 +150,7 @@ class Config:
     memory_budget: float | int | None = None
     follows_global_budget: bool = False
     refresh_interval: int | None = None
-    complement: str = "fresh"
+    complement: str = "auto"
     seed: int = 0
     profitable_only: bool = True
     smallest: int = 16384
@@ -166,6 +166,11 @@ class Config:
     def factors_gradients(self) -> bool:
         """Whether weight gradients stay in their factors where they can."""
         return any(r.factored for r in self.plan.regions) if self.plan is not None else self.gradients == "low_rank"
+
+    @property
+    def draws_afresh(self) -> bool:
+        """Whether the random part of a learned basis is another at each step. Moments of coefficients want one that stays."""
+        return self.complement == "fresh" or (self.complement == "auto" and not self.factors_gradients)
 
     @property
     def needs_seed(self) -> bool:
@@ -212,7 +217,7 @@ class Config:
     def learned_draw_at(self, step: int) -> int:
         """As `draw_at`, for the random part of learned bases: drawn at each step, or, if it is frozen, as long as they stay,
         which is until the step after a sketch."""
-        if self.complement == "fresh":
+        if self.draws_afresh:
             return step
         interval = self.refresh_interval or min(
             (LEARNED[m].refresh_interval for m in self.learned if LEARNED[m].draws), default=1

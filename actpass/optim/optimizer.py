@@ -19,7 +19,8 @@ _BASIS = ("basis_draw", "basis_method", "basis_rank", "basis_unbiased", "basis_w
 _RESTLESS = 10
 RESTLESS = (
     f"{_RESTLESS} optimizer steps in a row had another random basis each: moments of one mean little in the next, and a model "
-    'learns badly. Give options={"refresh_interval": 20} or more; "gradients": "dense" if each step is to have its own.'
+    'learns badly. Give options={"refresh_interval": 20} or more, without "complement": "fresh" of prac and sampled; or '
+    '"gradients": "dense" if each step is to have its own.'
 )
 
 
@@ -125,7 +126,7 @@ class ComposedOptimizer(torch.optim.Optimizer):
             parameter.add_(update.to(parameter.dtype), alpha=-float(lr))
         else:
             _lift(parameter, update, place.basis, place.left, -float(lr))
-        return place.before is not None and place.before.state is None
+        return place.before is not None and place.before.draws and place.before.draw != place.basis.draw
 
     def _before(self, parameter: torch.Tensor, state: State, basis: Basis) -> Basis | None:
         """The basis of the step before, if it was another."""

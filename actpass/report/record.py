@@ -369,7 +369,7 @@ def _with_decision(row: SiteRow, d: Decision, done: Rewritten, after: dict[str, 
 def _is_unbiased(d: Decision, config: Config) -> bool:
     """Whether the expected gradient is the exact one."""
     if d.method in LEARNED:
-        return d.linear and LEARNED[d.method].unbiased and config.complement == "fresh"
+        return d.linear and LEARNED[d.method].unbiased and config.draws_afresh
     return d.scale == "unbiased"
 
 
