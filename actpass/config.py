@@ -215,8 +215,8 @@ class Config:
         return step % (self.refresh_interval or LEARNED[method].refresh_interval) == 0
 
     def learned_draw_at(self, step: int) -> int:
-        """As `draw_at`, for the random part of learned bases: drawn at each step, or, if it is frozen, as long as they stay,
-        which is until the step after a sketch."""
+        """As `draw_at`, for the random part of learned bases (the complement of `prac`, which directions `sampled` has): drawn
+        at each step, or, if it is frozen, as long as they stay, which is until the step after a sketch."""
         if self.draws_afresh:
             return step
         interval = self.refresh_interval or min(

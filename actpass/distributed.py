@@ -172,7 +172,7 @@ class _Reduction:
     def _all_have(self, mine: Mapping[str, _Facts | str | None]) -> bool:
         """Whether all ranks have the same gradients to average."""
         number = int.from_bytes(hashlib.sha256(repr(mine).encode()).digest()[:7], "big")
-        ends = torch.tensor([number, -number])
+        ends = torch.tensor([number, -number], device="cpu")
         dist.all_reduce(ends, dist.ReduceOp.MAX, group=self.cpus)
         return int(ends.sum()) == 0
 

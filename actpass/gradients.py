@@ -44,7 +44,8 @@ class Basis:
     made: torch.Tensor | None = field(default=None, repr=False)
 
     def spans_as(self, other: Basis) -> bool:
-        """Whether it is the same basis, so that coefficients may be added."""
+        """Whether it is the same basis, so that coefficients may be added. Of a learned one, the same tensor: a subspace that
+        moved is another."""
         mine, others = (
             (b.method, b.width, b.rank, b.draw if b.draws else None, b.unbiased, b.key.device) for b in (self, other)
         )
@@ -136,9 +137,12 @@ class LowRankGradient(torch.Tensor):
 
     def shown(self) -> LowRankGradient:
         """Another tensor that is the same gradient: what is written to one is written to both."""
+        return self._of(self.held, self.dtype, self.device)
+
+    def _of(self, held: _Held, dtype: torch.dtype, device: torch.device) -> LowRankGradient:
         made: Any = torch.Tensor._make_wrapper_subclass
-        other = made(LowRankGradient, self.shape, dtype=self.dtype, device=self.device)
-        other.held = self.held
+        other = made(LowRankGradient, self.shape, dtype=dtype, device=device)
+        other.held = held
         return other
 
     def with_coefficients(self, coefficients: torch.Tensor) -> LowRankGradient:
@@ -170,16 +174,16 @@ class LowRankGradient(torch.Tensor):
 
     @data.setter
     def data(self, new: torch.Tensor) -> None:
-        if not isinstance(new, LowRankGradient) and (new.dtype != self.dtype or new.shape != self.shape):
+        if new.shape != self.shape:
             raise TypeError(
-                f"a low-rank gradient of {tuple(self.shape)}, {self.dtype} can't become a tensor of {tuple(new.shape)}, "
-                f"{new.dtype}. Allowed: the same shape and dtype. Clear the gradients first (zero_grad)."
+                f"a low-rank gradient of {tuple(self.shape)} can't become a tensor of {tuple(new.shape)}. Allowed: the same "
+                "shape. Clear the gradients first (zero_grad)."
             )
-        if isinstance(new, LowRankGradient):
-            torch.Tensor.data.__set__(self, new)  # pyright: ignore[reportAttributeAccessIssue]
-            self.held = new.held
-        else:
-            self.densify().copy_(new)
+        if not isinstance(new, LowRankGradient):
+            held = _Held(new.new_empty(0), self.basis, self.left, dense=new.detach())
+            new = self._of(held, new.dtype, new.device)
+        torch.Tensor.data.__set__(self, new)  # pyright: ignore[reportAttributeAccessIssue]
+        self.held = new.held
 
     def __repr__(self, **_: Any) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
         what = f"{self.basis.method}, rank {self.basis.rank}" if self.is_factored else "dense"
@@ -278,7 +282,14 @@ def _same(func: Any, x: LowRankGradient) -> Any:
 
 @_handles(aten.clone.default)
 def _clone(func: Any, x: LowRankGradient, **_: Any) -> Any:
-    return x.with_coefficients(x.coefficients.clone()) if x.is_factored else x.dense().clone()
+    return _copied(x, x.coefficients.clone()) if x.is_factored else x.dense().clone()
+
+
+def _copied(x: LowRankGradient, coefficients: torch.Tensor) -> LowRankGradient:
+    """What was zeroed may take up another subspace as a copy, too."""
+    copy = x.with_coefficients(coefficients)
+    copy.held.is_zero = x.held.is_zero
+    return copy
 
 
 @_handles(aten._to_copy.default)
@@ -286,7 +297,7 @@ def _to(func: Any, x: LowRankGradient, **kwargs: Any) -> Any:
     device, dtype = kwargs.get("device"), kwargs.get("dtype") or x.dtype
     if not x.is_factored or not dtype.is_floating_point or (device is not None and torch.device(device) != x.device):
         return NotImplemented
-    return x.with_coefficients(func(x.coefficients, **{k: v for k, v in kwargs.items() if k != "memory_format"}))
+    return _copied(x, func(x.coefficients, **{k: v for k, v in kwargs.items() if k != "memory_format"}))
 
 
 @_handles(aten.new_empty_strided.default)
@@ -336,7 +347,8 @@ def _add(func: Any, x: Any, y: Any, **kwargs: Any) -> Any:
         return NotImplemented
     if x.held.is_zero and isinstance(y, LowRankGradient) and y.is_factored and x.shape == y.shape:
         held = x.held
-        held.coefficients, held.basis, held.left, held.dense = torch.zeros_like(y.coefficients), y.basis, y.left, None
+        held.coefficients = torch.zeros_like(y.coefficients, dtype=x.dtype)
+        held.basis, held.left, held.dense = y.basis, y.left, None
     if not x.adds_to(y):
         return NotImplemented
     func(x.coefficients, y.coefficients, **kwargs)
@@ -416,14 +428,16 @@ class Coefficients(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.basis, ctx.left, ctx.copies = basis, left, copies
         state = basis.key if basis.state is None else basis.state
-        ctx.save_for_backward(basis.key, torch.tensor(basis.draw), state)
+        ctx.save_for_backward(basis.key, torch.tensor(basis.draw, device="cpu"), state)
         return parameter.new_zeros(()).expand(shape)
 
     @staticmethod
     def backward(ctx: Any, coefficients: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         basis: Basis = ctx.basis
         key, draw, state = ctx.saved_tensors
-        if int(draw) != basis.draw or (basis.state is not None and state is not basis.state):
+        # hooks on what is saved may give back a copy, as those that offload do
+        moved = basis.state is not None and state is not basis.state and not torch.equal(state, basis.state)
+        if int(draw) != basis.draw or moved:
             subspace = state if basis.state is not None else None
             basis = replace(basis, key=key, draw=int(draw), state=subspace, made=None)
         # two parameters may have one and the same; and a CUDA graph writes to its own again

@@ -16,7 +16,7 @@ from actpass import factor
 from actpass.codecs.generator import round_keys, step_seed
 from actpass.gradients import Basis, LowRankGradient, nbytes
 from actpass.measure import measure
-from actpass.optim import OasisAdamW
+from actpass.optim import LazySubspaceAdamW, OasisAdamW
 from actpass.runtime.clock import CLOCK
 from actpass.runtime.subspaces import STORE
 
@@ -132,7 +132,7 @@ def test_a_weight_whose_gradient_has_another_source_stays_dense():
     assert isinstance(model.b.weight.grad, LowRankGradient)
 
 
-def test_the_report_names_projected_gradients_that_are_dense():
+def test_the_report_says_which_gradients_stay_in_factors_and_which_are_dense():
     class Parts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -145,8 +145,9 @@ def test_the_report_names_projected_gradients_that_are_dense():
     model = Parts()
     torch.compile(model, backend=eager_actcomp(method="haar", rank=8, gradients="low_rank"))(torch.randn(32, 24)).backward()
     assert not isinstance(model.both.weight.grad, LowRankGradient)
-    (note,) = (n for region in actpass.report(model).regions for n in region.notes)
-    assert note.startswith("the gradients of both.weight are projected but dense: ")
+    stay, dense = (n for region in actpass.report(model).regions for n in region.notes)
+    assert stay == f"1 weight gradients stay in their factors: {24 * 8} numbers in place of {24 * 24}"
+    assert dense.startswith("the gradients of both.weight are projected but dense: ")
 
 
 def test_the_dense_gradient_never_exists():
@@ -453,6 +454,69 @@ def test_a_model_changes_dtype_with_its_gradients():
     torch.optim.AdamW(model.parameters()).step()
     with pytest.raises(TypeError, match="zero_grad"):
         model.weight.grad.data = torch.ones(2, 2)
+
+
+@pytest.mark.parametrize("zeroed", [False, True])
+def test_a_model_changes_dtype_with_gradients_that_were_zeroed_or_are_dense(zeroed: bool):
+    """And takes up the next subspace, as without the change."""
+    model = nn.Linear(WIDTH, ROWS, bias=False)
+    model.weight.grad = gradient()
+    if not zeroed:
+        torch.nn.utils.clip_grad_value_(model.parameters(), 0.1)
+        want = model.weight.grad.dense().double()
+        model.double()
+        assert model.weight.grad.dtype == model.weight.grad.dense().dtype == torch.float64
+        assert torch.equal(model.weight.grad.dense(), want)
+    model.zero_grad(set_to_none=False)
+    model.double()
+    new = gradient(9)
+    for g in (copy.deepcopy(model.weight.grad), model.weight.grad)[0 if zeroed else 1 :]:
+        g += new
+        assert g.is_factored
+        assert g.dtype == g.coefficients.dtype == torch.float64
+        assert torch.allclose(g.dense(), new.dense().double(), atol=1e-6)
+
+
+@pytest.mark.parametrize(("method", "complement", "stays"), [
+    ("prac", "auto", True), ("sampled", "auto", True), ("sampled", "fresh", False), ("prac", "fresh", False),
+    ("sampled", "frozen", True),
+])  # fmt: skip
+def test_what_is_random_in_a_learned_basis_stays_between_two_refreshes(method: str, complement: str, stays: bool):
+    """So that an optimizer's moments are those of one basis; with dense gradients it is another at each step."""
+    torch.compiler.reset()
+    STORE.clear()
+    model, inputs = Net(), net_inputs()
+    options = {"method": method, "rank": 4, "nonlinear_rank": None, "refresh_interval": 4, "profitable_only": False}
+    run = torch.compile(model, backend=eager_actcomp({**options, "gradients": "low_rank", "complement": complement}))
+    optimizer, counted = LazySubspaceAdamW(model.parameters(), lr=1e-3), []
+    for _ in range(9):
+        loss_of(run(**inputs)).backward()
+        factored = [p for p in model.parameters() if isinstance(p.grad, LowRankGradient)]
+        optimizer.step()
+        counted.append({int(s["step"]) - int(s.get("began", 0)) for s in (optimizer.state[p] for p in factored)})
+        optimizer.zero_grad()
+    assert factored
+    assert counted == [{1}, *([{1}, {2}, {3}, {4}] * 2 if stays else [{1}] * 8)]
+    rows = [row for region in actpass.report(model).regions for row in region.sites if row.rank]
+    assert rows
+    assert all(row.unbiased != stays for row in rows)
+
+
+@pytest.mark.parametrize("method", ["haar", "pca"])
+def test_hooks_that_copy_what_is_saved_leave_the_subspace_one(method: str):
+    """As those do that offload it."""
+    torch.compiler.reset()
+    STORE.clear()
+    model, inputs = Net(), net_inputs()
+    options = {"method": method, "rank": 4, "gradients": "low_rank", "profitable_only": False}
+    run = torch.compile(model, backend=eager_actcomp({**options, **({"nonlinear_rank": None} if method == "pca" else {})}))
+    for _ in range(2):
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
+            loss = loss_of(run(**inputs))
+        loss.backward()
+    factored = [p.grad for p in model.parameters() if isinstance(p.grad, LowRankGradient)]
+    assert factored
+    assert all(g.is_factored for g in factored)
 
 
 @pytest.mark.parametrize("method", ["haar", "oasis"])

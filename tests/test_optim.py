@@ -351,18 +351,99 @@ def test_a_group_that_is_refused_is_not_there():
         AdamW([start(False)], lr=torch.tensor(-1.0))  # pyright: ignore[reportArgumentType]
 
 
+def test_a_parameter_moved_to_another_group_has_its_options():
+    one, two = start(False), start(False)
+    optimizer = OasisAdamW([("one", one), ("two", two)], lr=0.0)
+    optimizer.add_param_group({"params": [("three", start(False))], "lr": 0.1})
+    optimizer.param_groups[1]["params"].append(optimizer.param_groups[0]["params"].pop())
+    before = two.detach().clone()
+    two.grad = numbers(0, ROWS, WIDTH)
+    optimizer.step()
+    assert torch.allclose(two, before - 0.1 * two.grad.sign(), atol=1e-5)
+    by_names = AdaPM([("one", one), ("two", two)])
+    by_names.param_groups[0]["params"].pop()
+    one.grad = numbers(0, ROWS, WIDTH)
+    with pytest.raises(ValueError, match="'param_names' along"):
+        by_names.step()
+
+
+@every
+@pytest.mark.parametrize("theirs", [partial(torch.optim.SGD, momentum=0.9), torch.optim.RMSprop, torch.optim.AdamW])
+def test_a_state_of_another_optimizer_is_taken_as_far_as_it_goes(kind: Any, theirs: Any):
+    parameter = start(False)
+    other = theirs([parameter], lr=0.3)
+    parameter.grad = numbers(0, ROWS, WIDTH)
+    other.step()
+    optimizer = kind([parameter], lr=0.1)
+    if kind is WHOLE and "momentum" in other.param_groups[0]:
+        with pytest.raises(ValueError, match=r"momentum=.*Allowed: 'auto'"):
+            optimizer.load_state_dict(other.state_dict())
+        assert optimizer.param_groups[0]["lr"] == 0.1  # nothing is taken of what is refused
+        return
+    optimizer.load_state_dict(other.state_dict())
+    optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 0.3
+    assert parameter.isfinite().all()
+
+
+def test_a_state_that_is_refused_changes_nothing():
+    parameter = start(False)
+    optimizer = AdamW([parameter], lr=0.1)
+    parameter.grad = numbers(0, ROWS, WIDTH)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    theirs = torch.optim.Adafactor([parameter])  # its eps are two
+    with pytest.raises(ValueError, match=r"eps=.*Allowed: a number"):
+        optimizer.load_state_dict(theirs.state_dict())
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    assert torch.equal(after["state"][0]["exp_avg"], before["state"][0]["exp_avg"])
+
+
+@every
+def test_steps_are_counted_whatever_the_default_dtype_and_device(kind: Any):
+    optimizer = kind([parameter := start(False)], lr=0.1)
+    parameter.grad = numbers(0, ROWS, WIDTH)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    step = optimizer.state[parameter]["step"]
+    assert (step.dtype, step.device.type, int(step)) == (torch.float32, "cpu", 1)
+
+
+def test_a_step_inside_a_compiled_function_is_the_step_outside():
+    """Of several parameters of one shape, which Dynamo takes for one."""
+    found = []
+    for wrap in (lambda f: f, partial(torch.compile, backend="eager")):
+        parameters = [start(False) for _ in range(3)]
+        optimizer = CompActAdamW(parameters, lr=0.1)
+        step = wrap(lambda optimizer=optimizer: optimizer.step())
+        for i in range(3):
+            for j, p in enumerate(parameters):
+                p.grad = numbers(10 * i + j, ROWS, WIDTH)
+            step()
+        found.append([p.detach().clone() for p in parameters])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_kinds_of_blocks_go_by_their_names():
     matrix = torch.zeros(2, 2)
     named = {
         "none": ("model.embed_tokens.weight", "layers.0.self_attn.o_proj.weight", "h.0.attn.c_proj.weight", "wte.weight",
                  "encoder.layer.0.attention.output.dense.weight", "embeddings.word_embeddings.weight", "shared.weight",
                  "block.0.layer.0.SelfAttention.o.weight", "attention.out_lin.weight", "self_attn.dense.weight",
-                 "attn.Wo.weight"),
+                 "attn.Wo.weight", "blocks.0.attn.proj.weight", "attn1.to_out.0.weight"),
         "full": ("layer.0.SelfAttention.v.weight", "attention.v_lin.weight", "attn.Wqkv.weight",
-                 "layers.0.self_attn.v_proj.weight", "attention.self.value.weight", "h.0.attn.c_attn.weight"),
+                 "layers.0.self_attn.v_proj.weight", "attention.self.value.weight", "h.0.attn.c_attn.weight",
+                 "attention.self.value_proj.weight", "attention.self.value_global.weight", "attn1.to_v.weight"),
         "low_rank": ("layers.0.self_attn.q_proj.weight", "mlp.down_proj.weight", "h.0.mlp.c_proj.weight",
                      "encoder.layer.0.output.dense.weight", "encoder.layer.0.attention.self.key.weight", "lm_head.weight",
-                     "text_embedder.layers.0.q_proj.weight", "layer.1.DenseReluDense.wo.weight", "embed_out.weight"),
+                     "text_embedder.layers.0.q_proj.weight", "layer.1.DenseReluDense.wo.weight", "embed_out.weight",
+                     "electra.embeddings_project.weight", "albert.encoder.embedding_hidden_mapping_in.weight"),
     }  # fmt: skip
     for kind, names in named.items():
         for name in names:
@@ -582,6 +663,15 @@ def test_a_model_learns_and_resumes_bitwise(kind: Any, options: dict[str, Any], 
     train(*parts, 5)
     for n, t in model.state_dict().items():
         assert torch.equal(t, want[n]), n
+
+
+def test_nothing_waits_once_error_feedback_is_off():
+    optimizer = OasisAdamW([parameter := start(False)], **COMMON, error_feedback=True)
+    through(optimizer, parameter, [seeded("haar", i) for i in range(3)], False)
+    assert "error" in optimizer.state[parameter]
+    optimizer.param_groups[0]["error_feedback"] = False
+    through(optimizer, parameter, [seeded("haar", 2)], False)
+    assert "error" not in optimizer.state[parameter]
 
 
 @every

@@ -19,7 +19,7 @@ from actpass._torch import fake_input
 from actpass.codecs import LEARNED
 from actpass.codecs.generator import round_keys, step_seed
 from actpass.runtime.clock import CLOCK
-from actpass.runtime.subspaces import STORE, Subspace
+from actpass.runtime.subspaces import STORE, Subspace, _points
 
 from . import models
 from .helpers import EPS, Grads, assert_equal, eager_actcomp, error, grads_of, projected, step
@@ -161,6 +161,12 @@ def test_basis_moves_after_a_refresh_step_and_not_within_one(method: str):
         optimizer_step()
     moved = [not torch.equal(a["up.weight"], b["up.weight"]) for a, b in pairwise(seen)]
     assert moved == [True, False, False, True, False, False]
+
+
+def test_a_sketch_samples_the_same_tokens_whatever_the_default_device():
+    want = _points(0, 3, 16, torch.device("cpu"))
+    with torch.device("meta"):
+        assert torch.equal(_points(0, 3, 16, torch.device("cpu")), want)
 
 
 @pytest.mark.parametrize(("interval", "times"), [(1, 1), (10, 10), (20, 20)])

@@ -13,7 +13,7 @@ from actpass.codecs.generator import round_keys
 from actpass.codecs.precision import as_written
 from actpass.errors import ActpassWarning
 from actpass.gradients import Basis, LowRankGradient
-from actpass.optim.transforms import MOMENTS, MOMENTUM, Place, Ratio, State, Transform, Update, forget
+from actpass.optim.transforms import MOMENTS, MOMENTUM, SECOND_MOMENT, Place, Ratio, State, Transform, Update, forget
 
 _BASIS = ("basis_draw", "basis_method", "basis_rank", "basis_unbiased", "basis_width", "basis_left", "basis_subspace")
 _RESTLESS = 10
@@ -45,18 +45,19 @@ class ComposedOptimizer(torch.optim.Optimizer):
         self._redrawn = 0  # steps in a row with another random basis each
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **known, **options})
         for group in self.param_groups:
-            _check(group)
+            _check(group, self.defaults)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "transforms": self.transforms}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        defaults = state.get("defaults") or self.defaults
+        for group in state["param_groups"]:  # of before an option was there, or of another optimizer
+            for name, value in defaults.items():
+                group.setdefault(name, value)
+            _check(group, defaults)
         super().__setstate__(state)
         self._bases, self._redrawn = WeakIdKeyDictionary(), 0
-        for group in self.param_groups:  # a state of before an option was there, or of another optimizer
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
-            _check(group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().load_state_dict(state_dict)
@@ -71,11 +72,12 @@ class ComposedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         try:
-            _check(self.param_groups[-1])
+            _check(self.param_groups[-1], self.defaults)
         except ValueError:
             self.param_groups.pop()
             raise
 
+    @torch.compiler.disable  # Dynamo 2.13 mixes up the states of parameters behind a graph break
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One update of every parameter that has a gradient; returns what ``closure`` returned."""
@@ -85,8 +87,7 @@ class ComposedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         redrawn = False
         for group in self.param_groups:
-            names = group.get("param_names") or [None] * len(group["params"])
-            for parameter, name in zip(group["params"], names, strict=True):
+            for parameter, name in zip(group["params"], _names(group), strict=True):
                 if parameter.grad is not None and parameter.numel():
                     with as_written(parameter.device):
                         redrawn |= self._update(parameter, parameter.grad, group, name)
@@ -101,7 +102,7 @@ class ComposedOptimizer(torch.optim.Optimizer):
             raise RuntimeError("sparse gradients are not supported. Allowed: dense ones, or low-rank ones in factors.")
         state: State = self.state[parameter]
         step = int(state.get("step", 0)) + 1
-        state["step"] = torch.tensor(float(step))
+        state["step"] = torch.tensor(float(step), dtype=torch.float32, device="cpu")  # as torch's; whatever the defaults are
         if _side(gradient) != _side_before(state):  # or dense where it was in factors: the moments are of another kind
             self._bases.pop(parameter, None)
             _begin_anew(state)
@@ -126,7 +127,8 @@ class ComposedOptimizer(torch.optim.Optimizer):
             parameter.add_(update.to(parameter.dtype), alpha=-float(lr))
         else:
             _lift(parameter, update, place.basis, place.left, -float(lr))
-        return place.before is not None and place.before.draws and place.before.draw != place.basis.draw
+        before, basis = place.before, place.basis
+        return before is not None and basis is not None and before.draws and before.draw != basis.draw
 
     def _before(self, parameter: torch.Tensor, state: State, basis: Basis) -> Basis | None:
         """The basis of the step before, if it was another."""
@@ -186,28 +188,51 @@ def _begin_anew(state: State) -> None:
         state["began"] = int(state["step"]) - 1
 
 
-def _check(group: dict[str, Any]) -> None:
-    def refuse(name: str, allowed: str) -> ValueError:
-        return ValueError(f"{name}={group[name]!r} is not usable. Allowed: {allowed}.")
+def _names(group: dict[str, Any]) -> list[str | None]:
+    """One for each parameter; torch lets a user move parameters to another group without their names."""
+    names = group.get("param_names") or []
+    if len(names) == len(group["params"]):
+        return names
+    if names and group.get("momentum") == "auto":
+        raise ValueError(
+            f"a group has {len(group['params'])} parameters and {len(names)} names, by which momentum='auto' goes. Move "
+            "'param_names' along with 'params', or set the group's momentum to 'none', 'low_rank' or 'full'."
+        )
+    return [None] * len(group["params"])
 
-    if not float(group["lr"]) >= 0:
-        raise refuse("lr", "a number of 0 or more")
-    if not group["weight_decay"] >= 0:
-        raise refuse("weight_decay", "a number of 0 or more")
-    if "betas" in group and not all(0 <= b < 1 for b in group["betas"]):
-        raise refuse("betas", "two numbers in [0, 1)")
-    if "eps" in group and not group["eps"] >= 0:
-        raise refuse("eps", "a number of 0 or more")
-    if "alpha" in group and not group["alpha"] > 0:
-        raise refuse("alpha", "a number above 0")
-    for option, allowed in (("momentum", MOMENTUM), ("second_moment", ("full", "row"))):
-        if option in group and group[option] not in allowed:
-            raise refuse(option, ", ".join(map(repr, allowed)))
-    if group.get("momentum") == "auto" and not group.get("param_names"):
+
+def _check(group: dict[str, Any], known: dict[str, Any]) -> None:
+    """Raise for an option among ``known`` that is out of range; a state of another optimizer may have more of them."""
+
+    def not_negative(x: Any) -> bool:
+        return float(x) >= 0
+
+    number = "a number of 0 or more"
+    allowed: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "lr": (not_negative, number),
+        "weight_decay": (not_negative, number),
+        "betas": (lambda betas: len(betas) == 2 and all(0 <= b < 1 for b in betas), "two numbers in [0, 1)"),
+        "eps": (not_negative, number),
+        "alpha": (lambda alpha: alpha > 0, "a number above 0"),
+        "momentum": (lambda kind: kind in MOMENTUM, ", ".join(map(repr, MOMENTUM))),
+        "second_moment": (lambda kind: kind in SECOND_MOMENT, ", ".join(map(repr, SECOND_MOMENT))),
+        "momentum_rank": (
+            lambda rank: rank >= 1 if isinstance(rank, int) else 0 < rank <= 1,
+            "an int of 1 or more, or a fraction in (0, 1] of a matrix's smaller side",
+        ),
+    }
+    for name, (fits, what) in allowed.items():
+        if name in known and not _holds(fits, group[name]):
+            raise ValueError(f"{name}={group[name]!r} is not usable. Allowed: {what}.")
+    if "momentum" in known and group["momentum"] == "auto" and not group.get("param_names"):
         raise ValueError(
             "momentum='auto' goes by the parameters' names. Give model.named_parameters() in place of model.parameters(), or "
             "one of 'none', 'low_rank' and 'full' for each group."
         )
-    rank = group.get("momentum_rank", 1)
-    if not (rank >= 1 if isinstance(rank, int) else 0 < rank <= 1):
-        raise refuse("momentum_rank", "an int of 1 or more, or a fraction in (0, 1] of a matrix's smaller side")
+
+
+def _holds(test: Callable[[Any], bool], value: Any) -> bool:
+    try:
+        return bool(test(value))
+    except (TypeError, ValueError):  # another optimizer's, of another kind
+        return False

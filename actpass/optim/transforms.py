@@ -188,13 +188,14 @@ class PartialMomentum:
 
 
 MOMENTUM = ("auto", "none", "low_rank", "full")
+SECOND_MOMENT = ("full", "row")
 _KINDS = (
     (
         "none",
-        r"embed(?!_out)[^.]*\.weight$|embeddings?\b|\bshared\.|\bwte\b|\bwpe\b|o_proj|out_proj|out_lin|attention\.output\.dense|attn\.c_proj"
-        r"|(attn|attention)\.(wo|dense|o)\b",
+        r"embed(?!_out)(?![^.]*(proj|mapping))[^.]*\.weight$|embeddings?\b|\bshared\.|\bwte\b|\bwpe\b|o_proj|out_proj|out_lin|\bto_out\b"
+        r"|attention\.output\.dense|(attn|attention)\.(c_proj|proj|wo|dense|o)\b",
     ),
-    ("full", r"v_proj|v_lin|attention\.v\b|\bvalue\b|\bwv\b|c_attn|qkv|query_key_value|in_proj"),
+    ("full", r"v_proj|v_lin|attention\.v\b|\bvalue(_|\b)|\bto_v\b|\bwv\b|c_attn|qkv|query_key_value|in_proj"),
 )
 """Kinds of blocks by their names in `transformers` and torch, in lower case: embeddings and attention's output, values (and
 what holds them together with queries and keys). Every other matrix is low-rank."""
@@ -295,6 +296,8 @@ class ErrorFeedback:
         return {**self.moved.defaults, "error_feedback": False}
 
     def __call__(self, gradient: torch.Tensor, state: State, at: Place) -> Update:
+        if not at.group["error_feedback"]:
+            state.pop("error", None)  # of before the option was turned off
         if not at.group["error_feedback"] or at.basis is None or "exp_avg" not in state:
             return self.moved(gradient, state, at)
         whole = None

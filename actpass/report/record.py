@@ -3,6 +3,7 @@ on a cache hit, when neither the pass nor the partitioner runs."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -427,6 +428,9 @@ def _notes(plan: Plan, sites: Iterable[SiteRow], cuts: Cuts, config: Config, fin
     if not plan.projections and any(config.treatment_of(paths)[0].projection for paths in read or [()]):
         yield f"no site is projected: {_first_reason(plan, finding)}"
     factored = {g.parameter for g in plan.factored}
+    if factored:
+        held, whole = _numbers(plan)
+        yield f"{len(factored)} weight gradients stay in their factors: {held} numbers in place of {whole}"
     dense = sorted({path for d in plan.projections for path in d.parameters} - factored)
     if dense and config.factors_gradients:
         more = f" and {len(dense) - 3} more" if len(dense) > 3 else ""
@@ -446,6 +450,16 @@ def _notes(plan: Plan, sites: Iterable[SiteRow], cuts: Cuts, config: Config, fin
             f"{cuts.final.kept_input_bytes} bytes of activations that another region computed are read by this region's "
             "backward, too; as inputs they are not counted above"
         )
+
+
+def _numbers(plan: Plan) -> tuple[int, int]:
+    """Of the gradients that stay in factors: coefficients, and what the dense ones would have."""
+    held = whole = 0
+    for g in plan.factored:
+        d = next(d for d in plan.projections if d.site == g.site and g.parameter in d.parameters)
+        held += math.prod(g.shape)
+        whole += math.prod(g.shape) // (d.rank or d.width) * d.width
+    return held, whole
 
 
 def _first_reason(plan: Plan, finding: Finding) -> str:

@@ -82,9 +82,9 @@ def sites_of(plan: Mapping[str, Any], paths: Sequence[str | None]) -> tuple[Site
 
 @dataclass(eq=False, slots=True)
 class Subspace:
-    """state: (N + 1, K) float32, see `actpass.codecs.learned`. sketched: the sum of the sketches of the optimizer step
-    ``step``. spectrum: what the last sketch said by which the directions were sorted, that of the step ``sorted_at``. moves:
-    how often it moved. begun: whether the first batch was shown."""
+    """method, rank: of the projection. state: (N + 1, K) float32, see `actpass.codecs.learned`. sketched: the sum of the
+    sketches of the optimizer step ``step``. spectrum: what the last sketch said by which the directions were sorted, that of
+    the step ``sorted_at``. moves: how often it moved. begun: whether the first batch was shown."""
 
     method: str
     rank: int
@@ -171,7 +171,7 @@ class Store:
         self._behind = behind
 
     def of(self, parameter: torch.Tensor) -> dict[str, Subspace]:
-        """By `Site.name`."""
+        """By `Site.name`; where there are none, an empty one to fill."""
         if parameter not in self._of:
             known = self._behind.of(parameter) if self._behind is not None else {}
             self._of[parameter] = {name: replace(subspace) for name, subspace in known.items()}
@@ -284,8 +284,9 @@ def most_points(sites: Sequence[Site]) -> int:
 def _points(seed: int, step: int, count: int, device: torch.device) -> torch.Tensor:
     """Where to sample tokens: one point in each of ``count`` equal parts of [0, 1), so that all parts of a batch count alike.
     The same on all ranks, each of which has tokens of its own."""
-    generator = torch.Generator().manual_seed(step_seed(seed, step))
-    points = (torch.arange(count) + torch.rand(count, generator=generator, dtype=torch.float32)) / count
+    cpu = torch.device("cpu")  # whatever the default is
+    generator = torch.Generator(cpu).manual_seed(step_seed(seed, step))
+    points = (torch.arange(count, device=cpu) + torch.rand(count, generator=generator, dtype=torch.float32, device=cpu)) / count
     return points.clamp_(max=1 - 2**-24).to(device)
 
 
