@@ -29,7 +29,7 @@ def llama(key_value_heads: int = 2) -> tuple[nn.Module, dict[str, torch.Tensor]]
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=2048, hidden_size=128, intermediate_size=344, num_hidden_layers=3, num_attention_heads=4,
+        vocab_size=2048, hidden_size=128, intermediate_size=344, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=key_value_heads, max_position_embeddings=128, use_cache=False,
     )  # fmt: skip
     return built(LlamaForCausalLM(config))
@@ -43,7 +43,7 @@ def gpt2() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        vocab_size=2048, n_embd=128, n_layer=3, n_head=4, n_positions=128, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        vocab_size=2048, n_embd=128, n_layer=2, n_head=4, n_positions=128, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         use_cache=False, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     model = GPT2LMHeadModel(config)
@@ -55,7 +55,7 @@ def bert() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     from transformers import BertConfig, BertForMaskedLM
 
     config = BertConfig(
-        vocab_size=2048, hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
+        vocab_size=2048, hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=128, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     return built(BertForMaskedLM(config))

@@ -543,7 +543,7 @@ def test_subspaces_that_are_new_begin_and_others_stay():
     assert subspaces(model)["v.weight"].moves == 3
 
 
-@methods
+@pytest.mark.parametrize("method", ["prac", "sampled"])
 def test_the_plan_of_a_run_can_be_followed(method: str):
     model, inputs = models.llama(2)
     _, want = step(compiled(model, method), model, inputs)
