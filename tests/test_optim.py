@@ -623,7 +623,7 @@ def test_a_model_learns_and_resumes_bitwise(kind: Any, options: dict[str, Any], 
 
     def begin() -> Any:
         torch.compiler.reset()
-        model, inputs = models.transformer()
+        model, inputs = models.transformer(layers=1)
         optimizer = kind(model.named_parameters() if kind is AdaPM else model.parameters(), lr=3e-3)
         return model, inputs, optimizer, torch.compile(model, backend=eager_actcomp(options))
 

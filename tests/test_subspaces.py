@@ -545,7 +545,7 @@ def test_subspaces_that_are_new_begin_and_others_stay():
 
 @pytest.mark.parametrize("method", ["prac", "sampled"])
 def test_the_plan_of_a_run_can_be_followed(method: str):
-    model, inputs = models.llama(2)
+    model, inputs = models.llama(1)
     _, want = step(compiled(model, method), model, inputs)
     report = actpass.report(model)
     assert projected(report)
