@@ -31,7 +31,8 @@ pytestmark = pytest.mark.distributed
 
 WORLD, RANK = 2, 4
 HAAR = {"method": "haar", "rank": RANK, "profitable_only": False}
-PRAC = {"method": "prac", "rank": RANK, "profitable_only": False, "nonlinear_rank": None}
+# frozen: as it is with low-rank gradients, so that dense ones lie in the same bases
+PRAC = {"method": "prac", "rank": RANK, "profitable_only": False, "nonlinear_rank": None, "complement": "frozen"}
 # A gradient is a sum over T = 32 tokens and 2 ranks that is taken in another order, and goes through a basis of N <= 40 rows
 # before the mean and not after it: log2(64) + log2(40) roundings of EPS / 2 that add up at the worst, three such layers deep;
 # twice that, for both are rounded.

@@ -243,8 +243,8 @@ class CarryMoments:
     squared mean, coefficients taken for uncorrelated. OASIS (arXiv 2604.09406) says of v only that it is approximated per
     coordinate; this rule is this project's choice. So is what is added for a direction that the old basis has little of: the
     mean of v over that basis, up to the share, R / N, that a random basis would have of it. With nothing in its place the first
-    steps along it are 1 / sqrt(1 - b2) of a step (AdaPM with ``sampled``, drawn at each step, diverged); with all of the mean, AdaPM with ``haar``
-    learned less (llama-mini, N/4: loss 1.599, without 1.572)."""
+    steps along it are 1 / sqrt(1 - b2) of a step (AdaPM with ``sampled``, drawn at each step, diverged); with all of the mean,
+    AdaPM with ``haar`` learned less (llama-mini, N/4: loss 1.599, without 1.572)."""
 
     @property
     def defaults(self) -> dict[str, Any]:
