@@ -111,8 +111,8 @@ class Prac(LearnedProjection):
     """P = [Q1, sqrt(k) Q2]: r1 principal directions and r2 random ones of their complement, k = (N - r1) / r2.
 
     Source: Li, Zhang, Fang, "PRAC", ICML 2026, arXiv 2602.23111: x ~ x Q1 Q1^T + k x Q2 Q2^T. Unbiased with the complement
-    drawn from the step's key, as here by default: E[Q2 Q2^T] = (I - Q1 Q1^T) r2 / (N - r1). Relative variance
-    (k - 1) tail, tail the energy beyond Q1. With ``complement="frozen"``, the paper's, Q2 stays until the next
+    drawn from the step's key, as here by default with dense gradients: E[Q2 Q2^T] = (I - Q1 Q1^T) r2 / (N - r1). Relative
+    variance (k - 1) tail, tail the energy beyond Q1. With ``complement="frozen"``, the paper's, Q2 stays until the next
     refresh, and the gradients between two are biased. The paper's ranks are r1 = r2 = 0.3 N for inputs of linear layers (rank
     0.6, the default), and 0.2 N for those of norms and activation functions (``nonlinear_rank`` 0.4), which are decoded,
     x_hat = z P^T, and whose gradients are biased. This project's choice: r1 is half of the rank, rounded down, and
@@ -178,7 +178,8 @@ class Sampled(LearnedProjection):
     covariance: pi_i = min(1, c sqrt(sigma_i)), sum pi = R: leading directions surely, the tail by the root of its energy.
     Unbiased: E[P P^T] = sum q_i q_i^T. Relative variance sum (1 / pi_i - 1) sigma_i / sum sigma_i. The state has
     all N directions and pi. This project's choice: sigma is the energy of x along a direction, and the draw
-    is systematic sampling (W. Madow, 1949): one uniform number, always R directions.
+    is systematic sampling (W. Madow, 1949): one uniform number, always R directions. Drawn at each step, or with low-rank
+    gradients once between two refreshes (``complement``), which is the paper's: V stays for K steps.
     """
 
     name = "sampled"
