@@ -29,7 +29,8 @@ SHORT = [
     "--lr",
     "0.01",
 ]
-LOW_RANK = ["--method", "haar", "--rank", "4", "--gradients", "low_rank", "--optimizer", "oasis"]
+LOW_RANK = ["--method", "haar", "--rank", "4", "--gradients", "low_rank", "--optimizer", "oasis",
+            "--refresh-interval", "20"]  # fmt: skip
 
 Finetune = Callable[..., dict[str, Any]]
 
