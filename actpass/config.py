@@ -25,7 +25,7 @@ Rank = int | float | Literal["budget"]
 Scale = Literal["unbiased", "none"]
 AUTO = "auto"
 ROUNDINGS = (AUTO, "stochastic", "nearest")
-COMPLEMENTS = ("auto", "fresh", "frozen")
+COMPLEMENTS = (AUTO, "fresh", "frozen")
 GRADIENTS = ("dense", "low_rank")
 METHODS = (AUTO, "exact", *ALL_PROJECTIONS, *QUANTIZERS)
 KEEP = "keep"
@@ -150,7 +150,7 @@ class Config:
     memory_budget: float | int | None = None
     follows_global_budget: bool = False
     refresh_interval: int | None = None
-    complement: str = "auto"
+    complement: str = AUTO
     seed: int = 0
     profitable_only: bool = True
     smallest: int = 16384
@@ -170,7 +170,7 @@ class Config:
     @property
     def draws_afresh(self) -> bool:
         """Whether the random part of a learned basis is another at each step. Moments of coefficients want one that stays."""
-        return self.complement == "fresh" or (self.complement == "auto" and not self.factors_gradients)
+        return self.complement == "fresh" or (self.complement == AUTO and not self.factors_gradients)
 
     @property
     def needs_seed(self) -> bool:
