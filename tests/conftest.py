@@ -28,6 +28,7 @@ from .helpers import interpret
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error::actpass.ActpassWarning")  # a fallback fails the test
+    config.addinivalue_line("filterwarnings", "default:actpass was tested on torch:actpass.ActpassWarning")  # a newer torch
     # pytest attaches its handlers to loggers that do not propagate; with a handler on this one torch writes out every graph
     logging.getLogger("torch.__trace").propagate = True
 

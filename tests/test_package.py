@@ -83,7 +83,8 @@ def test_entry_point_makes_the_backend_known_without_an_import():
 
 
 @pytest.mark.parametrize(
-    ("version", "tested"), [("2.11.0+cu130", True), ("2.13.0+cpu", True), ("2.10.1", False), ("2.14.0a0", False)]
+    ("version", "tested"),
+    [("2.11.0+cu130", True), ("2.13.0+cpu", True), ("2.15.0+cu132", True), ("2.10.1", False), ("2.16.0a0", False)],
 )
 def test_torch_versions_outside_the_tested_range_are_told_apart(version: str, tested: bool):
     assert torch_is_tested(version) is tested
@@ -94,5 +95,5 @@ def test_untested_torch_warns_with_the_versions_that_were_tested(monkeypatch: py
 
     monkeypatch.setattr("actpass.backend.torch_is_tested", lambda: False)
     model = torch.compile(torch.nn.Linear(4, 4), backend="actcomp")
-    with pytest.warns(actpass.ActpassWarning, match=r"tested on torch 2\.11 to 2\.13; this is"):
+    with pytest.warns(actpass.ActpassWarning, match=r"tested on torch 2\.11 to 2\.15; this is"):
         model(torch.randn(2, 4))
