@@ -19,6 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import other_build
 import torch
 from arguments import positive_int, probability
 from bench_compile_time import measure_compile_times, work
@@ -52,6 +53,8 @@ def main() -> int:
     given = parser.parse_args()
     try:
         check_device(given.device)
+        if given.against is not None:
+            other_build.load(given.against)
         specs = rows_of(given)
         if given.compile_time and given.compile_worker is None:
             return compile_time(given, specs)
@@ -94,6 +97,9 @@ def _parser() -> argparse.ArgumentParser:
         "--budgets", type=positive_int, metavar="N",
         help="add N rows of actcomp:auto at budgets of peak bytes, from the least that can be met to Inductor's default peak",
     )  # fmt: skip
+    parser.add_argument(
+        "--against", type=Path, metavar="CHECKOUT", help="another build of this project, whose rows are before:METHOD"
+    )
     parser.add_argument("--compile-time", action="store_true", help="cold and warm compile times, in fresh processes")
     parser.add_argument("--repeat", type=positive_int, default=3, help="processes a row and phase of --compile-time")
     parser.add_argument("--compile-worker", type=parse_row, help=argparse.SUPPRESS)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import other_build
 import torch
 from arguments import option, probability, rank
 from bench_counts import BudgetCut, Counts, count_default, count_eager, counts_of_report
@@ -29,8 +30,9 @@ from actpass.gradients import nbytes
 from actpass.measure import measure
 
 ROW_FORMS = (
-    "eager, inductor, inductor-budget=B, inductor-recompute, inductor-fp8, actcomp:METHOD[:RANK][,KEY=VALUE]; for any of them "
-    "also optimizer=NAME, lr=X and optimizer.KEY=VALUE"
+    "eager, inductor, inductor-budget=B, inductor-recompute, inductor-fp8, actcomp:METHOD[:RANK][,KEY=VALUE], "
+    "before:METHOD[:RANK][,KEY=VALUE] (the build of --against); for any of them also optimizer=NAME, lr=X and "
+    "optimizer.KEY=VALUE"
 )
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "torch": torch.optim.AdamW,
@@ -88,9 +90,9 @@ def _form(text: str) -> tuple[str, float | None, dict[str, Any] | None]:
     if text in plain or text == "inductor-fp8":
         return *plain.get(text, ("inductor", 1.0)), None
     name, _, rest = text.partition(":")
-    if name == "actcomp" and rest:
+    if name in ("actcomp", "before") and rest:
         method, _, r = rest.partition(":")
-        return "actcomp", None, {"method": method, **({"rank": rank(r)} if r else {})}
+        return name, None, {"method": method, **({"rank": rank(r)} if r else {})}
     name, _, budget = text.partition("=")
     return ("inductor", probability(budget), None) if name == "inductor-budget" else ("", None, None)
 
@@ -163,6 +165,8 @@ def compiled(spec: RowSpec, module: nn.Module, vocab: int) -> Callable[..., Tens
         return module
     if spec.kind == "actcomp":
         return torch.compile(module, backend="actcomp", options=dict(spec.options))
+    if spec.kind == "before":
+        return torch.compile(module, backend=other_build.loaded().backend.actcomp, options=dict(spec.options))
     if spec.budget is None:
         return torch.compile(module)
     return torch.compile(module, options={"custom_partitioner_fn": BudgetCut(spec.label, spec.budget, vocab), **spec.options})
@@ -283,16 +287,21 @@ def _counts(row: Row) -> Counts:
     vocab = row.setup.vocab
     if row.spec.kind == "eager":
         return count_eager(lambda: row.forward(0), row.model, vocab)
-    if row.spec.kind == "actcomp":
-        row.measured["predicted_peak_bytes"] = predicted_peak(row)
+    if row.spec.kind in ("actcomp", "before"):
+        report = package_of(row.spec).report(row.model)
+        row.measured["predicted_peak_bytes"] = predicted_peak(row, report)
         row.measured["budget_bytes"] = row.spec.options.get("memory_budget")
-        return counts_of_report(actpass.report(row.model), vocab)
+        return counts_of_report(report, vocab)
     return Counts() if row.spec.budget is None else BudgetCut(row.spec.label, row.spec.budget, vocab).counts()
 
 
-def predicted_peak(row: Row) -> int | None:
+def package_of(spec: RowSpec) -> Any:
+    """The build that compiled a row."""
+    return other_build.loaded() if spec.kind == "before" else actpass
+
+
+def predicted_peak(row: Row, report: actpass.Report) -> int | None:
     """Above what is resident; with the optimizer's step, where the row has one and a budget made its scratch known."""
-    report = actpass.report(row.model)
     if row.optimizer is None or report.step_bytes is None:
         return report.totals.peak_bytes
     return report.step_bytes - (report.totals.resident_bytes or 0)
