@@ -24,6 +24,7 @@ from actpass._torch import (
     current_code,
     current_frame,
     detect_fake_mode,
+    dynamo,
     fake_input,
     functorch_config,
     inductor_config,
@@ -31,18 +32,19 @@ from actpass._torch import (
     list_mode_options,
     size_hint,
     torch_is_tested,
+    went_through_inductor,
 )
 from actpass.budget import PeakBudget
 from actpass.codecs.generator import round_keys, step_seed
 from actpass.compiler import Compiled, compile_joint
 from actpass.config import Config, parse
 from actpass.eager import with_eager_curve
-from actpass.errors import ActpassWarning
+from actpass.errors import ActpassError, ActpassWarning, InternalError
 from actpass.graph import GraphInputs
 from actpass.graph.copying import copy_module
 from actpass.modelplan import ModelPlan
 from actpass.plan import Plan
-from actpass.report.record import Record
+from actpass.report.record import Record, describe_unknown
 from actpass.runtime import clock, factors, ranks, records, regions, steps, subspaces
 from actpass.runtime.resident import resident
 
@@ -100,10 +102,14 @@ def actcomp(
     - ``profitable_only``: True (default) leaves a tensor exact where projecting it costs FLOPs and frees no bytes.
     - ``plan``: an `actpass.ModelPlan` or the path of its file, to be followed in place of all that decides; see
       `actpass.follow`.
+    - ``fallback``: what becomes of a region that the pass fails on, by a bug of its own: ``"error"`` (default) raises
+      `InternalError`, which says what to report; ``"warn"`` leaves the region to Inductor, with an `ActpassWarning` and the
+      reason in the report, and training goes on. A region that the pass can't read is left to Inductor with a warning under
+      both, but under ``"error"`` a budget of peak bytes that it does not fit raises `BudgetError`.
     - ``mode``, ``inductor``: a torch.compile mode, and a dict of Inductor's own options.
 
     Raises `OptionError` / `BudgetError` / `PlanError` (inside Dynamo's ``BackendCompilerFailed``) on bad options, and where
-    ranks that compile the same region have decided differently.
+    ranks that compile the same region have decided differently; `InternalError` for a bug of the pass.
     """
     config = parse(options, mode)
     if not torch_is_tested():
@@ -122,6 +128,36 @@ def compile_region(
     gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, **compiler_options: Any
 ) -> Callable[..., Any]:
     """Compile one training graph and register its region. compiler_options: for `compile_fx`, e.g. ``inner_compile``."""
+    try:
+        return _compile_region(gm, example_inputs, config, **compiler_options)
+    except Exception as error:
+        if isinstance(error, ActpassError) and not isinstance(error, InternalError):
+            raise
+        if config.fallback == "warn" and not isinstance(error, dynamo.exc.RestartAnalysis):
+            return _without_the_pass(gm, example_inputs, config, error, **compiler_options)
+        if isinstance(error, InternalError) or went_through_inductor(error):
+            raise
+        raise InternalError.of(error) from error
+
+
+def _without_the_pass(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, error: Exception, **compiler_options: Any
+) -> Callable[..., Any]:
+    """Inductor alone, where the pass failed before it knew what that saves."""
+    cause = error.__cause__ if isinstance(error, InternalError) else error
+    reason = f"{type(cause).__name__}: {cause}{'; its memory_budget is not held' if config.searches else ''}"
+    warnings.warn(f"actpass left a region to Inductor alone, because {reason}", ActpassWarning, stacklevel=2)
+    compiler: Callable[..., Any] = compile_fx
+    fn = compiler(gm, example_inputs, config_patches=_inductor_options(config), **compiler_options)
+    positions = tuple(i for i, e in enumerate(example_inputs) if isinstance(e, torch.nn.Parameter))
+    region = regions.Region(describe_unknown(config, reason), config, positions, current_frame(), code=current_code())
+    regions.register(region)
+    return _plain(fn, region)
+
+
+def _compile_region(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, **compiler_options: Any
+) -> Callable[..., Any]:
     plain = GraphInputs.of(gm, example_inputs)
     code, shapes = current_code(), repr([tuple(e.shape) for e in example_inputs if isinstance(e, torch.Tensor)])
     if config.plan is not None:
@@ -145,6 +181,8 @@ def compile_region(
     if compiled is not None:
         record = with_eager_curve(compiled.record, gm, example_inputs)
         records.store(key, nonce, record)
+    elif record is not None and not record.active:
+        warnings.warn(f"actpass: a region is not as asked, because {record.inactive_because}", ActpassWarning, stacklevel=2)
     if record is None:  # no backward: nothing to save, nothing to report, no seed to draw
         return _with_unused_seed(fn, device) if config.needs_seed else fn
     ranks.check(record)
@@ -282,7 +320,12 @@ class Partitioner(CustomPartitionerFn):
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        compiled = compile_joint(gm, joint_inputs, self.config, self.inputs, kwargs, self.peak, self.decided)
+        try:
+            compiled = compile_joint(gm, joint_inputs, self.config, self.inputs, kwargs, self.peak, self.decided)
+        except ActpassError:
+            raise
+        except Exception as error:
+            raise InternalError.of(error) from error
         _current.get().append(compiled)
         return compiled.forward, compiled.backward
 
