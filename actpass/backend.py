@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -47,8 +46,6 @@ from actpass.plan import Plan
 from actpass.report.record import Record, describe_unknown
 from actpass.runtime import clock, factors, ranks, records, regions, steps, subspaces
 from actpass.runtime.resident import resident
-
-_current: ContextVar[list[Compiled]] = ContextVar("actpass_current_compile")
 
 
 def actcomp(
@@ -289,23 +286,19 @@ def run_passes(
         inputs = replace(inputs, seed=first, coefficients=tuple(range(end - len(extra.factors), end)))
         example_inputs = [*example_inputs, *own]
     partitioner = Partitioner(config, inputs, nonce, peak, extra.decided)
-    compiled: list[Compiled] = []
-    token = _current.set(compiled)
-    try:
-        fn = compiler(
-            gm,
-            example_inputs,
-            config_patches={**_inductor_options(config), "custom_partitioner_fn": partitioner},
-            **compiler_options,
-        )
-    finally:
-        _current.reset(token)
-    return (compiled[0] if compiled else None), fn
+    fn = compiler(
+        gm,
+        example_inputs,
+        config_patches={**_inductor_options(config), "custom_partitioner_fn": partitioner},
+        **compiler_options,
+    )
+    return (partitioner.done[0] if partitioner.done else None), fn
 
 
 @dataclass(frozen=True)
 class Partitioner(CustomPartitionerFn):
-    """The pass, as Inductor's caches see it: everything its result depends on is in its fields."""
+    """The pass, as Inductor's caches see it: everything its result depends on is in its fields. done: what it did, which is no
+    part of the keys, and there for whatever thread asks."""
 
     config: Config
     inputs: GraphInputs
@@ -316,6 +309,7 @@ class Partitioner(CustomPartitionerFn):
     donated: bool = field(default_factory=lambda: functorch_config.donated_buffer)
     """Inductor's graph cache does not key on it: a backward that overwrites what it read would be found again after the
     user turned donation off for `retain_graph=True`, and its second run would give wrong gradients (torch 2.13)."""
+    done: list[Compiled] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
@@ -326,8 +320,12 @@ class Partitioner(CustomPartitionerFn):
             raise
         except Exception as error:
             raise InternalError.of(error) from error
-        _current.get().append(compiled)
+        self.done.append(compiled)
         return compiled.forward, compiled.backward
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For the pickles that caches make keys of."""
+        return {**self.__dict__, "done": []}
 
     def uuid(self) -> Any:
         return (
