@@ -8,6 +8,7 @@ What each name is for stands beside it, so that a torch upgrade is one file to r
 from __future__ import annotations
 
 import os
+import traceback
 import types
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -105,6 +106,7 @@ __all__ = [
     "tag_activation_checkpoint",
     "take_out_of_buckets",
     "torch_is_tested",
+    "went_through_inductor",
 ]
 
 TESTED_TORCH = ("2.11", "2.15")
@@ -178,6 +180,12 @@ def size_hint(value: int | torch.SymInt) -> int:
         return value
     hint = value.node.hint
     return int(hint) if hint is not None else 1
+
+
+def went_through_inductor(error: BaseException) -> bool:
+    """Whether ``error`` was raised while Inductor ran, of which the pass is a part."""
+    package = os.path.dirname(str(inductor_config.__file__))
+    return any(f.filename.startswith(package) for f in traceback.extract_tb(error.__traceback__))
 
 
 def active_ddp() -> DistributedDataParallel | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +23,7 @@ from actpass._torch import (
     current_code,
     current_frame,
     detect_fake_mode,
+    dynamo,
     fake_input,
     functorch_config,
     inductor_config,
@@ -31,22 +31,21 @@ from actpass._torch import (
     list_mode_options,
     size_hint,
     torch_is_tested,
+    went_through_inductor,
 )
 from actpass.budget import PeakBudget
 from actpass.codecs.generator import round_keys, step_seed
 from actpass.compiler import Compiled, compile_joint
 from actpass.config import Config, parse
 from actpass.eager import with_eager_curve
-from actpass.errors import ActpassWarning
+from actpass.errors import ActpassError, ActpassWarning, InternalError
 from actpass.graph import GraphInputs
 from actpass.graph.copying import copy_module
 from actpass.modelplan import ModelPlan
 from actpass.plan import Plan
-from actpass.report.record import Record
+from actpass.report.record import Record, describe_unknown
 from actpass.runtime import clock, factors, ranks, records, regions, steps, subspaces
 from actpass.runtime.resident import resident
-
-_current: ContextVar[list[Compiled]] = ContextVar("actpass_current_compile")
 
 
 def actcomp(
@@ -100,10 +99,14 @@ def actcomp(
     - ``profitable_only``: True (default) leaves a tensor exact where projecting it costs FLOPs and frees no bytes.
     - ``plan``: an `actpass.ModelPlan` or the path of its file, to be followed in place of all that decides; see
       `actpass.follow`.
+    - ``fallback``: what becomes of a region that the pass fails on, by a bug of its own: ``"error"`` (default) raises
+      `InternalError`, which says what to report; ``"warn"`` leaves the region to Inductor, with an `ActpassWarning` and the
+      reason in the report, and training goes on. A region that the pass can't read is left to Inductor with a warning under
+      both, but under ``"error"`` a budget of peak bytes that it does not fit raises `BudgetError`.
     - ``mode``, ``inductor``: a torch.compile mode, and a dict of Inductor's own options.
 
     Raises `OptionError` / `BudgetError` / `PlanError` (inside Dynamo's ``BackendCompilerFailed``) on bad options, and where
-    ranks that compile the same region have decided differently.
+    ranks that compile the same region have decided differently; `InternalError` for a bug of the pass.
     """
     config = parse(options, mode)
     if not torch_is_tested():
@@ -122,6 +125,36 @@ def compile_region(
     gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, **compiler_options: Any
 ) -> Callable[..., Any]:
     """Compile one training graph and register its region. compiler_options: for `compile_fx`, e.g. ``inner_compile``."""
+    try:
+        return _compile_region(gm, example_inputs, config, **compiler_options)
+    except Exception as error:
+        if isinstance(error, ActpassError) and not isinstance(error, InternalError):
+            raise
+        if config.fallback == "warn" and not isinstance(error, dynamo.exc.RestartAnalysis):
+            return _without_the_pass(gm, example_inputs, config, error, **compiler_options)
+        if isinstance(error, InternalError) or went_through_inductor(error):
+            raise
+        raise InternalError.of(error) from error
+
+
+def _without_the_pass(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, error: Exception, **compiler_options: Any
+) -> Callable[..., Any]:
+    """Inductor alone, where the pass failed before it knew what that saves."""
+    cause = error.__cause__ if isinstance(error, InternalError) else error
+    reason = f"{type(cause).__name__}: {cause}{'; its memory_budget is not held' if config.searches else ''}"
+    warnings.warn(f"actpass left a region to Inductor alone, because {reason}", ActpassWarning, stacklevel=2)
+    compiler: Callable[..., Any] = compile_fx
+    fn = compiler(gm, example_inputs, config_patches=_inductor_options(config), **compiler_options)
+    positions = tuple(i for i, e in enumerate(example_inputs) if isinstance(e, torch.nn.Parameter))
+    region = regions.Region(describe_unknown(config, reason), config, positions, current_frame(), code=current_code())
+    regions.register(region)
+    return _plain(fn, region)
+
+
+def _compile_region(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, **compiler_options: Any
+) -> Callable[..., Any]:
     plain = GraphInputs.of(gm, example_inputs)
     code, shapes = current_code(), repr([tuple(e.shape) for e in example_inputs if isinstance(e, torch.Tensor)])
     if config.plan is not None:
@@ -145,6 +178,8 @@ def compile_region(
     if compiled is not None:
         record = with_eager_curve(compiled.record, gm, example_inputs)
         records.store(key, nonce, record)
+    elif record is not None and not record.active:
+        warnings.warn(f"actpass: a region is not as asked, because {record.inactive_because}", ActpassWarning, stacklevel=2)
     if record is None:  # no backward: nothing to save, nothing to report, no seed to draw
         return _with_unused_seed(fn, device) if config.needs_seed else fn
     ranks.check(record)
@@ -251,23 +286,19 @@ def run_passes(
         inputs = replace(inputs, seed=first, coefficients=tuple(range(end - len(extra.factors), end)))
         example_inputs = [*example_inputs, *own]
     partitioner = Partitioner(config, inputs, nonce, peak, extra.decided)
-    compiled: list[Compiled] = []
-    token = _current.set(compiled)
-    try:
-        fn = compiler(
-            gm,
-            example_inputs,
-            config_patches={**_inductor_options(config), "custom_partitioner_fn": partitioner},
-            **compiler_options,
-        )
-    finally:
-        _current.reset(token)
-    return (compiled[0] if compiled else None), fn
+    fn = compiler(
+        gm,
+        example_inputs,
+        config_patches={**_inductor_options(config), "custom_partitioner_fn": partitioner},
+        **compiler_options,
+    )
+    return (partitioner.done[0] if partitioner.done else None), fn
 
 
 @dataclass(frozen=True)
 class Partitioner(CustomPartitionerFn):
-    """The pass, as Inductor's caches see it: everything its result depends on is in its fields."""
+    """The pass, as Inductor's caches see it: everything its result depends on is in its fields. done: what it did, which is no
+    part of the keys, and there for whatever thread asks."""
 
     config: Config
     inputs: GraphInputs
@@ -278,13 +309,23 @@ class Partitioner(CustomPartitionerFn):
     donated: bool = field(default_factory=lambda: functorch_config.donated_buffer)
     """Inductor's graph cache does not key on it: a backward that overwrites what it read would be found again after the
     user turned donation off for `retain_graph=True`, and its second run would give wrong gradients (torch 2.13)."""
+    done: list[Compiled] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        compiled = compile_joint(gm, joint_inputs, self.config, self.inputs, kwargs, self.peak, self.decided)
-        _current.get().append(compiled)
+        try:
+            compiled = compile_joint(gm, joint_inputs, self.config, self.inputs, kwargs, self.peak, self.decided)
+        except ActpassError:
+            raise
+        except Exception as error:
+            raise InternalError.of(error) from error
+        self.done.append(compiled)
         return compiled.forward, compiled.backward
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For the pickles that caches make keys of."""
+        return {**self.__dict__, "done": []}
 
     def uuid(self) -> Any:
         return (

@@ -32,13 +32,14 @@ from actpass.chunking import Chunked, chunk
 from actpass.codecs import LEARNED
 from actpass.config import Config
 from actpass.decode import decode_saved
-from actpass.errors import ActpassError, ActpassWarning, GraphUnsupported, PlanError
+from actpass.errors import ActpassError, ActpassWarning, BudgetError, GraphUnsupported, PlanError
 from actpass.factor import factor_gradients
 from actpass.graph import GraphInputs, Joint, find_contractions, fingerprint, plain_inputs
 from actpass.graph.copying import copy_module
 from actpass.graph.joint import module_path, storage_root, value
 from actpass.partition import Cut, Cuts, Setting, cut
 from actpass.plan import Factored, Plan, Storage, choose, choose_decoded
+from actpass.plan.spread import Level
 from actpass.report.record import Record, describe, describe_fallback
 from actpass.rewrite import Rewritten, rewrite, subspaces_of
 from actpass.swap import swap
@@ -87,27 +88,63 @@ def compile_joint(
     peak: PeakBudget | None = None,
     decided: Plan | None = None,
 ) -> Compiled:
-    """Partition ``gm`` as ``config`` asks. A graph that can't be read falls back to the stock cut, with a warning and the
-    reason in the record; a mistake in the options raises, and so does a given plan that can't be followed. peak: the budget,
-    if it is one of peak bytes. decided: the plan, if a search has found it for the same graph."""
-    joint = _prepare(gm, inputs, partition_kwargs)
-    given = follow.find(config.plan, joint) if config.plan is not None else decided
-    default = cut(joint, joint_inputs, partition_kwargs, Setting(rebuild=False))
-    traced = Traced(joint, joint_inputs, partition_kwargs, config, default)
+    """Partition ``gm`` as ``config`` asks. peak: the budget, if it is one of peak bytes. decided: the plan, if a search has
+    found it for the same graph.
+
+    A graph that can't be read falls back to the stock cut, with a warning and the reason in the record. Raises for a mistake in
+    the options, for a given plan that can't be followed, `BudgetError` where the stock cut does not fit a budget of peak bytes
+    (but under ``fallback="warn"``), and whatever a bug of the pass raises: under ``fallback="warn"`` that falls back, too."""
+    traced, given = None, decided
     try:
+        joint = _prepare(gm, inputs, partition_kwargs)
+        if config.plan is not None:
+            given = follow.find(config.plan, joint)
+        default = cut(joint, joint_inputs, partition_kwargs, Setting(rebuild=False))
+        traced = Traced(joint, joint_inputs, partition_kwargs, config, default)
         return _compile(traced, peak, given)
-    except ActpassError as error:
-        if not isinstance(error, GraphUnsupported | (PlanError if decided is not None else GraphUnsupported)):
-            raise
-        cause, reason = error, f"{error}"
     except Exception as error:
-        cause, reason = error, f"{type(error).__name__}: {error}"
+        unreadable = isinstance(error, GraphUnsupported)
+        if isinstance(error, PlanError) and decided is not None:
+            raise AssertionError(f"a plan that was searched for can't be followed: {error}") from error
+        expected = isinstance(error, ActpassError) or config.fallback == "error"
+        if traced is None or (expected and not unreadable):
+            raise
+        cause, reason = error, f"{error}" if unreadable else f"{type(error).__name__}: {error}"
     if given is not None and decided is None and not given.is_default:
         raise follow.refusal(reason) from cause
-    over = "; its memory_budget is not held" if config.searches else ""
-    warnings.warn(f"actpass left a region to Inductor alone, because {reason}{over}", ActpassWarning, stacklevel=2)
-    record = describe_fallback(joint, default, config, reason)
-    return Compiled(default.forward, default.backward, record, default, {"joint": joint.gm}, traced)
+    return _left_to_inductor(traced, peak, reason)
+
+
+def _left_to_inductor(traced: Traced, peak: PeakBudget | None, reason: str) -> Compiled:
+    """The region as Inductor cuts it. Raises `BudgetError` where that exceeds a budget of peak bytes, but under
+    ``fallback="warn"``."""
+    config, default = traced.config, traced.default
+    fits = peak is not None and peak.needs(default) <= peak.nbytes
+    if peak is not None and not fits and config.fallback == "error":
+        raise _does_not_fit(peak, default, reason)
+    if config.searches and not fits:
+        reason = f"{reason}; its memory_budget is not held"
+    warnings.warn(f"actpass left a region to Inductor alone, because {reason}", ActpassWarning, stacklevel=2)
+    record = describe_fallback(traced.joint, default, config, reason)
+    if peak is not None and fits:  # it has no choice, but counts in one plan over all parts of a step
+        record = _under(peak, replace(record, levels=(Level(default.saved_bytes, 0, default.footprint),)))
+    return Compiled(default.forward, default.backward, record, default, {"joint": traced.joint.gm}, traced)
+
+
+def _does_not_fit(peak: PeakBudget, default: Cut, reason: str) -> BudgetError:
+    needed = peak.needs(default)
+    return BudgetError(
+        f"memory_budget={peak.nbytes} bytes of peak can't be met: the pass can't change this region, because {reason}, and as "
+        f"Inductor cuts it it needs {needed} bytes: {peak.resident}, and above them {default.peak_bytes} predicted (and a "
+        f"margin). Use memory_budget={needed} or more, a smaller batch, or options={{'fallback': 'warn'}}, which trains over "
+        "the budget, with a warning.",
+        needed,
+    )
+
+
+def _under(peak: PeakBudget, record: Record) -> Record:
+    totals = replace(record.totals, resident_bytes=peak.resident.total, scratch_bytes=peak.resident.scratch)
+    return replace(record, totals=totals)
 
 
 def _prepare(gm: fx.GraphModule, inputs: GraphInputs, partition_kwargs: Mapping[str, Any]) -> Joint:
@@ -162,8 +199,7 @@ def _compile(traced: Traced, peak: PeakBudget | None, given: Plan | None) -> Com
     notes = (*done.notes, *([choice.note] if choice.note is not None else []))
     record = replace(record, notes=(*record.notes, *notes))
     if peak is not None:
-        totals = replace(record.totals, resident_bytes=peak.resident.total, scratch_bytes=peak.resident.scratch)
-        record = replace(record, totals=totals, levels=choice.levels)
+        record = _under(peak, replace(record, levels=choice.levels))
     if done.off is not None:
         record = replace(record, active=False, inactive_because=done.off)
     forward, backward = done.swapped.forward, done.swapped.backward

@@ -27,6 +27,7 @@ AUTO = "auto"
 ROUNDINGS = (AUTO, "stochastic", "nearest")
 COMPLEMENTS = (AUTO, "fresh", "frozen")
 GRADIENTS = ("dense", "low_rank")
+FALLBACKS = ("error", "warn")
 METHODS = (AUTO, "exact", *ALL_PROJECTIONS, *QUANTIZERS)
 KEEP = "keep"
 DEFAULT_RANK = 0.25
@@ -142,7 +143,7 @@ class Config:
     memory_budget: a fraction of saved bytes (float), bytes of peak (int), or None. follows_global_budget: whether the options
     named none, so that it is the global one's. calibration: what a budget weighs errors by. plan: what to follow in place of
     a policy. gradients: one of `GRADIENTS`. tails: of the learned subspaces that there are when a region is compiled, by the
-    path of their parameter. complement: one of `COMPLEMENTS`.
+    path of their parameter. complement: one of `COMPLEMENTS`. fallback: one of `FALLBACKS`.
     """
 
     treatment: Treatment = Treatment()
@@ -161,6 +162,7 @@ class Config:
     plan: ModelPlan | None = None
     tails: tuple[tuple[str, float], ...] = ()
     gradients: str = "dense"
+    fallback: str = "error"
 
     @property
     def factors_gradients(self) -> bool:
@@ -574,6 +576,7 @@ _PARSERS = {
     "mode": _mode,
     "inductor": _inductor,
     "plan": _plan,
+    "fallback": lambda name, value: _one_of(name, value, FALLBACKS, ""),
 }
 _DECIDED = ("gradients", "overrides", "profitable_only", "smallest", "chunk_loss", "calibration")
 """What a plan decides, beside treatments."""

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
+
+import torch
+
+_PACKAGE = Path(__file__).resolve().parent
+
 
 class ActpassError(Exception):
     """Base of every error that actpass raises."""
@@ -36,10 +43,27 @@ class PictureError(ActpassError):
     """A picture can't be drawn: matplotlib is missing, or the file's name says no kind of picture."""
 
 
+class InternalError(ActpassError, RuntimeError):
+    """A bug of actpass: the pass failed on a graph in a way that it does not foresee. The cause is chained. The message says
+    what to report, and how to train on without the pass."""
+
+    @classmethod
+    def of(cls, cause: Exception) -> InternalError:
+        """The error for a ``cause`` that was raised in this package."""
+        frames = [f for f in traceback.extract_tb(cause.__traceback__) if Path(f.filename).is_relative_to(_PACKAGE)]
+        at = f" at actpass/{Path(frames[-1].filename).relative_to(_PACKAGE).as_posix()}:{frames[-1].lineno}" if frames else ""
+        return cls(
+            f"the pass failed on a region: {type(cause).__name__}: {cause}{at}. This is a bug of actpass, not of the model. "
+            f"Please report it: this message with its traceback, torch {torch.__version__}, the options and a model that shows "
+            "it. To train on meanwhile, give options={'fallback': 'warn'}: such a region is left to Inductor, with a warning, "
+            "and takes the memory that it takes without actpass."
+        )
+
+
 class GraphUnsupported(ActpassError):
     """The pass can't read or rewrite this graph. Caught by the pipeline: the region falls back to Inductor's own cut
     and the report carries the message. Users never see it raised."""
 
 
 class ActpassWarning(UserWarning):
-    """A region fell back, or the torch version is untested."""
+    """A region was left to Inductor, or the torch version is untested."""

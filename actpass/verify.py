@@ -1,4 +1,5 @@
-"""Checks after every rewrite and every cut. A violation is a bug of ours: the region falls back to Inductor's own cut."""
+"""Checks after every rewrite and every cut. What must hold whatever the graph raises `AssertionError`: a bug of ours. Where
+upstream's partitioner chose otherwise than the plan, it is `GraphUnsupported`."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ def only_planned_gradients_changed(joint: Joint, plan: Plan, done: Rewritten) ->
     free = [g for primal, g in joint.gradients if joint.parameter_path.get(primal) not in planned]
     touched = done.inserted & _ancestors([*(o for o in joint.forward_outputs if o not in done.sketches), *free])
     if touched:
-        raise GraphUnsupported(f"the rewrite reached a value that it must not change, through {min(touched)}")
+        raise AssertionError(f"the rewrite reached a value that it must not change, through {min(touched)}")
 
 
 def crosses_as_planned(rewritten_cut: Cut, exact_cut: Cut, plan: Plan, done: Rewritten, roots: dict[str, str]) -> None:
@@ -59,7 +60,7 @@ def decoded_as_planned(cut: Cut, decoded: Cut, tensors: Sequence[SavedTensor], d
     own = [(new, old) for new, old in zip(now, was, strict=True) if new not in done.sketches]
     touched = done.inserted & _ancestors(new for new, _ in own if isinstance(new, fx.Node))
     if touched or any(str(new) != str(old) for new, old in own):
-        raise GraphUnsupported("the projections reached an output of the forward")
+        raise AssertionError("the projections reached an output of the forward")
     crossing = {s.holder for s in decoded.saved} | {s.name for s in decoded.saved}
     left = [t.node for t in tensors if t.node in crossing or crossing & set(t.crossing)]
     if left or not set(done.payloads.values()) <= crossing:
@@ -74,15 +75,15 @@ def stored_as_planned(
     outputs, was = (_outputs(c.forward)[:num_fwd_outputs] for c in (swapped, cut))
     touched = inserted & _ancestors(n for n in outputs if isinstance(n, fx.Node))
     if touched or [str(n) for n in outputs] != [str(n) for n in was]:
-        raise GraphUnsupported("the low-bit forms reached an output of the forward")
+        raise AssertionError("the low-bit forms reached an output of the forward")
     coded = {s.root for s in storages if s.coded}
     left = {s.root for s in storages if not s.coded}
     both = {s.root for s in swapped.saved} & (coded - left)
     if both:
-        raise GraphUnsupported(f"{min(both)} still crosses, beside its codes")
+        raise AssertionError(f"{min(both)} still crosses, beside its codes")
     planned = sum(s.stored_bytes for s in storages) + sum(s.nbytes for s in cut.saved if s.root in cut.seeds)
     if swapped.saved_bytes != planned:
-        raise GraphUnsupported(f"{swapped.saved_bytes} bytes cross, not the {planned} that the plan says")
+        raise AssertionError(f"{swapped.saved_bytes} bytes cross, not the {planned} that the plan says")
 
 
 def _outputs(gm: fx.GraphModule) -> list[object]:

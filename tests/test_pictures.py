@@ -6,6 +6,7 @@ import csv
 import functools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,16 +182,31 @@ def test_eager_curve_comes_with_the_compiled_step_and_from_its_record():
     assert compiled.curves == explained.curves
 
 
-def test_eager_curve_that_fails_costs_a_note_and_nothing_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    def broken(*_: Any) -> Any:
-        raise RuntimeError("boom")
+def test_eager_curve_of_a_region_that_writes_to_what_another_computed():
+    model, later = nn.Linear(8, 8), nn.Linear(8, 1)
 
-    monkeypatch.setattr("actpass.eager.run_eager", broken)
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        h = model(x)
+        torch._dynamo.graph_break()
+        return later(h.mul_(2).sin()).sum()
+
+    torch.compile(forward, backend=eager_actcomp())(torch.randn(4, 8)).backward()
+    (region,) = actpass.report(later).regions
+    assert region.curves is not None
+    assert region.curves.eager is not None
+    assert region.curves.eager.passed == 4 * 8 * 4
+
+
+def test_eager_curve_that_fails_costs_a_note_and_nothing_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def unknown(*_: Any) -> Any:
+        raise NotImplementedError("no fake implementation")
+
+    monkeypatch.setattr("actpass.eager._Root.apply", unknown)
     model, inputs = models.mlp()
     torch.compile(model, backend=eager_actcomp())(**inputs).backward()
     report = actpass.report(model)
     assert report.active
-    assert "note: what eager mode takes is not known: RuntimeError: boom" in str(report)
+    assert "note: what eager mode takes is not known: NotImplementedError: no fake implementation" in str(report)
     report.plot_peak(tmp_path / "peak.svg")
     assert {row["curve"] for row in numbers(tmp_path / "peak.csv")} == {"Inductor", "actpass"}
     assert "eager: not known" in text_of(tmp_path / "peak.svg")
@@ -250,12 +266,12 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.M
         report.plot_peak(tmp_path / "peak.svg")
 
 
-def test_a_report_without_the_numbers_says_what_to_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_report_without_the_numbers_says_what_to_call(tmp_path: Path):
     with pytest.raises(actpass.ReportError, match="nothing to draw, because not yet"):
         Report((), "not yet").plot_peak(tmp_path / "peak.svg")
-    monkeypatch.setattr("actpass.partition.timeline", None)
     model, inputs = models.mlp()
     report = actpass.explain(model, **inputs)
+    report = replace(report, regions=tuple(replace(r, curves=None) for r in report.regions))
     with pytest.raises(actpass.ReportError, match="the peak of a region is not predicted: see its notes"):
         report.plot_peak(tmp_path / "peak.svg")
     with pytest.raises(actpass.ReportError, match=r"report = actpass\.explore\(model"):

@@ -131,17 +131,3 @@ def test_explain_works_without_memory_on_the_meta_device():
     meta = actpass.explain(model.to("meta"), options={"method": "haar"}, **on_meta)
     assert replace(meta.totals, saved_bytes_eager=real.totals.saved_bytes_eager) == real.totals  # HF's eager code reads values
     assert meta.plan_hash == real.plan_hash
-
-
-def test_unreadable_graph_falls_back_to_inductor_with_the_reason(monkeypatch: pytest.MonkeyPatch):
-    def broken(*_):
-        raise RuntimeError("boom")
-
-    monkeypatch.setattr("actpass.compiler.find_contractions", broken)
-    model, inputs = models.mlp()
-    with pytest.warns(actpass.ActpassWarning, match="left a region to Inductor alone, because RuntimeError: boom"):
-        step(torch.compile(model, backend=eager_actcomp(method="haar")), model, inputs)
-    report = actpass.report(model)
-    assert not report.active
-    assert "inactive, because RuntimeError: boom" in str(report)
-    assert report.saved_bytes == report.totals.saved_bytes_default

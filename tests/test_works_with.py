@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,9 @@ from torch import nn
 import actpass
 from actpass import backend
 from actpass._torch import compile_fx, functorch_config, list_mode_options
+from actpass.backend import Partitioner
+from actpass.config import parse
+from actpass.graph import GraphInputs
 from actpass.runtime import regions
 from actpass.runtime.clock import CLOCK
 
@@ -515,3 +520,33 @@ def test_a_checkpoint_around_a_compiled_model(method: str):
     run = torch.compile(model, backend=eager_actcomp(method=method))
     _, got = step(lambda x: torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False), model, inputs)
     assert_equal(got, want)
+
+
+# --------------------------------------------------------------------------------------------------------------------- threads
+
+
+@pytest.mark.usefixtures("no_codegen")
+def test_a_region_may_be_partitioned_on_another_thread(monkeypatch: pytest.MonkeyPatch):
+    """As where a compiler works in the background: what the pass did is there for the thread that asked."""
+    on_this_thread = Partitioner.__call__
+
+    def on_another(self: Partitioner, *args: Any, **kwargs: Any) -> Any:
+        with ThreadPoolExecutor(1) as threads:
+            return threads.submit(on_this_thread, self, *args, **kwargs).result()
+
+    model, inputs = models.mlp()
+    _, want = step(torch.compile(model, backend="actcomp"), model, inputs)
+    saved = actpass.report(model).saved_bytes
+    forget()
+    monkeypatch.setattr(Partitioner, "__call__", on_another)
+    _, got = step(torch.compile(model, backend="actcomp"), model, inputs)
+    assert_equal(got, want)
+    assert actpass.report(model).active
+    assert actpass.report(model).saved_bytes == saved
+
+
+def test_what_the_pass_did_is_no_part_of_a_caches_key():
+    partitioner = Partitioner(parse(None), GraphInputs((), ()), "nonce")
+    before = pickle.dumps(partitioner), partitioner.uuid()
+    partitioner.done.append(object())  # pyright: ignore[reportArgumentType]
+    assert (pickle.dumps(partitioner), partitioner.uuid()) == before

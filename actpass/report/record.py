@@ -93,7 +93,7 @@ class Totals:
 class Record:
     """active: whether the pass decided this region. inactive_because: why not. notes: what the user should know.
     left_alone: (matmul, parameter, reason) for every weight gradient that is no site. footprint, footprint_default: what it
-    takes in memory, as predicted, now and as Inductor's default; None if that failed. levels: of a part of a step, what it
+    takes in memory, as predicted, now and as Inductor's default; None if it is not known. levels: of a part of a step, what it
     could be instead. curves: live bytes over the step. tradeoff: what other budgets would give, where it was asked for."""
 
     active: bool
@@ -199,7 +199,6 @@ def describe(
     for storage in plan.storages:
         root = payloads.get(storage.root, storage.root)
         rows[root] = _with_storage(rows[root], storage)
-    footprints, unpredicted = _memory(cuts.default, cuts.swapped, joint, plan, rows)
     return Record(
         active=True,
         inactive_because=None,
@@ -209,15 +208,14 @@ def describe(
         plan=plan.to_dict(),
         plan_hash=plan.hash,
         left_alone=finding.left_alone,
-        notes=(*_loss_notes(chunked, why_whole), *_notes(plan, rows.values(), cuts, config, finding), *unpredicted),
+        notes=(*_loss_notes(chunked, why_whole), *_notes(plan, rows.values(), cuts, config, finding)),
         parameters=_parameters(joint),
-        **footprints,
+        **_memory(cuts.default, cuts.swapped, joint, plan, rows),
     )
 
 
 def describe_fallback(joint: Joint, default: Cut, config: Config, reason: str) -> Record:
     """The record of a region that was left to Inductor alone."""
-    footprints, unpredicted = _memory(default, default, joint, Plan(), {})
     nodes = {n.name: n for n in joint.gm.graph.nodes}
     before = _by_root(default.saved)
     rows = (
@@ -234,9 +232,23 @@ def describe_fallback(joint: Joint, default: Cut, config: Config, reason: str) -
         totals=_totals(default, default),
         plan=plan.to_dict(),
         plan_hash=plan.hash,
-        notes=unpredicted,
         parameters=_parameters(joint),
-        **footprints,
+        **_memory(default, default, joint, Plan(), {}),
+    )
+
+
+def describe_unknown(config: Config, reason: str) -> Record:
+    """The record of a region that the pass failed on before it had a cut of it."""
+    plan = Plan()
+    return Record(
+        active=False,
+        inactive_because=reason,
+        method=config.treatment.method if config.plan is None else "plan",
+        sites=(),
+        totals=Totals(None, 0, 0, 0, 0, 0, 0),
+        plan=plan.to_dict(),
+        plan_hash=plan.hash,
+        notes=("what Inductor saves of this region is not known, and not in the sums below",),
     )
 
 
@@ -379,23 +391,18 @@ def _state_row(saved: Saved, cut: Cut) -> SiteRow:
     return replace(_row(node, 0, saved.nbytes, ()), form="state", reason="a basis that both passes read")
 
 
-def _memory(
-    default: Cut, final: Cut, joint: Joint, plan: Plan, rows: Mapping[str, SiteRow]
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The predictions, and a note if there are none: one that fails must not cost the compiled step."""
+def _memory(default: Cut, final: Cut, joint: Joint, plan: Plan, rows: Mapping[str, SiteRow]) -> dict[str, Any]:
+    """The predictions."""
 
     def kind_of(node: fx.Node) -> str:
         row = rows.get(storage_root(node).name)
         return row.kind if row is not None else _kind(storage_root(node), ())
 
-    try:
-        own = sum(tensor_bytes(n) for n in joint.forward_outputs if n in joint.state)  # where sketches are returned
-        stock = default.footprint
-        stock = replace(stock, forward=stock.forward - own, backward=stock.backward - own, returned=stock.returned - own)
-        footprints = {"footprint_default": stock, "footprint": final.footprint}
-        return {**footprints, "curves": curves_of(default, final, joint, plan, kind_of)}, ()
-    except Exception as error:
-        return {}, (f"the peak of this region is not predicted: {type(error).__name__}: {error}",)
+    own = sum(tensor_bytes(n) for n in joint.forward_outputs if n in joint.state)  # where sketches are returned
+    stock = default.footprint
+    stock = replace(stock, forward=stock.forward - own, backward=stock.backward - own, returned=stock.returned - own)
+    curves = curves_of(default, final, joint, plan, kind_of)
+    return {"footprint_default": stock, "footprint": final.footprint, "curves": curves}
 
 
 def _totals(default: Cut, final: Cut) -> Totals:

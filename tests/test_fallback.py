@@ -1,0 +1,140 @@
+"""What becomes of a region that the pass fails on: a bug of its own is an error, and nothing falls back in silence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import actpass
+from actpass.errors import GraphUnsupported
+from actpass.runtime import regions
+
+from . import models
+from .helpers import EPS, assert_close, assert_equal, eager_actcomp, step
+
+STAGES = {
+    "actpass.backend.GraphInputs.of": "auto",
+    "actpass.backend.peak_budget": "auto",
+    "actpass.backend.records.region_key": "auto",
+    "actpass.backend.ask": "pca",
+    "actpass.backend.with_eager_curve": "auto",
+    "actpass.compiler._prepare": "auto",
+    "actpass.compiler.cut": "auto",
+    "actpass.compiler.chunk": "auto",
+    "actpass.compiler.find_contractions": "auto",
+    "actpass.compiler.choose_cut": "auto",
+    "actpass.compiler.choose": "haar",
+    "actpass.compiler.rewrite": "haar",
+    "actpass.compiler.verify.only_planned_gradients_changed": "haar",
+    "actpass.compiler.factor_gradients": "low_rank",
+    "actpass.compiler.decode_saved": "prac",
+    "actpass.compiler.swap": "int8",
+    "actpass.compiler.verify.stored_as_planned": "int8",
+    "actpass.partition.timeline": "auto",
+    "actpass.compiler.describe": "auto",
+}
+"""Where a bug may be, and a method that goes there."""
+
+
+def options_of(method: str, **more: Any) -> dict[str, Any]:
+    if method == "low_rank":
+        return {"method": "haar", "rank": 4, "gradients": "low_rank", **more}
+    projects = {"rank": 4, "profitable_only": False} if method in ("haar", "prac", "pca") else {}
+    return {"method": method, "smallest": 0, **projects, **more}
+
+
+def broken(*_: Any, **__: Any) -> Any:
+    raise TypeError("boom")
+
+
+def train(model: nn.Module, inputs: dict[str, Any], options: dict[str, Any]) -> Any:
+    return step(torch.compile(model, backend=eager_actcomp(options)), model, inputs)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_bug_in_any_stage_raises_and_says_what_to_do(stage: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(stage, broken)
+    model, inputs = models.mlp()
+    says = r"TypeError: boom at actpass/\w+.*bug of actpass.*Please report it.*torch \d.*options=\{'fallback': 'warn'\}"
+    with pytest.raises(Exception, match=says) as raised:
+        train(model, inputs, options_of(STAGES[stage]))
+    error = raised.value.inner_exception  # type: ignore[attr-defined]  # Dynamo wraps what a backend raises
+    assert isinstance(error, actpass.InternalError)
+    assert isinstance(error.__cause__, TypeError)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_under_warn_a_bug_leaves_the_region_to_inductor_and_training_goes_on(stage: str, monkeypatch: pytest.MonkeyPatch):
+    model, inputs = models.mlp()
+    loss, exact = step(model, model, inputs)
+    monkeypatch.setattr(stage, broken)
+    with pytest.warns(actpass.ActpassWarning, match="left a region to Inductor alone, because TypeError: boom") as warned:
+        got, gradients = train(model, inputs, options_of(STAGES[stage], fallback="warn"))
+    assert len({str(w.message) for w in warned}) == 1
+    assert torch.allclose(got, loss, rtol=8 * EPS)
+    assert_close(gradients, exact, 64 * EPS)
+    report = actpass.report(model)
+    assert not report.active
+    assert str(report).startswith("actpass: inactive, because TypeError: boom")
+    assert report.saved_bytes == report.totals.saved_bytes_default
+
+
+def unreadable(*_: Any) -> Any:
+    raise GraphUnsupported("it is odd")
+
+
+def test_a_graph_that_cant_be_read_is_left_to_inductor_with_the_reason(monkeypatch: pytest.MonkeyPatch):
+    model, inputs = models.mlp()
+    _, exact = train(model, inputs, {"method": "exact", "memory_budget": 1.0})
+    torch.compiler.reset()
+    regions.clear()
+    monkeypatch.setattr("actpass.compiler.find_contractions", unreadable)
+    with pytest.warns(actpass.ActpassWarning, match="left a region to Inductor alone, because it is odd"):
+        _, gradients = train(model, inputs, options_of("haar"))
+    assert_equal(gradients, exact)
+    report = actpass.report(model)
+    assert "inactive, because it is odd" in str(report)
+    assert report.saved_bytes == report.totals.saved_bytes_default > 0
+
+
+# ------------------------------------------------------------------------------------------------------- budgets of peak bytes
+
+
+def test_a_budget_of_bytes_that_inductors_cut_does_not_fit_is_an_error(monkeypatch: pytest.MonkeyPatch):
+    """The least that the error names is then met, with a warning; one byte less is not."""
+    monkeypatch.setattr("actpass.compiler.find_contractions", unreadable)
+    model, inputs = models.mlp()
+    with pytest.raises(
+        Exception, match=r"memory_budget=20000 bytes of peak can't be met: .* because it is odd.*'fallback'"
+    ) as raised:
+        train(model, inputs, {"memory_budget": 20000})
+    least = raised.value.inner_exception.least  # type: ignore[attr-defined]
+    torch.compiler.reset()
+    with pytest.warns(actpass.ActpassWarning, match="because it is odd$"):
+        train(model, inputs, {"memory_budget": least})
+    report = actpass.report(model)
+    assert report.step_bytes is not None
+    assert report.step_bytes <= least
+    torch.compiler.reset()
+    with pytest.raises(Exception, match="can't be met"):
+        train(model, inputs, {"memory_budget": least - 1})
+
+
+def test_under_warn_a_budget_of_bytes_that_is_not_held_is_said(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("actpass.compiler.find_contractions", unreadable)
+    model, inputs = models.mlp()
+    with pytest.warns(actpass.ActpassWarning, match="because it is odd; its memory_budget is not held"):
+        train(model, inputs, {"memory_budget": 20000, "fallback": "warn"})
+    assert "its memory_budget is not held" in str(actpass.report(model))
+
+
+def test_a_region_that_was_left_to_inductor_says_so_when_the_cache_has_it_too(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("actpass.compiler.find_contractions", unreadable)
+    for says in ("left a region to Inductor alone, because it is odd", "a region is not as asked, because it is odd"):
+        torch.compiler.reset()
+        model, inputs = models.mlp()
+        with pytest.warns(actpass.ActpassWarning, match=says):
+            step(torch.compile(model, backend="actcomp", options={"seed": 77}), model, inputs)
