@@ -503,16 +503,23 @@ def memory_budget(name: str, value: Any) -> float | int | None:
         match = _BYTES.fullmatch(value)
         if match is None:
             raise BudgetError(f"{name}={value!r} is not a number of bytes. {allowed}")
-        value = int(float(match[1]) * _FACTOR[(match[2] or "").lower()])
+        return _checked_bytes(name, value, int(float(match[1]) * _FACTOR[(match[2] or "").lower()]), allowed)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BudgetError(f"{name}={value!r} is not a number. {allowed}")
     if isinstance(value, int) and value > 1:
-        if value > _LARGEST:
-            raise BudgetError(f"{name}={value!r} is more than any machine has. {allowed}")
-        return value
+        return _checked_bytes(name, value, value, allowed)
     if math.isnan(value) or not 0.0 <= value <= 1.0:
         raise BudgetError(f"{name}={value!r} is outside [0, 1]. {allowed}")
     return float(value)
+
+
+def _checked_bytes(name: str, asked: Any, nbytes: int, allowed: str) -> int:
+    """``nbytes``, which ``asked`` says. What is written with a unit is never a fraction: "0GB" and "1 B" are too few bytes."""
+    if nbytes <= 1:
+        raise BudgetError(f"{name}={asked!r} is {nbytes} bytes, which nothing fits in. {allowed}")
+    if nbytes > _LARGEST:
+        raise BudgetError(f"{name}={asked!r} is more than any machine has. {allowed}")
+    return nbytes
 
 
 class GlobalBudget:

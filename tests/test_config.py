@@ -118,6 +118,8 @@ def test_options_mistakes_name_value_and_remedy(options: dict, says: str):
         ("-2GB", "is not a number of bytes"),
         ("", "is not a number of bytes"),
         ([1], "is not a number"),
+        ("0GB", "is 0 bytes"),  # a string is bytes, never a fraction
+        ("1 B", "is 1 bytes"),
     ],
 )
 def test_memory_budget_mistakes_name_value_and_remedy(budget: object, says: str):
