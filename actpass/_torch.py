@@ -107,6 +107,7 @@ __all__ = [
     "take_out_of_buckets",
     "torch_is_tested",
     "went_through_inductor",
+    "written_input",
 ]
 
 TESTED_TORCH = ("2.11", "2.15")
@@ -160,6 +161,12 @@ def plain_input_index(desc: Any) -> int | None:
             desc = getattr(desc, attribute)
     idx = getattr(desc, "idx", None)
     return idx if type(desc).__name__ == "PlainAOTInput" else None
+
+
+def written_input(desc: Any) -> int | None:
+    """The position in Dynamo's argument list of the input whose new value a forward output is, which the caller writes into it;
+    None for any other output. desc: ``InputMutationAOTOutput(mutated_input=PlainAOTInput(idx))`` (2.13 and 2.15, run)."""
+    return plain_input_index(getattr(desc, "mutated_input", None))
 
 
 def fake_input(mode: FakeTensorMode, real: torch.Tensor, source: Any, *, most: int | None = None) -> torch.Tensor:

@@ -37,6 +37,7 @@ from actpass.factor import factor_gradients
 from actpass.graph import GraphInputs, Joint, find_contractions, fingerprint, plain_inputs
 from actpass.graph.copying import copy_module
 from actpass.graph.joint import module_path, storage_root, value
+from actpass.graph.written import save_what_is_read
 from actpass.partition import Cut, Cuts, Setting, cut
 from actpass.plan import Factored, Plan, Storage, choose, choose_decoded
 from actpass.plan.spread import Level
@@ -149,11 +150,12 @@ def _under(peak: PeakBudget, record: Record) -> Record:
 
 def _prepare(gm: fx.GraphModule, inputs: GraphInputs, partition_kwargs: Mapping[str, Any]) -> Joint:
     """A private copy of the joint graph without dead code and without duplicates (under autocast q, k and v each carry a
-    cast of one tensor)."""
+    cast of one tensor), in which the backward reads no input that the forward writes to."""
     copy, _ = copy_module(gm)
     copy.graph.eliminate_dead_code()
     copy.graph = fx_graph_cse(copy.graph)
     static = frozenset(partition_kwargs.get("static_lifetime_input_indices") or ())
+    save_what_is_read(Joint(copy, inputs, partition_kwargs["num_fwd_outputs"], static))
     return Joint(copy, inputs, partition_kwargs["num_fwd_outputs"], static)
 
 
