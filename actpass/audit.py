@@ -15,7 +15,7 @@ from actpass.backend import ask, device_of, peak_budget, run_passes
 from actpass.codecs.generator import round_keys, step_seed
 from actpass.config import Config, exactly
 from actpass.errors import OptionError
-from actpass.graph import GraphInputs
+from actpass.graph import GraphInputs, inline_regions
 from actpass.graph.joint import fold_indices
 from actpass.interpret import interpret, own_forward, own_gradients, untouched
 from actpass.report.report import table
@@ -212,6 +212,7 @@ class _Step:
         seed = config.seed
 
         def backend(gm: fx.GraphModule, example_inputs: list[Any], **more: Any) -> Any:
+            gm = inline_regions(gm, example_inputs)[0]
             device = device_of(example_inputs)
             plain = GraphInputs.of(gm, example_inputs)
             with functorch_config.patch(enable_autograd_cache=False):

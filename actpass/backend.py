@@ -39,7 +39,7 @@ from actpass.compiler import Compiled, compile_joint
 from actpass.config import Config, parse
 from actpass.eager import with_eager_curve
 from actpass.errors import ActpassError, ActpassWarning, InternalError
-from actpass.graph import GraphInputs
+from actpass.graph import GraphInputs, inline_regions
 from actpass.graph.copying import copy_module
 from actpass.modelplan import ModelPlan
 from actpass.plan import Plan
@@ -126,7 +126,8 @@ def compile_region(
 ) -> Callable[..., Any]:
     """Compile one training graph and register its region. compiler_options: for `compile_fx`, e.g. ``inner_compile``."""
     try:
-        return _compile_region(gm, example_inputs, config, **compiler_options)
+        gm, called = inline_regions(gm, example_inputs)
+        return _compile_region(gm, example_inputs, config, called, **compiler_options)
     except Exception as error:
         if isinstance(error, ActpassError) and not isinstance(error, InternalError):
             raise
@@ -153,8 +154,9 @@ def _without_the_pass(
 
 
 def _compile_region(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, **compiler_options: Any
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, called: int, **compiler_options: Any
 ) -> Callable[..., Any]:
+    """called: how many of the user's nested regions were put in line."""
     plain = GraphInputs.of(gm, example_inputs)
     code, shapes = current_code(), repr([tuple(e.shape) for e in example_inputs if isinstance(e, torch.Tensor)])
     if config.plan is not None:
@@ -176,7 +178,7 @@ def _compile_region(
     peak = extra.counted_in(peak)
     compiled, fn = run_passes(gm, example_inputs, config, plain, device, nonce, peak, compile_fx, extra, **compiler_options)
     if compiled is not None:
-        record = with_eager_curve(compiled.record, gm, example_inputs)
+        record = with_eager_curve(noting_calls(compiled.record, called), gm, example_inputs)
         records.store(key, nonce, record)
     elif record is not None and not record.active:
         warnings.warn(f"actpass: a region is not as asked, because {record.inactive_because}", ActpassWarning, stacklevel=2)
@@ -197,6 +199,15 @@ def _compile_region(
         fn = subspaces.with_subspaces(fn, extra.sites, config, device, copies=copies, written=plain.written)
         return _with_subspaces(fn, region, config, device)
     return _with_seed(fn, region, config, device)
+
+
+def noting_calls(record: Record, called: int) -> Record:
+    """``record`` with a note on the calls of regions that `inline_regions` has put in line."""
+    if not called:
+        return record
+    calls = "a call" if called == 1 else f"{called} calls"
+    why = "Inductor overwrites what a region that is called still needs for its backward, and one budget is over all of them"
+    return replace(record, notes=(*record.notes, f"{calls} of nested_compile_region in line, each compiled by itself: {why}"))
 
 
 @dataclass(frozen=True)

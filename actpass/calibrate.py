@@ -22,7 +22,7 @@ from actpass.codecs.generator import round_keys
 from actpass.compiler import Compiled
 from actpass.config import Config, exactly
 from actpass.errors import OptionError
-from actpass.graph import GraphInputs
+from actpass.graph import GraphInputs, inline_regions
 from actpass.graph.joint import Joint, module_path, plain_input_index
 from actpass.interpret import interpret, own_forward, own_gradients, untouched
 from actpass.plan import SCORE
@@ -48,6 +48,7 @@ def calibrate_model(
     regions: list[_Region] = []
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any], **_: Any) -> Any:
+        gm = inline_regions(gm, example_inputs)[0]
         region = _Region(example_inputs, state)
         device, plain = device_of(example_inputs), GraphInputs.of(gm, example_inputs)
         with functorch_config.patch(enable_autograd_cache=False):

@@ -12,12 +12,12 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from actpass._torch import compile_fx, detect_fake_mode, dynamo, functorch_config
-from actpass.backend import Extra, ask, device_of, no_code, peak_budget, run_passes
+from actpass.backend import Extra, ask, device_of, no_code, noting_calls, peak_budget, run_passes
 from actpass.compiler import Compiled
 from actpass.config import Config, parse
 from actpass.eager import with_eager_curve
 from actpass.errors import OptionError
-from actpass.graph import GraphInputs
+from actpass.graph import GraphInputs, inline_regions
 from actpass.graph.copying import copy_module
 from actpass.interpret import own_forward, untouched
 from actpass.report import Report
@@ -67,6 +67,7 @@ def explain_model(
 
 
 def _analyse(gm: fx.GraphModule, example_inputs: list[Any], config: Config, explore: bool) -> Compiled | None:
+    gm, called = inline_regions(gm, example_inputs)
     plain = GraphInputs.of(gm, example_inputs)
     gm, example_inputs = _off_meta(gm, example_inputs)
     device, peak = device_of(example_inputs), peak_budget(config, example_inputs)
@@ -87,7 +88,7 @@ def _analyse(gm: fx.GraphModule, example_inputs: list[Any], config: Config, expl
         )
     if compiled is None:
         return None
-    record = with_eager_curve(compiled.record, gm, example_inputs)
+    record = with_eager_curve(noting_calls(compiled.record, called), gm, example_inputs)
     if explore and compiled.decided is not None:
         record = replace(record, tradeoff=tradeoff(compiled.decided))
     return replace(compiled, record=record)

@@ -6,6 +6,7 @@ Knows no policy and no method.
 from actpass.graph.contractions import Contraction, Finding, find_contractions
 from actpass.graph.cost import count_matmuls
 from actpass.graph.identity import fingerprint, plain_inputs
+from actpass.graph.inline import inline_regions
 from actpass.graph.inputs import GraphInputs
 from actpass.graph.joint import Joint
 from actpass.graph.uses import Use, UseKind, classify_uses
@@ -21,5 +22,6 @@ __all__ = [
     "count_matmuls",
     "find_contractions",
     "fingerprint",
+    "inline_regions",
     "plain_inputs",
 ]

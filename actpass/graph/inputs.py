@@ -38,7 +38,7 @@ class GraphInputs:
     @classmethod
     def of(cls, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> GraphInputs:
         placeholders = gm.graph.find_nodes(op="placeholder")
-        paths = _unique(_parameter_path(n, e) for n, e in zip(placeholders, example_inputs, strict=True))
+        paths = _unique(parameter_path(n, e) for n, e in zip(placeholders, example_inputs, strict=True))
         return cls(paths, tuple(map(is_computed, example_inputs)), tuple(map(_is_written, placeholders)))
 
 
@@ -83,7 +83,7 @@ def _unique(paths: Iterable[str | None]) -> tuple[str | None, ...]:
     return tuple(found)
 
 
-def _parameter_path(node: fx.Node, example: Any) -> str | None:
+def parameter_path(node: fx.Node, example: Any) -> str | None:
     source = _source_name(node)
     if not (_PARAMETER.search(source) or isinstance(example, torch.nn.Parameter)):
         return None
