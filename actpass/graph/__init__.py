@@ -8,7 +8,7 @@ from actpass.graph.cost import count_matmuls
 from actpass.graph.identity import fingerprint, plain_inputs
 from actpass.graph.inputs import GraphInputs
 from actpass.graph.joint import Joint
-from actpass.graph.uses import Use, UseKind, classify_uses
+from actpass.graph.uses import Use, UseKind
 
 __all__ = [
     "Contraction",
@@ -17,7 +17,6 @@ __all__ = [
     "Joint",
     "Use",
     "UseKind",
-    "classify_uses",
     "count_matmuls",
     "find_contractions",
     "fingerprint",
