@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from actpass._torch import size_hint
-from actpass.graph import Contraction, Finding, Joint, classify_uses
+from actpass.graph import Contraction, Finding, Joint
 from actpass.graph.joint import module_path, storage_root, value
 from actpass.partition import Cut
 from actpass.plan import Candidate, SavedTensor
@@ -93,5 +93,5 @@ def _only_contracted(exact: Cut, root: str, contractions: list[str]) -> bool:
     if not crossing or any(s.user_visible for s in crossing):
         return False
     placeholders = {n.name: n for n in exact.backward.graph.find_nodes(op="placeholder")}
-    uses = [use for s in crossing for use in classify_uses(placeholders[s.name], contractions)[0]]
+    uses = [use for s in crossing for use in exact.uses.of(placeholders[s.name], contractions)[0]]
     return bool(uses) and all(use.kind == "contraction" for use in uses)

@@ -18,6 +18,7 @@ from actpass.graph.copying import copy_module
 from actpass.graph.cost import is_attention, is_matmul
 from actpass.graph.joint import CASTS, Joint, is_view, storage_root, tensor_bytes
 from actpass.graph.liveness import Timeline, timeline
+from actpass.graph.uses import Uses
 from actpass.plan.footprint import Footprint, step_peak
 
 
@@ -64,6 +65,11 @@ class Cut:
     def timelines(self) -> tuple[Timeline, Timeline]:
         """Live bytes over the forward and over the backward, see `actpass.graph.liveness`."""
         return timeline(self.forward), timeline(self.backward, self.arrives)
+
+    @cached_property
+    def uses(self) -> Uses:
+        """What the backward does with what crosses."""
+        return Uses(self.backward.graph)
 
     @property
     def footprint(self) -> Footprint:

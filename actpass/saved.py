@@ -17,7 +17,7 @@ from actpass.graph.cost import is_attention, is_matmul
 from actpass.graph.joint import Joint, module_path, storage_root, tensor_bytes, value
 from actpass.graph.ops import is_pointwise, is_reduction
 from actpass.graph.recompute import Recomputation, attention_behind
-from actpass.graph.uses import classify_uses, consumers
+from actpass.graph.uses import consumers
 from actpass.partition import Cut, Saved
 from actpass.plan import EXPONENTIAL, SCORE_AGAIN, Role, SavedTensor
 from actpass.readers import Read, attention_reads, foreign_users, fragile_use, is_exponentiated
@@ -64,6 +64,7 @@ class _Reading:
         self.available = {self.joint[name] for s in cut.saved for name in (s.name, s.root) if name in self.joint}
         self.forward = {n.name: n for n in cut.forward.graph.nodes}
         self.backward = {n.name: n for n in cut.backward.graph.find_nodes(op="placeholder")}
+        self.uses = cut.uses
         self.learned = self._reach({n.name for n in joint.parameter_path})
         self.scores = Scores.of(joint)
         self.infinite = self._infinite()
@@ -89,7 +90,7 @@ class _Reading:
         names = tuple(m.name for m in members)
         node = self.forward[names[0] if len(names) == 1 else holder]
         arrived = [self.backward[n] for n in names if n in self.backward]
-        read = [classify_uses(n, self.contractions) for n in arrived]
+        read = [self.uses.of(n, self.contractions) for n in arrived]
         root = self.forward[members[0].root]
         weights = [path for n in arrived for user, _ in consumers(n) for path in self.contractions.get(user.name, ())]
         reads = [found for n in arrived for found in attention_reads(n, self.learned)]

@@ -9,7 +9,7 @@ from actpass.graph.identity import fingerprint, plain_inputs
 from actpass.graph.inline import inline_regions
 from actpass.graph.inputs import GraphInputs
 from actpass.graph.joint import Joint
-from actpass.graph.uses import Use, UseKind, classify_uses
+from actpass.graph.uses import Use, UseKind
 
 __all__ = [
     "Contraction",
@@ -18,7 +18,6 @@ __all__ = [
     "Joint",
     "Use",
     "UseKind",
-    "classify_uses",
     "count_matmuls",
     "find_contractions",
     "fingerprint",

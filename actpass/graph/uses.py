@@ -8,9 +8,9 @@ unbiased gradient (arXiv 2605.01255: compression is safe on linear operators and
 
 from __future__ import annotations
 
-import heapq
-import math
-from collections.abc import Iterable
+import functools
+import operator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -81,18 +81,48 @@ class Use:
     kind: UseKind
 
 
-def classify_uses(tensor: fx.Node, contractions: Iterable[str]) -> tuple[tuple[Use, ...], bool]:
-    """The uses of ``tensor`` (an input of a backward graph), and whether the backward is linear in it as a whole.
+class Uses:
+    """What a backward graph does with each of its inputs, found in one sweep over its nodes.
 
-    contractions: names of the weight-gradient matmuls. Reading stops as soon as a degree above one is found.
+    A *start* is an input, or a consumer of one together with the view or cast that it reads; every start has a bit. The sweep
+    carries, for each node, the starts in which it has degree one, and gathers those in which some node has a higher one.
     """
-    names = frozenset(contractions)
-    uses = tuple(
-        Use(str(user.target), "contraction" if user.name in names else _kind({user: _degree(user, {via: 1.0})}))
-        for user, via in consumers(tensor)
-    )
-    linear = all(u.kind != "nonlinear" for u in uses) and _max_degree({tensor: 1.0}) <= 1.0
-    return uses, linear
+
+    def __init__(self, graph: fx.Graph) -> None:
+        inputs = graph.find_nodes(op="placeholder")
+        self._consumers = {n: consumers(n) for n in inputs}
+        reads = dict.fromkeys(pair for found in self._consumers.values() for pair in found)
+        self._bit: dict[Any, int] = {start: 1 << i for i, start in enumerate((*inputs, *reads))}
+        self._nonlinear = self._sweep(graph, reads)
+
+    def _sweep(self, graph: fx.Graph, reads: Iterable[tuple[fx.Node, fx.Node]]) -> int:
+        read_by: dict[fx.Node, list[fx.Node]] = {}
+        for user, via in reads:
+            read_by.setdefault(user, []).append(via)
+        degree_one: dict[fx.Node, int] = {}
+        nonlinear = 0
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                degree_one[node] = self._bit[node]
+            elif node.op != "output":
+                starts = ({via: self._bit[node, via]} for via in read_by.get(node, ()))
+                found = [_degree(node, known) for known in (degree_one, *starts)]
+                higher = _union(more for _, more in found)
+                nonlinear |= higher
+                degree_one[node] = _union(one for one, _ in found) & ~higher
+        return nonlinear
+
+    def of(self, tensor: fx.Node, contractions: Iterable[str]) -> tuple[tuple[Use, ...], bool]:
+        """The uses of ``tensor`` (an input of the graph), and whether the backward is linear in it as a whole. contractions:
+        names of the weight-gradient matmuls."""
+        names = frozenset(contractions)
+        found = self._consumers[tensor]
+        kinds = ["contraction" if user.name in names else self._kind((user, via)) for user, via in found]
+        uses = tuple(Use(str(user.target), kind) for (user, _), kind in zip(found, kinds, strict=True))
+        return uses, "nonlinear" not in kinds and self._kind(tensor) == "linear"
+
+    def _kind(self, start: Any) -> UseKind:
+        return "nonlinear" if self._bit[start] & self._nonlinear else "linear"
 
 
 def consumers(tensor: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
@@ -109,57 +139,43 @@ def consumers(tensor: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
     return found
 
 
-def _kind(start: dict[fx.Node, float]) -> UseKind:
-    return "linear" if _max_degree(start) <= 1.0 else "nonlinear"
+def _degree(node: fx.Node, degree_one: Mapping[fx.Node, int]) -> tuple[int, int]:
+    """The starts in which ``node`` has degree one, and those in which it has a higher one. degree_one: of its inputs."""
+    reached = _union(degree_one.get(a, 0) for a in node.all_input_nodes)
+    if not reached:
+        return 0, 0
 
-
-def _max_degree(start: dict[fx.Node, float]) -> float:
-    """The largest degree that any output has in the start nodes; returns early once a degree exceeds one."""
-    degrees = dict(start)
-    if any(d > 1.0 for d in degrees.values()):
-        return math.inf
-    todo = [user for node in start for user in node.users]
-    heapq.heapify(todo)  # in the graph's order
-    while todo:
-        node = heapq.heappop(todo)
-        if node in degrees or node.op == "output":
-            continue
-        degree = _degree(node, degrees)
-        if degree > 1.0:
-            return degree
-        if degree > 0.0:
-            degrees[node] = degree
-            for user in node.users:
-                heapq.heappush(todo, user)
-    return max(degrees.values())
-
-
-def _degree(node: fx.Node, degrees: dict[fx.Node, float]) -> float:
-    def of(argument: Any) -> float:
+    def of(argument: Any) -> int:
         if isinstance(argument, fx.Node):
-            return degrees.get(argument, 0.0)
+            return degree_one.get(argument, 0)
         if isinstance(argument, list | tuple):
-            return max((of(a) for a in argument), default=0.0)
-        return 0.0
+            return _union(map(of, argument))
+        return 0
 
     target: Any = node.target
     args = node.args
     if target in CASTS and not value(node).dtype.is_floating_point:
-        return math.inf
+        return 0, reached
     if is_view(node) or target in _ADDS or target in _KEEPS_DEGREE:
-        return max(of(a) for a in args)
+        return of(args), 0
     if target is aten.where.self:
-        return math.inf if of(args[0]) else max(of(args[1]), of(args[2]))
+        return of(args[1:3]), of(args[0])
     if target in _MULTIPLIES:
-        return of(args[0]) + of(args[1])
+        return of(args[:2]), of(args[0]) & of(args[1])
     if target is aten.div.Tensor:
-        return math.inf if of(args[1]) else of(args[0])
+        return of(args[0]), of(args[1])
     if getattr(target, "__name__", "") == "getitem":
-        return of(args[0])
+        return of(args[0]), 0
     places = WRITES.get(target)
-    if places is not None and not any(of(a) for i, a in enumerate(args) if i not in places):
-        return max(of(args[i]) for i in places)
+    if places is not None:
+        return _union(of(args[i]) for i in places), _union(of(a) for i, a in enumerate(args) if i not in places)
     places = _LINEAR_ARGUMENTS.get(getattr(target, "_opname", ""))
-    if places is not None and not any(of(a) for i, a in enumerate(args) if i not in (0, *places)):
-        return of(args[0]) + max(of(args[i]) for i in places)
-    return math.inf
+    if places is not None:
+        others = _union(of(a) for i, a in enumerate(args) if i not in (0, *places))
+        first, factors = of(args[0]), _union(of(args[i]) for i in places)
+        return first | factors, others | (first & factors)
+    return 0, reached
+
+
+def _union(sets: Iterable[int]) -> int:
+    return functools.reduce(operator.or_, sets, 0)

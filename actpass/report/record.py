@@ -15,7 +15,7 @@ from actpass._torch import size_hint
 from actpass.chunking import Chunked
 from actpass.codecs import ALL_PROJECTIONS, LEARNED
 from actpass.config import Config, matches
-from actpass.graph import Finding, Joint, Use, classify_uses, count_matmuls, fingerprint, plain_inputs
+from actpass.graph import Finding, Joint, Use, count_matmuls, fingerprint, plain_inputs
 from actpass.graph.cost import is_attention, is_matmul
 from actpass.graph.joint import module_path, source_line, storage_root, tensor_bytes
 from actpass.partition import Cut, Cuts, Saved
@@ -270,7 +270,7 @@ def _stored(final: Cut, plan: Plan) -> dict[str, int]:
 def _uses(root: str, where: Cut, contractions: list[str]) -> tuple[Use, ...]:
     placeholders = {n.name: n for n in where.backward.graph.find_nodes(op="placeholder")}
     crossing = [s.name for s in where.saved if s.root == root]
-    found = [u for name in crossing if name in placeholders for u in classify_uses(placeholders[name], contractions)[0]]
+    found = [u for name in crossing if name in placeholders for u in where.uses.of(placeholders[name], contractions)[0]]
     return tuple(dict.fromkeys(found))
 
 
