@@ -32,11 +32,12 @@ from actpass.chunking import Chunked, chunk
 from actpass.codecs import LEARNED
 from actpass.config import Config
 from actpass.decode import decode_saved
-from actpass.errors import ActpassError, ActpassWarning, GraphUnsupported, PlanError
+from actpass.errors import ActpassError, ActpassWarning, GraphUnsupported, LogitsReturned, PlanError
 from actpass.factor import factor_gradients
 from actpass.graph import GraphInputs, Joint, find_contractions, fingerprint, plain_inputs
 from actpass.graph.copying import copy_module
 from actpass.graph.joint import module_path, storage_root, value
+from actpass.modelplan import ModelPlan
 from actpass.partition import Cut, Cuts, Setting, cut
 from actpass.plan import Factored, Plan, Storage, choose, choose_decoded
 from actpass.report.record import Record, describe, describe_fallback
@@ -91,7 +92,7 @@ def compile_joint(
     reason in the record; a mistake in the options raises, and so does a given plan that can't be followed. peak: the budget,
     if it is one of peak bytes. decided: the plan, if a search has found it for the same graph."""
     joint = _prepare(gm, inputs, partition_kwargs)
-    given = follow.find(config.plan, joint) if config.plan is not None else decided
+    given = decided if config.plan is None else _find(config.plan, joint)
     default = cut(joint, joint_inputs, partition_kwargs, Setting(rebuild=False))
     traced = Traced(joint, joint_inputs, partition_kwargs, config, default)
     try:
@@ -108,6 +109,16 @@ def compile_joint(
     warnings.warn(f"actpass left a region to Inductor alone, because {reason}{over}", ActpassWarning, stacklevel=2)
     record = describe_fallback(joint, default, config, reason)
     return Compiled(default.forward, default.backward, record, default, {"joint": joint.gm}, traced)
+
+
+def _find(plan: ModelPlan, joint: Joint) -> Plan:
+    """As `follow.find`. A plan that has no region for a graph with deferred logits may have one for the graph with whole ones."""
+    try:
+        return follow.find(plan, joint)
+    except PlanError as error:
+        if joint.inputs.deferred:
+            raise LogitsReturned(f"{error}") from error
+        raise
 
 
 def _prepare(gm: fx.GraphModule, inputs: GraphInputs, partition_kwargs: Mapping[str, Any]) -> Joint:
@@ -134,6 +145,8 @@ def read(
             chunked = chunk(joint, default.saved_bytes if default_bytes is None else default_bytes, rows)
         except GraphUnsupported as error:
             why_whole = str(error)
+    if joint.inputs.deferred and chunked is None and given is None:
+        raise LogitsReturned(why_whole or "they do not weigh")
     if given is not None and given.chunk_rows and chunked is None:
         raise PlanError(f"the plan forms the loss in pieces, which is not possible: {why_whole or 'no logits weigh'}.")
     joint = chunked.joint if chunked is not None else joint
