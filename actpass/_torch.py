@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import traceback
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -92,6 +92,7 @@ __all__ = [
     "is_bucketed",
     "is_joined",
     "is_part_of_a_step",
+    "is_sharded",
     "list_mode_options",
     "min_cut_rematerialization_partition",
     "needs_fallback_due_to_atomic_add_limitations",
@@ -99,6 +100,7 @@ __all__ = [
     "queue_after_backward",
     "rename",
     "reset_code",
+    "returns_to_a_graph_break",
     "run_and_get_code",
     "select_decomp_table",
     "size_hint",
@@ -142,6 +144,21 @@ def is_part_of_a_step(gm: torch.fx.GraphModule) -> bool:
     reason, code = getattr(gm, "compile_subgraph_reason", None), current_code()
     resumed = code is not None and code.co_name.startswith(TORCH_DYNAMO_RESUME_IN_PREFIX)
     return resumed or (reason is not None and reason.graph_break)
+
+
+def returns_to_a_graph_break(gm: torch.fx.GraphModule) -> bool:
+    """Whether what the region returns is what a graph break passes on. Not known of the pieces that DDP splits a graph into."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return reason is not None and reason.graph_break
+
+
+def is_sharded(nn_module_stack: Mapping[str, Any]) -> bool:
+    """Whether FSDP shards the parameters of one of the modules that a node of Dynamo's graph was made in."""
+    kinds = [kind for _, kind in nn_module_stack.values()]
+    return any(isinstance(kind, type) and kind.__mro__ and _SHARDED & {c.__name__ for c in kind.__mro__} for kind in kinds)
+
+
+_SHARDED = {"FSDPModule", "FullyShardedDataParallel"}
 
 
 def rename(node: torch.fx.Node, name: str) -> None:

@@ -37,13 +37,15 @@ from actpass.budget import PeakBudget
 from actpass.codecs.generator import round_keys, step_seed
 from actpass.compiler import Compiled, compile_joint
 from actpass.config import Config, parse
+from actpass.deferred import delivering
 from actpass.eager import with_eager_curve
-from actpass.errors import ActpassError, ActpassWarning, InternalError
+from actpass.errors import ActpassError, ActpassWarning, GraphUnsupported, InternalError, LogitsReturned
 from actpass.graph import GraphInputs, inline_regions
 from actpass.graph.copying import copy_module
 from actpass.modelplan import ModelPlan
 from actpass.plan import Plan
 from actpass.report.record import Record, describe_unknown
+from actpass.returned import Taken, take_logits
 from actpass.runtime import clock, factors, ranks, records, regions, steps, subspaces
 from actpass.runtime.resident import resident
 
@@ -83,6 +85,8 @@ def actcomp(
     - ``chunk_loss``: True (default) forms large logits, the loss and the head's gradients in pieces of rows, as
       many as suit the device (half as many as features on a CPU, else four times; an int sets it: fewer take less memory, more
       are faster); see `actpass.chunking`.
+    - ``defer_logits``: True (default): logits that are returned beside such a loss are computed when they are first read; see
+      `actpass.deferred`. False: they are whole, and so is the loss.
     - ``scale``: ``"unbiased"`` (default) or ``"none"`` (orthonormal scaling, for an optimizer inside a fixed subspace).
     - ``refresh_interval``: optimizer steps for which a basis stays (default 1), or between two sketches of a learned subspace
       (default: `oasis` 1, others 20). ``complement``: the random part of `prac` and `sampled`, ``"fresh"`` (drawn at each
@@ -173,6 +177,8 @@ def _compile_region(
         config = replace(config, tails=subspaces.tails(example_inputs, plain.paths))
     key = records.region_key(gm, example_inputs, plain, config, peak)
     nonce, record = records.load(key)
+    if record is not None and record.whole is not None:
+        plain = replace(plain, whole=record.whole)  # known: nothing is traced in vain
     device = device_of(example_inputs)
     extra = ask(gm, example_inputs, config, plain, device, peak, record)
     peak = extra.counted_in(peak)
@@ -285,8 +291,42 @@ def run_passes(
     """Give ``gm`` to ``compiler`` (`compile_fx`) with the pass in place of the partitioner. extra: what the region takes beside
     the seed: behind it the points at which tokens are sampled and the learned subspaces, of each of which it returns a sketch,
     and the places for coefficients. Returns what the pass did (None on a cache hit, or if there is no backward), and the
-    compiled callable."""
+    compiled callable, which returns what ``gm`` does, deferred logits among it."""
     extra = extra or Extra()
+    try:
+        taken = _taken(gm, example_inputs, config, inputs)
+    except GraphUnsupported as error:
+        taken, inputs = None, replace(inputs, whole=str(error))
+    if taken is not None:
+        deferring = replace(inputs, deferred=sum(not isinstance(o, int) for o in taken.outputs))
+        try:
+            compiled, fn = _run_passes(
+                taken.gm, example_inputs, config, deferring, device, nonce, peak, compiler, extra, **compiler_options
+            )
+            return compiled, delivering(fn, taken.outputs)
+        except LogitsReturned as error:
+            inputs = replace(inputs, whole=str(error))
+    return _run_passes(gm, example_inputs, config, inputs, device, nonce, peak, compiler, extra, **compiler_options)
+
+
+def _taken(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, inputs: GraphInputs) -> Taken | None:
+    """``gm`` without the logits that it returns, if they may be deferred and it is not known that they can't."""
+    return take_logits(gm, example_inputs, inputs) if config.defers_logits and inputs.whole is None else None
+
+
+def _run_passes(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    config: Config,
+    inputs: GraphInputs,
+    device: torch.device,
+    nonce: str,
+    peak: PeakBudget | None,
+    compiler: Callable[..., Any],
+    extra: Extra,
+    **compiler_options: Any,
+) -> tuple[Compiled | None, Callable[..., Any]]:
+    """`run_passes` for a graph whose results stay what they are."""
     if config.needs_seed:
         gm, own = _append_state(gm, example_inputs, device, extra)
         first, sites = len(inputs.paths), len(extra.sites)

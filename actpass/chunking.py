@@ -126,7 +126,8 @@ class _Region:
         self.wide = self._wide()
         whole = {storage_root(o) for o in joint.outputs if o is not None} & self.wide
         if whole:
-            raise GraphUnsupported("the logits are also returned to the caller: return only the loss")
+            why = joint.inputs.whole
+            raise GraphUnsupported(f"the logits are also returned to the caller: {why or 'return only the loss'}")
         below = _reach(self.wide, lambda n: n.users)
         above = _reach(self.wide, lambda n: n.all_input_nodes)
         inside = self.wide | (below & above) | {u for n in self.wide for u in n.users}

@@ -32,12 +32,13 @@ from actpass.chunking import Chunked, chunk
 from actpass.codecs import LEARNED
 from actpass.config import Config
 from actpass.decode import decode_saved
-from actpass.errors import ActpassError, ActpassWarning, BudgetError, GraphUnsupported, PlanError
+from actpass.errors import ActpassError, ActpassWarning, BudgetError, GraphUnsupported, LogitsReturned, PlanError
 from actpass.factor import factor_gradients
 from actpass.graph import GraphInputs, Joint, find_contractions, fingerprint, plain_inputs
 from actpass.graph.copying import copy_module
 from actpass.graph.joint import module_path, storage_root, value
 from actpass.graph.written import save_what_is_read
+from actpass.modelplan import ModelPlan
 from actpass.partition import Cut, Cuts, Setting, cut
 from actpass.plan import Factored, Plan, Storage, choose, choose_decoded
 from actpass.plan.spread import Level
@@ -99,7 +100,7 @@ def compile_joint(
     try:
         joint = _prepare(gm, inputs, partition_kwargs)
         if config.plan is not None:
-            given = follow.find(config.plan, joint)
+            given = _find(config.plan, joint)
         default = cut(joint, joint_inputs, partition_kwargs, Setting(rebuild=False))
         traced = Traced(joint, joint_inputs, partition_kwargs, config, default)
         return _compile(traced, peak, given)
@@ -148,6 +149,16 @@ def _under(peak: PeakBudget, record: Record) -> Record:
     return replace(record, totals=totals)
 
 
+def _find(plan: ModelPlan, joint: Joint) -> Plan:
+    """As `follow.find`. A plan that has no region for a graph with deferred logits may have one for the graph with whole ones."""
+    try:
+        return follow.find(plan, joint)
+    except PlanError as error:
+        if joint.inputs.deferred:
+            raise LogitsReturned(f"{error}") from error
+        raise
+
+
 def _prepare(gm: fx.GraphModule, inputs: GraphInputs, partition_kwargs: Mapping[str, Any]) -> Joint:
     """A private copy of the joint graph without dead code and without duplicates (under autocast q, k and v each carry a
     cast of one tensor), in which the backward reads no input that the forward writes to."""
@@ -173,6 +184,8 @@ def read(
             chunked = chunk(joint, default.saved_bytes if default_bytes is None else default_bytes, rows)
         except GraphUnsupported as error:
             why_whole = str(error)
+    if joint.inputs.deferred and chunked is None and given is None:
+        raise LogitsReturned(why_whole or "they do not weigh")
     if given is not None and given.chunk_rows and chunked is None:
         raise PlanError(f"the plan forms the loss in pieces, which is not possible: {why_whole or 'no logits weigh'}.")
     joint = chunked.joint if chunked is not None else joint

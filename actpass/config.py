@@ -156,6 +156,7 @@ class Config:
     profitable_only: bool = True
     smallest: int = 16384
     chunk_loss: bool | int = True
+    defer_logits: bool = True
     calibration: Calibration | None = None
     mode: str | None = None
     inductor: tuple[tuple[str, Any], ...] = ()
@@ -163,6 +164,12 @@ class Config:
     tails: tuple[tuple[str, float], ...] = ()
     gradients: str = "dense"
     fallback: str = "error"
+
+    @property
+    def defers_logits(self) -> bool:
+        """Whether logits that are returned may be computed when they are read: where the loss may be formed in pieces."""
+        chunks = bool(self.chunk_loss) and self.memory_budget != 1.0
+        return self.defer_logits and (chunks if self.plan is None else any(r.chunk_rows for r in self.plan.regions))
 
     @property
     def factors_gradients(self) -> bool:
@@ -579,6 +586,7 @@ _PARSERS = {
     "profitable_only": _boolean,
     "smallest": _integer(0, 2**62),
     "chunk_loss": _chunk_loss,
+    "defer_logits": _boolean,
     "calibration": _calibration,
     "mode": _mode,
     "inductor": _inductor,

@@ -65,5 +65,14 @@ class GraphUnsupported(ActpassError):
     and the report carries the message. Users never see it raised."""
 
 
+class LogitsReturned(ActpassError):
+    """The loss of a graph whose logits would be deferred can't be formed in pieces. Caught by the backend, which compiles the
+    region with its logits whole; the report carries the message. Users never see it raised."""
+
+
+class DeferredError(ActpassError, RuntimeError):
+    """Deferred logits are read when they can't be computed any more."""
+
+
 class ActpassWarning(UserWarning):
     """A region was left to Inductor, or the torch version is untested."""

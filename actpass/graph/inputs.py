@@ -21,7 +21,8 @@ _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 class GraphInputs:
     """paths: for every positional input its parameter path (``layers.0.mlp.up_proj.weight``), or None if it is not a
     parameter. computed: whether it is a value that another region computed (an activation that a graph break passes on).
-    written: whether the graph writes to it.
+    written: whether the graph writes to it. deferred: how many of the results are hidden states in place of logits
+    (`actpass.returned`). whole: why logits that are returned are not.
     seed: the position of the step's seed, or None if the region takes none. learned_seed, points, subspaces: those of the
     seed of what is random in learned bases, of the points at which tokens are sampled, and of the learned subspaces.
     coefficients: of what gets the coefficients of a low-rank gradient for its gradient."""
@@ -29,6 +30,8 @@ class GraphInputs:
     paths: tuple[str | None, ...]
     computed: tuple[bool, ...]
     written: tuple[bool, ...] = ()
+    deferred: int = 0
+    whole: str | None = None
     seed: int | None = None
     learned_seed: int | None = None
     points: int | None = None
@@ -39,7 +42,7 @@ class GraphInputs:
     def of(cls, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> GraphInputs:
         placeholders = gm.graph.find_nodes(op="placeholder")
         paths = _unique(parameter_path(n, e) for n, e in zip(placeholders, example_inputs, strict=True))
-        return cls(paths, tuple(map(is_computed, example_inputs)), tuple(map(_is_written, placeholders)))
+        return cls(paths, tuple(map(is_computed, example_inputs)), tuple(map(is_written, placeholders)))
 
 
 _SHOWS = {
@@ -54,14 +57,14 @@ _WRITES = {
 }  # fmt: skip
 
 
-def _is_written(tensor: fx.Node) -> bool:
+def is_written(tensor: fx.Node) -> bool:
     """Whether what is in the memory of ``tensor`` is changed in place, by the names of operators (``mul_``, ``x[i] = ...``,
     ``out=``)."""
     for user in tensor.users:
         name = str(getattr(user.target, "__name__", user.target))
         if name in _WRITES or (name.endswith("_") and not name.endswith("__")) or user.kwargs.get("out") is tensor:
             return True
-        if name in _SHOWS and _is_written(user):
+        if name in _SHOWS and is_written(user):
             return True
     return False
 

@@ -94,7 +94,8 @@ class Record:
     """active: whether the pass decided this region. inactive_because: why not. notes: what the user should know.
     left_alone: (matmul, parameter, reason) for every weight gradient that is no site. footprint, footprint_default: what it
     takes in memory, as predicted, now and as Inductor's default; None if it is not known. levels: of a part of a step, what it
-    could be instead. curves: live bytes over the step. tradeoff: what other budgets would give, where it was asked for."""
+    could be instead. curves: live bytes over the step. tradeoff: what other budgets would give, where it was asked for.
+    whole: why logits that are returned are not deferred; None: they are, or none are returned."""
 
     active: bool
     inactive_because: str | None
@@ -111,6 +112,7 @@ class Record:
     levels: tuple[Level, ...] = ()
     curves: Curves | None = None
     tradeoff: Tradeoff | None = None
+    whole: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
@@ -208,8 +210,12 @@ def describe(
         plan=plan.to_dict(),
         plan_hash=plan.hash,
         left_alone=finding.left_alone,
-        notes=(*_loss_notes(chunked, why_whole), *_notes(plan, rows.values(), cuts, config, finding)),
+        notes=(
+            *_loss_notes(joint, chunked, why_whole),
+            *_notes(plan, rows.values(), cuts, config, finding, joint.inputs.deferred),
+        ),
         parameters=_parameters(joint),
+        whole=joint.inputs.whole,
         **_memory(cuts.default, cuts.swapped, joint, plan, rows),
     )
 
@@ -233,6 +239,7 @@ def describe_fallback(joint: Joint, default: Cut, config: Config, reason: str) -
         plan=plan.to_dict(),
         plan_hash=plan.hash,
         parameters=_parameters(joint),
+        whole=joint.inputs.whole,
         **_memory(default, default, joint, Plan(), {}),
     )
 
@@ -419,14 +426,16 @@ def _totals(default: Cut, final: Cut) -> Totals:
     )
 
 
-def _loss_notes(chunked: Chunked | None, why_whole: str | None) -> Iterator[str]:
+def _loss_notes(joint: Joint, chunked: Chunked | None, why_whole: str | None) -> Iterator[str]:
     if chunked is not None:
         yield f"the loss is formed in {chunked.pieces} pieces; {chunked.logits_bytes} bytes of logits never exist at once"
+    if joint.inputs.deferred:
+        yield "the logits are returned deferred: they are computed when they are first read"
     if why_whole is not None:
         yield f"the loss is formed whole: {why_whole}"
 
 
-def _notes(plan: Plan, sites: Iterable[SiteRow], cuts: Cuts, config: Config, finding: Finding) -> Iterable[str]:
+def _notes(plan: Plan, sites: Iterable[SiteRow], cuts: Cuts, config: Config, finding: Finding, deferred: int) -> Iterable[str]:
     read = [c.parameters for c in finding.contractions]
     used = {config.treatment_of(paths)[1] for paths in read}
     for pattern, _ in config.overrides:
@@ -446,7 +455,7 @@ def _notes(plan: Plan, sites: Iterable[SiteRow], cuts: Cuts, config: Config, fin
             "a projected contraction in the parameter's own axes, or a sum of some through one basis"
         )
     returned = sum(s.nbytes for s in cuts.exact.saved if s.user_visible)
-    if returned:
+    if returned and not deferred:
         yield (
             f"{returned} of the saved bytes are storage that the model also returns (logits): return only the loss to let "
             "the backward free them"
