@@ -39,7 +39,7 @@ from actpass.compiler import Compiled, compile_joint
 from actpass.config import Config, parse
 from actpass.eager import with_eager_curve
 from actpass.errors import ActpassError, ActpassWarning, InternalError
-from actpass.graph import GraphInputs
+from actpass.graph import GraphInputs, arguments_of
 from actpass.graph.copying import copy_module
 from actpass.modelplan import ModelPlan
 from actpass.plan import Plan
@@ -183,8 +183,12 @@ def _compile_region(
     if record is None:  # no backward: nothing to save, nothing to report, no seed to draw
         return _with_unused_seed(fn, device) if config.needs_seed else fn
     ranks.check(record)
-    positions = tuple(i for i, path in enumerate(plain.paths) if path is not None)
-    region = regions.Region(record, config, positions, current_frame(), code=code, shapes=shapes, peak=peak)
+    arguments = arguments_of(gm, example_inputs, plain)
+    if arguments:
+        record = _with_arguments(record, config, [path for path, _ in arguments])
+    positions = tuple(i for i, path in enumerate(plain.paths) if path is not None) or tuple(i for _, i in arguments)
+    named = tuple((path, tuple(example_inputs[i].shape)) for path, i in arguments)
+    region = regions.Region(record, config, positions, current_frame(), code=code, shapes=shapes, peak=peak, arguments=named)
     regions.register(region)
     if not config.needs_seed:
         return _plain(fn, region)
@@ -197,6 +201,22 @@ def _compile_region(
         fn = subspaces.with_subspaces(fn, extra.sites, config, device, copies=copies, written=plain.written)
         return _with_subspaces(fn, region, config, device)
     return _with_seed(fn, region, config, device)
+
+
+def _with_arguments(record: Record, config: Config, paths: Sequence[str]) -> Record:
+    """``record`` with what is not done where parameters are arguments, and a warning if it was asked for."""
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    note = (
+        f"the gradients of {', '.join(paths[:3])}{more} are exact, because these are arguments of the compiled function (as with "
+        "torch.func.functional_call) and not parameters of a module, whose weight gradients alone are projected"
+    )
+    if config.projects:
+        warnings.warn(
+            f"actpass: method={config.treatment.method!r} projects nothing here: {note}. Compile the module itself.",
+            ActpassWarning,
+            stacklevel=2,
+        )
+    return replace(record, notes=(*record.notes, note))
 
 
 @dataclass(frozen=True)

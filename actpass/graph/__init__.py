@@ -6,7 +6,7 @@ Knows no policy and no method.
 from actpass.graph.contractions import Contraction, Finding, find_contractions
 from actpass.graph.cost import count_matmuls
 from actpass.graph.identity import fingerprint, plain_inputs
-from actpass.graph.inputs import GraphInputs
+from actpass.graph.inputs import GraphInputs, arguments_of
 from actpass.graph.joint import Joint
 from actpass.graph.uses import Use, UseKind, classify_uses
 
@@ -17,6 +17,7 @@ __all__ = [
     "Joint",
     "Use",
     "UseKind",
+    "arguments_of",
     "classify_uses",
     "count_matmuls",
     "find_contractions",
