@@ -207,8 +207,8 @@ def _with_arguments(record: Record, config: Config, paths: Sequence[str]) -> Rec
     """``record`` with what is not done where parameters are arguments, and a warning if it was asked for."""
     more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
     note = (
-        f"the gradients of {', '.join(paths[:3])}{more} are exact, because these are arguments of the compiled function (as with "
-        "torch.func.functional_call) and not parameters of a module, whose weight gradients alone are projected"
+        f"the gradients of {', '.join(paths[:3])}{more} are exact, because these are arguments of the compiled function (as "
+        "with torch.func.functional_call) and not parameters of a module, whose weight gradients alone are projected"
     )
     if config.projects:
         warnings.warn(

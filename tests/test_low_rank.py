@@ -338,6 +338,8 @@ class Foreign(torch.optim.Optimizer):
         self.update = torch.compile(self._compiled, backend="eager", fullgraph=True) if compiles else self._read
 
     def step(self, closure: Any = None) -> Any:
+        if closure is not None:
+            closure()
         for group in self.param_groups:
             for p in group["params"]:
                 self.update(p.detach(), p.grad, group["lr"])
@@ -367,8 +369,15 @@ def test_an_optimizer_of_a_library_steps_as_with_the_dense_gradient(compiles: bo
     with pytest.warns(actpass.ActpassWarning, match=r"Foreign does not know low-rank gradients.*takes_low_rank_gradients"):
         Foreign([parameter], compiles=compiles).step()
     assert torch.equal(parameter.detach(), wanted)
-    parameter.grad = gradient()
-    Foreign([parameter], compiles=compiles).step()  # it is told once
+    optimizer = Foreign([parameter], compiles=compiles)  # it is told once
+
+    def closure() -> None:
+        parameter.grad = gradient()
+
+    for args, kwargs in (((closure,), {}), ((), {"closure": closure})):
+        wanted = parameter.detach() - 0.5 * g.dense()
+        optimizer.step(*args, **kwargs)
+        assert torch.equal(parameter.detach(), wanted)
 
 
 def test_an_optimizer_that_takes_low_rank_gradients_gets_them():

@@ -53,22 +53,38 @@ def start() -> None:
     """Let optimizers that don't know low-rank gradients get dense ones (once a process)."""
     global _hook
     if _hook is None:
-        _hook = register_optimizer_step_pre_hook(_give_dense)
+        _hook = register_optimizer_step_pre_hook(_before_step)
 
 
 _hook: Any = None
 _told: set[type] = set()
 
 
-def _give_dense(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+def _before_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """torch's own go by operators, which see the dense gradient one parameter at a time. Others may read memory themselves, as
     kernels of a library do, or compile their step, and Dynamo can't trace a tensor of a kind of its own."""
     kind = type(optimizer)
     if getattr(optimizer, "takes_low_rank_gradients", False) or kind.step.__module__.startswith("torch.optim."):
-        return
+        return None
+    _give_dense(optimizer)
+    own, *rest = args
+    closure = rest[0] if rest else kwargs.get("closure")
+    if closure is None:
+        return None
+
+    def and_dense() -> Any:
+        loss = closure()
+        _give_dense(optimizer)
+        return loss
+
+    return (own, and_dense, *rest[1:]) if rest else args, kwargs if rest else {**kwargs, "closure": and_dense}
+
+
+def _give_dense(optimizer: torch.optim.Optimizer) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"] if isinstance(p.grad, LowRankGradient)]
     for parameter in parameters:
         parameter.grad = parameter.grad.dense()
+    kind = type(optimizer)
     if parameters and kind not in _told:
         _told.add(kind)
         warnings.warn(
@@ -76,7 +92,7 @@ def _give_dense(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             "which is right, but takes their memory. Use an optimizer of actpass.optim or torch.optim; one of your own that "
             "takes them sets takes_low_rank_gradients = True.",
             ActpassWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

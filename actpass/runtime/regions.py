@@ -25,8 +25,8 @@ class Region:
     ever ran with (one graph may serve several modules), by id. follows: for a region without parameters (a loss behind a
     graph break), the region that ran before. frame: Dynamo's number for the code that was compiled; a recompilation has the
     same. called: when it ran last. code: the Python code that it was compiled from. shapes: of its inputs. peak: its budget, if
-    that is one of peak bytes. arguments: (path, shape) where the parameters are arguments of the compiled function; positions are
-    theirs then.
+    that is one of peak bytes. arguments: (path, shape) where the parameters are arguments of the compiled function; positions
+    are theirs then.
     """
 
     record: Record
