@@ -40,7 +40,7 @@ from actpass.config import Config, parse
 from actpass.deferred import delivering
 from actpass.eager import with_eager_curve
 from actpass.errors import ActpassError, ActpassWarning, GraphUnsupported, InternalError, LogitsReturned
-from actpass.graph import GraphInputs, inline_regions
+from actpass.graph import GraphInputs, arguments_of, inline_regions
 from actpass.graph.copying import copy_module
 from actpass.modelplan import ModelPlan
 from actpass.plan import Plan
@@ -191,8 +191,12 @@ def _compile_region(
     if record is None:  # no backward: nothing to save, nothing to report, no seed to draw
         return _with_unused_seed(fn, device) if config.needs_seed else fn
     ranks.check(record)
-    positions = tuple(i for i, path in enumerate(plain.paths) if path is not None)
-    region = regions.Region(record, config, positions, current_frame(), code=code, shapes=shapes, peak=peak)
+    arguments = arguments_of(gm, example_inputs, plain)
+    if arguments:
+        record = _with_arguments(record, config, [path for path, _ in arguments])
+    positions = tuple(i for i, path in enumerate(plain.paths) if path is not None) or tuple(i for _, i in arguments)
+    named = tuple((path, tuple(example_inputs[i].shape)) for path, i in arguments)
+    region = regions.Region(record, config, positions, current_frame(), code=code, shapes=shapes, peak=peak, arguments=named)
     regions.register(region)
     if not config.needs_seed:
         return _plain(fn, region)
@@ -214,6 +218,22 @@ def noting_calls(record: Record, called: int) -> Record:
     calls = "a call" if called == 1 else f"{called} calls"
     why = "Inductor overwrites what a region that is called still needs for its backward, and one budget is over all of them"
     return replace(record, notes=(*record.notes, f"{calls} of nested_compile_region in line, each compiled by itself: {why}"))
+
+
+def _with_arguments(record: Record, config: Config, paths: Sequence[str]) -> Record:
+    """``record`` with what is not done where parameters are arguments, and a warning if it was asked for."""
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    note = (
+        f"the gradients of {', '.join(paths[:3])}{more} are exact, because these are arguments of the compiled function (as "
+        "with torch.func.functional_call) and not parameters of a module, whose weight gradients alone are projected"
+    )
+    if config.projects:
+        warnings.warn(
+            f"actpass: method={config.treatment.method!r} projects nothing here: {note}. Compile the module itself.",
+            ActpassWarning,
+            stacklevel=2,
+        )
+    return replace(record, notes=(*record.notes, note))
 
 
 @dataclass(frozen=True)

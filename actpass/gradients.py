@@ -3,7 +3,8 @@
 `LowRankGradient` has the parameter's shape and dtype and holds coefficients and a basis. What training loops and optimizers do
 to gradients in place is done to the coefficients: accumulation in one subspace, scaling, zeroing, norms, `clip_grad_norm_`,
 `torch.amp.GradScaler`. Any other operator sees the dense gradient, formed for it alone; one that writes to it
-makes the gradient dense for good. So every optimizer is right with it, and those of `actpass.optim` are frugal, too.
+makes the gradient dense for good. So every optimizer of torch is right with it, compiled or not, and those of `actpass.optim`
+are frugal, too. Any other gets dense gradients before its step (`actpass.runtime.factors`).
 """
 
 from __future__ import annotations
@@ -118,6 +119,7 @@ class LowRankGradient(torch.Tensor):
         """Whether it still is in its factors: an operator that had to write to all of it has made it dense."""
         return self.held.dense is None
 
+    @torch.compiler.disable
     def dense(self) -> torch.Tensor:
         """An ordinary tensor of the same numbers."""
         if self.held.dense is not None:
@@ -201,6 +203,7 @@ class LowRankGradient(torch.Tensor):
         return _rebuilt, (self.coefficients, b.method, b.width, b.rank, b.key, b.draw, b.unbiased, b.state, self.left)
 
     @classmethod
+    @torch.compiler.disable  # Dynamo would compile what runs here for itself, once for each shape, or with symbolic widths
     def __torch_dispatch__(  # pyright: ignore[reportIncompatibleMethodOverride]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -17,6 +17,7 @@ from actpass.codecs.generator import round_keys, step_seed
 from actpass.gradients import Basis, LowRankGradient, nbytes
 from actpass.measure import measure
 from actpass.optim import LazySubspaceAdamW, OasisAdamW
+from actpass.runtime import factors
 from actpass.runtime.clock import CLOCK
 from actpass.runtime.subspaces import STORE
 
@@ -327,6 +328,85 @@ def test_torch_optimizers_step_as_with_the_dense_gradient(kind: Any, options: di
     assert torch.allclose(parameter, want, atol=1e-6)
     ours.zero_grad(set_to_none=False)
     assert float(parameter.grad.norm()) == 0.0
+
+
+class Foreign(torch.optim.Optimizer):
+    """A library's: it reads the memory of gradients, or compiles its step without a break."""
+
+    def __init__(self, params: Any, *, compiles: bool) -> None:
+        super().__init__(params, {"lr": 0.5})
+        self.update = torch.compile(self._compiled, backend="eager", fullgraph=True) if compiles else self._read
+
+    def step(self, closure: Any = None) -> Any:
+        if closure is not None:
+            closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.update(p.detach(), p.grad, group["lr"])
+
+    @staticmethod
+    def _compiled(parameter: torch.Tensor, gradient: torch.Tensor, lr: float) -> None:
+        parameter.sub_(gradient.float(), alpha=lr)
+
+    @staticmethod
+    def _read(parameter: torch.Tensor, gradient: torch.Tensor, lr: float) -> None:
+        parameter.sub_(torch.from_numpy(gradient.numpy()), alpha=lr)
+
+
+class Frugal(Foreign):
+    takes_low_rank_gradients = True
+
+    def step(self, closure: Any = None) -> Any:
+        assert all(isinstance(p.grad, LowRankGradient) for group in self.param_groups for p in group["params"])
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_an_optimizer_of_a_library_steps_as_with_the_dense_gradient(compiles: bool):
+    factors.start()
+    parameter, g = weight(gradient()), gradient()
+    wanted = parameter.detach() - 0.5 * g.dense()
+    factors._told.clear()
+    with pytest.warns(actpass.ActpassWarning, match=r"Foreign does not know low-rank gradients.*takes_low_rank_gradients"):
+        Foreign([parameter], compiles=compiles).step()
+    assert torch.equal(parameter.detach(), wanted)
+    optimizer = Foreign([parameter], compiles=compiles)  # it is told once
+
+    def closure() -> None:
+        parameter.grad = gradient()
+
+    for args, kwargs in (((closure,), {}), ((), {"closure": closure})):
+        wanted = parameter.detach() - 0.5 * g.dense()
+        optimizer.step(*args, **kwargs)
+        assert torch.equal(parameter.detach(), wanted)
+
+
+def test_an_optimizer_that_takes_low_rank_gradients_gets_them():
+    factors.start()
+    Frugal([weight(gradient())], compiles=False).step()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_compiled_optimizer_step_is_that_of_the_dense_gradient(kind: Any):
+    """And nothing of this package is compiled with it: the seed's arithmetic would meet symbolic widths there."""
+    compiled: list[str] = []
+
+    def backend(gm: fx.GraphModule, _: Any) -> Any:
+        compiled.extend(str(n.meta.get("stack_trace")) for n in gm.graph.nodes)
+        return gm.forward
+
+    found = []
+    for dense in (True, False):
+        parameters = [weight(gradient(left=left)) for left in (False, True)]
+        step = torch.compile(kind(parameters, lr=0.1).step, backend=backend)
+        for seed in range(3):
+            for left, parameter in enumerate(parameters):
+                g = gradient(seed=seed, left=left > 0)
+                parameter.grad = g.dense() if dense else g
+            step()
+        found.append([p.detach().clone() for p in parameters])
+    for got, want in zip(*found, strict=True):
+        assert torch.allclose(got, want, rtol=1e-6, atol=1e-7)
+    assert not [trace for trace in compiled if "actpass" in trace]
 
 
 def test_copies_files_and_text():

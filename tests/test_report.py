@@ -14,7 +14,7 @@ from actpass.measure import measure
 from actpass.report import Record
 
 from . import models
-from .helpers import eager_actcomp, step
+from .helpers import eager_actcomp, projected, step
 
 
 class LossOnly(nn.Module):
@@ -131,3 +131,28 @@ def test_explain_works_without_memory_on_the_meta_device():
     meta = actpass.explain(model.to("meta"), options={"method": "haar"}, **on_meta)
     assert replace(meta.totals, saved_bytes_eager=real.totals.saved_bytes_eager) == real.totals  # HF's eager code reads values
     assert meta.plan_hash == real.plan_hash
+
+
+def test_parameters_that_are_arguments_are_told_so():
+    """Their weight gradients are exact, whatever the method: nothing but a name tells them from inputs."""
+    model, other = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 24)), nn.Linear(24, 40)
+    x = torch.randn(32, 24)
+    parameters = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
+
+    def forward(given: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(model, given, (x,)).square().mean()
+
+    run = torch.compile(forward, backend=eager_actcomp(method="haar", rank=4, profitable_only=False))
+    with pytest.warns(actpass.ActpassWarning, match=r"method='haar' projects nothing here.*0\.weight, .*Compile the module"):
+        run(parameters).backward()
+    model(x).square().mean().backward()
+    for name, p in model.named_parameters():
+        assert torch.allclose(parameters[name].grad, p.grad, rtol=1e-5, atol=1e-8)
+    said = str(actpass.report(model))
+    assert "active, method=haar" in said
+    assert "are arguments of the compiled function (as with torch.func.functional_call)" in said
+    assert not actpass.report(other).active
+    torch.compiler.reset()
+    run = torch.compile(forward, backend=eager_actcomp(method="haar", rank=4, profitable_only=False))
+    run(dict(model.named_parameters())).backward()  # the module's own: a parameter is a parameter
+    assert projected(actpass.report(model)) == {"0.weight", "2.weight"}

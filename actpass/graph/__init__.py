@@ -7,7 +7,7 @@ from actpass.graph.contractions import Contraction, Finding, find_contractions
 from actpass.graph.cost import count_matmuls
 from actpass.graph.identity import fingerprint, plain_inputs
 from actpass.graph.inline import inline_regions
-from actpass.graph.inputs import GraphInputs
+from actpass.graph.inputs import GraphInputs, arguments_of
 from actpass.graph.joint import Joint
 from actpass.graph.uses import Use, UseKind
 
@@ -18,6 +18,7 @@ __all__ = [
     "Joint",
     "Use",
     "UseKind",
+    "arguments_of",
     "count_matmuls",
     "find_contractions",
     "fingerprint",

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from actpass._torch import FakeTensor
+
 _SEGMENT = re.compile(r"_(?:modules|parameters|buffers)\[['\"]([^'\"]+)['\"]\]")
 _PARAMETER = re.compile(r"\._parameters\[|^l_self_(?:modules_\w+_)?parameters_\w+_$")
 """A parameter's source, or its placeholder's name where DDP's graph splitting dropped the source."""
@@ -43,6 +45,19 @@ class GraphInputs:
         placeholders = gm.graph.find_nodes(op="placeholder")
         paths = _unique(parameter_path(n, e) for n, e in zip(placeholders, example_inputs, strict=True))
         return cls(paths, tuple(map(is_computed, example_inputs)), tuple(map(is_written, placeholders)))
+
+
+def arguments_of(gm: fx.GraphModule, example_inputs: Sequence[Any], inputs: GraphInputs) -> tuple[tuple[str, int], ...]:
+    """(path, position) of the leaves that a region without parameters gets gradients of: where `torch.func.functional_call` is
+    compiled, the parameters are arguments, and nothing but their paths tells them from inputs."""
+    if any(path is not None for path in inputs.paths):
+        return ()
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    return tuple(
+        (clean_path(_source_name(node)), position)
+        for position, (node, e) in enumerate(zip(placeholders, example_inputs, strict=True))
+        if isinstance(e, torch.Tensor) and not isinstance(e, FakeTensor) and e.requires_grad and e.is_leaf
+    )
 
 
 _SHOWS = {

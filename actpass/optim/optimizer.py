@@ -33,6 +33,8 @@ class ComposedOptimizer(torch.optim.Optimizer):
     the shape of the coefficients, and what the basis is drawn from. Raises `ValueError` for options out of range.
     """
 
+    takes_low_rank_gradients = True
+
     def __init__(
         self, params: Iterable[Any], transforms: Sequence[Transform], *, lr: float, weight_decay: float = 0.0, **options: Any
     ) -> None:

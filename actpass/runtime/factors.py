@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from actpass._torch import FakeTensor, active_ddp
 from actpass.codecs import LEARNED
 from actpass.codecs.generator import step_seed
 from actpass.config import Config
 from actpass.distributed import note_buckets
-from actpass.gradients import Basis, Coefficients
+from actpass.errors import ActpassWarning
+from actpass.gradients import Basis, Coefficients, LowRankGradient
 from actpass.runtime.clock import CLOCK
 
 
@@ -44,6 +49,53 @@ def factors_of(plan: Mapping[str, Any], paths: Sequence[str | None]) -> tuple[Fa
     return tuple(found)
 
 
+def start() -> None:
+    """Let optimizers that don't know low-rank gradients get dense ones (once a process)."""
+    global _hook
+    if _hook is None:
+        _hook = register_optimizer_step_pre_hook(_before_step)
+
+
+_hook: Any = None
+_told: set[type] = set()
+
+
+def _before_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """torch's own go by operators, which see the dense gradient one parameter at a time. Others may read memory themselves, as
+    kernels of a library do, or compile their step, and Dynamo can't trace a tensor of a kind of its own."""
+    kind = type(optimizer)
+    if getattr(optimizer, "takes_low_rank_gradients", False) or kind.step.__module__.startswith("torch.optim."):
+        return None
+    _give_dense(optimizer)
+    own, *rest = args
+    closure = rest[0] if rest else kwargs.get("closure")
+    if closure is None:
+        return None
+
+    def and_dense() -> Any:
+        loss = closure()
+        _give_dense(optimizer)
+        return loss
+
+    return (own, and_dense, *rest[1:]) if rest else args, kwargs if rest else {**kwargs, "closure": and_dense}
+
+
+def _give_dense(optimizer: torch.optim.Optimizer) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if isinstance(p.grad, LowRankGradient)]
+    for parameter in parameters:
+        parameter.grad = parameter.grad.dense()
+    kind = type(optimizer)
+    if parameters and kind not in _told:
+        _told.add(kind)
+        warnings.warn(
+            f"{kind.__module__}.{kind.__name__} does not know low-rank gradients: all of them are made dense before its step, "
+            "which is right, but takes their memory. Use an optimizer of actpass.optim or torch.optim; one of your own that "
+            "takes them sets takes_low_rank_gradients = True.",
+            ActpassWarning,
+            stacklevel=4,
+        )
+
+
 def with_coefficients(
     fn: Callable[..., Any], factors: Sequence[Factor], count: int, config: Config, *, copies: bool
 ) -> Callable[..., Any]:
@@ -51,6 +103,7 @@ def with_coefficients(
     inputs; the state begins with the seeds' keys (and has points and subspaces behind two of them). copies: whether ``fn``
     keeps the memory of what it returns, as CUDA graphs do."""
 
+    start()
     kept: dict[Any, Basis] = {}  # seeded ones, while their draw stays: an optimizer has made their matrices
 
     def run(*args: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +25,8 @@ class Region:
     ever ran with (one graph may serve several modules), by id. follows: for a region without parameters (a loss behind a
     graph break), the region that ran before. frame: Dynamo's number for the code that was compiled; a recompilation has the
     same. called: when it ran last. code: the Python code that it was compiled from. shapes: of its inputs. peak: its budget, if
-    that is one of peak bytes.
+    that is one of peak bytes. arguments: (path, shape) where the parameters are arguments of the compiled function; positions
+    are theirs then.
     """
 
     record: Record
@@ -37,6 +39,7 @@ class Region:
     code: types.CodeType | None = None
     shapes: str = ""
     peak: PeakBudget | None = None
+    arguments: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     def note(self, args: tuple[Any, ...]) -> None:
         """Remember whose call this is (cheap when it is the same module's again)."""
@@ -97,13 +100,15 @@ def regions_of(model: torch.nn.Module) -> list[Region]:
     ran last.
 
     Under FSDP2 a forward runs with unsharded stand-ins of the parameters; there the match is by the names and shapes that
-    the region's record holds.
+    the region's record holds. So it is where parameters are arguments of the compiled function.
     """
     own = {id(p) for p in model.parameters()}
     found = {r for r in _regions if own & set(r.parameters.keys())}
-    if not found and any(type(p).__name__ == "DTensor" for p in (q.data for q in model.parameters())):
+    if not found:
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        found = {r for r in _regions if r.record.parameters and _fits(r.record, shapes)}
+        is_sharded = any(type(p.data).__name__ == "DTensor" for p in model.parameters())
+        named = {r: r.record.parameters if is_sharded else r.arguments for r in _regions}
+        found = {r for r, parameters in named.items() if parameters and _fits(parameters, shapes)}
     latest: dict[Any, Region] = {}
     for region in sorted(_regions, key=lambda r: r.called):
         if region in found:
@@ -114,8 +119,7 @@ def regions_of(model: torch.nn.Module) -> list[Region]:
     return sorted(latest.values(), key=lambda r: r.called)
 
 
-def _fits(record: Record, shapes: dict[str, tuple[int, ...]]) -> bool:
+def _fits(parameters: Iterable[tuple[str, tuple[int, ...]]], shapes: dict[str, tuple[int, ...]]) -> bool:
     return all(
-        any(shape == s and (name == n or name.endswith(f".{n}")) for name, s in shapes.items())
-        for n, shape in record.parameters
+        any(shape == s and (name == n or name.endswith(f".{n}")) for name, s in shapes.items()) for n, shape in parameters
     )
