@@ -17,6 +17,7 @@ import torch._dynamo as dynamo  # explain(): a fresh compile that leaves the use
 import torch._functorch.config as functorch_config  # `ban_recompute_materialized_backward`, `activation_memory_budget`
 import torch._inductor.config as inductor_config  # `custom_partitioner_fn`, the keyed way into the joint graph
 from torch._C._dynamo.eval_frame import reset_code  # compile a region again, under another plan, and no other
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list  # whether a code has as many graphs as Dynamo makes
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX  # names of the code behind a graph break
 from torch._dynamo.source import ConstantSource  # a state input that Dynamo never saw needs a source
 from torch._dynamo.symbolic_convert import tls as _tls  # which code is being compiled
@@ -45,6 +46,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext, StrictMinMaxConstraint
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _find_tensors as find_tensors  # where DDP looks for tensors in an output
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wrapper  # a tensor that is made of others
 from torch.utils._sympy.value_ranges import ValueRanges
 
 try:  # ranks compare plans through the process group's store (2.11 to 2.13); a torch without distributed has none
@@ -85,12 +87,14 @@ __all__ = [
     "fx_graph_cse",
     "get_default_op_list",
     "get_default_store",
+    "has_all_graphs",
     "inductor_cache_dir",
     "inductor_config",
     "invoke_subgraph",
     "is_bucketed",
     "is_joined",
     "is_part_of_a_step",
+    "is_wrapper",
     "list_mode_options",
     "min_cut_rematerialization_partition",
     "needs_fallback_due_to_atomic_add_limitations",
@@ -132,6 +136,11 @@ def current_code() -> types.CodeType | None:
     next called."""
     translator = getattr(_tls, "current_tx", None)
     return translator.f_code if translator is not None else None
+
+
+def has_all_graphs(code: types.CodeType) -> bool:
+    """Whether Dynamo has compiled ``code`` as often as it does: what fits none of the graphs runs uncompiled from then on."""
+    return len(_debug_get_cache_entry_list(code)) >= dynamo.config.recompile_limit
 
 
 def is_part_of_a_step(gm: torch.fx.GraphModule) -> bool:

@@ -8,7 +8,7 @@ Inductor's and AOTAutograd's caches key on.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -94,6 +94,9 @@ def actcomp(
     - ``seed``: base seed of all bases (default 0).
     - ``memory_budget``: bytes of the peak of a step (an int > 1, ``"20GiB"``), ``"auto"``, or a float in [0, 1], the fraction
       of the bytes that Inductor's default would save for backward; see `actpass.budget`.
+    - ``optimizer_state_bytes``: with a ``memory_budget`` in bytes, the state of an optimizer that is not known: none has
+      stepped yet and none was named (`actpass.set_optimizer`), or it is no torch optimizer. Default: AdamW's, two copies of
+      every trainable parameter.
     - ``calibration``: what `actpass.calibrate` returned, or the path of its file: what a budget weighs errors by.
     - ``overrides``: ``{"lm_head": "keep", "layers.*.mlp": {"method": "srht", "rank": 64}}``, by module path: of the weight for
       projections, of the module that made a tensor or the weight whose gradient reads it for low-bit forms.
@@ -126,14 +129,13 @@ def compile_region(
     code, shapes = current_code(), repr([tuple(e.shape) for e in example_inputs if isinstance(e, torch.Tensor)])
     if config.plan is not None:
         shapes += config.plan.hash  # what a search gave the same code is not this plan's
-    peak = peak_budget(config, example_inputs)
+    peak = peak_budget(config, example_inputs, [p for r in steps.running() for p in r.parameters.values()])
     if peak is not None:
         for size in example_inputs:
             if isinstance(size, torch.SymInt):
                 bool(size <= size_hint(size))  # a guard: for more than what was traced there is another plan
-    if peak is not None and (is_part_of_a_step(gm) or peak.resident.elsewhere):
+    if peak is not None and _is_part(gm, plain, peak, code):
         peak = replace(peak, part=True, capacity=steps.capacity_of(code, shapes, peak.nbytes))
-        steps.start()
     if config.learned and config.ranks_from_budget:
         config = replace(config, tails=subspaces.tails(example_inputs, plain.paths))
     key = records.region_key(gm, example_inputs, plain, config, peak)
@@ -148,6 +150,8 @@ def compile_region(
     if record is None:  # no backward: nothing to save, nothing to report, no seed to draw
         return _with_unused_seed(fn, device) if config.needs_seed else fn
     ranks.check(record)
+    if peak is not None and peak.part and peak.capacity is None:
+        steps.check_first(record, peak)
     positions = tuple(i for i, path in enumerate(plain.paths) if path is not None)
     region = regions.Region(record, config, positions, current_frame(), code=code, shapes=shapes, peak=peak)
     regions.register(region)
@@ -218,10 +222,20 @@ def ask(
     return replace(extra, decided=ModelPlan.of([record.plan]).regions[0].bare)
 
 
-def peak_budget(config: Config, inputs: Sequence[Any]) -> PeakBudget | None:
-    """The budget of a region that runs with ``inputs``, if it is one of peak bytes."""
+def peak_budget(config: Config, inputs: Sequence[Any], others: Iterable[torch.Tensor] = ()) -> PeakBudget | None:
+    """The budget of a region that runs with ``inputs``, if it is one of peak bytes. others: parameters of regions that ran
+    before it in the step."""
     asked = config.memory_budget
-    return PeakBudget(asked, resident(inputs)) if isinstance(asked, int) else None
+    return PeakBudget(asked, resident(inputs, others, config.optimizer_state_bytes)) if isinstance(asked, int) else None
+
+
+def _is_part(gm: fx.GraphModule, inputs: GraphInputs, peak: PeakBudget, code: Any) -> bool:
+    """Whether the region is one of several of a step: behind or before a graph break, as a step has shown it, beside trained
+    parameters that it does not take, or, while the optimizer that would show those is unknown, with a computed input."""
+    if is_part_of_a_step(gm):
+        return True
+    seen = steps.is_part(code)
+    return seen if seen is not None else peak.resident.elsewhere or (not peak.resident.known and any(inputs.computed))
 
 
 def run_passes(

@@ -163,7 +163,7 @@ def _compile(traced: Traced, peak: PeakBudget | None, given: Plan | None) -> Com
     record = replace(record, notes=(*record.notes, *notes))
     if peak is not None:
         totals = replace(record.totals, resident_bytes=peak.resident.total, scratch_bytes=peak.resident.scratch)
-        record = replace(record, totals=totals, levels=choice.levels)
+        record = replace(record, totals=totals, levels=choice.levels, limited=choice.limited)
     if done.off is not None:
         record = replace(record, active=False, inactive_because=done.off)
     forward, backward = done.swapped.forward, done.swapped.backward

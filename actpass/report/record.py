@@ -94,7 +94,8 @@ class Record:
     """active: whether the pass decided this region. inactive_because: why not. notes: what the user should know.
     left_alone: (matmul, parameter, reason) for every weight gradient that is no site. footprint, footprint_default: what it
     takes in memory, as predicted, now and as Inductor's default; None if that failed. levels: of a part of a step, what it
-    could be instead. curves: live bytes over the step. tradeoff: what other budgets would give, where it was asked for."""
+    could be instead. curves: live bytes over the step. tradeoff: what other budgets would give, where it was asked for.
+    limited: whether more room under its budget of peak bytes may give another plan."""
 
     active: bool
     inactive_because: str | None
@@ -111,6 +112,7 @@ class Record:
     levels: tuple[Level, ...] = ()
     curves: Curves | None = None
     tradeoff: Tradeoff | None = None
+    limited: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
