@@ -7,11 +7,15 @@ What each name is for stands beside it, so that a torch upgrade is one file to r
 # pyright: reportPrivateImportUsage=false, reportPrivateUsage=false
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
+import sympy  # what torch's symbolic sizes are made of
 import torch
 import torch._dynamo as dynamo  # explain(): a fresh compile that leaves the user's own alone
 import torch._functorch.config as functorch_config  # `ban_recompute_materialized_backward`, `activation_memory_budget`
@@ -74,6 +78,7 @@ __all__ = [
     "FakeTensorMode",
     "HigherOrderOperator",
     "OpOverload",
+    "Sizes",
     "active_ddp",
     "averages_otherwise",
     "compile_fx",
@@ -105,7 +110,9 @@ __all__ = [
     "run_and_get_code",
     "select_decomp_table",
     "size_hint",
+    "sizes_as_planned",
     "stand_ins",
+    "symbol_of",
     "tag_activation_checkpoint",
     "take_out_of_buckets",
     "torch_is_tested",
@@ -181,10 +188,44 @@ def fake_input(mode: FakeTensorMode, real: torch.Tensor, source: Any, *, most: i
     return mode.from_tensor(real, source=source, symbolic_context=context)
 
 
+Sizes = tuple[tuple[str, int], ...]
+"""Symbolic sizes by the names of their symbols, and what to take them for."""
+_planned_sizes: ContextVar[Sizes] = ContextVar("actpass_planned_sizes", default=())
+
+
+@contextlib.contextmanager
+def sizes_as_planned(sizes: Sizes) -> Iterator[None]:
+    """`size_hint` takes symbols for ``sizes`` inside, in place of what was traced."""
+    token = _planned_sizes.set(sizes)
+    try:
+        yield
+    finally:
+        _planned_sizes.reset(token)
+
+
+def symbol_of(size: torch.SymInt) -> tuple[str, int, int] | None:
+    """The name of the symbol that ``size`` is, what was traced, and the most that it can be; None for an expression."""
+    expr = size.node.expr
+    if not expr.is_Symbol:
+        return None
+    most = size.node.shape_env.var_to_range[expr].upper
+    return expr.name, size_hint(size), int(most) if most.is_Integer else 2**62
+
+
+@functools.lru_cache(maxsize=2**14)
+def _at(expr: Any, sizes: Sizes) -> int | None:
+    taken = dict(sizes)
+    found = expr.xreplace({s: sympy.Integer(taken[s.name]) for s in expr.free_symbols if s.name in taken})
+    return int(found) if found.is_number else None
+
+
 def size_hint(value: int | torch.SymInt) -> int:
-    """A symbolic size at the shape that was traced."""
+    """A symbolic size at the shape that was traced, or that is planned for."""
     if isinstance(value, int):
         return value
+    sizes = _planned_sizes.get()
+    if sizes and (planned := _at(value.node.expr, sizes)) is not None:
+        return planned
     hint = value.node.hint
     return int(hint) if hint is not None else 1
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar
 
-from actpass._torch import size_hint
+from actpass._torch import Sizes, size_hint
 from actpass.candidates import find_candidates
 from actpass.config import Config
 from actpass.errors import BudgetError
@@ -48,15 +48,29 @@ _TRIES = 4
 
 
 @dataclass(frozen=True, slots=True)
+class Headroom:
+    """What sizes that change from call to call are taken for when a region is planned, and bytes that its inputs take more than
+    those that were traced."""
+
+    sizes: Sizes
+    more: int
+
+
+@dataclass(frozen=True, slots=True)
 class PeakBudget:
     """nbytes: of the peak of a step, with what is resident counted in. part: whether the region is one of several of a model
     with graph breaks: it is compiled at its least peak first, and when a step has shown all regions, at the ``capacity`` of
-    saved bytes that one plan over all gave it."""
+    saved bytes that one plan over all gave it. headrooms: which to plan for, the first that can be met."""
 
     nbytes: int
     resident: Resident
     part: bool = False
     capacity: int | None = None
+    headrooms: tuple[Headroom, ...] = ()
+
+    def within(self, headroom: Headroom) -> PeakBudget:
+        """What is left beside inputs of that size."""
+        return replace(self, resident=self.resident.with_more(headroom.more), headrooms=())
 
     def needs(self, cut: Any) -> int:
         """Bytes to allow for what will be compiled as ``cut``."""

@@ -32,8 +32,8 @@ class Region:
     ever ran with (one graph may serve several modules), by id. follows: for a region without parameters (a loss behind a
     graph break), the region that ran before. frame: Dynamo's number for the code that was compiled; a recompilation has the
     same. called: when it ran last. code: the Python code that it was compiled from. shapes: of its inputs. peak: its budget, if
-    that is one of peak bytes, beside what is resident now. planned: what was resident when it was compiled; None without such
-    a budget, and once it will be compiled again. refused: the error
+    that is one of peak bytes, beside what is resident now. planned: what was resident when it was compiled. superseded:
+    whether it will be compiled again. refused: the error
     that its next call raises. missed: why the last step of its parameters did not run it.
     """
 
@@ -48,6 +48,7 @@ class Region:
     shapes: str = ""
     peak: PeakBudget | None = None
     planned: Resident | None = None
+    superseded: bool = False
     refused: BudgetError | None = None
     missed: str | None = None
 
@@ -72,7 +73,7 @@ class Region:
             recompile(self)  # the next call: gradients are accumulated, and take what the plan gave away
         elif self._has_more_room() and self.code is not None:
             reset_code(self.code)
-            self.planned = None
+            self.superseded = True
         _last = self
         first = args[self.positions[0]]
         if self.parameters.get(id(first)) is not first:
@@ -83,14 +84,14 @@ class Region:
 
     def _has_more_room(self) -> bool:
         """Whether another plan may be better, because the optimizer that came takes less than was assumed."""
-        if self.peak is None or self.peak.part or self.planned is None or not self.record.limited:
+        if self.peak is None or self.peak.part or self.planned is None or self.superseded or not self.record.limited:
             return False
         return self.planned.total - self.peak.resident.total > MARGIN * self.peak.nbytes
 
     def meet(self) -> BudgetError | None:
         """Take what the known optimizers hold for what is resident. A plan that does not hold beside it is made anew at the
         next call. Returns the error if none can: while the optimizer steps there is too little room, whatever the plan."""
-        if self.peak is None or self.planned is None:
+        if self.peak is None:
             return None
         now = again(self.peak.resident, self.parameters.values(), self.config.optimizer_state_bytes)
         if now == self.peak.resident:
@@ -98,12 +99,13 @@ class Region:
         self.peak = replace(self.peak, resident=now)
         totals = replace(self.record.totals, resident_bytes=now.total, scratch_bytes=now.scratch)
         self.record = replace(self.record, totals=totals)
-        if self.peak.part or self.record.footprint is None or self.peak.nbytes >= self.peak.needs_of(self.record.footprint):
+        footprint = self.record.footprint
+        if self.peak.part or self.superseded or footprint is None or self.peak.nbytes >= self.peak.needs_of(footprint):
             return None
-        error = self.peak.error_of_step(self.record.footprint)
+        error = self.peak.error_of_step(footprint)
         if error is None and self.code is not None:
             reset_code(self.code)
-            self.planned = None  # there will be another region
+            self.superseded = True
         return error
 
 
@@ -128,6 +130,11 @@ def clear() -> None:
     steps.clear()
     optimizers.clear()
     _seen.clear()
+
+
+def is_compiled(code: types.CodeType | None) -> bool:
+    """Whether there is a region of ``code`` whose plan is no older one."""
+    return code is not None and any(r.code is code and not r.superseded for r in _regions)
 
 
 def recompile(region: Region) -> None:

@@ -28,6 +28,7 @@ class Part(Protocol):
     code: types.CodeType | None
     shapes: str
     peak: PeakBudget | None
+    superseded: bool
 
 
 _Part = tuple[types.CodeType | None, str, int]
@@ -119,8 +120,13 @@ def plan_again() -> None:
 
 def _compile_as_part(region: Part) -> None:
     _parts[region.code] = True
+    _compile_again(region)
+
+
+def _compile_again(region: Part) -> None:
     if region.code is not None:
         reset_code(region.code)
+        region.superseded = True
 
 
 def _spread(noted: _Calls) -> None:
@@ -150,8 +156,8 @@ def _spread(noted: _Calls) -> None:
     for key, level in chosen.items():
         region = regions[key]
         _capacities[key] = level.capacity, tuple(ladders[key])
-        if level.footprint != region.record.footprint and region.code is not None:
-            reset_code(region.code)
+        if level.footprint != region.record.footprint:
+            _compile_again(region)
 
 
 def _living(calls: Sequence[tuple[weakref.ref[Part], int | None]] | deque[tuple[weakref.ref[Part], int | None]]) -> _Calls:
