@@ -15,6 +15,7 @@ from actpass.api import (
     register_with_accelerate,
     report,
     set_memory_budget,
+    set_optimizer,
     state_dict,
     step,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "register_with_accelerate",
     "report",
     "set_memory_budget",
+    "set_optimizer",
     "state_dict",
     "step",
 ]

@@ -7,17 +7,23 @@ What each name is for stands beside it, so that a torch upgrade is one file to r
 # pyright: reportPrivateImportUsage=false, reportPrivateUsage=false
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import traceback
 import types
 from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
+import sympy  # what torch's symbolic sizes are made of
 import torch
 import torch._dynamo as dynamo  # explain(): a fresh compile that leaves the user's own alone
 import torch._functorch.config as functorch_config  # `ban_recompute_materialized_backward`, `activation_memory_budget`
 import torch._inductor.config as inductor_config  # `custom_partitioner_fn`, the keyed way into the joint graph
 from torch._C._dynamo.eval_frame import reset_code  # compile a region again, under another plan, and no other
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list  # whether a code has as many graphs as Dynamo makes
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX  # names of the code behind a graph break
 from torch._dynamo.source import ConstantSource  # a state input that Dynamo never saw needs a source
 from torch._dynamo.symbolic_convert import tls as _tls  # which code is being compiled
@@ -46,6 +52,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext, StrictMinMaxConstraint
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _find_tensors as find_tensors  # where DDP looks for tensors in an output
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wrapper  # a tensor that is made of others
 from torch.utils._sympy.value_ranges import ValueRanges
 
 try:  # ranks compare plans through the process group's store (2.11 to 2.13); a torch without distributed has none
@@ -73,6 +80,7 @@ __all__ = [
     "FakeTensorMode",
     "HigherOrderOperator",
     "OpOverload",
+    "Sizes",
     "active_ddp",
     "averages_otherwise",
     "compile_fx",
@@ -86,6 +94,7 @@ __all__ = [
     "fx_graph_cse",
     "get_default_op_list",
     "get_default_store",
+    "has_all_graphs",
     "inductor_cache_dir",
     "inductor_config",
     "invoke_subgraph",
@@ -93,6 +102,7 @@ __all__ = [
     "is_joined",
     "is_part_of_a_step",
     "is_sharded",
+    "is_wrapper",
     "list_mode_options",
     "min_cut_rematerialization_partition",
     "needs_fallback_due_to_atomic_add_limitations",
@@ -104,7 +114,9 @@ __all__ = [
     "run_and_get_code",
     "select_decomp_table",
     "size_hint",
+    "sizes_as_planned",
     "stand_ins",
+    "symbol_of",
     "tag_activation_checkpoint",
     "take_out_of_buckets",
     "torch_is_tested",
@@ -137,6 +149,11 @@ def current_code() -> types.CodeType | None:
     next called."""
     translator = getattr(_tls, "current_tx", None)
     return translator.f_code if translator is not None else None
+
+
+def has_all_graphs(code: types.CodeType) -> bool:
+    """Whether Dynamo has compiled ``code`` as often as it does: what fits none of the graphs runs uncompiled from then on."""
+    return len(_debug_get_cache_entry_list(code)) >= dynamo.config.recompile_limit
 
 
 def is_part_of_a_step(gm: torch.fx.GraphModule) -> bool:
@@ -198,10 +215,44 @@ def fake_input(mode: FakeTensorMode, real: torch.Tensor, source: Any, *, most: i
     return mode.from_tensor(real, source=source, symbolic_context=context)
 
 
+Sizes = tuple[tuple[str, int], ...]
+"""Symbolic sizes by the names of their symbols, and what to take them for."""
+_planned_sizes: ContextVar[Sizes] = ContextVar("actpass_planned_sizes", default=())
+
+
+@contextlib.contextmanager
+def sizes_as_planned(sizes: Sizes) -> Iterator[None]:
+    """`size_hint` takes symbols for ``sizes`` inside, in place of what was traced."""
+    token = _planned_sizes.set(sizes)
+    try:
+        yield
+    finally:
+        _planned_sizes.reset(token)
+
+
+def symbol_of(size: torch.SymInt) -> tuple[str, int, int] | None:
+    """The name of the symbol that ``size`` is, what was traced, and the most that it can be; None for an expression."""
+    expr = size.node.expr
+    if not expr.is_Symbol:
+        return None
+    most = size.node.shape_env.var_to_range[expr].upper
+    return expr.name, size_hint(size), int(most) if most.is_Integer else 2**62
+
+
+@functools.lru_cache(maxsize=2**14)
+def _at(expr: Any, sizes: Sizes) -> int | None:
+    taken = dict(sizes)
+    found = expr.xreplace({s: sympy.Integer(taken[s.name]) for s in expr.free_symbols if s.name in taken})
+    return int(found) if found.is_number else None
+
+
 def size_hint(value: int | torch.SymInt) -> int:
-    """A symbolic size at the shape that was traced."""
+    """A symbolic size at the shape that was traced, or that is planned for."""
     if isinstance(value, int):
         return value
+    sizes = _planned_sizes.get()
+    if sizes and (planned := _at(value.node.expr, sizes)) is not None:
+        return planned
     hint = value.node.hint
     return int(hint) if hint is not None else 1
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from actpass._torch import has_all_graphs
 from actpass.audit import Audit, audit_model, loss_of
 from actpass.calibrate import calibrate_model
 from actpass.config import global_budget, parse
@@ -15,10 +17,11 @@ from actpass.distributed import why_dense
 from actpass.errors import ReportError, StateError
 from actpass.explain import explain_model
 from actpass.plan.calibration import Calibration
-from actpass.report import Report
-from actpass.runtime import subspaces
+from actpass.report import Record, Report
+from actpass.runtime import regions, subspaces
 from actpass.runtime.clock import CLOCK
-from actpass.runtime.regions import following_global_budget, recompile, regions_of
+from actpass.runtime.regions import Region, following_global_budget, recompile, regions_of, why_no_more_graphs
+from actpass.runtime.resident import ASSUMED
 
 
 def report(model: torch.nn.Module) -> Report:
@@ -32,7 +35,21 @@ def report(model: torch.nn.Module) -> Report:
     why = None if found else "no training step of this model has run through backend='actcomp' in this process yet"
     factored = any(r.record.plan.get("factored") for r in found)
     dense = why_dense(_plain(model)) if factored else None
-    return Report(tuple(r.record for r in found), why, rows, notes=(dense,) if dense else ())
+    assumed = any(r.peak.resident.assumed for r in found if r.peak is not None)
+    notes = [dense, f"optimizer state is {ASSUMED}" if assumed else None, _no_more_graphs(found)]
+    return Report(tuple(map(_record, found)), why, rows, notes=tuple(n for n in notes if n is not None))
+
+
+def _no_more_graphs(found: Sequence[Region]) -> str | None:
+    codes = {r.code for r in found if r.code is not None}
+    why = next((why_no_more_graphs(code) for code in codes if has_all_graphs(code)), None)
+    return f"{why}." if why else None
+
+
+def _record(region: Region) -> Record:
+    """What a region did in the last step: nothing, if that did not run it."""
+    missed = region.missed
+    return region.record if missed is None else replace(region.record, active=False, inactive_because=missed)
 
 
 def explain(model: torch.nn.Module, *inputs: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
@@ -128,10 +145,29 @@ def memory_budget(budget: float | int | str | None) -> Iterator[None]:
         global_budget.set(before)
 
 
+def set_optimizer(*optimizers: torch.optim.Optimizer) -> None:
+    """Name the optimizers that will step what is compiled, before the first training step. Only a ``memory_budget`` in bytes
+    asks for them: what they hold is part of the peak.
+
+    An optimizer is known from its first step on without this. Until then AdamW's state is assumed, two copies of every
+    trainable parameter, which wastes what another does not take, or refuses a budget that another would meet; and where its
+    first step shows that there is less room, the model is compiled again. What its first step will add is known by its class,
+    in closed form; no code of it is run. It is not kept alive. Raises `TypeError` for what is no torch optimizer.
+    """
+    for optimizer in optimizers:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"actpass.set_optimizer takes torch optimizers, not {type(optimizer).__name__}. For any other, give the bytes "
+                "of its state: options={'optimizer_state_bytes': ...}."
+            )
+    regions.meet(optimizers)
+
+
 def step() -> None:
     """Advance the clock by one optimizer step. Only for training loops without a torch optimizer: a torch optimizer's
     ``step()`` does it by itself."""
     CLOCK.advance()
+    regions.step_done()
 
 
 def state_dict(model: torch.nn.Module) -> dict[str, Any]:

@@ -8,7 +8,7 @@ Inductor's and AOTAutograd's caches key on.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,16 +30,18 @@ from actpass._torch import (
     is_part_of_a_step,
     list_mode_options,
     size_hint,
+    sizes_as_planned,
+    symbol_of,
     torch_is_tested,
     went_through_inductor,
 )
-from actpass.budget import PeakBudget
+from actpass.budget import Headroom, PeakBudget
 from actpass.codecs.generator import round_keys, step_seed
 from actpass.compiler import Compiled, compile_joint
 from actpass.config import Config, parse
 from actpass.deferred import delivering
 from actpass.eager import with_eager_curve
-from actpass.errors import ActpassError, ActpassWarning, GraphUnsupported, InternalError, LogitsReturned
+from actpass.errors import ActpassError, ActpassWarning, BudgetError, GraphUnsupported, InternalError, LogitsReturned
 from actpass.graph import GraphInputs, arguments_of, inline_regions
 from actpass.graph.copying import copy_module
 from actpass.modelplan import ModelPlan
@@ -97,6 +99,9 @@ def actcomp(
     - ``seed``: base seed of all bases (default 0).
     - ``memory_budget``: bytes of the peak of a step (an int > 1, ``"20GiB"``), ``"auto"``, or a float in [0, 1], the fraction
       of the bytes that Inductor's default would save for backward; see `actpass.budget`.
+    - ``optimizer_state_bytes``: with a ``memory_budget`` in bytes, the state of an optimizer that is not known: none has
+      stepped yet and none was named (`actpass.set_optimizer`), or it is no torch optimizer. Default: AdamW's, two copies of
+      every trainable parameter.
     - ``calibration``: what `actpass.calibrate` returned, or the path of its file: what a budget weighs errors by.
     - ``overrides``: ``{"lm_head": "keep", "layers.*.mlp": {"method": "srht", "rank": 64}}``, by module path: of the weight for
       projections, of the module that made a tensor or the weight whose gradient reads it for low-bit forms.
@@ -165,14 +170,12 @@ def _compile_region(
     code, shapes = current_code(), repr([tuple(e.shape) for e in example_inputs if isinstance(e, torch.Tensor)])
     if config.plan is not None:
         shapes += config.plan.hash  # what a search gave the same code is not this plan's
-    peak = peak_budget(config, example_inputs)
+    peak = peak_budget(config, example_inputs, [p for r in steps.running() for p in r.parameters.values()])
     if peak is not None:
-        for size in example_inputs:
-            if isinstance(size, torch.SymInt):
-                bool(size <= size_hint(size))  # a guard: for more than what was traced there is another plan
-    if peak is not None and (is_part_of_a_step(gm) or peak.resident.elsewhere):
+        peak = replace(peak, headrooms=headrooms(gm, example_inputs, again=regions.is_compiled(code)))
+        shapes += repr([h.sizes for h in peak.headrooms[:1]])
+    if peak is not None and _is_part(gm, plain, peak, code):
         peak = replace(peak, part=True, capacity=steps.capacity_of(code, shapes, peak.nbytes))
-        steps.start()
     if config.learned and config.ranks_from_budget:
         config = replace(config, tails=subspaces.tails(example_inputs, plain.paths))
     key = records.region_key(gm, example_inputs, plain, config, peak)
@@ -184,13 +187,18 @@ def _compile_region(
     peak = extra.counted_in(peak)
     compiled, fn = run_passes(gm, example_inputs, config, plain, device, nonce, peak, compile_fx, extra, **compiler_options)
     if compiled is not None:
-        record = with_eager_curve(noting_calls(compiled.record, called), gm, example_inputs)
+        with sizes_as_planned(compiled.record.sizes):
+            record = with_eager_curve(noting_calls(compiled.record, called), gm, example_inputs)
         records.store(key, nonce, record)
     elif record is not None and not record.active:
         warnings.warn(f"actpass: a region is not as asked, because {record.inactive_because}", ActpassWarning, stacklevel=2)
     if record is None:  # no backward: nothing to save, nothing to report, no seed to draw
         return _with_unused_seed(fn, device) if config.needs_seed else fn
     ranks.check(record)
+    if peak is not None:
+        peak = _as_planned(peak, record, example_inputs)
+    if peak is not None and peak.part and peak.capacity is None:
+        steps.check_first(record, peak)
     arguments = arguments_of(gm, example_inputs, plain)
     if arguments:
         record = _with_arguments(record, config, [path for path, _ in arguments])
@@ -290,10 +298,52 @@ def ask(
     return replace(extra, decided=ModelPlan.of([record.plan]).regions[0].bare)
 
 
-def peak_budget(config: Config, inputs: Sequence[Any]) -> PeakBudget | None:
-    """The budget of a region that runs with ``inputs``, if it is one of peak bytes."""
+def peak_budget(config: Config, inputs: Sequence[Any], others: Iterable[torch.Tensor] = ()) -> PeakBudget | None:
+    """The budget of a region that runs with ``inputs``, if it is one of peak bytes. others: parameters of regions that ran
+    before it in the step."""
     asked = config.memory_budget
-    return PeakBudget(asked, resident(inputs)) if isinstance(asked, int) else None
+    return PeakBudget(asked, resident(inputs, others, config.optimizer_state_bytes)) if isinstance(asked, int) else None
+
+
+def headrooms(gm: fx.GraphModule, example_inputs: Sequence[Any], *, again: bool) -> tuple[Headroom, ...]:
+    """What to take sizes that change for. What was traced; but where the code was compiled before, and a size has grown, the
+    next power of two first, so that sizes that go on growing take few graphs, and what lies half-way if that can't be met."""
+    symbols = [s for s in map(symbol_of, (e for e in example_inputs if isinstance(e, torch.SymInt))) if s is not None]
+    if not symbols:
+        return ()
+    traced = [n for _, n, _ in symbols]
+    grown = [min(most, 1 << (n - 1).bit_length()) for _, n, most in symbols] if again else traced
+    tensors = [
+        node.meta["example_value"]
+        for node, e in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True)
+        if isinstance(e, torch.Tensor) and not isinstance(e, torch.nn.Parameter)
+    ]
+    found = []
+    for sizes in (grown, [(a + b) // 2 for a, b in zip(grown, traced, strict=True)], traced):
+        planned = tuple((name, n) for (name, _, _), n in zip(symbols, sizes, strict=True))
+        with sizes_as_planned(planned):
+            nbytes = sum(size_hint(t.numel()) * t.element_size() for t in tensors)
+        found.append(Headroom(planned, nbytes - sum(size_hint(t.numel()) * t.element_size() for t in tensors)))
+    return tuple(dict.fromkeys(found))
+
+
+def _as_planned(peak: PeakBudget, record: Record, example_inputs: Sequence[Any]) -> PeakBudget:
+    """The budget of what was compiled. Guards on sizes: for more than was planned for there is another plan."""
+    sizes = dict(record.sizes)
+    for e in example_inputs:
+        symbol = symbol_of(e) if isinstance(e, torch.SymInt) else None
+        if isinstance(e, torch.SymInt):
+            bool(e <= (size_hint(e) if symbol is None else sizes.get(symbol[0], symbol[1])))
+    return next((peak.within(h) for h in peak.headrooms if h.sizes == record.sizes), peak)
+
+
+def _is_part(gm: fx.GraphModule, inputs: GraphInputs, peak: PeakBudget, code: Any) -> bool:
+    """Whether the region is one of several of a step: behind or before a graph break, as a step has shown it, beside trained
+    parameters that it does not take, or, while the optimizer that would show those is unknown, with a computed input."""
+    if is_part_of_a_step(gm):
+        return True
+    seen = steps.is_part(code)
+    return seen if seen is not None else peak.resident.elsewhere or (not peak.resident.known and any(inputs.computed))
 
 
 def run_passes(
@@ -386,13 +436,30 @@ class Partitioner(CustomPartitionerFn):
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         try:
-            compiled = compile_joint(gm, joint_inputs, self.config, self.inputs, kwargs, self.peak, self.decided)
+            compiled = self._within_headroom(
+                lambda peak: compile_joint(gm, joint_inputs, self.config, self.inputs, kwargs, peak, self.decided)
+            )
         except ActpassError:
             raise
         except Exception as error:
             raise InternalError.of(error) from error
         self.done.append(compiled)
         return compiled.forward, compiled.backward
+
+    def _within_headroom(self, compiled: Callable[[PeakBudget | None], Compiled]) -> Compiled:
+        """As ``compiled`` comes within the first headroom of the budget that can be met."""
+        headrooms = self.peak.headrooms if self.peak is not None else ()
+        if self.peak is None or not headrooms:
+            return compiled(self.peak)
+        for headroom in headrooms:
+            try:
+                with sizes_as_planned(headroom.sizes):
+                    done = compiled(self.peak.within(headroom))
+                return replace(done, record=replace(done.record, sizes=headroom.sizes))
+            except BudgetError:
+                if headroom is headrooms[-1]:
+                    raise
+        raise AssertionError("the last headroom returns or raises")
 
     def __getstate__(self) -> dict[str, Any]:
         """For the pickles that caches make keys of."""

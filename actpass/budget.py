@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar
 
-from actpass._torch import size_hint
+from actpass._torch import Sizes, size_hint
 from actpass.candidates import find_candidates
 from actpass.config import Config
 from actpass.errors import BudgetError
@@ -28,7 +28,7 @@ from actpass.graph.recompute import Recomputation
 from actpass.partition import Cut, Setting, cut
 from actpass.plan import Candidate, SavedTensor, Storage, choose_storage, noise, rank_sites
 from actpass.plan.calibration import Sensitivity
-from actpass.plan.footprint import MARGIN
+from actpass.plan.footprint import MARGIN, Footprint, step_peak
 from actpass.plan.knapsack import Option, least_bytes, solve
 from actpass.plan.menu import AGAIN, NOISE_PER_STEP, SHARE_IN_A_CONTRACTION, UNIT, WIDTHS, Costs, Menu, bytes_in, menus
 from actpass.plan.policy import StoredBytes, WishFor
@@ -48,23 +48,55 @@ _TRIES = 4
 
 
 @dataclass(frozen=True, slots=True)
+class Headroom:
+    """What sizes that change from call to call are taken for when a region is planned, and bytes that its inputs take more than
+    those that were traced."""
+
+    sizes: Sizes
+    more: int
+
+
+@dataclass(frozen=True, slots=True)
 class PeakBudget:
     """nbytes: of the peak of a step, with what is resident counted in. part: whether the region is one of several of a model
     with graph breaks: it is compiled at its least peak first, and when a step has shown all regions, at the ``capacity`` of
-    saved bytes that one plan over all gave it."""
+    saved bytes that one plan over all gave it. headrooms: which to plan for, the first that can be met."""
 
     nbytes: int
     resident: Resident
     part: bool = False
     capacity: int | None = None
+    headrooms: tuple[Headroom, ...] = ()
+
+    def within(self, headroom: Headroom) -> PeakBudget:
+        """What is left beside inputs of that size."""
+        return replace(self, resident=self.resident.with_more(headroom.more), headrooms=())
 
     def needs(self, cut: Any) -> int:
         """Bytes to allow for what will be compiled as ``cut``."""
-        return max(self.resident.total + math.ceil(cut.peak_bytes * (1 + MARGIN)), self.floor(cut))
+        return self.needs_of(cut.footprint)
+
+    def needs_of(self, footprint: Footprint) -> int:
+        return max(self.resident.total + math.ceil(step_peak([footprint]) * (1 + MARGIN)), self._floor_of(footprint))
 
     def floor(self, cut: Any) -> int:
         """Bytes that no choice changes: while the optimizer steps, beside all gradients."""
-        return self.resident.total + cut.footprint.gradients + self.resident.scratch
+        return self._floor_of(cut.footprint)
+
+    def _floor_of(self, footprint: Footprint) -> int:
+        return self.resident.total + footprint.gradients + self.resident.scratch
+
+    def error_of_step(self, footprint: Footprint) -> BudgetError | None:
+        """For when no plan leaves enough for the optimizer's step."""
+        needed, step = self._floor_of(footprint), footprint.gradients + self.resident.scratch
+        if needed <= self.nbytes:
+            return None
+        return BudgetError(
+            f"memory_budget={self.nbytes} bytes of peak can't be met beside this optimizer: while it steps it takes {needed} "
+            f"bytes, {self.resident}, and {step} of gradients and what a step takes for a moment. Use memory_budget={needed} "
+            "or more, or an optimizer with less state.",
+            needed,
+        )
 
     def error(self, cut: Any, method: str) -> BudgetError:
         """For when even ``cut`` needs too much."""
@@ -84,7 +116,8 @@ class PeakBudget:
 class Choice:
     """setting, cut: where the joint graph is cut. codecs: by node, the form of what ``auto`` decides; None: its own rule. note:
     what the user should know of it. levels: what else a part of a step could be, for one plan over all parts. ranks: of the
-    projections that take theirs from the budget, by `Candidate.key`; None: there is no limit."""
+    projections that take theirs from the budget, by `Candidate.key`; None: there is no limit. limited: whether a larger budget
+    of peak bytes may give another."""
 
     setting: Setting
     cut: Cut
@@ -92,6 +125,7 @@ class Choice:
     note: str | None = None
     levels: tuple[Level, ...] = ()
     ranks: Mapping[str, int] | None = None
+    limited: bool = False
 
     @property
     def key(self) -> Hashable:
@@ -566,6 +600,6 @@ def within_peak(search: Search[Any] | _Ranks, cut_of: Callable[[Choice], Any], b
     if not fits(low):  # the least bytes need not have the least peak
         low = next((i for i in range(0, len(capacities), search.stride) if fits(i)), -1)
     if low >= 0 and budget.needs(known[low][1]) <= budget.nbytes:
-        return known[low][0]
+        return replace(known[low][0], limited=low > 0)
     least = known[low] if low >= 0 else min(known.values(), key=lambda item: budget.needs(item[1]))
     raise budget.error(least[1], search.region.config.treatment.method)

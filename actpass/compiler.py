@@ -214,7 +214,7 @@ def _compile(traced: Traced, peak: PeakBudget | None, given: Plan | None) -> Com
     notes = (*done.notes, *([choice.note] if choice.note is not None else []))
     record = replace(record, notes=(*record.notes, *notes))
     if peak is not None:
-        record = _under(peak, replace(record, levels=choice.levels))
+        record = _under(peak, replace(record, levels=choice.levels, limited=choice.limited))
     if done.off is not None:
         record = replace(record, active=False, inactive_because=done.off)
     forward, backward = done.swapped.forward, done.swapped.backward

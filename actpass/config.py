@@ -143,7 +143,8 @@ class Config:
     memory_budget: a fraction of saved bytes (float), bytes of peak (int), or None. follows_global_budget: whether the options
     named none, so that it is the global one's. calibration: what a budget weighs errors by. plan: what to follow in place of
     a policy. gradients: one of `GRADIENTS`. tails: of the learned subspaces that there are when a region is compiled, by the
-    path of their parameter. complement: one of `COMPLEMENTS`. fallback: one of `FALLBACKS`.
+    path of their parameter. complement: one of `COMPLEMENTS`. fallback: one of `FALLBACKS`. optimizer_state_bytes: of an
+    optimizer that is not known; None: AdamW's.
     """
 
     treatment: Treatment = Treatment()
@@ -164,6 +165,7 @@ class Config:
     tails: tuple[tuple[str, float], ...] = ()
     gradients: str = "dense"
     fallback: str = "error"
+    optimizer_state_bytes: int | None = None
 
     @property
     def defers_logits(self) -> bool:
@@ -582,6 +584,7 @@ _PARSERS = {
     "refresh_interval": _integer(1, 2**31),
     "complement": lambda name, value: _one_of(name, value, COMPLEMENTS, ""),
     "gradients": lambda name, value: _one_of(name, value, GRADIENTS, ""),
+    "optimizer_state_bytes": _integer(0, _LARGEST),
     "seed": _integer(0, 2**63 - 1),
     "profitable_only": _boolean,
     "smallest": _integer(0, 2**62),

@@ -21,6 +21,7 @@ from actpass.graph import GraphInputs, inline_regions
 from actpass.graph.copying import copy_module
 from actpass.interpret import own_forward, untouched
 from actpass.report import Report
+from actpass.runtime.resident import storages
 from actpass.tradeoff import tradeoff
 
 
@@ -126,14 +127,13 @@ def _saved_bytes_eager(model: torch.nn.Module, inputs: tuple[Any, ...], kwargs: 
     """Bytes of all storages that eager autograd saves, parameters, buffers and inputs excluded. None where the model's eager
     code reads a value that a meta tensor does not have."""
     own = [*model.parameters(), *model.buffers(), *pytree.tree_leaves((inputs, dict(kwargs)))]
-    resident = {id_of(t) for t in own if isinstance(t, torch.Tensor)}
+    resident = {key for t in own if isinstance(t, torch.Tensor) for key, _ in storages(t)}
     saved: dict[int, int] = {}
     keep: list[torch.Tensor] = []
 
     def pack(t: torch.Tensor) -> torch.Tensor:
-        if id_of(t) not in resident:
-            saved[id_of(t)] = t.untyped_storage().nbytes()
-            keep.append(t)
+        saved.update((key, nbytes) for key, nbytes in storages(t) if key not in resident)
+        keep.append(t)
         return t
 
     try:
@@ -144,7 +144,3 @@ def _saved_bytes_eager(model: torch.nn.Module, inputs: tuple[Any, ...], kwargs: 
             raise
         return None
     return sum(saved.values())
-
-
-def id_of(t: torch.Tensor) -> int:
-    return t.untyped_storage()._cdata

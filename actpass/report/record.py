@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from actpass._torch import size_hint
+from actpass._torch import Sizes, size_hint
 from actpass.chunking import Chunked
 from actpass.codecs import ALL_PROJECTIONS, LEARNED
 from actpass.config import Config, matches
@@ -95,7 +95,8 @@ class Record:
     left_alone: (matmul, parameter, reason) for every weight gradient that is no site. footprint, footprint_default: what it
     takes in memory, as predicted, now and as Inductor's default; None if it is not known. levels: of a part of a step, what it
     could be instead. curves: live bytes over the step. tradeoff: what other budgets would give, where it was asked for.
-    whole: why logits that are returned are not deferred; None: they are, or none are returned."""
+    whole: why logits that are returned are not deferred; None: they are, or none are returned. limited: whether more room under
+    its budget of peak bytes may give another plan. sizes: that change from call to call, and the most that was planned for."""
 
     active: bool
     inactive_because: str | None
@@ -113,6 +114,8 @@ class Record:
     curves: Curves | None = None
     tradeoff: Tradeoff | None = None
     whole: str | None = None
+    limited: bool = False
+    sizes: Sizes = ()
 
     def to_dict(self) -> dict[str, Any]:
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
@@ -138,6 +141,7 @@ class Record:
         fields["totals"] = Totals(**fields["totals"])
         fields["left_alone"] = tuple(tuple(x) for x in fields["left_alone"])
         fields["notes"] = tuple(fields["notes"])
+        fields["sizes"] = tuple(tuple(x) for x in fields["sizes"])
         fields["levels"] = tuple(Level(**{**x, "footprint": Footprint(**x["footprint"])}) for x in fields["levels"])
         for name in ("footprint", "footprint_default"):
             fields[name] = Footprint(**fields[name]) if fields[name] is not None else None

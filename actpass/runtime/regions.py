@@ -1,20 +1,27 @@
-"""The regions that ran in this process, found again by the parameters they ran with."""
+"""The regions that ran in this process, found again by the parameters they ran with, and what the optimizers that step these
+parameters mean for their budgets."""
 
 from __future__ import annotations
 
+import gc
 import types
+import warnings
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from actpass._torch import reset_code
+from actpass._torch import has_all_graphs, reset_code
 from actpass.budget import PeakBudget
 from actpass.config import Config
+from actpass.errors import ActpassWarning, BudgetError
+from actpass.plan.footprint import MARGIN
 from actpass.report import Record
-from actpass.runtime import steps
+from actpass.runtime import optimizers, steps
+from actpass.runtime.resident import Resident, again
 
 
 @dataclass(eq=False)
@@ -25,8 +32,9 @@ class Region:
     ever ran with (one graph may serve several modules), by id. follows: for a region without parameters (a loss behind a
     graph break), the region that ran before. frame: Dynamo's number for the code that was compiled; a recompilation has the
     same. called: when it ran last. code: the Python code that it was compiled from. shapes: of its inputs. peak: its budget, if
-    that is one of peak bytes. arguments: (path, shape) where the parameters are arguments of the compiled function; positions
-    are theirs then.
+    that is one of peak bytes, beside what is resident now. arguments: (path, shape) where the parameters are arguments of the
+    compiled function; positions are theirs then. planned: what was resident when it was compiled. superseded: whether it will be
+    compiled again. refused: the error that its next call raises. missed: why the last step of its parameters did not run it.
     """
 
     record: Record
@@ -40,19 +48,33 @@ class Region:
     shapes: str = ""
     peak: PeakBudget | None = None
     arguments: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    planned: Resident | None = None
+    superseded: bool = False
+    refused: BudgetError | None = None
+    missed: str | None = None
+
+    def __post_init__(self) -> None:
+        self.planned = self.peak.resident if self.peak is not None else None
 
     def note(self, args: tuple[Any, ...]) -> None:
-        """Remember whose call this is (cheap when it is the same module's again)."""
+        """Remember whose call this is (cheap when it is the same module's again). Raises `BudgetError` where it became known
+        that the budget can't be met."""
         global _last, _calls
+        if self.refused is not None:
+            error, self.refused = self.refused, None
+            raise error
         _calls += 1
-        self.called = _calls
-        if self.peak is not None and self.peak.part:
+        self.called, self.missed = _calls, None
+        if self.peak is not None:
             steps.note(self, id(args[self.positions[0]]) if self.positions else None)
         if not self.positions:
             self.follows = _last
             return
         if self._is_planned_without_gradients() and any(args[i].grad is not None for i in self.positions):
             recompile(self)  # the next call: gradients are accumulated, and take what the plan gave away
+        elif self._has_more_room() and self.code is not None:
+            reset_code(self.code)
+            self.superseded = True
         _last = self
         first = args[self.positions[0]]
         if self.parameters.get(id(first)) is not first:
@@ -60,6 +82,32 @@ class Region:
 
     def _is_planned_without_gradients(self) -> bool:
         return self.peak is not None and not self.peak.part and not self.peak.resident.accumulated
+
+    def _has_more_room(self) -> bool:
+        """Whether another plan may be better, because the optimizer that came takes less than was assumed."""
+        if self.peak is None or self.peak.part or self.planned is None or self.superseded or not self.record.limited:
+            return False
+        return self.planned.total - self.peak.resident.total > MARGIN * self.peak.nbytes
+
+    def meet(self) -> BudgetError | None:
+        """Take what the known optimizers hold for what is resident. A plan that does not hold beside it is made anew at the
+        next call. Returns the error if none can: while the optimizer steps there is too little room, whatever the plan."""
+        if self.peak is None:
+            return None
+        now = again(self.peak.resident, self.parameters.values(), self.config.optimizer_state_bytes)
+        if now == self.peak.resident:
+            return None
+        self.peak = replace(self.peak, resident=now)
+        totals = replace(self.record.totals, resident_bytes=now.total, scratch_bytes=now.scratch)
+        self.record = replace(self.record, totals=totals)
+        footprint = self.record.footprint
+        if self.peak.part or self.superseded or footprint is None or self.peak.nbytes >= self.peak.needs_of(footprint):
+            return None
+        error = self.peak.error_of_step(footprint)
+        if error is None and self.code is not None:
+            reset_code(self.code)
+            self.superseded = True
+        return error
 
 
 _regions: list[Region] = []
@@ -70,6 +118,7 @@ _last: Region | None = None
 
 def register(region: Region) -> None:
     """Add a region, and forget those whose parameters are all gone."""
+    watch()
     _regions[:] = [r for r in _regions if r.parameters or not r.called or (r.follows is not None and r.follows.parameters)]
     _regions.append(region)
 
@@ -80,6 +129,13 @@ def clear() -> None:
     _regions.clear()
     _last = None
     steps.clear()
+    optimizers.clear()
+    _seen.clear()
+
+
+def is_compiled(code: types.CodeType | None) -> bool:
+    """Whether there is a region of ``code`` whose plan is no older one."""
+    return code is not None and any(r.code is code and not r.superseded for r in _regions)
 
 
 def recompile(region: Region) -> None:
@@ -88,6 +144,109 @@ def recompile(region: Region) -> None:
         reset_code(region.code)
     if region in _regions:
         _regions.remove(region)
+
+
+_hooks: list[Any] = []
+_seen: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
+"""How many calls there had been when an optimizer stepped last."""
+
+
+def watch() -> None:
+    """See every torch optimizer step (once a process)."""
+    if not _hooks:
+        _hooks.extend((register_optimizer_step_pre_hook(_before_step), register_optimizer_step_post_hook(_after_step)))
+
+
+def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Raises `BudgetError` if the regions of ``optimizer`` can't meet their budget beside it, before it makes any state."""
+    is_new = optimizer not in optimizers.known()
+    changed = optimizers.note(optimizer)
+    own = _stepped_by(optimizer)
+    if not own:
+        return
+    if is_new and len(optimizers.stepping(optimizers.stepped_by(optimizer))) > 1:
+        gc.collect()  # one that was deleted may live on in a cycle with its scheduler, and its state with it
+    _tell_missed(optimizer, own)
+    errors = [r.meet() for r in own] if changed else []
+    if error := next((e for e in errors if e is not None), None):
+        optimizers.forget(optimizer)
+        raise error
+    if not own.isdisjoint(steps.running()):
+        steps.complete()
+
+
+def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """The first step has made the state: what it takes is known, and no guess."""
+    if not optimizers.note(optimizer):
+        return
+    own = _stepped_by(optimizer)
+    for region in own:
+        region.refused = region.meet()
+    try:
+        if any(r.peak is not None and r.peak.part for r in own):
+            steps.plan_again()
+    except BudgetError as error:  # the weights have moved: it is for the next step
+        for region in own:
+            region.refused = error
+
+
+def step_done() -> None:
+    """A training loop without a torch optimizer has made a step. Raises as an optimizer's step does."""
+    if steps.running():
+        steps.complete()
+
+
+def meet(given: Iterable[torch.optim.Optimizer]) -> None:
+    """Optimizers were named. Regions that run already are planned anew beside them, if they must."""
+    for optimizer in given:
+        optimizers.note(optimizer)
+        for region in _stepped_by(optimizers.inner(optimizer)):
+            region.refused = region.meet()
+
+
+def _stepped_by(optimizer: torch.optim.Optimizer) -> set[Region]:
+    """Regions that ran with a parameter of ``optimizer``."""
+    stepped = optimizers.stepped_by(optimizer)
+    ids, shapes = {id(p) for p in stepped}, {tuple(p.shape) for p in stepped if optimizers.is_shard(p)}
+    return {
+        r
+        for r in _regions
+        if any(i in ids for i in list(r.parameters.keys()))
+        or (shapes and any(tuple(p.shape) in shapes for p in r.parameters.values()))
+    }
+
+
+def _tell_missed(optimizer: torch.optim.Optimizer, own: set[Region]) -> None:
+    """Say so where ``optimizer`` is about to step parameters whose gradients no compiled region has made. Raises `BudgetError`
+    under a budget in bytes where that is because Dynamo makes no more graphs."""
+    before = _seen.get(optimizer)
+    _seen[optimizer] = _calls
+    if before is None:
+        return
+    ran = {i for r in own if r.called > before for i in list(r.parameters.keys())}
+    for region in own:
+        if region.called > before or any(i in ran or p.grad is None for i, p in list(region.parameters.items())):
+            continue
+        gave_up = region.code is not None and has_all_graphs(region.code)
+        region.missed, told = _why_missed(region, gave_up=gave_up), region.missed is not None
+        if region.peak is not None and gave_up:
+            raise BudgetError(f"memory_budget={region.peak.nbytes} bytes of peak is not held, because {region.missed}")
+        if region.peak is not None and not told:
+            warnings.warn(f"actpass: memory_budget is not held, because {region.missed}", ActpassWarning, stacklevel=2)
+
+
+def _why_missed(region: Region, *, gave_up: bool) -> str:
+    outside = "the last step ran outside of what was compiled"
+    return f"{outside}: {why_no_more_graphs(region.code)}" if gave_up and region.code is not None else outside
+
+
+def why_no_more_graphs(code: types.CodeType) -> str:
+    """Of a code of which Dynamo has as many graphs as it makes."""
+    return (
+        f"Dynamo has as many graphs of {code.co_name} ({code.co_filename}:{code.co_firstlineno}) as its limit allows, and runs "
+        "what fits none of them uncompiled. Show it the largest batch first, pad batches to few sizes, mark what changes "
+        "(torch._dynamo.mark_dynamic), or raise torch._dynamo.config.recompile_limit; with fullgraph=True it is an error"
+    )
 
 
 def following_global_budget() -> list[Region]:
