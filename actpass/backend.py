@@ -28,6 +28,7 @@ from actpass._torch import (
     functorch_config,
     inductor_config,
     is_part_of_a_step,
+    keep_provenance,
     list_mode_options,
     size_hint,
     sizes_as_planned,
@@ -526,6 +527,7 @@ def _append_state(
     for old, new in mapping.items():
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source  # pyright: ignore[reportAttributeAccessIssue]
+    keep_provenance(gm, clone)
     mode = detect_fake_mode([n.meta.get("example_value") for n in gm.graph.nodes] + list(example_inputs))
     placeholders = clone.graph.find_nodes(op="placeholder")
     last, own = (placeholders[-1] if placeholders else None), []

@@ -123,7 +123,9 @@ class Setting:
 
     rebuild: lift upstream's rule that a value which a backward matmul materialises is never recomputed. The rule is the
     only reason why weight-gradient operands (norm outputs, activation products) are saved; without it they are rebuilt from
-    a neighbour by pointwise operators: no extra matmul, no attention, exact.
+    a neighbour by pointwise operators: no extra matmul, no attention, exact. And lift the rule that a value is not recomputed
+    whose readers lie on both sides of a matmul ("used far apart"): with dropout in front of an adapter the input of a layer is
+    read by the layer and, behind it, by the dropout, and no norm or activation function would be rebuilt (2.13 and 2.15).
     again: forward nodes (matmuls, fused attentions) that the backward may run again, where that saves bytes. keep: nodes that
     are stored, whatever the bytes. stock: upstream's own ``activation_memory_budget``; None: the user's. part: whether the
     graph stands for a part of a deeper one in which something runs again: upstream cuts all of that in another way.
@@ -167,7 +169,7 @@ def cut(
     patch: dict[str, Any] = {}
     aggressive = bool(setting.again) or setting.part
     if setting.rebuild:
-        patch["ban_recompute_materialized_backward"] = False
+        patch["ban_recompute_materialized_backward"] = patch["ban_recompute_used_far_apart"] = False
         _recompute_parameter_casts(Joint(gm, joint.inputs, joint.num_fwd_outputs, joint.static))
     if setting.stock is not None:
         patch["activation_memory_budget"] = setting.stock

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 
 import torch
@@ -67,9 +67,11 @@ class _Reading:
         self.uses = cut.uses
         self.learned = self._reach({n.name for n in joint.parameter_path})
         self.scores = Scores.of(joint)
+        drawn = {n.name for n in joint.gm.graph.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())}
+        self.given = self._reach(self.scores.data | drawn)
         self.infinite = self._infinite()
 
-    def _reach(self, start: set[str]) -> set[str]:
+    def _reach(self, start: Set[str]) -> set[str]:
         reached = set(start)
         for node in self.forward.values():
             if any(a.name in reached for a in node.all_input_nodes):
@@ -161,6 +163,8 @@ class _Reading:
             return "also returned to the caller, who keeps it alive"
         if node.name not in self.learned:
             return "depends on no parameter: a mask, a table or an input's statistics"
+        if node.name not in self.given:
+            return "derives from parameters alone"
         if _is_early_gradient(node):
             return EARLY_GRADIENT
         if _is_statistic(node):

@@ -1,0 +1,68 @@
+"""What derives from parameters alone: rebuilt where that is free, exact where it is not, never coded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import actpass
+
+
+class Heads(nn.Module):
+    """An einsum over weights of three axes copies them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = (nn.Parameter(torch.randn(4, 64, 16) * 0.1) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k = (torch.einsum("bth,ehk->betk", x, w) for w in (self.q, self.k))
+        return torch.einsum("betk,besk->bets", q, k).softmax(-1).square().sum()
+
+
+class Factors(nn.Module):
+    """A weight that is the product of two parameters and a cast of a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(32, 64)
+        self.a, self.b = nn.Parameter(torch.randn(96, 8)), nn.Parameter(torch.randn(8, 64))
+        self.base = nn.Parameter(torch.randn(96, 64, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.first(x).relu() @ (self.a @ self.b + self.base.float()).t()).square().mean()
+
+
+def sites(model: nn.Module, x: torch.Tensor, **options: Any) -> dict[tuple[int, ...], Any]:
+    """By shape, what crosses or crossed; exact or in low bits."""
+    report = actpass.explain(model, x, options={"smallest": 0, **options})
+    return {s.shape: s for s in report.regions[0].sites if s.bytes_after}
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": "auto"}, {"method": "exact"}, {"method": "int4"}, {"memory_budget": 0.4}], ids=str
+)
+def test_copies_of_parameters_are_rebuilt(options: dict[str, Any]):
+    """The copies of the weights have 64 x 4 x 16 elements; nothing else has an axis of 4 beside one of 64."""
+    shapes = sites(Heads(), torch.randn(2, 16, 64, requires_grad=True), **options)
+    assert not [s for s in shapes if 64 in s and 4 in s], shapes
+
+
+@pytest.mark.parametrize("method", ["auto", "int4"])
+def test_a_product_of_parameters_is_neither_coded_nor_run_again(method: str):
+    report = actpass.explain(Factors(), torch.randn(48, 32), options={"method": method, "smallest": 0})
+    (site,) = [s for s in report.regions[0].sites if s.shape in ((96, 64), (64, 96)) and s.bytes_after]
+    assert site.codec is None
+    assert "parameters alone" in site.reason
+    assert report.totals.extra_matmuls == 0
+
+
+def test_parameters_are_static_beside_the_seed():
+    """Upstream's cut counts the bytes of an input that it saves, but not of a parameter; Inductor's default is the same cut,
+    whether the region takes a seed or not."""
+    x = torch.randn(2, 16, 64, requires_grad=True)
+    default = [actpass.explain(Heads(), x, options={"method": m}).totals.saved_bytes_default for m in ("exact", "int8")]
+    assert default[0] == default[1]
