@@ -49,6 +49,7 @@ from torch._inductor.utils import (
 )
 from torch._ops import HigherOrderOperator, OpOverload  # an operator's namespace tells torch's own from a user's
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx._lazy_graph_module import _make_graph_module as make_graph_module  # Python code only where it is run
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext, StrictMinMaxConstraint
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _find_tensors as find_tensors  # where DDP looks for tensors in an output
@@ -105,6 +106,7 @@ __all__ = [
     "is_wrapper",
     "keep_provenance",
     "list_mode_options",
+    "make_graph_module",
     "min_cut_rematerialization_partition",
     "needs_fallback_due_to_atomic_add_limitations",
     "plain_input_index",

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -146,6 +146,7 @@ class Region:
     finding: Finding
     default: Cut
     chunk_rows: int
+    _saved: dict[tuple[int, bool], tuple[Cut, list[SavedTensor]]] = field(default_factory=dict, compare=False, repr=False)
 
     def cut(self, setting: Setting) -> Cut:
         return cut(self.joint, self.joint_inputs, self.kwargs, setting)
@@ -172,8 +173,14 @@ class Region:
         return {c.node: c.parameters for c in self.finding.contractions}
 
     def saved(self, joint: Joint, cut: Cut, recomputation: Recomputation | None = None) -> list[SavedTensor]:
-        """What crosses ``cut`` of ``joint``: of this one, or of what was rewritten of it."""
-        return find_saved(cut, joint, self._weights, self.config.smallest, recomputation)
+        """What crosses ``cut`` of ``joint``: of this one (each cut is read once), or of what was rewritten of it."""
+        key = id(cut), recomputation is not None
+        if joint is self.joint and key in self._saved:
+            return self._saved[key][1]
+        found = find_saved(cut, joint, self._weights, self.config.smallest, recomputation)
+        if joint is self.joint:
+            self._saved[key] = cut, found  # the cut as well: an id without its owner may come again
+        return found
 
     def costs(self, cut: Cut, tensors: Sequence[SavedTensor]) -> Costs:
         """What forms of ``tensors``, which cross ``cut``, are weighed by."""

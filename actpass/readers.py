@@ -53,6 +53,7 @@ _CLAMPS = {
     aten.maximum.default,
     aten.minimum.default,
 }
+_KEEPS_WHAT_IS_FRAGILE = _KEEPS_ZERO | _CLAMPS | CASTS
 _STEPS = {
     aten.eq.Tensor,
     aten.ne.Tensor,
@@ -68,27 +69,85 @@ Read = tuple[str | None, Role, fx.Node | None]
 logsumexp."""
 
 
-def attention_reads(tensor: fx.Node, learned: set[str]) -> list[Read]:
-    """Where a fused attention's backward reads ``tensor`` as its q, k or v, behind views, copies and rotations, or a product
-    that is run again and exponentiated reads it as a factor. learned: names of what depends on a parameter."""
-    found: list[Read] = []
-    todo, seen = [tensor], {tensor}
-    while todo:
-        node = todo.pop()
-        for user in node.users:
-            queries, values, place = SCORES_OF.get(getattr(user.target, "_opname", str(user.target)), ((), (), None))
-            statistic: Any = user.args[place] if place is not None else None
-            if any(user.args[i] is node for i in queries):
-                exact = statistic is None or not _is_formed_again(statistic)
-                found.append((SCORE if exact else SCORE_AGAIN, "score", statistic))
-            elif any(user.args[i] is node for i in values):
-                found.append((None, "value", statistic))
-            elif is_matmul(user) and is_exponentiated(user):
-                found.append((SCORE_AGAIN if _softmax_is_formed_again(user, learned) else SCORE, "score", None))
-            if is_pointwise(user) and user not in seen:
-                seen.add(user)
-                todo.append(user)
-    return found
+class Readers:
+    """How a backward graph reads its tensors. One sweep from its end says from which nodes an exponential, attention or a
+    step is reached at all: only those are followed, for what a tensor enters meets the gradients of all layers before.
+
+    exponentiated: whose exponential is taken, behind any pointwise operators; but for a sigmoid's, which adds one to it and is
+    bounded, and for that of a square, a Gaussian's (GELU).
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.exponentiated: set[fx.Node] = set()
+        self._attended: set[fx.Node] = set()
+        self._stepped: set[fx.Node] = set()
+        for node in reversed(graph.nodes):
+            if any(self._exponentiates(user, node) for user in node.users):
+                self.exponentiated.add(node)
+            passed = [user for user in node.users if is_pointwise(user)]
+            if any(self._attends(user, node) for user in node.users) or not self._attended.isdisjoint(passed):
+                self._attended.add(node)
+            if any(user.target in _STEPS for user in passed) or not self._stepped.isdisjoint(passed):
+                self._stepped.add(node)
+
+    def _exponentiates(self, user: fx.Node, node: fx.Node) -> bool:
+        if _is_square(user, node) and all(_is_negated(u) for u in user.users):
+            return False
+        if user.target in EXPONENTIALS and not all(_adds_number(u) for u in user.users):
+            return True
+        return user in self.exponentiated and _is_floating(user) and (is_pointwise(user) or is_view(user))
+
+    def _attends(self, user: fx.Node, node: fx.Node) -> bool:
+        queries, values, _ = _places(user)
+        return any(user.args[i] is node for i in (*queries, *values)) or (is_matmul(user) and user in self.exponentiated)
+
+    def attention_reads(self, tensor: fx.Node, learned: set[str]) -> list[Read]:
+        """Where a fused attention's backward reads ``tensor`` as its q, k or v, behind views, copies and rotations, or a
+        product that is run again and exponentiated reads it as a factor. learned: names of what depends on a parameter."""
+        found: list[Read] = []
+        todo, seen = [tensor], {tensor}
+        while todo:
+            node = todo.pop()
+            for user in node.users if node in self._attended else ():
+                queries, values, place = _places(user)
+                statistic: Any = user.args[place] if place is not None else None
+                if any(user.args[i] is node for i in queries):
+                    exact = statistic is None or not _is_formed_again(statistic)
+                    found.append((SCORE if exact else SCORE_AGAIN, "score", statistic))
+                elif any(user.args[i] is node for i in values):
+                    found.append((None, "value", statistic))
+                elif is_matmul(user) and user in self.exponentiated:
+                    found.append((SCORE_AGAIN if _softmax_is_formed_again(user, learned) else SCORE, "score", None))
+                if is_pointwise(user) and user not in seen:
+                    seen.add(user)
+                    todo.append(user)
+        return found
+
+    def fragile_use(self, tensor: fx.Node | None) -> str | None:
+        """An operator that a small error in ``tensor`` can throw far off: what divides by it, takes a root or a logarithm of it
+        (behind an addition of a tensor, a reduction or a bounded function a zero is gone), compares it for equality with the
+        exact maximum, makes an index of it, or factors it as a matrix. A comparison is found behind any pointwise operator."""
+        if tensor is None:
+            return None
+        if tensor in self._stepped:
+            return next(str(n.target) for n in _pointwise_below(tensor) if n.target in _STEPS)
+        todo = [tensor]
+        seen = set(todo)
+        while todo:
+            node = todo.pop()
+            for user in node.users:
+                if _is_fragile(user, node):
+                    return str(user.target)
+                passes = user.target in _KEEPS_WHAT_IS_FRAGILE or _adds_number(user) or is_view(user)
+                if passes and user not in seen:
+                    seen.add(user)
+                    todo.append(user)
+        return None
+
+
+def _places(user: fx.Node) -> tuple[tuple[int, ...], tuple[int, ...], int | None]:
+    """Where ``user`` takes q and k, v, and a logsumexp, if it is a fused attention's backward."""
+    return SCORES_OF.get(getattr(user.target, "_opname", str(user.target)), ((), (), None))
 
 
 def _softmax_is_formed_again(scores: fx.Node, learned: set[str]) -> bool:
@@ -120,29 +179,6 @@ def foreign_users(tensor: fx.Node | None) -> set[str]:
     return {str(t) for t in overloads if t.namespace not in _TORCH_NAMESPACES}
 
 
-def fragile_use(tensor: fx.Node | None) -> str | None:
-    """An operator that a small error in ``tensor`` can throw far off: what divides by it, takes a root or a logarithm of it
-    (behind an addition of a tensor, a reduction or a bounded function a zero is gone), compares it for equality with the
-    exact maximum, makes an index of it, or factors it as a matrix. A comparison is found behind any pointwise operator."""
-    if tensor is None:
-        return None
-    stepped = next((n for n in _pointwise_below(tensor) if n.target in _STEPS), None)
-    if stepped is not None:
-        return str(stepped.target)
-    todo = [tensor]
-    seen = set(todo)
-    while todo:
-        node = todo.pop()
-        for user in node.users:
-            if _is_fragile(user, node):
-                return str(user.target)
-            passes = user.target in (_KEEPS_ZERO | _CLAMPS | CASTS) or _adds_number(user) or is_view(user)
-            if passes and user not in seen:
-                seen.add(user)
-                todo.append(user)
-    return None
-
-
 def _is_fragile(user: fx.Node, node: fx.Node) -> bool:
     target = user.target
     if target in _UNBOUNDED or target in _STEPS or getattr(target, "_opname", "").startswith(("linalg_", "_linalg")):
@@ -158,23 +194,6 @@ def _is_fragile(user: fx.Node, node: fx.Node) -> bool:
 
 def _is_whole(exponent: object) -> bool:
     return isinstance(exponent, int | float) and exponent >= 0 and float(exponent).is_integer()
-
-
-def is_exponentiated(tensor: fx.Node) -> bool:
-    """Whether the backward takes exp of ``tensor``, behind any pointwise operators; but for a sigmoid's, which adds one to it
-    and is bounded, and for that of a square, a Gaussian's (GELU)."""
-    todo, seen = [tensor], {tensor}
-    while todo:
-        node = todo.pop()
-        for user in node.users:
-            if _is_square(user, node) and all(_is_negated(u) for u in user.users):
-                continue
-            if user.target in EXPONENTIALS and not all(_adds_number(u) for u in user.users):
-                return True
-            if _is_floating(user) and (is_pointwise(user) or is_view(user)) and user not in seen:
-                seen.add(user)
-                todo.append(user)
-    return False
 
 
 def _is_floating(node: fx.Node) -> bool:

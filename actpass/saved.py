@@ -20,7 +20,7 @@ from actpass.graph.recompute import Recomputation, attention_behind
 from actpass.graph.uses import consumers
 from actpass.partition import Cut, Saved
 from actpass.plan import EXPONENTIAL, SCORE_AGAIN, Role, SavedTensor
-from actpass.readers import Read, attention_reads, foreign_users, fragile_use, is_exponentiated
+from actpass.readers import Read, Readers, foreign_users
 
 aten = torch.ops.aten
 
@@ -64,7 +64,7 @@ class _Reading:
         self.available = {self.joint[name] for s in cut.saved for name in (s.name, s.root) if name in self.joint}
         self.forward = {n.name: n for n in cut.forward.graph.nodes}
         self.backward = {n.name: n for n in cut.backward.graph.find_nodes(op="placeholder")}
-        self.uses = cut.uses
+        self.uses, self.readers = cut.uses, Readers(cut.backward.graph)
         self.learned = self._reach({n.name for n in joint.parameter_path})
         self.scores = Scores.of(joint)
         drawn = {n.name for n in joint.gm.graph.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())}
@@ -95,8 +95,12 @@ class _Reading:
         read = [self.uses.of(n, self.contractions) for n in arrived]
         root = self.forward[members[0].root]
         weights = [path for n in arrived for user, _ in consumers(n) for path in self.contractions.get(user.name, ())]
-        reads = [found for n in arrived for found in attention_reads(n, self.learned)]
-        kinds = {*(u.kind for uses, _ in read for u in uses), *_exponential(arrived), *(kind for kind, _, _ in reads if kind)}
+        reads = [found for n in arrived for found in self.readers.attention_reads(n, self.learned)]
+        kinds = {
+            *(u.kind for uses, _ in read for u in uses),
+            *self._exponential(arrived),
+            *(kind for kind, _, _ in reads if kind),
+        }
         obstacle = self._obstacle(node, members)
         is_small = obstacle is None and tensor_bytes(node) < self.smallest
         again, of_factors = self._again(root, members, exponential=EXPONENTIAL in kinds) if obstacle is None else ((), ())
@@ -122,6 +126,9 @@ class _Reading:
             shape=tuple(size_hint(s) for s in value(node).shape),
             dtype=str(value(node).dtype).removeprefix("torch."),
         )
+
+    def _exponential(self, arrived: list[fx.Node]) -> set[str]:
+        return set() if self.readers.exponentiated.isdisjoint(arrived) else {EXPONENTIAL}
 
     def _again(self, root: fx.Node, members: list[Saved], *, exponential: bool) -> _Rerun:
         """What is run again to rebuild ``root`` from what else crosses; and from its own factors, if it is the product of two
@@ -174,7 +181,7 @@ class _Reading:
         foreign = sorted({u for m in members for u in foreign_users(self.backward.get(m.name))})
         if foreign:
             return f"read by {foreign[0]}, which is not one of torch's own operators"
-        fragile = next((op for m in members if (op := fragile_use(self.backward.get(m.name)))), None)
+        fragile = next((op for m in members if (op := self.readers.fragile_use(self.backward.get(m.name)))), None)
         if fragile is not None:
             return f"read by {fragile}, which a small error can throw far off"
         if len(members) > 1 and any(not self._is_shown_by(node, self.forward[m.name]) for m in members):
@@ -258,10 +265,6 @@ def _is_statistic(node: fx.Node) -> bool:
         source = node.all_input_nodes[0]
         return is_reduction(source) or (is_attention(source) and bool(node.args[1] != 0))
     return is_reduction(node)
-
-
-def _exponential(arrived: list[fx.Node]) -> set[str]:
-    return {EXPONENTIAL} if any(map(is_exponentiated, arrived)) else set()
 
 
 _Rerun = tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]]
