@@ -82,6 +82,7 @@ __all__ = [
     "fake_input",
     "find_tensors",
     "functorch_config",
+    "fusion_gate_limit",
     "fx_graph_cse",
     "get_default_op_list",
     "get_default_store",
@@ -178,6 +179,17 @@ def size_hint(value: int | torch.SymInt) -> int:
         return value
     hint = value.node.hint
     return int(hint) if hint is not None else 1
+
+
+def fusion_gate_limit() -> Callable[[int], int] | None:
+    """From the peak of a graph before any fusion to that which fusions may lift it to; None: Inductor asks for no memory, or
+    has no such gate (before torch 2.15)."""
+    gib = getattr(inductor_config, "fusion_memory_timeline_peak_memory_increase_gb", None)
+    share = getattr(inductor_config, "fusion_memory_timeline_peak_memory_pct_threshold", None)
+    if gib is None and share is None:
+        return None
+    most, part = (float("inf") if x is None else x for x in (gib, share))
+    return lambda peak: peak + int(min(most * 2**30, part * peak))
 
 
 def active_ddp() -> DistributedDataParallel | None:
