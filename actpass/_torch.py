@@ -92,6 +92,7 @@ __all__ = [
     "fake_input",
     "find_tensors",
     "functorch_config",
+    "fusion_gate_limit",
     "fx_graph_cse",
     "get_default_op_list",
     "get_default_store",
@@ -272,6 +273,15 @@ def went_through_inductor(error: BaseException) -> bool:
     """Whether ``error`` was raised while Inductor ran, of which the pass is a part."""
     package = os.path.dirname(str(inductor_config.__file__))
     return any(f.filename.startswith(package) for f in traceback.extract_tb(error.__traceback__))
+def fusion_gate_limit() -> Callable[[int], int] | None:
+    """From the peak of a graph before any fusion to that which fusions may lift it to; None: Inductor asks for no memory, or
+    has no such gate (before torch 2.15)."""
+    gib = getattr(inductor_config, "fusion_memory_timeline_peak_memory_increase_gb", None)
+    share = getattr(inductor_config, "fusion_memory_timeline_peak_memory_pct_threshold", None)
+    if gib is None and share is None:
+        return None
+    most, part = (float("inf") if x is None else x for x in (gib, share))
+    return lambda peak: peak + int(min(most * 2**30, part * peak))
 
 
 def active_ddp() -> DistributedDataParallel | None:

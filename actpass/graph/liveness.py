@@ -17,11 +17,10 @@ The model, after torch/_inductor (scheduler.py, memory.py; torch 2.13):
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +28,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from actpass._torch import inductor_config, invoke_subgraph, needs_fallback_due_to_atomic_add_limitations, size_hint
+from actpass.graph.fusion import Fusion, is_on_cpu
 from actpass.graph.joint import CASTS, is_view, storage_root, tensor_bytes, value
 from actpass.graph.ops import is_pointwise, is_reduced_by_row, is_reduction
 from actpass.graph.uses import WRITES
@@ -36,8 +36,6 @@ from actpass.graph.uses import WRITES
 aten = torch.ops.aten
 prims = torch.ops.prims
 
-_NEAR = 64
-"""Loops farther apart than this in the graph are fused only if one reads the other."""
 _READS_AGAIN, _READS, _LENGTH = 4, 8, 30
 _LENGTH_WITH_CHOICES = 8
 """A loop that reads or computes more than this is written to memory: if it is read more than once, or in any case."""
@@ -123,6 +121,10 @@ class Kernel:
     def needs(self) -> int:
         return max(self.size, self.scratch)
 
+    @property
+    def believed(self) -> int:
+        return self.size + self.unwritten
+
 
 def timeline(gm: fx.GraphModule, freed: Mapping[str, str] | None = None) -> Timeline:
     """The live bytes of ``gm``. freed: inputs that count and are freed behind their last reader (a backward's saved tensors
@@ -197,40 +199,49 @@ class Program:
 
     def believed_steps(self, order: Sequence[Kernel]) -> list[int]:
         """Live bytes while each kernel runs, as Inductor sees them."""
-        return self._steps(order, self.believed, {k: k.needs + k.unwritten for k in order})
+        return self._steps(order, self.believed, {k: k.believed for k in order}, self._deaths(order))
 
-    def _steps(self, order: Sequence[Kernel], inputs: Mapping[Any, int], needs: Mapping[Kernel, int]) -> list[int]:
-        """Live bytes while each kernel runs, if nothing is taken over and everything is freed at once."""
+    def _steps(
+        self, order: Sequence[Kernel], inputs: Mapping[Any, int], needs: Mapping[Kernel, int], deaths: list[list[Any]]
+    ) -> list[int]:
+        """Live bytes while each kernel runs, if nothing is taken over and what is dead is freed at once."""
         level, steps = sum(inputs.values()), []
         size = {**{w: self.bytes[w] for k in order for w in k.writes}, **inputs}
-        for kernel, dead in zip(order, self._deaths(order), strict=True):
+        for kernel, dead in zip(order, deaths, strict=True):
             steps.append(level + needs[kernel])
             level += kernel.size - sum(size.get(n, 0) for n in dead)
         return steps
 
     def run(self, order: Sequence[Kernel]) -> Timeline:
         deaths = self._deaths(order)
+        ends = _called_until(order)
+        freed: list[list[Any]] = [[] for _ in order]
+        for dead, end in zip(deaths, ends, strict=True):
+            freed[end] += dead
         steps = self.believed_steps(order)
-        levels = self._steps(order, {n: self.bytes[n] for n in self.freed}, {k: k.needs for k in order})
+        levels = self._steps(order, {n: self.bytes[n] for n in self.freed}, {k: k.needs for k in order}, freed)
         limit = max(steps, default=0)
         free: dict[tuple[torch.dtype, int], list[int]] = defaultdict(list)
-        for i, (kernel, dead) in enumerate(zip(order, deaths, strict=True)):
-            taken = self._taken(kernel, dead)
+        passed: set[Any] = set()
+        for i, kernel in enumerate(order):
+            taken = self._taken(kernel, deaths[i])
+            passed |= set(taken.values())
             for node in kernel.writes:
                 size = self.bytes[node]
                 if node in taken:
-                    levels[i] -= size
+                    for j in range(i, ends[i] + 1):
+                        levels[j] -= size
                     continue
                 since = free[_key(node, self.bytes[node])] if inductor_config.allow_buffer_reuse else []
                 if since and (since[-1] + 1 == i or size + max(steps[since[-1] + 1 : i]) <= limit):
                     for j in range(since.pop() + 1, i):
                         steps[j] += size
                         levels[j] += size
-            for node in dead:
-                if node not in taken.values() and node.op == "call_function":
+            for node in freed[i]:
+                if node not in passed and node.op == "call_function":
                     free[_key(node, self.bytes[node])].append(i)
         at = max(range(len(levels)), key=levels.__getitem__, default=0)
-        return Timeline(tuple(levels), tuple(k.node.name for k in order), self._live(order, deaths, at), self._kept(order))
+        return Timeline(tuple(levels), tuple(k.node.name for k in order), self._live(order, freed, at), self._kept(order))
 
     def _live(self, order: Sequence[Kernel], deaths: list[list[Any]], at: int) -> tuple[tuple[str, int], ...]:
         """(node, bytes) of what is in use while kernel ``at`` runs, the largest first."""
@@ -359,90 +370,35 @@ class _Reading:
         return timeline(getattr(self.gm, str(node.args[0].target))).peak
 
     def _fused(self, kernels: list[Kernel]) -> list[Kernel]:
-        """Merge loops over as many elements that share a buffer, those that share most first, where no third kernel lies
-        between."""
-        source = {w: i for i, k in enumerate(kernels) for w in k.writes}
-        behind = [0] * len(kernels)  # bits: the kernels that need its result, directly or not
-        direct: list[set[int]] = [set() for _ in kernels]
-        for i, kernel in enumerate(kernels):
-            for read in kernel.reads:
-                if read in source:
-                    direct[source[read]].add(i)
-        for i in range(len(kernels) - 1, -1, -1):
-            for j in direct[i]:
-                behind[i] |= behind[j] | (1 << j)
-        group = list(range(len(kernels)))
-        ends = list(itertools.accumulate(1 if k.writes == [k.node] else 1 + len(k.writes) for k in kernels))
-        span = [(end, end) for end in ends]
-        bits = [1 << i for i in range(len(kernels))]
-
-        def between(i: int, j: int) -> bool:
-            """Whether some kernel outside both groups needs one and is needed by the other."""
-            outside = ~(bits[i] | bits[j])
-            middle = behind[i] & outside
-            while middle:
-                low = middle & -middle
-                if behind[low.bit_length() - 1] & bits[j]:
-                    return True
-                middle ^= low
-            return False
-
-        def reads(i: int, j: int) -> bool:
-            return any(bits[j] & (1 << k) for m in range(len(kernels)) if bits[i] >> m & 1 for k in direct[m])
-
-        def merge(i: int, j: int) -> None:
-            members, reach = bits[i] | bits[j], (behind[i] | behind[j]) & ~(bits[i] | bits[j])
-            both = min(span[i][0], span[j][0]), max(span[i][1], span[j][1])
-            for k in range(len(kernels)):
-                if members >> k & 1:
-                    group[k], bits[k], behind[k], span[k] = min(i, j), members, reach, both
-                elif behind[k] & members:
-                    behind[k] |= reach | members
-
-        sharing: dict[fx.Node, list[int]] = defaultdict(list)
-        for i, kernel in enumerate(kernels):
-            if kernel.loops is not None:
-                for node in (*kernel.writes, *kernel.reads):
-                    sharing[node].append(i)
-        shared: Counter[tuple[int, int]] = Counter()
-        for node, users in sharing.items():
-            for pair in itertools.combinations(users, 2):
-                if kernels[pair[0]].loops == kernels[pair[1]].loops:
-                    shared[pair] += self.bytes[node]
-
-        def score(pair: tuple[int, int]) -> tuple[bool, int, int, tuple[int, int]]:
-            i, j = pair
-            alike = is_reduction(kernels[i].node) == is_reduction(kernels[j].node)
-            return not alike, -shared[pair], ends[j] - ends[i], pair
-
-        enough = inductor_config.score_fusion_memory_threshold
-        for first, other in sorted(shared, key=score):
-            i, j = group[first], group[other]
-            if i == j:
-                continue
-            near = max(span[i][1] - span[j][0], span[j][1] - span[i][0]) <= _NEAR
-            worthwhile = near and shared[first, other] >= enough
-            if (worthwhile or reads(i, j) or reads(j, i)) and not between(i, j) and not between(j, i):
-                merge(i, j)
-        fused: dict[int, Kernel] = {}
-        for i, kernel in enumerate(kernels):
-            if group[i] in fused:
-                whole = fused[group[i]]
-                whole.reads += [r for r in kernel.reads if r not in whole.reads]
-                whole.writes += kernel.writes
-            else:
-                fused[group[i]] = kernel
-        for kernel in fused.values():
-            kernel.reads = [r for r in kernel.reads if r not in kernel.writes]
-        read = {r for kernel in fused.values() for r in kernel.reads}
-        for kernel in fused.values():
+        """``kernels`` with those made one that run as one, in the order in which Inductor has them then."""
+        fusion = Fusion(kernels, self.bytes, self.believed, self.outputs)
+        fused = [_joint(group) for group in fusion.run()]
+        read = {r for kernel in fused for r in kernel.reads}
+        for kernel in fused:
             if kernel.loops is not None:
                 kernel.members = sorted(kernel.writes, key=self.position.__getitem__)
                 written = [w for w in kernel.writes if w in read or w in self.outputs]
                 kernel.unwritten = sum(self.bytes[w] for w in kernel.writes) - sum(self.bytes[w] for w in written)
                 kernel.writes = written
             kernel.size = sum(self.bytes[w] for w in kernel.writes)
-        return in_order(list(fused.values()))
+        return in_order(fused) if fusion.gate is None else fused
+
+
+def _joint(group: Sequence[Kernel]) -> Kernel:
+    first = group[0]
+    writes = [w for kernel in group for w in kernel.writes]
+    reads = dict.fromkeys(r for kernel in group for r in kernel.reads)
+    return replace(first, writes=writes, reads=[r for r in reads if r not in writes])
+
+
+def _called_until(order: Sequence[Kernel]) -> list[int]:
+    """For each kernel the last that the same call runs: on a CPU one C++ function is made of all loops between two kernels that
+    are none, and what they read is freed behind it."""
+    ends = list(range(len(order)))
+    for i in reversed(ends[:-1]):
+        if all(k.loops is not None and is_on_cpu(k) for k in order[i : i + 2]):
+            ends[i] = ends[i + 1]
+    return ends
 
 
 def _key(buffer: Buffer, nbytes: int) -> tuple[torch.dtype, int]:
@@ -559,10 +515,10 @@ def _least_memory_first(reading: Program) -> list[Kernel]:
     order: list[Kernel] = []
     while ready:
         gap = peak - level
-        chosen = min(ready, key=lambda k: (k.needs if k.needs > gap else 0, k.size - frees[k], k.position))
+        chosen = min(ready, key=lambda k: (k.believed if k.believed > gap else 0, k.size - frees[k], k.position))
         del ready[chosen]
         order.append(chosen)
-        peak = max(peak, level + chosen.needs)
+        peak = max(peak, level + chosen.believed)
         level += chosen.size - frees[chosen]
         for target in targets[chosen]:
             missing[target] -= 1
