@@ -19,10 +19,12 @@ from actpass.api import (
     step,
 )
 from actpass.audit import Audit
+from actpass.deferred import DeferredLogits
 from actpass.errors import (
     ActpassError,
     ActpassWarning,
     BudgetError,
+    DeferredError,
     OptionError,
     PictureError,
     PlanError,
@@ -42,6 +44,8 @@ __all__ = [
     "Audit",
     "BudgetError",
     "Calibration",
+    "DeferredError",
+    "DeferredLogits",
     "LowRankGradient",
     "ModelPlan",
     "OptionError",

@@ -85,6 +85,7 @@ __all__ = [
     "fx_graph_cse",
     "get_default_op_list",
     "get_default_store",
+    "in_backward",
     "inductor_cache_dir",
     "inductor_config",
     "invoke_subgraph",
@@ -156,6 +157,11 @@ def is_sharded(nn_module_stack: Mapping[str, Any]) -> bool:
 
 
 _SHARDED = {"FSDPModule", "FullyShardedDataParallel"}
+
+
+def in_backward() -> bool:
+    """Whether this thread runs a backward."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def rename(node: torch.fx.Node, name: str) -> None:
