@@ -20,10 +20,12 @@ from actpass.api import (
     step,
 )
 from actpass.audit import Audit
+from actpass.deferred import DeferredLogits
 from actpass.errors import (
     ActpassError,
     ActpassWarning,
     BudgetError,
+    DeferredError,
     InternalError,
     OptionError,
     PictureError,
@@ -44,6 +46,8 @@ __all__ = [
     "Audit",
     "BudgetError",
     "Calibration",
+    "DeferredError",
+    "DeferredLogits",
     "InternalError",
     "LowRankGradient",
     "ModelPlan",

@@ -12,8 +12,7 @@ import functools
 import os
 import traceback
 import types
-from collections.abc import Callable, Iterable, Mapping
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -97,6 +96,7 @@ __all__ = [
     "get_default_op_list",
     "get_default_store",
     "has_all_graphs",
+    "in_backward",
     "inductor_cache_dir",
     "inductor_config",
     "invoke_subgraph",
@@ -180,6 +180,11 @@ def is_sharded(nn_module_stack: Mapping[str, Any]) -> bool:
 
 
 _SHARDED = {"FSDPModule", "FullyShardedDataParallel"}
+
+
+def in_backward() -> bool:
+    """Whether this thread runs a backward."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def rename(node: torch.fx.Node, name: str) -> None:
@@ -273,6 +278,8 @@ def went_through_inductor(error: BaseException) -> bool:
     """Whether ``error`` was raised while Inductor ran, of which the pass is a part."""
     package = os.path.dirname(str(inductor_config.__file__))
     return any(f.filename.startswith(package) for f in traceback.extract_tb(error.__traceback__))
+
+
 def fusion_gate_limit() -> Callable[[int], int] | None:
     """From the peak of a graph before any fusion to that which fusions may lift it to; None: Inductor asks for no memory, or
     has no such gate (before torch 2.15)."""

@@ -150,7 +150,7 @@ def _under(peak: PeakBudget, record: Record) -> Record:
 
 
 def _find(plan: ModelPlan, joint: Joint) -> Plan:
-    """As `follow.find`. A plan that has no region for a graph with deferred logits may have one for the graph with whole ones."""
+    """As `follow.find`. What has no region for a graph with deferred logits may have one for that with whole ones."""
     try:
         return follow.find(plan, joint)
     except PlanError as error:

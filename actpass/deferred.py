@@ -6,10 +6,12 @@ logits (head, bias, casts, soft cap, scale). To everything else it is the tensor
 
     outputs.logits.detach().float()         # not read yet: casts, copies and aliases are deferred, too
     outputs.logits.argmax(-1)               # read: head and all behind it run once, and the result is kept
+    outputs.logits[:, -1] = 0               # read, and written to
     (loss + f(outputs.logits)).backward()   # f's gradient enters the model's backward through the hidden state
 
-Memory: one hidden state while it is not read, the logits from then on. Time: the head once more where it is read, and where it
-is differentiated its backward.
+Memory: one hidden state while it is not read, the logits from then on. What reads it to differentiate does not keep it: autograd
+keeps what it needs, and the backward is where memory is short; another read runs the head again. Time: the head at each such
+read, and its backward.
 
 The way's weights are those of the call. An optimizer that steps before the logits are read changes them: each one that still
 waits then copies the weights of its way, or is computed where that takes fewer bytes. Any other change in place (loading a
@@ -21,11 +23,11 @@ from __future__ import annotations
 
 import copy
 import math
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import fx
@@ -33,7 +35,7 @@ from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
 
-from actpass._torch import FakeTensor
+from actpass._torch import FakeTensor, in_backward
 from actpass.errors import DeferredError
 
 aten = torch.ops.aten
@@ -120,10 +122,15 @@ class _Value:
         raise NotImplementedError
 
     def get(self) -> torch.Tensor:
+        """The tensor, kept from now on."""
         if self.made is None:
-            self.made = self.compute()
-            self.version = self.made._version
-        return self.made
+            made = self.compute()
+            self.keep(made, made._version)
+        return self.made  # pyright: ignore[reportReturnType]
+
+    def keep(self, made: torch.Tensor, version: int) -> None:
+        """version: of ``made`` when it was computed."""
+        self.made, self.version = made, version
 
     @property
     def is_as_made(self) -> bool:
@@ -139,7 +146,7 @@ class _Logits(_Value):
         self.versions = [leaf._version for leaf in self.leaves]
         self.is_settled = False
         _start()
-        _waiting[id(self)] = weakref.ref(self, lambda _, key=id(self): _waiting.pop(key, None))
+        _waiting.add(self)
 
     def compute(self) -> torch.Tensor:
         self._check()
@@ -188,10 +195,9 @@ class _After(_Value):
         with torch.inference_mode(False), torch.no_grad():
             return self.operator(made)
 
-    def get(self) -> torch.Tensor:
-        made = super().get()
+    def keep(self, made: torch.Tensor, version: int) -> None:
+        super().keep(made, version)
         self.before = None
-        return made
 
 
 class DeferredLogits(torch.Tensor):
@@ -217,7 +223,7 @@ class DeferredLogits(torch.Tensor):
 
     @property
     def is_read(self) -> bool:
-        """Whether it was computed."""
+        """Whether it was computed and kept."""
         return self._of.made is not None
 
     @property
@@ -234,15 +240,17 @@ class DeferredLogits(torch.Tensor):
             x: DeferredLogits = args[0]
             after = _After(x._of, lambda made: func(made, *args[1:], **kwargs))
             return x._showing(after, kwargs.get("dtype"), kwargs.get("device"))
-        shown: dict[int, DeferredLogits] = {}
-
-        def read(x: DeferredLogits) -> torch.Tensor:
-            shown[id(x.read)] = x
-            return x.read
-
-        args, kwargs = pytree.tree_map_only(DeferredLogits, read, (args, kwargs))
+        given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, DeferredLogits)]
+        values = {id(x._of): x._of.made if x._of.made is not None else x._of.compute() for x in given}
+        versions = {key: made._version for key, made in values.items()}
+        args, kwargs = pytree.tree_map_only(DeferredLogits, lambda x: values[id(x._of)], (args, kwargs))
         result = func(*args, **kwargs)
-        return pytree.tree_map_only(torch.Tensor, lambda made: shown.get(id(made), made), result)  # written in place
+        if _shows_or_writes(func) or not _is_differentiated(given, result):
+            for x in given:
+                if x._of.made is None:
+                    x._of.keep(values[id(x._of)], versions[id(x._of)])
+        same = {id(values[id(x._of)]): x for x in given}  # what is written in place is returned
+        return pytree.tree_map_only(torch.Tensor, lambda made: same.get(id(made), made), result)
 
     def _showing(self, of: _Value, dtype: torch.dtype | None = None, device: torch.device | None = None) -> DeferredLogits:
         return DeferredLogits(of, self.shape, self.stride(), dtype or self.dtype, device or self.device)
@@ -274,6 +282,20 @@ _ALIASES = (aten.detach.default, aten.alias.default)
 _COPIES = (aten._to_copy.default, aten.clone.default)
 
 
+def _shows_or_writes(func: Any) -> bool:
+    """Whether an operator returns memory that it is given, or writes to it."""
+    schema = func._schema
+    return any(a.alias_info is not None for a in (*schema.arguments, *schema.returns))
+
+
+def _is_differentiated(given: Sequence[torch.Tensor], result: Any) -> bool:
+    """Whether an operator runs in a backward, or autograd records it."""
+    if in_backward():
+        return True
+    differentiable = any(isinstance(x, torch.Tensor) and x.is_floating_point() for x in pytree.tree_leaves(result))
+    return differentiable and torch.is_grad_enabled() and any(x.requires_grad for x in given)
+
+
 def _ordinary(x: torch.Tensor) -> torch.Tensor:
     """A view of ``x`` that is no `DeferredLogits`."""
     return x.view(x.shape)
@@ -290,7 +312,7 @@ for _name in ("numpy", "tolist", "data_ptr", "untyped_storage", "storage", "__ar
     setattr(DeferredLogits, _name, _reads_memory(_name))
 
 
-_waiting: dict[int, weakref.ref[_Logits]] = {}
+_waiting: WeakSet[_Logits] = WeakSet()
 """Those that may still be read."""
 _hook: Any = None
 
@@ -306,6 +328,5 @@ def _before_step(*_: Any) -> None:
     if torch.compiler.is_compiling():
         return  # a compiled step is noticed by the version counters
     copies: dict[Any, torch.Tensor] = {}
-    for logits in [ref() for ref in _waiting.values()]:
-        if logits is not None:
-            logits.settle(copies)
+    for logits in list(_waiting):
+        logits.settle(copies)

@@ -36,8 +36,8 @@ _MODES = {"_enter_autocast", "_exit_autocast", "_set_grad_enabled"}
 
 @dataclass(frozen=True)
 class Taken:
-    """gm: a clone of Dynamo's graph that returns hidden states in place of logits. outputs: where each of the graph's results is
-    among those of the clone, or the way to it."""
+    """gm: a clone of Dynamo's graph that returns hidden states in place of logits. outputs: where each of the graph's results
+    is among those of the clone, or the way to it."""
 
     gm: fx.GraphModule
     outputs: tuple[int | Way, ...]
