@@ -308,7 +308,7 @@ def _reads_memory(name: str) -> Callable[..., Any]:
     return method
 
 
-for _name in ("numpy", "tolist", "data_ptr", "untyped_storage", "storage", "__array__", "__dlpack__", "share_memory_"):
+for _name in ("numpy", "tolist", "data_ptr", "__array__", "__dlpack__", "share_memory_"):
     setattr(DeferredLogits, _name, _reads_memory(_name))
 
 
