@@ -28,6 +28,7 @@ from actpass._torch import (
     functorch_config,
     inductor_config,
     is_part_of_a_step,
+    is_piece_of_ddp,
     list_mode_options,
     size_hint,
     torch_is_tested,
@@ -36,7 +37,7 @@ from actpass.budget import PeakBudget
 from actpass.codecs.generator import round_keys, step_seed
 from actpass.compiler import Compiled, compile_joint
 from actpass.config import Config, parse
-from actpass.deferred import delivering
+from actpass.deferred import delivering, taking_ordinary
 from actpass.eager import with_eager_curve
 from actpass.errors import ActpassWarning, GraphUnsupported, LogitsReturned
 from actpass.graph import GraphInputs
@@ -126,6 +127,13 @@ def compile_region(
     gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, **compiler_options: Any
 ) -> Callable[..., Any]:
     """Compile one training graph and register its region. compiler_options: for `compile_fx`, e.g. ``inner_compile``."""
+    run = _compile_region(gm, example_inputs, config, **compiler_options)
+    return taking_ordinary(run) if is_piece_of_ddp(gm) else run  # the piece before it may have returned deferred logits
+
+
+def _compile_region(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, **compiler_options: Any
+) -> Callable[..., Any]:
     plain = GraphInputs.of(gm, example_inputs)
     code, shapes = current_code(), repr([tuple(e.shape) for e in example_inputs if isinstance(e, torch.Tensor)])
     if config.plan is not None:
@@ -142,9 +150,9 @@ def compile_region(
         config = replace(config, tails=subspaces.tails(example_inputs, plain.paths))
     key = records.region_key(gm, example_inputs, plain, config, peak)
     nonce, record = records.load(key)
+    device = device_of(example_inputs)
     if record is not None and record.whole is not None:
         plain = replace(plain, whole=record.whole)  # known: nothing is traced in vain
-    device = device_of(example_inputs)
     extra = ask(gm, example_inputs, config, plain, device, peak, record)
     peak = extra.counted_in(peak)
     compiled, fn = run_passes(gm, example_inputs, config, plain, device, nonce, peak, compile_fx, extra, **compiler_options)

@@ -81,6 +81,15 @@ def delivering(fn: Callable[..., Any], outputs: Sequence[int | Way]) -> Callable
     return run
 
 
+def taking_ordinary(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``fn``, compiled for ordinary tensors, for arguments that may be deferred logits."""
+
+    def run(*args: Any) -> Any:
+        return fn(*(_ordinary(a) if isinstance(a, DeferredLogits) else a for a in args))
+
+    return run
+
+
 class _Deferred(torch.autograd.Function):
     """The step from a hidden state and weights to logits, as autograd sees it."""
 

@@ -32,7 +32,7 @@ class Model(nn.Module):
         self.head = nn.Linear(WIDTH, WORDS, bias=bias)
         if tied:
             self.head.weight = self.embed.weight
-        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.scale = nn.Parameter(torch.tensor([1.5]))
         self.logits = logits
 
     def state(self, x: torch.Tensor) -> torch.Tensor:
@@ -41,7 +41,7 @@ class Model(nn.Module):
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> Any:
         h = self.state(x)
         logits = self.head(h) if self.logits is None else self.logits(self, h)
-        return flat(logits.float(), y) + 0 * self.scale, logits
+        return flat(logits.float(), y) + 0 * self.scale.sum(), logits
 
 
 WAYS: dict[str, Logits] = {
@@ -240,7 +240,7 @@ def test_a_compiled_function_takes_it():
     (found + 0 * loss).backward()
     got = grads_of(model)
     model.zero_grad(set_to_none=True)
-    (flat(model(**inputs())[1], labels) + 0 * model.scale).backward()
+    (flat(model(**inputs())[1], labels) + 0 * model.scale.sum()).backward()
     for key, want in grads_of(model).items():
         assert error(got[key], want) < 300 * EPS, key
 
@@ -326,11 +326,11 @@ def test_what_can_not_be_deferred_is_whole_with_its_reason(build: Any, options: 
     loss, logits = compiled(model, **options)(**inputs())
     assert type(logits) is torch.Tensor
     assert reason in notes(model), notes(model)
-    (loss + 0 * model.scale + 0 * logits.sum()).backward()
+    (loss + 0 * model.scale.sum() + 0 * logits.sum()).backward()
     if build is not Drops:
         found = grads_of(model)
         model.zero_grad(set_to_none=True)
-        (model(**inputs())[0] + 0 * model.scale).backward()
+        (model(**inputs())[0] + 0 * model.scale.sum()).backward()
         for key, want in grads_of(model).items():
             assert error(found[key], want) < 300 * EPS, key
 
