@@ -14,6 +14,7 @@ import traceback
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import sympy  # what torch's symbolic sizes are made of
@@ -93,6 +94,7 @@ __all__ = [
     "functorch_config",
     "fusion_gate_limit",
     "fx_graph_cse",
+    "gathered",
     "get_default_op_list",
     "get_default_store",
     "has_all_graphs",
@@ -106,6 +108,7 @@ __all__ = [
     "is_sharded",
     "is_wrapper",
     "keep_provenance",
+    "is_piece_of_ddp",
     "list_mode_options",
     "make_graph_module",
     "min_cut_rematerialization_partition",
@@ -167,19 +170,25 @@ def is_part_of_a_step(gm: torch.fx.GraphModule) -> bool:
     return resumed or (reason is not None and reason.graph_break)
 
 
+def is_piece_of_ddp(gm: torch.fx.GraphModule) -> bool:
+    """Whether DDP has split a graph, of which this is a piece."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return reason is not None and reason.reason.startswith("DDPOptimizer intentional graph-break")
+
+
 def returns_to_a_graph_break(gm: torch.fx.GraphModule) -> bool:
     """Whether what the region returns is what a graph break passes on. Not known of the pieces that DDP splits a graph into."""
     reason = getattr(gm, "compile_subgraph_reason", None)
-    return reason is not None and reason.graph_break
+    return reason is not None and reason.graph_break and not is_piece_of_ddp(gm)
 
 
-def is_sharded(nn_module_stack: Mapping[str, Any]) -> bool:
-    """Whether FSDP shards the parameters of one of the modules that a node of Dynamo's graph was made in."""
-    kinds = [kind for _, kind in nn_module_stack.values()]
-    return any(isinstance(kind, type) and kind.__mro__ and _SHARDED & {c.__name__ for c in kind.__mro__} for kind in kinds)
-
-
-_SHARDED = {"FSDPModule", "FullyShardedDataParallel"}
+def gathered() -> set[int]:
+    """Ids of what FSDP2 runs forwards with in place of parameters, of all modules (`stand_ins`)."""
+    try:
+        from torch.distributed._composable_state import _module_state_mapping  # 2.11 to 2.15
+    except ImportError:  # a torch without distributed
+        return set()
+    return {id(p) for module in list(_module_state_mapping) for p in stand_ins(module).values()}
 
 
 def in_backward() -> bool:

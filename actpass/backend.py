@@ -28,6 +28,7 @@ from actpass._torch import (
     functorch_config,
     inductor_config,
     is_part_of_a_step,
+    is_piece_of_ddp,
     keep_provenance,
     list_mode_options,
     size_hint,
@@ -40,7 +41,7 @@ from actpass.budget import Headroom, PeakBudget
 from actpass.codecs.generator import round_keys, step_seed
 from actpass.compiler import Compiled, compile_joint
 from actpass.config import Config, parse
-from actpass.deferred import delivering
+from actpass.deferred import delivering, taking_ordinary
 from actpass.eager import with_eager_curve
 from actpass.errors import ActpassError, ActpassWarning, BudgetError, GraphUnsupported, InternalError, LogitsReturned
 from actpass.graph import GraphInputs, arguments_of, inline_regions
@@ -137,7 +138,8 @@ def compile_region(
     """Compile one training graph and register its region. compiler_options: for `compile_fx`, e.g. ``inner_compile``."""
     try:
         gm, called = inline_regions(gm, example_inputs)
-        return _compile_region(gm, example_inputs, config, called, **compiler_options)
+        run = _compile_region(gm, example_inputs, config, called, **compiler_options)
+        return taking_ordinary(run) if is_piece_of_ddp(gm) else run  # the piece before it may have returned deferred logits
     except Exception as error:
         if isinstance(error, ActpassError) and not isinstance(error, InternalError):
             raise
@@ -181,9 +183,9 @@ def _compile_region(
         config = replace(config, tails=subspaces.tails(example_inputs, plain.paths))
     key = records.region_key(gm, example_inputs, plain, config, peak)
     nonce, record = records.load(key)
+    device = device_of(example_inputs)
     if record is not None and record.whole is not None:
         plain = replace(plain, whole=record.whole)  # known: nothing is traced in vain
-    device = device_of(example_inputs)
     extra = ask(gm, example_inputs, config, plain, device, peak, record)
     peak = extra.counted_in(peak)
     compiled, fn = run_passes(gm, example_inputs, config, plain, device, nonce, peak, compile_fx, extra, **compiler_options)

@@ -81,6 +81,15 @@ def delivering(fn: Callable[..., Any], outputs: Sequence[int | Way]) -> Callable
     return run
 
 
+def taking_ordinary(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``fn``, compiled for ordinary tensors, for arguments that may be deferred logits."""
+
+    def run(*args: Any) -> Any:
+        return fn(*(_ordinary(a) if isinstance(a, DeferredLogits) else a for a in args))
+
+    return run
+
+
 class _Deferred(torch.autograd.Function):
     """The step from a hidden state and weights to logits, as autograd sees it."""
 
@@ -308,7 +317,7 @@ def _reads_memory(name: str) -> Callable[..., Any]:
     return method
 
 
-for _name in ("numpy", "tolist", "data_ptr", "untyped_storage", "storage", "__array__", "__dlpack__", "share_memory_"):
+for _name in ("numpy", "tolist", "data_ptr", "__array__", "__dlpack__", "share_memory_"):
     setattr(DeferredLogits, _name, _reads_memory(_name))
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from actpass._torch import FakeTensor, FakeTensorMode, HigherOrderOperator, is_sharded, returns_to_a_graph_break
+from actpass._torch import FakeTensor, FakeTensorMode, HigherOrderOperator, gathered, returns_to_a_graph_break
 from actpass.deferred import Way
 from actpass.errors import GraphUnsupported
 from actpass.graph import GraphInputs
@@ -151,8 +151,10 @@ class _Reader:
         """Raise `GraphUnsupported` if the logits can't be computed later."""
         if returns_to_a_graph_break(self.gm):
             raise GraphUnsupported("a graph break follows, and what is behind it is given whole tensors")
-        if any(is_sharded(n.meta.get("nn_module_stack") or {}) for n in found.chain):
-            raise GraphUnsupported("FSDP frees the head's weights behind the forward, and they could not be computed later")
+        if any(id(self.examples[n]) in gathered() for n in found.leaves):
+            raise GraphUnsupported("FSDP2 frees the head's weights behind the forward, and they could not be computed later")
+        if len(self.passed.intersection(found.leaves)) > (found.hidden is None):
+            raise GraphUnsupported("weights that they are made of were computed elsewhere, as FSDP does")
         for node in found.leaves:
             kind = type(self.examples[node])
             if kind not in (torch.Tensor, torch.nn.Parameter, FakeTensor):
@@ -249,7 +251,7 @@ def _storage(node: fx.Node) -> int | None:
 
 def _is_loss(node: fx.Node) -> bool:
     made = _fake(node)
-    return made is not None and made.dim() == 0 and made.is_floating_point() and made.requires_grad
+    return made is not None and made.dim() < 2 and made.numel() == 1 and made.is_floating_point() and made.requires_grad
 
 
 def _is_wide(node: fx.Node) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from actpass._torch import functorch_config, records_dir
+from actpass._torch import functorch_config, records_dir, returns_to_a_graph_break
 from actpass.config import Config
 from actpass.graph import GraphInputs
 from actpass.report import Record
@@ -42,6 +42,7 @@ def region_key(gm: fx.GraphModule, example_inputs: Sequence[Any], inputs: GraphI
         gm.print_readable(print_output=False),
         *(_metadata(e) for e in example_inputs),
         repr(inputs),
+        repr(returns_to_a_graph_break(gm)),
         repr(config),
         repr(peak),
         torch.__version__,
