@@ -173,7 +173,8 @@ def _compile_region(
     code, shapes = current_code(), repr([tuple(e.shape) for e in example_inputs if isinstance(e, torch.Tensor)])
     if config.plan is not None:
         shapes += config.plan.hash  # what a search gave the same code is not this plan's
-    peak = peak_budget(config, example_inputs, [p for r in steps.running() for p in r.parameters.values()])
+    before = steps.running() if is_part_of_a_step(gm) or any(plain.computed) else []
+    peak = peak_budget(config, example_inputs, [p for r in before for p in r.parameters.values()])
     if peak is not None:
         peak = replace(peak, headrooms=headrooms(gm, example_inputs, again=regions.is_compiled(code)))
         shapes += repr([h.sizes for h in peak.headrooms[:1]])

@@ -71,17 +71,23 @@ class Region:
             self.follows = _last
             return
         if self._is_planned_without_gradients() and any(args[i].grad is not None for i in self.positions):
-            recompile(self)  # the next call: gradients are accumulated, and take what the plan gave away
-        elif self._has_more_room() and self.code is not None:
-            reset_code(self.code)
-            self.superseded = True
+            self.compile_again()  # at the next call: gradients are accumulated, and take what the plan gave away
+        elif self._has_more_room():
+            self.compile_again()
         _last = self
         first = args[self.positions[0]]
         if self.parameters.get(id(first)) is not first:
             self.parameters.update((id(args[i]), args[i]) for i in self.positions)
 
+    def compile_again(self) -> None:
+        """Forget the code that was compiled: it is compiled again at the next call."""
+        if self.code is not None:
+            reset_code(self.code)
+        self.superseded = True
+
     def _is_planned_without_gradients(self) -> bool:
-        return self.peak is not None and not self.peak.part and not self.peak.resident.accumulated
+        whole = self.peak is not None and not self.peak.part and not self.superseded
+        return whole and not self.peak.resident.accumulated
 
     def _has_more_room(self) -> bool:
         """Whether another plan may be better, because the optimizer that came takes less than was assumed."""
@@ -95,8 +101,6 @@ class Region:
         if self.peak is None:
             return None
         now = again(self.peak.resident, self.parameters.values(), self.config.optimizer_state_bytes)
-        if now == self.peak.resident:
-            return None
         self.peak = replace(self.peak, resident=now)
         totals = replace(self.record.totals, resident_bytes=now.total, scratch_bytes=now.scratch)
         self.record = replace(self.record, totals=totals)
@@ -104,9 +108,8 @@ class Region:
         if self.peak.part or self.superseded or footprint is None or self.peak.nbytes >= self.peak.needs_of(footprint):
             return None
         error = self.peak.error_of_step(footprint)
-        if error is None and self.code is not None:
-            reset_code(self.code)
-            self.superseded = True
+        if error is None:
+            self.compile_again()
         return error
 
 
@@ -139,9 +142,8 @@ def is_compiled(code: types.CodeType | None) -> bool:
 
 
 def recompile(region: Region) -> None:
-    """Forget the code that was compiled for ``region``: it is compiled again when it is next called."""
-    if region.code is not None:
-        reset_code(region.code)
+    """Forget ``region``: it is compiled again when it is next called."""
+    region.compile_again()
     if region in _regions:
         _regions.remove(region)
 
@@ -166,11 +168,11 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         return
     if is_new and len(optimizers.stepping(optimizers.stepped_by(optimizer))) > 1:
         gc.collect()  # one that was deleted may live on in a cycle with its scheduler, and its state with it
-    _tell_missed(optimizer, own)
     errors = [r.meet() for r in own] if changed else []
     if error := next((e for e in errors if e is not None), None):
         optimizers.forget(optimizer)
         raise error
+    _tell_missed(optimizer, own)
     if not own.isdisjoint(steps.running()):
         steps.complete()
 
@@ -224,20 +226,20 @@ def _tell_missed(optimizer: torch.optim.Optimizer, own: set[Region]) -> None:
     if before is None:
         return
     ran = {i for r in own if r.called > before for i in list(r.parameters.keys())}
-    for region in own:
-        if region.called > before or any(i in ran or p.grad is None for i, p in list(region.parameters.items())):
-            continue
+    missed = [r for r in own if r.called <= before and all(i not in ran for i in list(r.parameters.keys()))]
+    missed = [r for r in missed if all(p.grad is not None for p in list(r.parameters.values()) if p.requires_grad)]
+    told = any(r.missed is not None for r in missed)
+    for region in missed:
+        outside = "the last step ran outside of what was compiled"
         gave_up = region.code is not None and has_all_graphs(region.code)
-        region.missed, told = _why_missed(region, gave_up=gave_up), region.missed is not None
-        if region.peak is not None and gave_up:
-            raise BudgetError(f"memory_budget={region.peak.nbytes} bytes of peak is not held, because {region.missed}")
-        if region.peak is not None and not told:
-            warnings.warn(f"actpass: memory_budget is not held, because {region.missed}", ActpassWarning, stacklevel=2)
-
-
-def _why_missed(region: Region, *, gave_up: bool) -> str:
-    outside = "the last step ran outside of what was compiled"
-    return f"{outside}: {why_no_more_graphs(region.code)}" if gave_up and region.code is not None else outside
+        region.missed = f"{outside}: {why_no_more_graphs(region.code)}" if gave_up and region.code is not None else outside
+    region = next((r for r in missed if r.peak is not None), None)
+    if region is None or region.peak is None:
+        return
+    if region.code is not None and has_all_graphs(region.code):
+        raise BudgetError(f"memory_budget={region.peak.nbytes} bytes of peak is not held, because {region.missed}.")
+    if not told:
+        warnings.warn(f"actpass: memory_budget is not held, because {region.missed}", ActpassWarning, stacklevel=2)
 
 
 def why_no_more_graphs(code: types.CodeType) -> str:

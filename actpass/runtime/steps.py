@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 import torch
 
-from actpass._torch import reset_code
 from actpass.budget import PeakBudget
 from actpass.errors import BudgetError
 from actpass.plan.footprint import MARGIN, step_peak
@@ -28,7 +27,8 @@ class Part(Protocol):
     code: types.CodeType | None
     shapes: str
     peak: PeakBudget | None
-    superseded: bool
+
+    def compile_again(self) -> None: ...
 
 
 _Part = tuple[types.CodeType | None, str, int]
@@ -85,6 +85,7 @@ def check_first(record: Record, peak: PeakBudget) -> None:
     if needed > peak.nbytes:
         for r in before:
             _compile_as_part(r)
+        _calls.clear()  # this step ends here
         raise BudgetError(
             f"memory_budget={peak.nbytes} bytes of peak has no room for another compiled part of this step, which needs "
             f"{needed} bytes with what is there: {len(before)} before it were planned as if they were all. From now on they "
@@ -108,25 +109,18 @@ def plan_again() -> None:
     """As `complete`, of the last step."""
     noted = [(r, parameter) for r, parameter in _living(_last) if r.peak is not None]
     whole = list(dict.fromkeys(r for r, _ in noted if r.peak is not None and not r.peak.part))
-    if whole:
-        several = len({parameter for _, parameter in noted}) > 1
-        for r in whole:
+    if not whole:
+        _spread(noted)
+    for r in whole:
+        if len(whole) < len({id(r) for r, _ in noted}):  # there are parts beside it, which it computes the inputs of
+            _compile_as_part(r)
+        else:
             _parts.setdefault(r.code, False)
-            if several:
-                _compile_as_part(r)
-        return
-    _spread(noted)
 
 
 def _compile_as_part(region: Part) -> None:
     _parts[region.code] = True
-    _compile_again(region)
-
-
-def _compile_again(region: Part) -> None:
-    if region.code is not None:
-        reset_code(region.code)
-        region.superseded = True
+    region.compile_again()
 
 
 def _spread(noted: _Calls) -> None:
@@ -157,7 +151,7 @@ def _spread(noted: _Calls) -> None:
         region = regions[key]
         _capacities[key] = level.capacity, tuple(ladders[key])
         if level.footprint != region.record.footprint:
-            _compile_again(region)
+            region.compile_again()
 
 
 def _living(calls: Sequence[tuple[weakref.ref[Part], int | None]] | deque[tuple[weakref.ref[Part], int | None]]) -> _Calls:

@@ -1,0 +1,363 @@
+"""What is resident beside a step, whichever optimizer comes and when; and budgets that hold as sizes grow. Graphs are
+interpreted."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+import actpass
+from actpass.errors import BudgetError
+from actpass.runtime import optimizers, regions
+from actpass.runtime.resident import resident, storage_bytes
+
+from .helpers import eager_actcomp
+from .test_budget import Stage
+
+WIDTH = 64
+
+
+def net(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()) for _ in range(4)))
+
+
+def nbytes(model: nn.Module) -> int:
+    return sum(p.nbytes for p in model.parameters())
+
+
+def loss_of(run: Callable[..., torch.Tensor], rows: int = 128) -> torch.Tensor:
+    return run(torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(rows))).square().mean()
+
+
+def resident_bytes(model: nn.Module) -> int | None:
+    return actpass.report(model).totals.resident_bytes
+
+
+def inner_bytes(optimizer: torch.optim.Optimizer) -> int:
+    return storage_bytes(optimizers.state_tensors(optimizer))
+
+
+def first_step_of(make: Callable[..., torch.optim.Optimizer]) -> tuple[int, int]:
+    """(bytes that are foreseen, bytes that a step has made)."""
+    weights = [nn.Parameter(torch.randn(shape)) for shape in ((64, 96), (128, 64))]
+    optimizer = make(weights)
+    foreseen = inner_bytes(optimizer) + optimizers.state_to_come(optimizer)
+    for p in weights:
+        p.grad = torch.randn_like(p)
+    with torch.compiler.set_stance("force_eager"):  # torchao compiles its steps
+        optimizer.step()
+    return foreseen, inner_bytes(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("Adam", {}), ("AdamW", {"amsgrad": True}), ("SGD", {"lr": 0.1}), ("SGD", {"lr": 0.1, "momentum": 0.9}),
+        ("RMSprop", {}), ("RMSprop", {"momentum": 0.9, "centered": True}), ("Adagrad", {}), ("Adamax", {}), ("NAdam", {}),
+        ("RAdam", {}), ("Rprop", {}), ("Adadelta", {}), ("ASGD", {}), ("Adafactor", {}), ("Muon", {}),
+    ],
+)  # fmt: skip
+def test_state_to_come_is_known_by_the_class(name: str, options: dict[str, Any]):
+    foreseen, made = first_step_of(lambda weights: getattr(torch.optim, name)(weights, **options))
+    assert foreseen == made
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdamW4bit", "AdamWFp8"])
+def test_state_in_few_bits_counts_as_what_it_takes(name: str):
+    torchao = pytest.importorskip("torchao.optim")
+    foreseen, made = first_step_of(getattr(torchao, name))
+    assert foreseen == made
+    assert made < 0.6 * 2 * 4 * (64 * 96 + 128 * 64)
+
+
+class Codes(torch.Tensor):
+    """Looks like float32 and holds a byte an element."""
+
+    codes: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, codes: torch.Tensor) -> Codes:
+        made = torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)  # pyright: ignore[reportAttributeAccessIssue]
+        made.codes = codes
+        return made
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["codes"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: dict[str, torch.Tensor], *_: Any) -> Codes:
+        return cls(inner["codes"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].codes)
+        raise NotImplementedError(func)
+
+
+def test_a_tensor_subclass_counts_as_what_is_inside():
+    weight = nn.Parameter(Codes(torch.zeros(8, 16, dtype=torch.uint8)), requires_grad=False)
+    assert resident([weight, torch.zeros(4)]).inputs == 8 * 16 + 16
+    assert resident([Codes(weight.codes.view(-1)), weight]).inputs == 8 * 16  # one memory
+
+
+class Counting(torch.optim.Optimizer):
+    """A user's own, with a quarter of a copy for each parameter."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {})
+        self.log: list[int] = []
+
+    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        for p in self.param_groups[0]["params"]:
+            self.log.append(p.numel())
+            self.state[p]["kept"] = torch.zeros(p.numel() // 4)
+
+
+def test_no_code_of_an_optimizer_is_run_and_its_first_step_shows_what_it_holds():
+    model = net()
+    optimizer = Counting(model.parameters())
+    run = torch.compile(model, backend=eager_actcomp(memory_budget=4_000_000))
+    loss_of(run).backward()
+    assert not optimizer.log
+    assert not optimizer.state
+    before = resident_bytes(model)
+    assert before is not None
+    assert "assumed to be AdamW's" in str(actpass.report(model))
+    optimizer.step()
+    assert len(optimizer.log) == 8
+    assert resident_bytes(model) == before - 2 * nbytes(model) - 4 * 8 + nbytes(model) // 4
+    assert "assumed" not in str(actpass.report(model))
+
+
+def test_what_the_user_says_of_an_unknown_optimizer_is_taken():
+    assumed, said = (net() for _ in range(2))
+    for model, options in ((assumed, {}), (said, {"optimizer_state_bytes": 1234})):
+        loss_of(torch.compile(model, backend=eager_actcomp(memory_budget=4_000_000, **options))).backward()
+    more, less = resident_bytes(assumed), resident_bytes(said)
+    assert more is not None
+    assert less == more - 2 * nbytes(assumed) - 4 * 8 + 1234
+    assert "assumed" not in str(actpass.report(said))
+
+
+def test_an_optimizer_is_named_before_the_first_step():
+    model = net()
+    actpass.set_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))  # it is not kept alive
+    gc.collect()
+    assert resident(list(model.parameters())).assumed
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    actpass.set_optimizer(optimizer)
+    there = resident(list(model.parameters()))
+    assert there.optimizer_state == nbytes(model)
+    assert not there.assumed
+    with pytest.raises(TypeError, match=r"takes torch optimizers, not str.*optimizer_state_bytes"):
+        actpass.set_optimizer("adamw")  # pyright: ignore[reportArgumentType]
+
+
+def least_of(model: nn.Module, x: torch.Tensor) -> int:
+    with pytest.raises(Exception, match="can't be met") as raised:  # Dynamo wraps what a backend raises
+        actpass.explain(model, x, options={"memory_budget": 2, "smallest": 0})
+    least = getattr(raised.value, "inner_exception", raised.value).least
+    assert isinstance(least, int)
+    return least
+
+
+class Block(nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.stage = Stage(WIDTH, 4 * WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.stage(x)
+
+
+class Mean(nn.Module):
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.net = nn.Sequential(*(blocks or [net()]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x).square().mean()
+
+
+def test_a_plan_is_made_anew_where_the_optimizer_changes():
+    """SGD holds less than was assumed, which leaves room; AdamW in its place takes it back."""
+    model, x = Mean(Block(0), Block(1)), torch.randn(256, WIDTH)
+    budget = least_of(model, x)
+    run = torch.compile(model, backend=eager_actcomp(memory_budget=budget, smallest=0))
+    saved: list[int] = []
+
+    def train(optimizer: torch.optim.Optimizer, steps: int) -> None:
+        for _ in range(steps):
+            run(x).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            report = actpass.report(model)
+            assert report.step_bytes is not None
+            saved.append(report.saved_bytes)
+
+    train(torch.optim.SGD(model.parameters(), lr=0.0), 3)
+    assert saved[-1] > saved[0]
+    adamw = torch.optim.AdamW(model.parameters(), lr=0.0)
+    train(adamw, 2)
+    assert saved[-1] == saved[0]
+    report = actpass.report(model)
+    assert report.step_bytes is not None
+    assert report.step_bytes <= budget
+    assert report.totals.resident_bytes == nbytes(model) + x.nbytes + inner_bytes(adamw)
+
+
+def test_an_optimizer_that_does_not_fit_is_refused_before_its_first_step():
+    model, x = Mean(), torch.randn(8, WIDTH)
+    budget = 7 * nbytes(model)  # parameters, gradients, AdamW's two and a little; not a hundred copies
+    run = torch.compile(model, backend=eager_actcomp(memory_budget=budget))
+    run(x).backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    large = torch.optim.LBFGS(model.parameters(), history_size=50)
+    for _ in range(2):
+        with pytest.raises(BudgetError, match=r"can't be met beside this optimizer.*Use memory_budget="):
+            large.step(lambda: run(x))
+    assert not large.state
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+class Parts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = net(0), net(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        return self.second(x).square().mean()
+
+
+def test_a_budget_that_parts_cannot_meet_is_an_error_of_their_own_optimizer_before_the_weights_move():
+    model, other, x = Parts(), nn.Linear(4, 4), torch.randn(256, WIDTH)
+    mine, theirs = torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.SGD(other.parameters(), lr=0.1)
+    run = torch.compile(model, backend=eager_actcomp(memory_budget=5 * nbytes(model)))
+    before = model.first[0][0].weight.detach().clone()  # pyright: ignore[reportIndexIssue]
+    run(x).backward()
+    other(torch.randn(2, 4)).sum().backward()
+    theirs.step()
+    with pytest.raises(BudgetError, match="can't be met by the 2 regions of this step together") as raised:
+        mine.step()
+    assert torch.equal(model.first[0][0].weight, before)  # pyright: ignore[reportIndexIssue]
+    assert raised.value.least is not None
+    assert raised.value.least > 5 * nbytes(model)
+
+
+def test_an_optimizer_that_was_deleted_does_not_count():
+    """A scheduler makes a cycle of it, which lives on."""
+    model = net()
+    run = torch.compile(model, backend=eager_actcomp(memory_budget=4_000_000))
+
+    def train() -> None:
+        optimizer = torch.optim.AdamW(model.parameters())
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+        loss_of(run).backward()
+        optimizer.step()
+        assert resident(list(model.parameters())).optimizer_state == inner_bytes(optimizer)
+
+    gc.disable()
+    try:
+        train()
+        train()
+    finally:
+        gc.enable()
+
+
+def test_a_block_that_was_planned_as_all_there_is_is_planned_again_as_a_part():
+    """Who does not know the optimizer can't know of a second block when the first one is compiled, which takes data. That it
+    has taken too much is an error, and from then on both are parts of a step."""
+    blocks, x = nn.ModuleList([Block(0), Block(1)]), torch.randn(256, WIDTH)
+    for block in blocks:
+        block.compile(backend=eager_actcomp(memory_budget=3 * nbytes(blocks) + 22 * x.nbytes, smallest=0))
+
+    def train() -> None:
+        blocks[1](blocks[0](x)).square().mean().backward()
+
+    with pytest.raises(Exception, match=r"no room for another compiled part.*set_optimizer"):
+        train()
+    train()
+    assert all(r.peak is not None and r.peak.part for r in regions.regions_of(blocks))
+
+
+def test_sizes_that_grow_take_few_graphs_and_no_budget_is_exceeded():
+    model = Mean()
+    budget = 1_500_000
+    run = torch.compile(model, backend=eager_actcomp(memory_budget=budget, smallest=0))
+    counters.clear()
+    planned = []
+    for rows in (48, 96, 128, 160, 192, 256, 320, 384, 448, 512):
+        run(torch.randn(rows, WIDTH)).backward()
+        model.zero_grad()
+        report = actpass.report(model)
+        assert report.step_bytes is not None
+        assert report.step_bytes <= budget
+        (region,) = report.regions
+        planned.append(dict(region.sizes).popitem()[1] if region.sizes else rows)
+    assert planned == [48, 128, 128, 256, 256, 256, 512, 512, 512, 512]
+    assert counters["stats"]["unique_graphs"] == 4
+
+
+def test_where_the_next_power_of_two_does_not_fit_less_is_planned_for():
+    model = Mean()
+    run = torch.compile(model, backend=eager_actcomp(memory_budget=1_000_000, method="exact"), dynamic=True)
+    sizes = []
+    for rows in (48, 300):
+        run(torch.randn(rows, WIDTH)).backward()
+        model.zero_grad()
+        sizes.append(dict(actpass.report(model).regions[0].sizes).popitem()[1])
+    assert sizes[0] == 48
+    assert 300 <= sizes[1] < 512
+
+
+@pytest.mark.parametrize("budget", [None, 4_000_000])
+def test_where_dynamo_makes_no_more_graphs_the_report_says_so_and_a_budget_is_an_error(budget: int | None):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    options: dict[str, Any] = {} if budget is None else {"memory_budget": budget}
+    run = torch.compile(model, backend=eager_actcomp(**options), dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for rows in (8, 16):
+            loss_of(run, rows).backward()
+            optimizer.step()
+            assert actpass.report(model).active
+        optimizer.zero_grad()
+        loss_of(run, 24).backward()
+        if budget is None:
+            optimizer.step()
+        else:
+            with pytest.raises(BudgetError, match=r"is not held, because .*as many graphs of .* as its limit allows"):
+                optimizer.step()
+        report = actpass.report(model)
+        assert not report.active
+        assert "inactive, because the last step ran outside of what was compiled: Dynamo has as many graphs" in str(report)
+        loss_of(run, 8).backward()
+        optimizer.step()
+        assert actpass.report(model).active
+
+
+def test_a_step_outside_of_what_was_compiled_is_told_once_where_a_budget_is_not_held():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    run = torch.compile(model, backend=eager_actcomp(memory_budget=4_000_000))
+    loss_of(run).backward()
+    optimizer.step()
+
+    def outside() -> None:
+        loss_of(model).backward()
+        optimizer.step()
+
+    with pytest.warns(actpass.ActpassWarning, match="the last step ran outside of what was compiled"):
+        outside()
+    outside()  # warnings are errors here: it is said once
