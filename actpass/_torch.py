@@ -149,8 +149,8 @@ def rename(node: torch.fx.Node, name: str) -> None:
 
 
 def keep_provenance(gm: torch.fx.GraphModule, clone: torch.fx.GraphModule) -> None:
-    """Mark ``clone`` as Dynamo's, as ``gm`` is: of a graph without this attribute AOTAutograd takes no parameter for static, so that
-    upstream's cut counts the bytes of a parameter that it saves (2.13 and 2.15)."""
+    """Mark ``clone`` as Dynamo's, as ``gm`` is: of a graph without this attribute AOTAutograd takes no parameter for static, so
+    that upstream's cut counts the bytes of a parameter that it saves (2.13 and 2.15)."""
     sources = getattr(gm, "_param_name_to_source", None)
     if sources is not None:
         clone._param_name_to_source = sources
