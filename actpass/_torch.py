@@ -91,6 +91,7 @@ __all__ = [
     "is_bucketed",
     "is_joined",
     "is_part_of_a_step",
+    "is_tangent_input",
     "keep_provenance",
     "list_mode_options",
     "min_cut_rematerialization_partition",
@@ -168,6 +169,14 @@ def plain_input_index(desc: Any) -> int | None:
             desc = getattr(desc, attribute)
     idx = getattr(desc, "idx", None)
     return idx if type(desc).__name__ == "PlainAOTInput" else None
+
+
+def is_tangent_input(desc: Any) -> bool | None:
+    """Whether a joint-graph placeholder with ``desc`` is the gradient of an output (``TangentAOTInput``, or a piece of a tensor
+    subclass that is one); None where nothing is said of it."""
+    while hasattr(desc, "base"):
+        desc = desc.base
+    return None if desc is None else type(desc).__name__ == "TangentAOTInput"
 
 
 def written_input(desc: Any) -> int | None:

@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from actpass._torch import OpOverload, size_hint
-from actpass.graph.cost import is_matmul
-from actpass.graph.joint import CASTS, is_view, value
+from actpass.graph.cost import ATTENTION, is_matmul
+from actpass.graph.joint import CASTS, builtin_name, is_view, value
 from actpass.graph.ops import is_pointwise
 from actpass.graph.recompute import EXPONENTIALS
 from actpass.graph.uses import SCORES_OF, consumers
@@ -76,7 +76,7 @@ def attention_reads(tensor: fx.Node, learned: set[str]) -> list[Read]:
     while todo:
         node = todo.pop()
         for user in node.users:
-            queries, values, place = SCORES_OF.get(getattr(user.target, "_opname", str(user.target)), ((), (), None))
+            queries, values, place = SCORES_OF.get(_name(user), ((), (), None))
             statistic: Any = user.args[place] if place is not None else None
             if any(user.args[i] is node for i in queries):
                 exact = statistic is None or not _is_formed_again(statistic)
@@ -89,6 +89,12 @@ def attention_reads(tensor: fx.Node, learned: set[str]) -> list[Read]:
                 seen.add(user)
                 todo.append(user)
     return found
+
+
+def _name(node: fx.Node) -> str:
+    """That of a fused attention, without namespace and overload; empty for any other operator."""
+    target: Any = node.target
+    return getattr(target, "_opname", str(target)) if target in ATTENTION else ""
 
 
 def _softmax_is_formed_again(scores: fx.Node, learned: set[str]) -> bool:
@@ -145,7 +151,7 @@ def fragile_use(tensor: fx.Node | None) -> str | None:
 
 def _is_fragile(user: fx.Node, node: fx.Node) -> bool:
     target = user.target
-    if target in _UNBOUNDED or target in _STEPS or getattr(target, "_opname", "").startswith(("linalg_", "_linalg")):
+    if target in _UNBOUNDED or target in _STEPS or builtin_name(user).startswith(("linalg_", "_linalg")):
         return True
     if target is aten.div.Tensor:
         return user.args[1] is node

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from actpass.graph.joint import CASTS, is_view, value
+from actpass.graph.joint import CASTS, builtin_name, is_view, value
 
 aten = torch.ops.aten
 
@@ -154,12 +155,12 @@ def _degree(node: fx.Node, degrees: dict[fx.Node, float]) -> float:
         return of(args[0]) + of(args[1])
     if target is aten.div.Tensor:
         return math.inf if of(args[1]) else of(args[0])
-    if getattr(target, "__name__", "") == "getitem":
+    if target is operator.getitem:
         return of(args[0])
     places = WRITES.get(target)
     if places is not None and not any(of(a) for i, a in enumerate(args) if i not in places):
         return max(of(args[i]) for i in places)
-    places = _LINEAR_ARGUMENTS.get(getattr(target, "_opname", ""))
+    places = _LINEAR_ARGUMENTS.get(builtin_name(node))
     if places is not None and not any(of(a) for i, a in enumerate(args) if i not in (0, *places)):
         return of(args[0]) + max(of(args[i]) for i in places)
     return math.inf
