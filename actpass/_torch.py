@@ -12,9 +12,8 @@ import functools
 import os
 import traceback
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import sympy  # what torch's symbolic sizes are made of
@@ -105,10 +104,11 @@ __all__ = [
     "is_bucketed",
     "is_joined",
     "is_part_of_a_step",
+    "is_piece_of_ddp",
     "is_sharded",
+    "is_tangent_input",
     "is_wrapper",
     "keep_provenance",
-    "is_piece_of_ddp",
     "list_mode_options",
     "make_graph_module",
     "min_cut_rematerialization_partition",
@@ -202,8 +202,8 @@ def rename(node: torch.fx.Node, name: str) -> None:
 
 
 def keep_provenance(gm: torch.fx.GraphModule, clone: torch.fx.GraphModule) -> None:
-    """Mark ``clone`` as Dynamo's, as ``gm`` is: of a graph without this attribute AOTAutograd takes no parameter for static, so that
-    upstream's cut counts the bytes of a parameter that it saves (2.13 and 2.15)."""
+    """Mark ``clone`` as Dynamo's, as ``gm`` is: of a graph without this attribute AOTAutograd takes no parameter for static, so
+    that upstream's cut counts the bytes of a parameter that it saves (2.13 and 2.15)."""
     sources = getattr(gm, "_param_name_to_source", None)
     if sources is not None:
         clone._param_name_to_source = sources
@@ -221,6 +221,14 @@ def plain_input_index(desc: Any) -> int | None:
             desc = getattr(desc, attribute)
     idx = getattr(desc, "idx", None)
     return idx if type(desc).__name__ == "PlainAOTInput" else None
+
+
+def is_tangent_input(desc: Any) -> bool | None:
+    """Whether a joint-graph placeholder with ``desc`` is the gradient of an output (``TangentAOTInput``, or a piece of a tensor
+    subclass that is one); None where nothing is said of it."""
+    while hasattr(desc, "base"):
+        desc = desc.base
+    return None if desc is None else type(desc).__name__ == "TangentAOTInput"
 
 
 def written_input(desc: Any) -> int | None:

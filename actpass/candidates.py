@@ -15,6 +15,10 @@ from actpass.partition import Cut
 from actpass.plan import Candidate, SavedTensor
 from actpass.saved import Scores
 
+NARROW = 8
+"""A weight is narrow if one of its sides is this many times shorter than the longer side of the region's weights in the middle:
+ranks of adapters are 1/32 to 1/500 of the hidden width; keys and values that several queries share are at most this narrow."""
+
 
 def find_candidates(
     joint: Joint, finding: Finding, exact: Cut, treatment_of: Callable[[Contraction], Hashable]
@@ -26,7 +30,9 @@ def find_candidates(
     for c in finding.contractions:
         groups.setdefault((c.x, c.left, c.width, treatment_of(c)), []).append(c)
     names = [c.node for c in finding.contractions]
-    return [_candidate(nodes[members[0].x], members, exact, names) for members in groups.values()]
+    longer = sorted(max(c.width, c.out) for c in finding.contractions)
+    typical = longer[len(longer) // 2] if longer else 0
+    return [_candidate(nodes[members[0].x], members, exact, names, typical) for members in groups.values()]
 
 
 def find_owners(
@@ -69,7 +75,7 @@ def _nearest(module: str, paths: Sequence[str]) -> str:
     return paths[0]
 
 
-def _candidate(x: fx.Node, members: list[Contraction], exact: Cut, contractions: list[str]) -> Candidate:
+def _candidate(x: fx.Node, members: list[Contraction], exact: Cut, contractions: list[str], typical: int) -> Candidate:
     first, root = members[0], storage_root(x)
     return Candidate(
         name=x.name,
@@ -84,6 +90,7 @@ def _candidate(x: fx.Node, members: list[Contraction], exact: Cut, contractions:
         element_size=value(x).element_size(),
         rank_multiple=max(c.rank_multiple for c in members),
         frees=_only_contracted(exact, root.name, contractions),
+        narrow=min(first.width, max(c.out for c in members)) * NARROW < typical,
     )
 
 

@@ -32,7 +32,7 @@ from actpass.errors import GraphUnsupported
 from actpass.graph import Joint
 from actpass.graph.copying import copy_module
 from actpass.graph.cost import is_attention, is_matmul
-from actpass.graph.joint import CASTS, is_view, storage_root, tensor_bytes, value
+from actpass.graph.joint import CASTS, is_tangent, is_view, storage_root, tensor_bytes, value
 from actpass.graph.ops import is_pointwise, is_reduction
 from actpass.rewrite import call, splice
 
@@ -159,7 +159,7 @@ class _Region:
     def _tangent(self) -> tuple[fx.Node, set[fx.Node]]:
         """The tangent that the gradients inside are linear in, and all nodes that depend on it."""
         above = _reach(set(self.inside), lambda n: n.all_input_nodes)
-        tangents = [n for n in self.gm.graph.find_nodes(op="placeholder") if "tangents" in str(n.target) and n in above]
+        tangents = [n for n in self.gm.graph.nodes if is_tangent(n) and n in above]
         if len(tangents) != 1 or value(tangents[0]).numel() != 1:
             raise GraphUnsupported(f"its gradients come from {len(tangents)} tangents, not from one number")
         if any(value(n).dtype == torch.float16 for n in self.wide):

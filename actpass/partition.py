@@ -13,10 +13,10 @@ from torch import fx
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy
 
-from actpass._torch import CustomKnapsackSolver, functorch_config, min_cut_rematerialization_partition
+from actpass._torch import CustomKnapsackSolver, OpOverload, functorch_config, min_cut_rematerialization_partition
 from actpass.graph.copying import copy_module
 from actpass.graph.cost import is_attention, is_matmul
-from actpass.graph.joint import CASTS, Joint, is_view, storage_root, tensor_bytes
+from actpass.graph.joint import CASTS, Joint, builtin_name, is_tangent, is_view, storage_root, tensor_bytes
 from actpass.graph.liveness import Timeline, timeline
 from actpass.graph.uses import Uses
 from actpass.plan.footprint import Footprint, step_peak
@@ -173,8 +173,10 @@ def cut(
         _recompute_parameter_casts(Joint(gm, joint.inputs, joint.num_fwd_outputs, joint.static))
     if setting.stock is not None:
         patch["activation_memory_budget"] = setting.stock
+    data = {n.name for n in joint.activations} if aggressive else set[str]()
     for node in gm.graph.nodes:
-        if node.name in setting.keep or (aggressive and _draws(node)):
+        once = aggressive and (_draws(node) or (node.name in data and _is_foreign(node)))
+        if node.name in setting.keep or once:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
     if aggressive:
         patch["activation_memory_budget"] = _LEAST_BUDGET
@@ -189,7 +191,7 @@ def cut(
     saved = _saved(forward, joint.num_fwd_outputs, seeds)
     held = {s.name: s.holder for s in saved if not s.user_visible}
     inputs: dict[str, fx.Node] = {n.name: n for n in backward.graph.find_nodes(op="placeholder")}
-    tangents = [name for name in inputs if name.startswith("tangents")]
+    tangents = [name for name, node in inputs.items() if is_tangent(node)]
     arrives = {name: held.get(name, name) for name in inputs if name in held or name in tangents}
     return Cut(
         forward,
@@ -209,6 +211,12 @@ def _draws(node: fx.Node) -> bool:
     something runs again upstream would draw another seed in the backward: it knows eager mode's operators alone as random."""
     tags = getattr(node.target, "tags", ())
     return torch.Tag.nondeterministic_seeded in tags and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _is_foreign(node: fx.Node) -> bool:
+    """Whether ``node`` is an operator that is not torch's own: what it costs and whether a second run gives the same is not
+    known. Where something runs again upstream would run all of them again."""
+    return isinstance(node.target, OpOverload) and not builtin_name(node) and not node.target.namespace.startswith("_c10d")
 
 
 def _recompute_parameter_casts(joint: Joint) -> None:

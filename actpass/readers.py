@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from actpass._torch import OpOverload, size_hint
-from actpass.graph.cost import is_matmul
-from actpass.graph.joint import CASTS, is_view, value
+from actpass.graph.cost import ATTENTION, is_matmul
+from actpass.graph.joint import CASTS, builtin_name, is_view, value
 from actpass.graph.ops import is_pointwise
 from actpass.graph.recompute import EXPONENTIALS
 from actpass.graph.uses import SCORES_OF, consumers
@@ -147,7 +147,13 @@ class Readers:
 
 def _places(user: fx.Node) -> tuple[tuple[int, ...], tuple[int, ...], int | None]:
     """Where ``user`` takes q and k, v, and a logsumexp, if it is a fused attention's backward."""
-    return SCORES_OF.get(getattr(user.target, "_opname", str(user.target)), ((), (), None))
+    return SCORES_OF.get(_name(user), ((), (), None))
+
+
+def _name(node: fx.Node) -> str:
+    """That of a fused attention, without namespace and overload; empty for any other operator."""
+    target: Any = node.target
+    return getattr(target, "_opname", str(target)) if target in ATTENTION else ""
 
 
 def _softmax_is_formed_again(scores: fx.Node, learned: set[str]) -> bool:
@@ -181,7 +187,7 @@ def foreign_users(tensor: fx.Node | None) -> set[str]:
 
 def _is_fragile(user: fx.Node, node: fx.Node) -> bool:
     target = user.target
-    if target in _UNBOUNDED or target in _STEPS or getattr(target, "_opname", "").startswith(("linalg_", "_linalg")):
+    if target in _UNBOUNDED or target in _STEPS or builtin_name(user).startswith(("linalg_", "_linalg")):
         return True
     if target is aten.div.Tensor:
         return user.args[1] is node

@@ -3,15 +3,43 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import fx
 
 from actpass._torch import size_hint
 from actpass.graph.contractions import MATMULS
 from actpass.graph.joint import value
 
-_ATTENTION_WORDS = ("attention", "flex_attention")
+_NAMES = (
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
+)
+
+
+def _overloads(names: Iterable[str]) -> frozenset[Any]:
+    """torch's own operators of these names, as far as this version has them."""
+    packets = (getattr(torch.ops.aten, name, None) for name in names)
+    return frozenset(p.default for p in packets if p is not None)
+
+
+_FORWARD = (*_NAMES, "_flash_attention_forward", "_efficient_attention_forward", "_cudnn_attention_forward")
+_BACKWARD = (
+    *(f"{name}_backward" for name in _NAMES),
+    "_flash_attention_backward",
+    "_efficient_attention_backward",
+    "_cudnn_attention_backward",
+)
+ATTENTION_BACKWARD = _overloads(_BACKWARD) | {torch.ops.higher_order.flex_attention_backward}
+ATTENTION = _overloads(_FORWARD) | {torch.ops.higher_order.flex_attention} | ATTENTION_BACKWARD
+"""Fused attention, forward and backward: operators, not names, which anyone may give to an operator of their own. A new one is
+one name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +74,7 @@ def is_matmul(node: fx.Node) -> bool:
 
 def is_attention(node: fx.Node) -> bool:
     """Whether ``node`` is a fused attention operator (not one of the tensors that come out of it)."""
-    return any(word in str(node.target) for word in _ATTENTION_WORDS)
+    return node.target in ATTENTION
 
 
 def matmul_flops(node: fx.Node) -> int:

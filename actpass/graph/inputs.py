@@ -13,9 +13,10 @@ from torch import fx
 
 from actpass._torch import FakeTensor
 
-_SEGMENT = re.compile(r"_(?:modules|parameters|buffers)\[['\"]([^'\"]+)['\"]\]")
 _PARAMETER = re.compile(r"\._parameters\[|^l_self_(?:modules_\w+_)?parameters_\w+_$")
 """A parameter's source, or its placeholder's name where DDP's graph splitting dropped the source."""
+_CONTAINERS = ("__dict__", "_modules", "_parameters", "_buffers")
+"""What a module keeps its parts in: Dynamo names them where a class has a ``__getattr__`` of its own (PEFT's models)."""
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
@@ -105,9 +106,6 @@ def parameter_path(node: fx.Node, example: Any) -> str | None:
     source = _source_name(node)
     if not (_PARAMETER.search(source) or isinstance(example, torch.nn.Parameter)):
         return None
-    segments = _SEGMENT.findall(source)
-    if segments:
-        return ".".join(s for s in segments if s not in _WRAPPERS)
     return clean_path(source)
 
 
@@ -120,10 +118,7 @@ def _source_name(node: fx.Node) -> str:
 
 
 def clean_path(path: str) -> str:
-    """``L['self'].model.layers.0`` or ``L['self']._modules['model']`` -> ``model.layers.0`` or ``model``."""
-    segments = _SEGMENT.findall(path)
-    if segments:
-        return ".".join(s for s in segments if s not in _WRAPPERS)
-    path = re.sub(r"^[LG]\['[^']*'\]\.?", "", path)
+    """``L['self'].model.layers.0`` or ``L['self'].__dict__['_modules']['model']`` -> ``model.layers.0`` or ``model``."""
+    path = re.sub(r"^(.*\.cell_contents|[LG]\['[^']*'\])\.?", "", path)
     path = re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", path)
-    return ".".join(s for s in path.split(".") if s and s not in _WRAPPERS)
+    return ".".join(s for s in path.split(".") if s and s not in (*_WRAPPERS, *_CONTAINERS))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from actpass._torch import get_default_op_list, plain_input_index, size_hint
+from actpass._torch import OpOverload, get_default_op_list, is_tangent_input, plain_input_index, size_hint
 from actpass.graph.inputs import GraphInputs, clean_path
 
 aten = torch.ops.aten
@@ -43,7 +45,7 @@ class Joint:
 
     @cached_property
     def primals(self) -> list[fx.Node]:
-        return [n for n in self.gm.graph.find_nodes(op="placeholder") if "tangents" not in str(n.target)]
+        return [n for n in self.gm.graph.find_nodes(op="placeholder") if not is_tangent(n)]
 
     @cached_property
     def parameter_path(self) -> dict[fx.Node, str]:
@@ -113,7 +115,7 @@ class Joint:
     @cached_property
     def backward(self) -> frozenset[fx.Node]:
         """Nodes that depend on a tangent."""
-        return self._reach({n for n in self.gm.graph.find_nodes(op="placeholder") if "tangents" in str(n.target)})
+        return self._reach(set(filter(is_tangent, self.gm.graph.nodes)))
 
     @cached_property
     def activations(self) -> frozenset[fx.Node]:
@@ -133,6 +135,23 @@ class Joint:
         return frozenset(reached)
 
 
+def is_tangent(node: fx.Node) -> bool:
+    """Whether ``node`` is an input that holds the gradient of an output: by what AOTAutograd says of it, or else by the name
+    that it gives such inputs."""
+    if node.op != "placeholder":
+        return False
+    described = is_tangent_input(node.meta.get("desc"))
+    return str(node.target).startswith("tangents") if described is None else described
+
+
+def builtin_name(node: fx.Node) -> str:
+    """The name of one of torch's own operators, without its overload; empty for what anyone else registered, whatever its
+    name."""
+    target: Any = node.target
+    own = isinstance(target, OpOverload) and target.namespace in ("aten", "prims")
+    return target._opname if own else ""  # pyright: ignore[reportPrivateUsage]
+
+
 _OP_TYPES = get_default_op_list()
 
 
@@ -143,7 +162,7 @@ def is_view(node: fx.Node) -> bool:
     """Whether ``node`` only re-labels the storage of its first input: upstream's own table, and pieces of a split."""
     if node.op != "call_function":
         return False
-    if getattr(node.target, "__name__", "") == "getitem":
+    if node.target is operator.getitem:
         return node.all_input_nodes[0].target in _LIST_VIEWS
     return node.target in _LIST_VIEWS or _OP_TYPES.is_view(node)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from actpass.graph.joint import CASTS, is_view
+from actpass.graph.joint import CASTS, builtin_name, is_view
 
 aten = torch.ops.aten
 
@@ -33,7 +33,7 @@ def is_pointwise(node: fx.Node) -> bool:
 
 
 def is_reduction(node: fx.Node) -> bool:
-    return getattr(node.target, "_opname", "") in _REDUCTIONS
+    return builtin_name(node) in _REDUCTIONS
 
 
 def is_reduced_by_row(node: fx.Node) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from actpass._torch import OpOverload, size_hint
-from actpass.graph.cost import is_attention, is_matmul, matmul_flops
+from actpass.graph.cost import ATTENTION_BACKWARD, is_attention, is_matmul, matmul_flops
 from actpass.graph.joint import Joint, is_view, value
 from actpass.graph.ops import is_pointwise, is_reduction
 
@@ -154,9 +154,9 @@ class Recomputation:
 
 def attention_flops(node: fx.Node) -> int:
     """FLOPs of a fused attention's two products, or its backward's five; masks are not counted as savings. 0 for any other."""
-    if node.op != "call_function" or not is_attention(node) or node.target is operator.getitem:
+    if not is_attention(node):
         return 0
-    is_backward = "backward" in str(node.target)
+    is_backward = node.target in ATTENTION_BACKWARD
     tensors = [a for a in node.args if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), torch.Tensor)]
     q, k = (value(n) for n in tensors[int(is_backward) :][:2])
     rows = math.prod(size_hint(s) for s in q.shape)

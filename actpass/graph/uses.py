@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from actpass.graph.joint import CASTS, is_view, value
+from actpass.graph.joint import CASTS, builtin_name, is_view, value
 
 aten = torch.ops.aten
 
@@ -164,12 +164,12 @@ def _degree(node: fx.Node, degree_one: Mapping[fx.Node, int]) -> tuple[int, int]
         return of(args[:2]), of(args[0]) & of(args[1])
     if target is aten.div.Tensor:
         return of(args[0]), of(args[1])
-    if getattr(target, "__name__", "") == "getitem":
+    if target is operator.getitem:
         return of(args[0]), 0
     places = WRITES.get(target)
     if places is not None:
         return _union(of(args[i]) for i in places), _union(of(a) for i, a in enumerate(args) if i not in places)
-    places = _LINEAR_ARGUMENTS.get(getattr(target, "_opname", ""))
+    places = _LINEAR_ARGUMENTS.get(builtin_name(node))
     if places is not None:
         others = _union(of(a) for i, a in enumerate(args) if i not in (0, *places))
         first, factors = of(args[0]), _union(of(args[i]) for i in places)

@@ -1,8 +1,8 @@
 """Inputs that the forward writes to: the backward must see what the forward read.
 
 A model may read a buffer (a router's bias, a queue, a running maximum) and update it in the same forward. In the joint graph
-the update stands at the end, as a ``copy_`` into the input, or it is returned and the caller copies it. An input costs nothing to
-save, so upstream's cut saves the input itself, or rebuilds from it, and the backward then reads the *updated* value: the
+the update stands at the end, as a ``copy_`` into the input, or it is returned and the caller copies it. An input costs nothing
+to save, so upstream's cut saves the input itself, or rebuilds from it, and the backward then reads the *updated* value: the
 gradient of another function, silently (torch 2.13 and 2.15, run; 2.15 excludes inputs that want a gradient, and no others).
 """
 

@@ -28,7 +28,8 @@ class Candidate:
     groups, tokens, width: the shape of x at the traced size. outs: out-features M of each contraction. root: the node that
     allocated the storage of x; x_bytes: that storage. element_size: bytes of one element. frees: whether the storage goes
     if every contraction that reads any part of it is projected (the exact cut saves it, and nothing else reads it).
-    rank_multiple: the kernel that contracts takes only multiples of this (grouped matmul: rows of 16 bytes).
+    rank_multiple: the kernel that contracts takes only multiples of this (grouped matmul: rows of 16 bytes). narrow: whether
+    all weights are far less wide on one side than the region's are (an adapter's factors, a router).
     """
 
     name: str
@@ -43,6 +44,7 @@ class Candidate:
     element_size: int
     frees: bool
     rank_multiple: int = 1
+    narrow: bool = False
 
     @property
     def key(self) -> str:

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from actpass._torch import invoke_subgraph
 from actpass.graph import Joint
-from actpass.graph.joint import module_path, storage_root, tensor_bytes
+from actpass.graph.joint import is_tangent, module_path, storage_root, tensor_bytes
 from actpass.partition import Cut
 from actpass.plan import Plan
 from actpass.plan.curve import Curve, Curves, Held, thin
@@ -98,7 +98,7 @@ class _Words:
         """What the backward computes from a gradient."""
         reached: set[fx.Node] = set()
         for node in self.cut.backward.graph.nodes:
-            starts = node.op == "placeholder" and ("tangents" in node.name or self.root_of(node.name) in self.early)
+            starts = is_tangent(node) or (node.op == "placeholder" and self.root_of(node.name) in self.early)
             if starts or any(a in reached for a in node.all_input_nodes):
                 reached.add(node)
         return frozenset(reached)

@@ -16,8 +16,9 @@ from actpass.chunking import Chunked
 from actpass.codecs import ALL_PROJECTIONS, LEARNED
 from actpass.config import Config, matches
 from actpass.graph import Finding, Joint, Use, count_matmuls, fingerprint, plain_inputs
-from actpass.graph.cost import is_attention, is_matmul
+from actpass.graph.cost import ATTENTION, is_attention, is_matmul
 from actpass.graph.joint import module_path, source_line, storage_root, tensor_bytes
+from actpass.graph.ops import is_reduction
 from actpass.partition import Cut, Cuts, Saved
 from actpass.plan import KEPT, Decision, Plan, Storage
 from actpass.plan.curve import Curve, Curves, Held
@@ -26,6 +27,8 @@ from actpass.plan.spread import Level
 from actpass.plan.tradeoff import Point, Tradeoff
 from actpass.report.peak import curves_of
 from actpass.rewrite import Rewritten
+
+aten = torch.ops.aten
 
 SCHEMA_VERSION = 7
 
@@ -310,17 +313,21 @@ def _row(node: fx.Node, bytes_before: int, bytes_after: int, uses: tuple[Use, ..
     )
 
 
+_ATTENTION = frozenset(map(str, ATTENTION))
+_STREAM = {aten.embedding.default, aten.add.Tensor, aten.add.Scalar}
+_OF_SUMS = {aten.rsqrt.default, aten.log.default, aten.cumsum.default}
+
+
 def _kind(node: fx.Node, uses: tuple[Use, ...]) -> str:
-    op = str(node.target)
-    if any("attention" in u.op for u in uses):
+    if _ATTENTION.intersection(u.op for u in uses):
         return "attention"
     if is_matmul(node):
         return "matmul output"
     if any(u.kind == "contraction" for u in uses):
         return "linear input"
-    if "embedding" in op or op.startswith("aten.add."):
+    if node.target in _STREAM:
         return "residual stream"
-    if any(word in op for word in ("rsqrt", "mean", "amax", "sum", "logsumexp", "log.default", "var")):
+    if is_reduction(node) or node.target in _OF_SUMS:
         return "statistics"
     return "pointwise"
 
