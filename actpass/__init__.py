@@ -33,6 +33,7 @@ from actpass.errors import (
 from actpass.gradients import LowRankGradient
 from actpass.modelplan import ModelPlan
 from actpass.plan.calibration import Calibration
+from actpass.progress import show_progress
 from actpass.report import Report
 
 __version__ = "0.1.0"
@@ -63,6 +64,7 @@ __all__ = [
     "register_with_accelerate",
     "report",
     "set_memory_budget",
+    "show_progress",
     "state_dict",
     "step",
 ]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from actpass import progress
 from actpass._torch import (
     TESTED_TORCH,
     ConstantSource,
@@ -126,7 +127,8 @@ def compile_region(
 ) -> Callable[..., Any]:
     """Compile one training graph and register its region. compiler_options: for `compile_fx`, e.g. ``inner_compile``."""
     try:
-        return _compile_region(gm, example_inputs, config, **compiler_options)
+        with progress.compiling():
+            return _compile_region(gm, example_inputs, config, **compiler_options)
     except Exception as error:
         if isinstance(error, ActpassError) and not isinstance(error, InternalError):
             raise
@@ -341,6 +343,8 @@ class Partitioner(CustomPartitionerFn):
         except Exception as error:
             raise InternalError.of(error) from error
         self.done.append(compiled)
+        if self.nonce:  # or it was only asked what would be done
+            progress.planned()
         return compiled.forward, compiled.backward
 
     def __getstate__(self) -> dict[str, Any]:

@@ -8,7 +8,6 @@ Trainer(..., callbacks=[ActpassCallback()]).fit(module, ckpt_path=...)
 
 from __future__ import annotations
 
-import logging
 import warnings
 from typing import Any
 
@@ -25,10 +24,10 @@ except ImportError:
 import actpass
 from actpass.errors import ActpassWarning
 from actpass.integrations.common import UNKNOWN, as_text, figures_of
+from actpass.progress import log
 
 KEY = "actpass"
 """Of what `actpass.state_dict` returned, in a checkpoint."""
-_log = logging.getLogger("actpass")
 
 
 class ActpassCallback(Callback):
@@ -71,4 +70,4 @@ class ActpassCallback(Callback):
         if figures := figures_of(report):
             for logger in trainer.loggers:
                 logger.log_metrics(figures, step=trainer.global_step)
-            _log.info(as_text(figures))
+            log.info(as_text(figures))

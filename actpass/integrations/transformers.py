@@ -8,7 +8,6 @@ Trainer(model=model, ..., callbacks=[ActpassCallback()]).train(resume_from_check
 
 from __future__ import annotations
 
-import logging
 import os
 import secrets
 import warnings
@@ -29,10 +28,10 @@ except ImportError as error:
 import actpass
 from actpass.errors import ActpassWarning, StateError
 from actpass.integrations.common import UNKNOWN, as_text, figures_of
+from actpass.progress import log
 
 FILE = "actpass.pt"
 """What `actpass.state_dict` returned, beside the other files of a checkpoint."""
-_log = logging.getLogger("actpass")
 
 
 class ActpassCallback(TrainerCallback, ExportableState):
@@ -41,7 +40,8 @@ class ActpassCallback(TrainerCallback, ExportableState):
 
     The state is the file ``actpass.pt`` in each checkpoint's folder. On resume, when Trainer has loaded model and optimizer, it
     is looked for in ``checkpoint`` (if it is given), in ``TrainingArguments.resume_from_checkpoint``, where it was saved, and
-    in ``output_dir/checkpoint-N``; that it is the checkpoint's own is checked. print_report: whether the first process prints it.
+    in ``output_dir/checkpoint-N``; that it is the checkpoint's own is checked. print_report: whether the first process prints
+    the report.
 
     The bytes (see `figures_of`) are the first entry of ``trainer.state.log_history`` behind the first step, and so stand in
     ``trainer_state.json``, and a line of the logger ``actpass``.
@@ -99,7 +99,7 @@ class ActpassCallback(TrainerCallback, ExportableState):
             print(report)
         if figures := figures_of(report):
             state.log_history.append({**figures, "step": state.global_step})
-            _log.info(as_text(figures))
+            log.info(as_text(figures))
 
 
 def _checkpoint(args: TrainingArguments, step: int) -> str:

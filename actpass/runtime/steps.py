@@ -13,6 +13,7 @@ from actpass._torch import reset_code
 from actpass.budget import PeakBudget
 from actpass.errors import BudgetError
 from actpass.plan.spread import Level, spread
+from actpass.progress import log
 from actpass.report import Record
 
 
@@ -89,11 +90,14 @@ def complete() -> None:
             f"memory_budget={resident + needed} or more, or a smaller batch.",
             resident + needed,
         )
+    changed = 0
     for key, level in chosen.items():
         region = regions[key]
         _capacities[key] = level.capacity, tuple(ladders[key])
         if level.footprint != region.record.footprint and region.code is not None:
             reset_code(region.code)
+            changed += 1
+    log.info("one plan over the %d regions of a step: %d of them will be compiled again", len(keys), changed)
 
 
 def _once(keys: list[Any]) -> list[Any]:
