@@ -36,6 +36,7 @@ from actpass.errors import (
 from actpass.gradients import LowRankGradient
 from actpass.modelplan import ModelPlan
 from actpass.plan.calibration import Calibration
+from actpass.progress import show_progress
 from actpass.report import Report
 
 __version__ = "0.1.0"
@@ -69,6 +70,7 @@ __all__ = [
     "report",
     "set_memory_budget",
     "set_optimizer",
+    "show_progress",
     "state_dict",
     "step",
 ]

@@ -314,9 +314,10 @@ def active_ddp() -> DistributedDataParallel | None:
 
 
 def queue_after_backward(function: Callable[[], None]) -> None:
-    """Called inside a backward: run ``function`` at its end, as DDP and FSDP2 do with what they await."""
+    """Called inside a backward: run ``function`` at its end, as DDP and FSDP2 do with what they await. Public from 2.15 on."""
+    public = getattr(torch.autograd.graph, "queue_callback", None)
     engine: Any = torch.autograd.Variable._execution_engine
-    engine.queue_callback(function)
+    (public or engine.queue_callback)(function)
 
 
 def stand_ins(module: torch.nn.Module) -> dict[int, torch.nn.Parameter]:
@@ -352,7 +353,8 @@ def is_joined(ddp: DistributedDataParallel) -> bool:
 
 def take_out_of_buckets(ddp: DistributedDataParallel, names: Iterable[str]) -> None:
     """Build the reducer of ``ddp`` again, without the parameters ``names``, from the calls by which DDP makes it when it is
-    unpickled. Communication hooks are registered again. Checked in the source of 2.11 and 2.13."""
+    unpickled. Communication hooks are registered again, and so is that the caller finalizes the backward (2.15). Checked in the
+    source of 2.11, 2.13 and 2.15."""
     ddp.parameters_to_ignore |= {
         form for name in names for form in (name, f".{name}")
     }  # DDP's name of a root's own begins with a dot
@@ -362,6 +364,8 @@ def take_out_of_buckets(ddp: DistributedDataParallel, names: Iterable[str]) -> N
     parameters, sparse = ddp._build_params_for_reducer()
     ddp._ddp_init_helper(parameters, sparse, ddp._build_debug_param_to_name_mapping(parameters), ddp.static_graph)
     ddp._has_rebuilt_buckets = False
+    if getattr(ddp, "require_manual_backward_finalization", False):
+        ddp.require_manual_backward_finalization = True
     if ddp.static_graph:
         ddp._static_graph_delay_allreduce_enqueued = False
         ddp.reducer._set_static_graph()

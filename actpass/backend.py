@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from actpass import progress
 from actpass._torch import (
     TESTED_TORCH,
     ConstantSource,
@@ -138,7 +139,8 @@ def compile_region(
     """Compile one training graph and register its region. compiler_options: for `compile_fx`, e.g. ``inner_compile``."""
     try:
         gm, called = inline_regions(gm, example_inputs)
-        run = _compile_region(gm, example_inputs, config, called, **compiler_options)
+        with progress.compiling():
+            run = _compile_region(gm, example_inputs, config, called, **compiler_options)
         return taking_ordinary(run) if is_piece_of_ddp(gm) else run  # the piece before it may have returned deferred logits
     except Exception as error:
         if isinstance(error, ActpassError) and not isinstance(error, InternalError):
@@ -448,6 +450,8 @@ class Partitioner(CustomPartitionerFn):
         except Exception as error:
             raise InternalError.of(error) from error
         self.done.append(compiled)
+        if self.nonce:  # or it was only asked what would be done
+            progress.planned()
         return compiled.forward, compiled.backward
 
     def _within_headroom(self, compiled: Callable[[PeakBudget | None], Compiled]) -> Compiled:

@@ -67,7 +67,7 @@ def inside(model: nn.Module, backend: Any, **how: Any) -> Any:
 
 def train(
     rank: int, options: dict[str, Any], *, low_rank: bool, compiled: Callable[..., Any] = outside, micro: int = 1,
-    optimizer: Callable[..., Any] | None = None, steps: int = 2, **how: Any,
+    optimizer: Callable[..., Any] | None = None, steps: int = 2, finalizes: bool = False, **how: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """What the last step leaves: gradients (dense), coefficients, bytes of its collectives without and with synchronization."""
     torch.compiler.reset()
@@ -75,9 +75,11 @@ def train(
     torch.manual_seed(rank)  # of rank 0, DDP gives to all
     model = models.MLP()
     run = compiled(model, eager_actcomp({**options, **({"gradients": "low_rank"} if low_rank else {})}), **how)
+    ddp = getattr(run, "_orig_mod", run)
+    if finalizes:
+        ddp.require_manual_backward_finalization = True
     if low_rank:
         reduce_low_rank(run)
-    ddp = getattr(run, "_orig_mod", run)
     step = (optimizer or torch.optim.SGD)(model.parameters(), lr=1e-2)
     silent, wire, norm = Wire(), Wire(), torch.zeros(())
     for _ in range(steps):
@@ -89,6 +91,8 @@ def train(
                 loss = run(x)
                 with wire if last else silent:
                     loss.backward()
+                    if finalizes:
+                        ddp.finalize_backward()  # raises where the reducer has done it
         norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         step.step()
     gradients = {bare(n): p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -110,6 +114,9 @@ CASES: dict[str, dict[str, Any]] = {
     "static-graph": {"options": HAAR, "static_graph": True, "compiled": inside},
     "learned": {"options": PRAC, "steps": 3, "micro": 2, "gradient_as_bucket_view": True},
 }
+if hasattr(DistributedDataParallel, "require_manual_backward_finalization"):  # torch 2.15
+    CASES["finalized-by-the-caller"] = {"options": HAAR, "finalizes": True}
+    CASES["lazy-buckets"] = {"options": HAAR, "lazy_bucket_allocation": True}
 OPTIMIZERS = ("AdamW", "OasisAdamW")
 
 

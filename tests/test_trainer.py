@@ -1,7 +1,9 @@
-"""HF Trainer, by both ways in: a model that was compiled before, and the Trainer's own argument."""
+"""HF Trainer, by both ways in (a model that was compiled before, and the Trainer's own argument), and the callback."""
 
 from __future__ import annotations
 
+import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,11 @@ from torch.utils.data import Dataset
 
 import actpass
 from actpass import optim
+from actpass.integrations.transformers import ActpassCallback
 from actpass.runtime.clock import CLOCK
 
 from . import models
-from .helpers import EPS, projected
+from .helpers import EPS, Grads, assert_equal, projected
 
 pytestmark = pytest.mark.usefixtures("no_codegen")
 
@@ -120,3 +123,76 @@ def test_trainer_takes_an_optimizer_that_steps_in_the_subspace(kind: Any, tmp_pa
     for name, parameter in model.named_parameters():
         moments = optimizer.state[parameter]["exp_avg"]
         assert (moments.numel() < parameter.numel()) == (name in factored), name
+
+
+# ----------------------------------------------------------------------------------------------------------------- the callback
+
+
+RESUMED = {
+    "haar": {"method": "haar", "rank": 8, "profitable_only": False},
+    "pca": {"method": "pca", "rank": 8, "profitable_only": False, "refresh_interval": 1},
+    "low_rank": {"method": "haar", "rank": 8, "gradients": "low_rank", "refresh_interval": 20},
+    "int4": {"method": "int4", "smallest": 0},
+}
+
+
+def run(folder: Path, options: dict[str, Any], callbacks: list[Any], resume: Any = None) -> Any:
+    """Four steps with a checkpoint after two, as a process of its own would make them."""
+    from transformers import Trainer, TrainingArguments
+
+    torch.compiler.reset()
+    CLOCK.steps, CLOCK.drawn = 0, False
+    model, _ = models.llama(layers=1)
+    model.compile(backend="actcomp", options=options)
+    args = TrainingArguments(
+        output_dir=str(folder), max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=2, save_steps=2,
+        learning_rate=1e-2, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, seed=1,
+    )  # fmt: skip
+    trainer = Trainer(model=model, args=args, train_dataset=Tokens(), callbacks=callbacks)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def weights(trainer: Any) -> Grads:
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_is_bitwise_the_run_that_was_not_stopped(name: str, tmp_path: Path) -> None:
+    whole = weights(run(tmp_path / "a", RESUMED[name], [ActpassCallback(print_report=False)]))
+    resumed = run(tmp_path / "b", RESUMED[name], [ActpassCallback(print_report=False)], str(tmp_path / "a/checkpoint-2"))
+    assert_equal(weights(resumed), whole)
+
+
+def test_a_checkpoint_that_moved_is_resumed_from_where_it_is_said_to_be(tmp_path: Path) -> None:
+    whole = weights(run(tmp_path / "a", RESUMED["haar"], [ActpassCallback(print_report=False)]))
+    moved = (tmp_path / "a/checkpoint-2").rename(tmp_path / "moved")
+    callback = ActpassCallback(print_report=False, checkpoint=moved)
+    assert_equal(weights(run(tmp_path / "b", RESUMED["haar"], [callback], str(moved))), whole)
+    for other in (None, tmp_path / "b/checkpoint-4"):  # another checkpoint's file is no help
+        with pytest.raises(actpass.StateError, match=r"actpass\.pt is in none of .*ActpassCallback\(checkpoint="):
+            run(tmp_path / "c", RESUMED["haar"], [ActpassCallback(checkpoint=other)], str(moved))
+
+
+def test_a_checkpoint_without_the_state_is_told_so(tmp_path: Path) -> None:
+    run(tmp_path, RESUMED["haar"], [])
+    with pytest.warns(actpass.ActpassWarning, match="the checkpoint was saved without ActpassCallback"):
+        run(tmp_path, RESUMED["haar"], [ActpassCallback(print_report=False)], str(tmp_path / "checkpoint-2"))
+    assert (tmp_path / "checkpoint-4/actpass.pt").exists()
+
+
+def test_the_report_is_printed_once_and_the_bytes_are_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = run(tmp_path, {}, [ActpassCallback()])
+    assert capsys.readouterr().out.count("actpass: active, method=auto") == 1
+    report = actpass.report(trainer.model)
+    (logged,) = [entry for entry in trainer.state.log_history if "actpass_saved_bytes" in entry]
+    assert logged["step"] == 1
+    assert logged["actpass_saved_bytes"] == report.saved_bytes
+    assert logged["actpass_predicted_peak_bytes"] == report.totals.peak_bytes
+
+
+def test_without_transformers_the_import_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "actpass.integrations.transformers")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"needs Hugging Face transformers.*pip install transformers"):
+        importlib.import_module("actpass.integrations.transformers")

@@ -7,8 +7,10 @@ seed across two pending backwards, donated buffers, modes, caches.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,7 +23,7 @@ import torch
 from torch import nn
 
 import actpass
-from actpass import backend
+from actpass import backend, progress
 from actpass._torch import compile_fx, functorch_config, list_mode_options
 from actpass.backend import Partitioner
 from actpass.config import parse
@@ -550,3 +552,41 @@ def test_what_the_pass_did_is_no_part_of_a_caches_key():
     before = pickle.dumps(partitioner), partitioner.uuid()
     partitioner.done.append(object())  # pyright: ignore[reportArgumentType]
     assert (pickle.dumps(partitioner), partitioner.uuid()) == before
+
+
+# --------------------------------------------------------------------------------------------------------------------- progress
+
+
+class Parts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = models.MLP(), nn.Linear(1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        torch._dynamo.graph_break()
+        return self.second(h.view(1, 1)).sum()
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "pca", "rank": 4, "profitable_only": False}], ids=str)
+def test_progress_is_a_line_for_each_stage_of_each_region(options: dict[str, Any], caplog: pytest.LogCaptureFixture):
+    def said() -> list[str]:
+        return [r.getMessage() for r in caplog.records if r.name == "actpass"]
+
+    compiled(Parts(), **options)(batches(1)[0]).backward()
+    assert not said()  # nobody asked
+    forget()
+    actpass.show_progress()
+    try:
+        compiled(Parts(), **options)(batches(1)[0]).backward()
+    finally:
+        progress.log.setLevel(logging.NOTSET)
+    lines = [re.sub(r"\d+\.\d", "T", re.sub(r"region \d+", "region", line)) for line in said()]
+    assert lines == 2 * ["region: planning", "region: planned in T s; Inductor compiles it", "region: compiled, T s in all"]
+
+
+def test_progress_goes_to_standard_error_where_nothing_else_is_set_up():
+    script = "import actpass; actpass.show_progress(); actpass.show_progress(); from actpass import progress; "
+    script += "list(map(lambda _: None, [progress.compiling().__enter__()]))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr == "actpass: region 1: planning\n"

@@ -16,6 +16,7 @@ from actpass.budget import PeakBudget
 from actpass.errors import BudgetError
 from actpass.plan.footprint import MARGIN, step_peak
 from actpass.plan.spread import Level, spread
+from actpass.progress import log
 from actpass.report import Record
 
 
@@ -147,11 +148,14 @@ def _spread(noted: _Calls) -> None:
             resident + needed,
         )
     _planned.add((resident, *keys))
+    changed = 0
     for key, level in chosen.items():
         region = regions[key]
         _capacities[key] = level.capacity, tuple(ladders[key])
         if level.footprint != region.record.footprint:
             region.compile_again()
+            changed += 1
+    log.info("one plan over the %d regions of a step: %d of them will be compiled again", len(keys), changed)
 
 
 def _living(calls: Sequence[tuple[weakref.ref[Part], int | None]] | deque[tuple[weakref.ref[Part], int | None]]) -> _Calls:

@@ -40,6 +40,9 @@ class Backend:
         torch.compiler.reset()
         if self.name == "inductor":
             return cast(nn.Module, torch.compile(module, dynamic=False))
+        import actpass
+
+        actpass.show_progress()  # the first step takes minutes
         self.load_state_dict(module, self.state_dict(module) | {"steps": 0, "drawn": False})
         options = dict(self.options)
         return cast(nn.Module, torch.compile(module, backend="actcomp", options=options, dynamic=False))

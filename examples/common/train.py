@@ -150,19 +150,29 @@ def train(
     after_first_step: Callable[[], None],
     save: Callable[[], object],
 ) -> None:
-    """Train from `run.step` to `config.steps`, with progress bar, validation and checkpoints."""
+    """Train from `run.step` to `config.steps`, with progress bar, validation and checkpoints.
+
+    The bar begins behind the first step, which compiles: its minutes say nothing of the steps to come.
+    """
     first = run.step
+    if run.step < config.steps:
+        _measured_step(run, batches, config, since_first=0)
+        after_first_step()
+        _evaluate_and_save(run, batches, config, save)
     every_s = 0.5 if sys.stderr.isatty() else 20.0  # a log file needs no motion
-    with tqdm(total=config.steps, initial=first, unit="step", mininterval=every_s) as bar:
+    with tqdm(total=config.steps, initial=run.step, unit="step", mininterval=every_s) as bar:
         while run.step < config.steps:
-            since_first = run.step - first
-            meter = make_meter(config.device) if since_first == METERED_STEP else None
-            seconds = _timed_step(run, batches, config, meter)
-            _note_time(run.history, seconds, since_first, meter)
+            seconds = _measured_step(run, batches, config, since_first=run.step - first)
             _show(bar, run.history, batches.tokens_per_batch * config.accumulate / seconds)
-            if since_first == 0:
-                after_first_step()
             _evaluate_and_save(run, batches, config, save)
+
+
+def _measured_step(run: Run, batches: Batches, config: TrainConfig, since_first: int) -> float:
+    """One step, and how long it took."""
+    meter = make_meter(config.device) if since_first == METERED_STEP else None
+    seconds = _timed_step(run, batches, config, meter)
+    _note_time(run.history, seconds, since_first, meter)
+    return seconds
 
 
 def _timed_step(run: Run, batches: Batches, config: TrainConfig, meter: Meter | None) -> float:
