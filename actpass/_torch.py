@@ -105,7 +105,6 @@ __all__ = [
     "is_joined",
     "is_part_of_a_step",
     "is_piece_of_ddp",
-    "is_sharded",
     "is_tangent_input",
     "is_wrapper",
     "keep_provenance",

@@ -23,7 +23,7 @@ from actpass.candidates import find_candidates
 from actpass.config import Config
 from actpass.errors import BudgetError
 from actpass.graph import Finding, Joint
-from actpass.graph.joint import module_path, value
+from actpass.graph.joint import module_path, tensor_bytes, value
 from actpass.graph.recompute import Recomputation
 from actpass.partition import Cut, Setting, cut
 from actpass.plan import Candidate, SavedTensor, Storage, choose_storage, noise, rank_sites
@@ -278,23 +278,30 @@ def free_choice(region: Region) -> Choice:
     the backward then adds up, layer by layer, and holds. Of attention that is not fused the weights are asked for where they
     take less: upstream would as soon save the scores, which it exponentiates again, and which have no low-bit form.
     """
-    plain = Setting(rebuild=True)
-    setting, found = plain, region.cut(plain)
-    sums = frozenset(n.name for n in region.recomputation.residual_sums)
-    if sums:
-        kept = Setting(rebuild=True, keep=sums)
-        other = region.cut(kept)
-        if other.saved_bytes <= found.saved_bytes:
-            setting, found = kept, other
-    free = Choice(setting, found, None)
+    free = _free_cut(region)
     weights = _attention_weights(region)
     if weights:
-        setting = Setting(rebuild=True, keep=setting.keep | weights)
+        setting = Setting(rebuild=True, keep=free.setting.keep | weights)
         free = min(free, Choice(setting, region.cut(setting), None), key=lambda choice: _stored(region, choice))
     default = Choice(Setting(rebuild=False), region.default, None)
     if not region.chunk_rows and _stored(region, free) > _stored(region, default):
         return default
     return free
+
+
+def _free_cut(region: Region) -> Choice:
+    """The residual stream is asked for where that takes no more bytes. Mostly the graph says so, and there is one cut."""
+    plain, sums = Setting(rebuild=True), region.recomputation.residual_sums
+    kept = Setting(rebuild=True, keep=frozenset(n.name for n in sums))
+    more = [region.recomputation.extra_bytes(n) for n in sums]
+    if not any(n is None for n in more):
+        total = sum(n for n in more if n is not None)
+        if not total:
+            return Choice(kept, region.cut(kept), None)
+        if total > max(map(tensor_bytes, sums)):  # the first one of all is needed to rebuild the others
+            return Choice(plain, region.cut(plain), None)
+    choices = [Choice(setting, region.cut(setting), None) for setting in (kept, plain)]
+    return min(choices, key=lambda choice: choice.cut.saved_bytes)
 
 
 def _attention_weights(region: Region) -> frozenset[str]:

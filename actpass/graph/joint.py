@@ -167,6 +167,11 @@ def is_view(node: fx.Node) -> bool:
     return node.target in _LIST_VIEWS or _OP_TYPES.is_view(node)
 
 
+def may_run_again(node: fx.Node) -> bool:
+    """Whether upstream's partitioner lets the backward run ``node`` again without being told to: by its own table."""
+    return _OP_TYPES.is_recomputable(node)
+
+
 def storage_root(node: fx.Node) -> fx.Node:
     """The node that allocated the storage which ``node`` shows."""
     while is_view(node) and node.all_input_nodes:

@@ -15,7 +15,7 @@ from torch import fx
 
 from actpass._torch import OpOverload, size_hint
 from actpass.graph.cost import ATTENTION_BACKWARD, is_attention, is_matmul, matmul_flops
-from actpass.graph.joint import Joint, is_view, value
+from actpass.graph.joint import Joint, is_view, may_run_again, tensor_bytes, value
 from actpass.graph.ops import is_pointwise, is_reduction
 
 aten = torch.ops.aten
@@ -67,6 +67,24 @@ class Recomputation:
                 found.append(node)
             reach = max(reach, *(position[u] for u in node.users if u in position), position[node])
         return tuple(found)
+
+    def extra_bytes(self, total: fx.Node) -> int | None:
+        """How many bytes more it takes to store ``total``, a sum, than to store what it is rebuilt from: of the ways up from it
+        to something that never runs again, whose values nobody else reads, the one that is widest where it is narrowest. None
+        if there is no such way. Where it is 0, storing the sum in place of an addend costs nothing."""
+        widest: int | None = None
+        todo = [(total, tensor_bytes(total))]
+        while todo:
+            node, width = todo.pop()
+            if node.meta.get("recompute") is not None:  # the user's checkpointing decides what runs again
+                continue
+            if not may_run_again(node):
+                widest = max(width, widest or 0)
+                continue
+            for a in node.all_input_nodes:
+                if a in self.hidden and len(a.users) == 1:
+                    todo.append((a, min(width, tensor_bytes(a) or width)))
+        return None if widest is None else tensor_bytes(total) - widest
 
     @cached_property
     def anchors(self) -> frozenset[str]:
