@@ -64,6 +64,7 @@ except ImportError:
 
 
 __all__ = [
+    "FUSION_GATE",
     "TESTED_TORCH",
     "ConstantSource",
     "CustomKnapsackSolver",
@@ -82,6 +83,8 @@ __all__ = [
     "fake_input",
     "find_tensors",
     "functorch_config",
+    "fusion_gate",
+    "fusion_gate_growth",
     "fusion_gate_limit",
     "fx_graph_cse",
     "get_default_op_list",
@@ -181,11 +184,27 @@ def size_hint(value: int | torch.SymInt) -> int:
     return int(hint) if hint is not None else 1
 
 
+FUSION_GATE = ("fusion_memory_timeline_peak_memory_increase_gb", "fusion_memory_timeline_peak_memory_pct_threshold")
+"""Inductor's options (torch 2.15) of what fusions may add to a graph's peak: in GiB, and as a fraction. The less counts."""
+
+
+def fusion_gate(growth: float | None) -> dict[str, float]:
+    """The option by which fusions add no more than ``growth`` of a graph's peak; none where Inductor has no such gate or the
+    user has set one."""
+    if growth is None or not all(hasattr(inductor_config, name) for name in FUSION_GATE):
+        return {}
+    return {} if fusion_gate_limit() is not None else {FUSION_GATE[1]: growth}
+
+
+def fusion_gate_growth() -> float | None:
+    """As Inductor is told now."""
+    return getattr(inductor_config, FUSION_GATE[1], None)
+
+
 def fusion_gate_limit() -> Callable[[int], int] | None:
     """From the peak of a graph before any fusion to that which fusions may lift it to; None: Inductor asks for no memory, or
     has no such gate (before torch 2.15)."""
-    gib = getattr(inductor_config, "fusion_memory_timeline_peak_memory_increase_gb", None)
-    share = getattr(inductor_config, "fusion_memory_timeline_peak_memory_pct_threshold", None)
+    gib, share = (getattr(inductor_config, name, None) for name in FUSION_GATE)
     if gib is None and share is None:
         return None
     most, part = (float("inf") if x is None else x for x in (gib, share))
