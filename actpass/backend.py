@@ -308,7 +308,7 @@ random numbers of all layers' bases in one loop (half of llama-60m's peak with `
 
 
 _PEAK_GROWTH = 0.02
-"""Of a graph's peak before any fusion: what fusions may add (torch 2.15; before, nothing asks). With 0 the called graphs of codes
+"""Of a graph's peak before any fusion: what fusions may add (torch 2.15; before, nothing asks). With 0 called graphs
 lose fusions that cost a few scales. What is refused reads its inputs once more; on a CPU one refusal also keeps a row's
 reduction and the loop behind it apart, in the whole graph (`actpass.graph.fusion`)."""
 

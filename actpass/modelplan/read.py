@@ -46,7 +46,7 @@ def parse(text: str, source: str) -> tuple[tuple[Plan, ...], str]:
 
 
 def region(where: str, value: Any) -> Plan:
-    """One region from plain data, `Plan.to_dict` without its version. Files of before torch 2.15 say nothing of ``peak_growth``."""
+    """One region from plain data, `Plan.to_dict` without its version. Older files lack ``peak_growth``."""
     if isinstance(value, Mapping):
         value = {"peak_growth": None, **value}
     return Plan(**_record(_REGION)(where, value))
