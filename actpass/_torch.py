@@ -72,6 +72,7 @@ except ImportError:
 
 
 __all__ = [
+    "FUSION_GATE",
     "TESTED_TORCH",
     "ConstantSource",
     "CustomKnapsackSolver",
@@ -91,6 +92,8 @@ __all__ = [
     "fake_input",
     "find_tensors",
     "functorch_config",
+    "fusion_gate",
+    "fusion_gate_growth",
     "fusion_gate_limit",
     "fx_graph_cse",
     "gathered",
@@ -294,13 +297,27 @@ def went_through_inductor(error: BaseException) -> bool:
     """Whether ``error`` was raised while Inductor ran, of which the pass is a part."""
     package = os.path.dirname(str(inductor_config.__file__))
     return any(f.filename.startswith(package) for f in traceback.extract_tb(error.__traceback__))
+FUSION_GATE = ("fusion_memory_timeline_peak_memory_increase_gb", "fusion_memory_timeline_peak_memory_pct_threshold")
+"""Inductor's options (torch 2.15) of what fusions may add to a graph's peak: in GiB, and as a fraction. The less counts."""
+
+
+def fusion_gate(growth: float | None) -> dict[str, float]:
+    """The option by which fusions add no more than ``growth`` of a graph's peak; none where Inductor has no such gate or the
+    user has set one."""
+    if growth is None or not all(hasattr(inductor_config, name) for name in FUSION_GATE):
+        return {}
+    return {} if fusion_gate_limit() is not None else {FUSION_GATE[1]: growth}
+
+
+def fusion_gate_growth() -> float | None:
+    """As Inductor is told now."""
+    return getattr(inductor_config, FUSION_GATE[1], None)
 
 
 def fusion_gate_limit() -> Callable[[int], int] | None:
     """From the peak of a graph before any fusion to that which fusions may lift it to; None: Inductor asks for no memory, or
     has no such gate (before torch 2.15)."""
-    gib = getattr(inductor_config, "fusion_memory_timeline_peak_memory_increase_gb", None)
-    share = getattr(inductor_config, "fusion_memory_timeline_peak_memory_pct_threshold", None)
+    gib, share = (getattr(inductor_config, name, None) for name in FUSION_GATE)
     if gib is None and share is None:
         return None
     most, part = (float("inf") if x is None else x for x in (gib, share))

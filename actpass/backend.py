@@ -17,6 +17,7 @@ from torch import fx
 
 from actpass import progress
 from actpass._torch import (
+    FUSION_GATE,
     TESTED_TORCH,
     ConstantSource,
     CustomPartitionerFn,
@@ -27,6 +28,7 @@ from actpass._torch import (
     dynamo,
     fake_input,
     functorch_config,
+    fusion_gate,
     inductor_config,
     is_part_of_a_step,
     is_piece_of_ddp,
@@ -492,25 +494,40 @@ through the next one's backward (0.06 of llama-mini's peak) to save a read of 12
 random numbers of all layers' bases in one loop (half of llama-60m's peak with `prac`)."""
 
 
+_PEAK_GROWTH = 0.02
+"""Of a graph's peak before any fusion: what fusions may add (torch 2.15; before, nothing asks). With 0 called graphs
+lose fusions that cost a few scales. What is refused reads its inputs once more; on a CPU one refusal also keeps a row's
+reduction and the loop behind it apart, in the whole graph (`actpass.graph.fusion`)."""
+
+
 def options_within(memory_budget: float | int | str | None, *, decodes: bool) -> dict[str, Any]:
-    """Inductor's options for what is compiled within a budget, or decodes projections."""
-    whole = memory_budget in (None, 1.0) and not decodes
-    return {} if whole else _options_of(_LEAST_SHARED_BYTES)
+    """Inductor's options for what is compiled within a budget, or decodes projections, or takes a plan of the pass at all."""
+    if memory_budget == 1.0 and not decodes:
+        return {}
+    return _options_of(None if memory_budget is None and not decodes else _LEAST_SHARED_BYTES, _PEAK_GROWTH)
 
 
-def _options_of(least_shared_bytes: int) -> dict[str, Any]:
+def _options_of(least_shared_bytes: int | None, growth: float | None) -> dict[str, Any]:
     """Where few loops are fused, memory is given back behind its last reader, too: Inductor keeps it for a later result of the
     same size up to what it takes for the peak, which is the end of the backward where an embedding's gradient is large
-    (RoBERTa-large: a quarter of the peak)."""
+    (RoBERTa-large: a quarter of the peak). growth: see `_PEAK_GROWTH`."""
+    if least_shared_bytes is None:
+        return {**fusion_gate(growth)}
     within = least_shared_bytes >= _LEAST_SHARED_BYTES
-    return {"score_fusion_memory_threshold": least_shared_bytes, **({"allow_buffer_reuse": False} if within else {})}
+    kept = {"allow_buffer_reuse": False} if within else {}
+    return {"score_fusion_memory_threshold": least_shared_bytes, **kept, **fusion_gate(growth)}
 
 
 def _inductor_options(config: Config) -> dict[str, Any]:
     own = options_within(config.memory_budget, decodes=config.decodes)
     if config.plan is not None:
-        own = _options_of(max(r.least_shared_bytes for r in config.plan.regions))
-    return {**own, **(list_mode_options(config.mode) if config.mode else {}), **dict(config.inductor)}
+        regions = config.plan.regions
+        growth = next((r.peak_growth for r in regions if r.peak_growth is not None), None)
+        own = _options_of(max(r.least_shared_bytes for r in regions), growth)
+    asked = dict(config.inductor)
+    if any(name in asked for name in FUSION_GATE):
+        own = {name: value for name, value in own.items() if name not in FUSION_GATE}
+    return {**own, **(list_mode_options(config.mode) if config.mode else {}), **asked}
 
 
 def _has_cuda_graphs(config: Config) -> bool:

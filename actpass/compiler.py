@@ -25,7 +25,7 @@ from typing import Any
 from torch import fx
 
 from actpass import follow, verify
-from actpass._torch import fx_graph_cse, inductor_config
+from actpass._torch import fusion_gate_growth, fx_graph_cse, inductor_config
 from actpass.budget import Choice, PeakBudget, Region, choose_cut
 from actpass.candidates import find_candidates, find_owners
 from actpass.chunking import Chunked, chunk
@@ -295,6 +295,7 @@ def _whole(plan: Plan, storages: tuple[Storage, ...], region: Region, setting: S
         chunk_rows=region.chunk_rows,
         seeded=region.joint.seed is not None,
         least_shared_bytes=inductor_config.score_fusion_memory_threshold,
+        peak_growth=fusion_gate_growth(),
     )
 
 

@@ -170,7 +170,7 @@ class Program:
 
     def _taken(self, kernel: Kernel, dead: Sequence[Any]) -> dict[Any, Any]:
         """Result -> the input in whose memory it is written: of its size, dead behind ``kernel``, and read by nothing but the
-        result and what the result is computed from. What never gets to memory comes first, and then nothing is taken over."""
+        result and what the result is computed from: the first that it reads, and nothing if that never gets to memory."""
         if kernel.loops is None:
             return {}
         written = set(kernel.writes)
@@ -183,7 +183,7 @@ class Program:
         for node in kernel.writes:
             fits = [r for r in self.inlined[node] if r in mortal and self.bytes[r] == self.bytes[node]]
             alone = [r for r in fits if all(m in sources[node] for m in kernel.members if r in self.inlined[m])]
-            chosen = next((r for r in alone if r in inner), next(iter(alone), None))
+            chosen = next(iter(alone), None)
             if chosen is not None and chosen not in inner:
                 taken[node] = chosen
         return taken
@@ -271,10 +271,11 @@ class _Reading:
             if node is not first:
                 self.bytes[first] += self.bytes.pop(node)
         self.freed = list(shown.values())
-        self.believed = {n: _believed(n) for n in inputs if not n.name.startswith(_RESIDENT)}
         self.users = {n: _users(n) for n in self.nodes if not is_view(n)}
         self.sums = {n: product for n in self.nodes if (product := _product_in(n, self.users)) is not None}
         self.stored, self.inlined = self._inline()
+        last = {r: n for n in self.nodes if n in self.stored for r in self.inlined[n]}
+        self.believed = {n: _believed(n, last.get(n)) for n in inputs if not n.name.startswith(_RESIDENT)}
         kernels = self._fused(self._kernels())
         by_element = {n: {} if _scatters(n) else read for n, read in self.inlined.items()}
         self.program = Program(kernels, self.bytes, self.believed, self.freed, self.outputs, by_element)
@@ -406,17 +407,26 @@ def _key(buffer: Buffer, nbytes: int) -> tuple[torch.dtype, int]:
     return buffer.meta["val"].dtype, nbytes
 
 
-def _believed(tensor: fx.Node) -> int:
-    """Bytes that Inductor takes ``tensor`` for: it counts reads, so a scale that is spread over a group counts as often."""
+def _believed(tensor: fx.Node, reader: fx.Node | None) -> int:
+    """Bytes that Inductor takes ``tensor`` for: it counts the reads of its last reader, so a scale that is spread over a group
+    counts as often. Where that is a copy in another order of dimensions, it counts the indices that tell elements apart: of a
+    scale not the last one, if that lies within the group, and of what is repeated for several queries all."""
     if not tensor_bytes(tensor):
         return 0
-    most, todo = size_hint(value(tensor).numel()), [tensor]
+    own = most = size_hint(value(tensor).numel())
+    todo = [tensor]
     while todo:
         for user in todo.pop().users:
             if is_view(user) or user.target in CASTS or user.target is aten.clone.default:
                 todo.append(user)
                 if user.target in (aten.view.default, aten._unsafe_view.default, aten.clone.default):
                     most = max(most, size_hint(value(user).numel()))
+    if reader is not None and reader.target is aten.clone.default and value(reader).dim():
+        last, count = size_hint(value(reader).shape[-1]), _elements(reader)
+        if most > own and most // own % last == 0:
+            most = own
+        elif count // own < last:
+            most = max(most, count)
     return most * value(tensor).element_size()
 
 

@@ -46,7 +46,9 @@ def parse(text: str, source: str) -> tuple[tuple[Plan, ...], str]:
 
 
 def region(where: str, value: Any) -> Plan:
-    """One region from plain data, `Plan.to_dict` without its version."""
+    """One region from plain data, `Plan.to_dict` without its version. Older files lack ``peak_growth``."""
+    if isinstance(value, Mapping):
+        value = {"peak_growth": None, **value}
     return Plan(**_record(_REGION)(where, value))
 
 
@@ -86,6 +88,12 @@ def _integer(minimum: int = 0, maximum: int = _LARGEST) -> Check:
         return value
 
     return check
+
+
+def _fraction(where: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+        raise _error(where, value, "a number >= 0")
+    return float(value)
 
 
 def _one_of(*allowed: str) -> Check:
@@ -237,6 +245,7 @@ _REGION: dict[str, Check] = {
     "decisions": _unique("matmul or tensor", _decision, lambda d: d.matmuls or (d.site,)),
     "modules": _pairs,
     "least_shared_bytes": _integer(),
+    "peak_growth": _optional(_fraction),
     "predicted": _optional(_predicted),
     "factored": _unique("parameter", _factored, lambda g: (g.parameter,)),
 }

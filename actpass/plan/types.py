@@ -208,8 +208,9 @@ class Plan:
     not: upstream's min-cut breaks ties otherwise with one input more. graph: fingerprint of the joint graph that the plan is
     for (`actpass.graph.identity`); no node's name means anything in another. inputs: (name, dtype and shape) of the region's
     inputs but parameters. modules: (node, module) for the nodes of ``again`` and ``keep``. least_shared_bytes: Inductor fuses
-    no loops that share fewer (its ``score_fusion_memory_threshold``), on which the peak depends. predicted: what it takes.
-    factored: the weight gradients that are never formed, in the order of the inputs that get their coefficients.
+    no loops that share fewer (its ``score_fusion_memory_threshold``), on which the peak depends. peak_growth: of a
+    graph's peak, what fusions may add (``fusion_memory_timeline_peak_memory_pct_threshold``); None: no limit is set. predicted:
+    what it takes. factored: the weight gradients that are never formed, in the order of the inputs that get their coefficients.
     """
 
     decisions: tuple[Decision, ...] = ()
@@ -223,6 +224,7 @@ class Plan:
     inputs: tuple[tuple[str, str], ...] = ()
     modules: tuple[tuple[str, str], ...] = ()
     least_shared_bytes: int = 0
+    peak_growth: float | None = None
     predicted: Predicted | None = None
     factored: tuple[Factored, ...] = ()
 
