@@ -381,6 +381,7 @@ def trained(**options: Any) -> actpass.Report:
     model, inputs = broken()
     compiled = torch.compile(model, backend=eager_actcomp(options))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    actpass.set_optimizer(optimizer)
     for _ in range(2):
         try:
             compiled(**inputs).backward()

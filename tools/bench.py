@@ -122,10 +122,10 @@ def rows_of(given: argparse.Namespace) -> list[RowSpec]:
 def budget_rows(setup: Setup, count: int) -> list[RowSpec]:
     """Rows at budgets of peak bytes, spread evenly over what can be met."""
     model = setup.copy_model()
-    optimizer = torch.optim.AdamW(model.parameters()) if setup.optimizer else None
+    without = {} if setup.optimizer else {"optimizer_state_bytes": 0}  # with one it is AdamW, as is assumed
 
     def explain(budget: int, model: torch.nn.Module = model) -> actpass.Report:
-        return actpass.explain(model, options={"memory_budget": budget}, **setup.batches[0])
+        return actpass.explain(model, options={"memory_budget": budget, **without}, **setup.batches[0])
 
     least = least_of(explain, 2)
     assert least is not None
@@ -134,17 +134,21 @@ def budget_rows(setup: Setup, count: int) -> list[RowSpec]:
     assert totals.resident_bytes is not None
     assert totals.peak_bytes_default is not None
     most = totals.resident_bytes + int(1.05 * totals.peak_bytes_default)
-    del optimizer, model
+    del model
     more = least if len(report.regions) > 1 else None  # what they need together is known when a step has shown them
     while more is not None:
         least, more = more, least_of(functools.partial(train_at, setup), more)
     budgets = [least + (most - least) * i // max(count - 1, 1) for i in range(count)]
-    return [parse_row(f"actcomp:auto,memory_budget={b}") for b in budgets]
+    return [row_within(setup, b) for b in budgets]
+
+
+def row_within(setup: Setup, budget: int) -> RowSpec:
+    return parse_row(f"actcomp:auto,memory_budget={budget}{'' if setup.optimizer else ',optimizer_state_bytes=0'}")
 
 
 def train_at(setup: Setup, budget: int) -> None:
     torch.compiler.reset()
-    row = Row.prepare(parse_row(f"actcomp:auto,memory_budget={budget}"), setup)
+    row = Row.prepare(row_within(setup, budget), setup)
     for i in range(2):
         row.step(i)
 

@@ -142,6 +142,8 @@ class Row:
     def prepare(cls, spec: RowSpec, setup: Setup) -> Row:
         model = setup.copy_model()
         optimizer = spec.optimize(model, lr=1e-5) if setup.optimizer else None
+        if optimizer is not None:
+            actpass.set_optimizer(optimizer)
         return cls(spec, setup, model, optimizer, compiled(spec, model, setup.vocab))
 
     def forward(self, index: int) -> Tensor:

@@ -6,6 +6,7 @@ The model, after torch/_inductor (scheduler.py, memory.py; torch 2.13):
   and copies are loops, inlined into each loop that reads them; such a value is in memory only if it is an output, if what is
   no loop reads it, or if it is long. What a reduction yields is in memory. A sum at indices (the gradient of an embedding) is a
   loop over its values: what they are computed from stays while the sum is allocated.
+  What a matmul adds to its product gets to memory there: loops before it compute it for themselves.
 - Loops over as many elements that read one buffer, or one another, are one kernel, unless something must run between them: its
   results are allocated together, and its inputs freed behind all of them. Sums over columns are fused with their like alone.
 - Of several orders (the graph's, least memory first, depth first) the one with the least peak runs.
@@ -286,13 +287,14 @@ class _Reading:
         stored: set[fx.Node] = set()
         read: dict[fx.Node, dict[fx.Node, None]] = {}
         loop: dict[fx.Node, set[fx.Node]] = {}  # the operators that compute it from there
+        late: dict[fx.Node, int] = {}  # where it gets to memory, if that is not where it is computed
         for node in self.nodes:
             inputs: dict[fx.Node, None] = {}
             operators = {node}
             for a in node.all_input_nodes:
                 root = storage_root(a)
                 root = self.shows.get(root, root)
-                if root in stored or root.op != "call_function":
+                if (root in stored and self.position[node] >= late.get(root, 0)) or root.op != "call_function":
                     inputs |= {root: None}
                 else:
                     inputs |= read[root]
@@ -310,9 +312,12 @@ class _Reading:
             again = (several and count > _READS_AGAIN) or (dear and (several or self._is_spread(node)))
             yields_memory = is_reduction(node) or _scatters(node) or node.target is operator.getitem
             is_value = self._is_loop(node) and not yields_memory
-            needed = node in self.outputs or any(self._reads_memory(u, node) for u in users)
-            if not is_value or needed or again or count > _READS or length > _LENGTH:
+            readers = [u for u in users if self._reads_memory(u, node)]
+            long = again or count > _READS or length > _LENGTH
+            if not is_value or node in self.outputs or readers or long:
                 stored.add(node)
+            if is_value and not long and node not in self.outputs and all(u in self.sums for u in readers):
+                late[node] = min((self.position[u] for u in readers), default=0)
         return stored, read
 
     def _is_loop(self, node: fx.Node) -> bool:
