@@ -20,6 +20,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from actpass._torch import Sizes, size_hint
 from actpass.candidates import find_candidates
+from actpass.codecs import errors
 from actpass.config import Config
 from actpass.errors import BudgetError
 from actpass.graph import Finding, Joint
@@ -184,7 +185,7 @@ class Region:
 
     def costs(self, cut: Cut, tensors: Sequence[SavedTensor]) -> Costs:
         """What forms of ``tensors``, which cross ``cut``, are weighed by."""
-        return Costs(self.step_flops, sum(t.elements for t in tensors), self._measured(cut, tensors))
+        return Costs(self.step_flops, sum(t.elements for t in tensors), errors(), self._measured(cut, tensors))
 
     def _measured(self, cut: Cut, tensors: Sequence[SavedTensor]) -> dict[str, Sensitivity]:
         """By node, what a calibration says of ``tensors``. Only how they compare: all together weigh their share of all

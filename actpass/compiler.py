@@ -43,7 +43,7 @@ from actpass.partition import Cut, Cuts, Setting, cut
 from actpass.plan import Factored, Plan, Storage, choose, choose_decoded
 from actpass.plan.spread import Level
 from actpass.report.record import Record, describe, describe_fallback
-from actpass.rewrite import Rewritten, rewrite, subspaces_of
+from actpass.rewrite import Rewritten, rewrite, spell_flips, subspaces_of
 from actpass.swap import swap
 
 
@@ -163,6 +163,7 @@ def _prepare(gm: fx.GraphModule, inputs: GraphInputs, partition_kwargs: Mapping[
     """A private copy of the joint graph without dead code and without duplicates (under autocast q, k and v each carry a
     cast of one tensor), in which the backward reads no input that the forward writes to."""
     copy, _ = copy_module(gm)
+    spell_flips(copy)
     copy.graph.eliminate_dead_code()
     copy.graph = fx_graph_cse(copy.graph)
     static = frozenset(partition_kwargs.get("static_lifetime_input_indices") or ())

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from actpass._torch import invoke_subgraph
 from actpass.budget import Choice, Limit, Search, free_choice, sizes_in, within_peak
+from actpass.codecs import errors
 from actpass.compiler import Finished, Traced, finish, read
 from actpass.config import Config
 from actpass.errors import BudgetError, GraphUnsupported
@@ -427,7 +428,7 @@ class FoldedRegion:
     # ------------------------------------------------------------------------------------------- what a search asks for
 
     def costs(self, cut: FoldedSetting, tensors: Sequence[SavedTensor]) -> Costs:
-        return Costs(self.step_flops, sum(t.elements for t in tensors))
+        return Costs(self.step_flops, sum(t.elements for t in tensors), errors())
 
     @cached_property
     def step_flops(self) -> int:

@@ -14,7 +14,6 @@ from actpass.budget import Region
 from actpass.calibrate import _Gradients, _rounded, _sample
 from actpass.explain import explain_model
 from actpass.graph.joint import module_path
-from actpass.plan.menu import ERROR
 
 from . import models
 from .helpers import Grads, eager_actcomp, step
@@ -114,8 +113,8 @@ def test_a_budget_weighs_by_it():
         return {b: sum(costs.error_of_form(t, "int8") for t in tensors if b in module_of(region, t.node)) for b in BLOCKS}
 
     one, other = errors(BLOCKS[0]), errors(BLOCKS[1])
-    assert one[BLOCKS[0]] == pytest.approx(ERROR["int8"], rel=0.3)
-    assert other[BLOCKS[1]] == pytest.approx(ERROR["int8"], rel=0.3)
+    assert one[BLOCKS[0]] == pytest.approx(errors()["int8"], rel=0.3)
+    assert other[BLOCKS[1]] == pytest.approx(errors()["int8"], rel=0.3)
     assert one[BLOCKS[1]] == one[BLOCKS[2]] == other[BLOCKS[0]] == 0.0
 
 

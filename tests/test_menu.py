@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from actpass.budget import Choice, Search
-from actpass.codecs import QUANTIZERS
+from actpass.codecs import QUANTIZERS, errors
 from actpass.config import Treatment
 from actpass.partition import Setting
 from actpass.plan import SavedTensor
 from actpass.plan.calibration import Sensitivity
 from actpass.plan.knapsack import solve
-from actpass.plan.menu import AGAIN, ERROR, WIDTHS, Costs, bytes_in, menus
+from actpass.plan.menu import AGAIN, WIDTHS, Costs, bytes_in, menus
 from actpass.swap import layout_of
 
 T, N = 64, 32
@@ -44,7 +44,7 @@ def stored(t: SavedTensor, codec: str, group: int | None) -> int:
 
 
 def menus_of(tensors: list[SavedTensor], *, again: bool = True, treatment: Treatment | None = None, step_flops: int = 10**9):
-    costs = Costs(step_flops, sum(t.elements for t in tensors))
+    costs = Costs(step_flops, sum(t.elements for t in tensors), errors())
     return menus(tensors, lambda _: treatment or Treatment(), stored, costs, again=again)
 
 
@@ -61,7 +61,7 @@ def search_of(tensors: list[SavedTensor], *, step_flops: int, inputs: int = 0) -
         cut=crossing,
         tensors=lambda cut: cut,
         sizes=lambda _: stored,
-        costs=lambda cut, found: Costs(step_flops, sum(t.elements for t in found)),
+        costs=lambda cut, found: Costs(step_flops, sum(t.elements for t in found), errors()),
     )
     free = Setting(rebuild=True)
     return Search(region, Choice(free, crossing(free), None))  # type: ignore[arg-type]
@@ -74,7 +74,7 @@ def attention() -> list[SavedTensor]:
     return [q, k, v, tensor("out", kinds=("linear",), attention="flash", role="output", again=ATTENTION)]
 
 
-@pytest.mark.parametrize("codec", [c for c in ERROR if c in QUANTIZERS])
+@pytest.mark.parametrize("codec", QUANTIZERS)
 def test_the_errors_are_those_of_a_gaussian_tensor(codec: str):
     x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
     layout = layout_of(x, codec, None)
@@ -82,7 +82,7 @@ def test_the_errors_are_those_of_a_gaussian_tensor(codec: str):
     payload, scale = QUANTIZERS[codec].encode(x, layout.groups, None)
     y = QUANTIZERS[codec].decode(payload, scale, layout.groups, x.shape, x.dtype)
     error = float((y - x).square().sum() / x.square().sum())
-    assert ERROR[codec] / 2 < error < ERROR[codec] * 2
+    assert QUANTIZERS[codec].error / 2 < error < QUANTIZERS[codec].error * 2
 
 
 def test_more_bytes_never_cost_more():
@@ -114,7 +114,7 @@ def test_what_feeds_an_attention_is_run_again_only_with_it():
 
 def test_queries_and_keys_may_take_16_bits_where_attention_is_run_again():
     stored_once = [replace(t, again=()) if t.role == "score" else t for t in attention()]
-    costs = Costs(10**9, 5 * T * N)
+    costs = Costs(10**9, 5 * T * N, errors())
     (menu,) = menus(stored_once, lambda _: Treatment(), stored, costs, again=True, coarsest="int16")
     assert not any({"int8", "int4"} & set(forms) for forms in menu.forms), menu.forms
     assert any(
@@ -139,7 +139,9 @@ def test_a_form_that_was_asked_for_is_the_only_one():
 def test_a_tensor_that_weighs_more_in_the_gradient_keeps_more_bits():
     """Of two alike, at half of their bytes."""
     tensors = [tensor("a", again=()), tensor("b", again=())]
-    costs = Costs(10**12, 2 * T * N, {name: Sensitivity("", name, (), factor) for name, factor in (("a", 0.9), ("b", 1e-4))})
+    costs = Costs(
+        10**12, 2 * T * N, errors(), {name: Sensitivity("", name, (), factor) for name, factor in (("a", 0.9), ("b", 1e-4))}
+    )
     found = menus(tensors, lambda _: Treatment(), stored, costs, again=False)
     solution = solve([m.options for m in found], stored(tensors[0], "int8", None) + stored(tensors[1], "int4", None))
     assert solution is not None

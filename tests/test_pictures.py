@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import actpass
+from actpass.codecs import errors
 from actpass.measure import measure
 from actpass.plan.curve import POINTS, Curve, step_curve, thin
 from actpass.plan.footprint import Footprint, step_peak
-from actpass.plan.menu import CANCELLING, ERROR, SHARE_IN_A_CONTRACTION
+from actpass.plan.menu import CANCELLING, SHARE_IN_A_CONTRACTION
 from actpass.plan.tradeoff import Point, Tradeoff, add_up
 from actpass.report import Record, Report
 
@@ -328,7 +329,7 @@ def test_error_of_a_plan_is_the_sum_of_its_forms():
     found = [(kinds[s["root"]], s["codec"]) for s in storages]
     assert found.count(("attention", "int8")) == 2
     more = [SHARE_IN_A_CONTRACTION if codec == "int4" else factors.get((kind, codec), 1.0) for kind, codec in found]
-    weights = [ERROR[s["codec"]] * factor * s["nbytes"] for s, factor in zip(storages, more, strict=True)]
+    weights = [errors()[s["codec"]] * factor * s["nbytes"] for s, factor in zip(storages, more, strict=True)]
     assert region.tradeoff.chosen.error == pytest.approx(sum(weights) / sum(s["nbytes"] for s in storages))
 
 

@@ -32,11 +32,11 @@ import actpass
 from actpass._torch import functorch_config
 from actpass.audit import audit_model, loss_of
 from actpass.backend import compile_region
+from actpass.codecs import errors as errors_of_forms
 from actpass.config import parse
 from actpass.graph.joint import fold_indices
 from actpass.interpret import interpret
 from actpass.modelplan import ModelPlan
-from actpass.plan.menu import ERROR
 from actpass.runtime.clock import CLOCK
 
 PREDICTORS = ("share", "cosine", "sign", "calibrated")
@@ -90,7 +90,7 @@ def measure(given: argparse.Namespace) -> list[dict[str, Any]]:
         rows.append(
             {
                 "group": name, "tensors": len(nodes), "gap": statistics.fmean(gaps), "gaps": gaps,
-                "share": sum(elements[n] for n in nodes) / sum(elements[n] for n in factor) * ERROR[given.form],
+                "share": sum(elements[n] for n in nodes) / sum(elements[n] for n in factor) * errors_of_forms()[given.form],
                 "cosine": compared["cosine"], "sign": compared["sign"],
                 "calibrated": sum(error_in(factor[n][0], given.form) * factor[n][1] for n in nodes),
             }
@@ -101,7 +101,7 @@ def measure(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 def error_in(errors: Mapping[str, float], form: str) -> float:
     """Squared relative error of a tensor; of a form that was not measured, from that in 4 bits."""
-    return errors[form] if form in errors else errors["int4"] * ERROR[form] / ERROR["int4"]
+    return errors[form] if form in errors else errors["int4"] * errors_of_forms()[form] / errors_of_forms()["int4"]
 
 
 def warmed(given: argparse.Namespace, text: Text) -> Callable[[], Any]:

@@ -2,7 +2,7 @@
 
 A codec is traced with ``make_fx`` and spliced into the joint graph; nobody writes FX for one. A new seeded projection is
 one file with a `SeededProjection` and one entry in `PROJECTIONS`, a new learned one a `LearnedProjection` in `LEARNED`, a new
-low-bit form a `Quantizer` and one entry in `QUANTIZERS`.
+low-bit form a `Quantizer` and one entry in `QUANTIZERS`; what a budget or a plan must know of a form is in its class.
 """
 
 from __future__ import annotations
@@ -37,9 +37,15 @@ QUANTIZERS: dict[str, Quantizer] = {
 }
 """Low-bit forms by the name that ``options={"method": ...}`` takes."""
 
+
+def errors() -> dict[str, float]:
+    """Low-bit form -> squared relative error of a Gaussian tensor, rounded to nearest."""
+    return {name: quantizer.error for name, quantizer in QUANTIZERS.items()}
+
+
 ALL_PROJECTIONS: dict[str, SeededProjection | LearnedProjection] = {**PROJECTIONS, **LEARNED}
 
 __all__ = [
     "ALL_PROJECTIONS", "LEARNED", "PROJECTIONS", "QUANTIZERS", "Groups", "LearnedProjection", "Quantizer", "SeededProjection",
-    "contract", "decode", "encode",
+    "contract", "decode", "encode", "errors",
 ]  # fmt: skip

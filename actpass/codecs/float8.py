@@ -31,6 +31,10 @@ class Float8(Quantizer):
         return self.label
 
     @property
+    def error(self) -> float:
+        return {torch.float8_e4m3fn: 8e-4, torch.float8_e5m2: 3e-3}[self.dtype]
+
+    @property
     def largest(self) -> float:
         return torch.finfo(self.dtype).max
 

@@ -8,6 +8,10 @@ import torch
 
 from actpass.codecs.quantizer import Quantizer
 
+_ERROR = {16: 8e-10, 8: 4.4e-5, 4: 1.1e-2, 2: 0.2}
+_LARGEST = 2.7
+"""Of 32 to 64 Gaussian numbers, in standard deviations."""
+
 
 @dataclass(frozen=True)
 class Integer(Quantizer):
@@ -25,6 +29,12 @@ class Integer(Quantizer):
     @property
     def name(self) -> str:
         return f"int{self.bits}"
+
+    @property
+    def error(self) -> float:
+        if self.bits in _ERROR:
+            return _ERROR[self.bits]
+        return (2 * _LARGEST / (self.levels - 1)) ** 2 / 12
 
     @property
     def largest(self) -> float:

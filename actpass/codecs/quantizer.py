@@ -46,6 +46,12 @@ class Quantizer(ABC):
     def name(self) -> str: ...
 
     @property
+    @abstractmethod
+    def error(self) -> float:
+        """Squared relative error of a Gaussian tensor, rounded to nearest, by which a budget weighs the form (tests measure it
+        to a factor of two)."""
+
+    @property
     def pieces(self) -> int:
         """K, codes in a byte."""
         return max(1, 8 // self.bits)

@@ -23,8 +23,6 @@ UNIT = 10**9
 FLOPS_PER_BYTE = 50
 """A byte that is read or written to encode or decode, in FLOPs of a matmul: 30 on two cores of a CPU in fp32 (llama-60m,
 1.2 GB more traffic for 5 % of a step of 0.72 TFLOP), 160 by the data sheet of an H100 in bf16."""
-ERROR = {KEEP: 0.0, "int16": 8e-10, "int8": 4.4e-5, "int4": 1.1e-2, "int2": 0.2, "fp8": 8e-4, "fp8_e5m2": 3e-3}
-"""Squared relative error of a Gaussian tensor in each form, rounded to nearest (tests/test_menu.py measures them)."""
 NOISE_PER_STEP = 14.0
 """Step's worth of progress that is lost for squared relative noise of one in all gradients at once. Everything in 4 bits cost
 0.3 % of llama-mini's loss after 1000 steps, as much as 2 % of the steps; here it counts as 15 %, because a user who gives
@@ -44,12 +42,14 @@ _BYTES_OF_A_FACTOR = {"int16": 2.1, "int8": 1.1, "int4": 1.1}
 
 @dataclass(frozen=True)
 class Costs:
-    """step_flops: of one step. elements: of all tensors that are stored. measured: by tensor, its errors and what they do to
-    the gradients; where it was not measured, its errors are those of a Gaussian tensor, and the squared relative error of
-    the gradients for that of the tensor is its share of ``elements``, times `SHARE_IN_A_CONTRACTION` or `CANCELLING`."""
+    """step_flops: of one step. elements: of all tensors that are stored. errors: by codec, the squared relative error of a
+    Gaussian tensor. measured: by tensor, its errors and what they do to the gradients; where it was not measured, its errors
+    are those of a Gaussian tensor, and the squared relative error of the gradients for that of the tensor is its share of
+    ``elements``, times `SHARE_IN_A_CONTRACTION` or `CANCELLING`."""
 
     step_flops: int
     elements: int
+    errors: Mapping[str, float]
     measured: Mapping[str, Sensitivity] = field(default_factory=dict)
 
     def of_time(self, flops: float) -> int:
@@ -69,10 +69,10 @@ class Costs:
             return 0.0
         known = self.measured.get(t.node)
         if known is not None and SCORE_AGAIN not in t.kinds:  # measured with the statistic of the exact scores
-            return dict(known.errors).get(codec, ERROR[codec]) * known.factor
+            return dict(known.errors).get(codec, self.errors[codec]) * known.factor
         share = SHARE_IN_A_CONTRACTION if t.kinds == ("contraction",) else 1.0
         share *= CANCELLING if t.role in ("value", "output") else 1.0
-        return ERROR[codec] * share * t.elements / max(self.elements, 1)
+        return self.errors[codec] * share * t.elements / max(self.elements, 1)
 
 
 @dataclass(frozen=True, slots=True)
