@@ -104,7 +104,8 @@ def test_a_region_is_what_it_is_without_the_mark(called: Callable[..., torch.Ten
     report = actpass.report(marked)
     assert torch.equal(loss, want_loss)
     assert_equal(grads, want)
-    assert report.active and rows(marked) == want_rows, "each layer's tensors are its own"
+    assert report.active
+    assert rows(marked) == want_rows, "each layer's tensors are its own"
     assert report.totals.saved_bytes == want_totals.saved_bytes
     assert report.totals.saved_bytes_default == want_totals.saved_bytes_default
     assert any("nested_compile_region" in note for region in report.regions for note in region.notes)
@@ -114,7 +115,8 @@ def test_an_override_names_one_layer_of_a_region():
     model, inputs = made()
     run(model, inputs, method="int8", overrides={"blocks.1": "keep"})
     coded = {s["module"] for region in actpass.report(model).regions for s in region.plan["storages"] if s["codec"] != "keep"}
-    assert any(m.startswith("blocks.0") for m in coded) and not any(m.startswith("blocks.1") for m in coded), coded
+    assert any(m.startswith("blocks.0") for m in coded), coded
+    assert not any(m.startswith("blocks.1") for m in coded), coded
 
 
 def test_regions_of_symbolic_shapes():
@@ -178,23 +180,23 @@ def test_what_a_called_graph_returns_is_not_overwritten(alias: str):
 
     def called(h: torch.Tensor) -> tuple[torch.Tensor, ...]:
         made = h @ h
-        return (made.exp(), h.view(-1)) if alias == "of an argument" else (made.exp(), made, made.view(-1))
+        return (made, h.view(-1)) if alias == "of an argument" else (made, made.view(-1))
 
     graph, inserted = fx.Graph(), set[fx.Node]()
     x = graph.placeholder("x")
     with FakeTensorMode() as mode:
         x.meta["val"] = mode.from_tensor(torch.empty(64, 64))
-    gm = fx.GraphModule(nn.Module(), graph)
     h = splice(graph, torch.sin, [x], after=x, like=x, inserted=inserted)
+    graph.output(h)
+    gm = fx.GraphModule(nn.Module(), graph)
     results = call(gm, called, [h], after=h, like=h, inserted=inserted, traces={}, key="called")
 
-    def later(first: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
-        for other in others[:-1]:
-            first = first + other @ other
-        return torch.tanh(first) @ first + first
+    def later(read: torch.Tensor) -> torch.Tensor:
+        read = read @ read
+        return torch.tanh(read) @ read + read
 
-    last = splice(graph, later, results[:-1] if len(results) > 2 else results[:1], after=results[-1], like=h, inserted=inserted)
-    graph.output((last, results[-1]))
+    last = splice(graph, later, results[:1], after=results[-1], like=h, inserted=inserted)
+    graph.output_node().args = ((last, results[-1]),)
     gm.recompile()
     value = torch.randn(64, 64) / 8
     with torch.no_grad():
@@ -221,7 +223,7 @@ def test_codes_and_pieces_of_the_loss_are_the_same_bits_without_buffer_reuse():
     """tools/check_buffer_reuse.py does so for all forms and random models."""
     results, codes = [], []
     draw = torch.Generator().manual_seed(1)
-    x, y = (torch.randint(0, 500, (4, 75), generator=draw) for _ in range(2))
+    x, y = (torch.randperm(500, generator=draw)[:300].view(4, 75) for _ in range(2))  # once each: no sum in any order
     for reuse in (True, False):
         torch.compiler.reset()
         torch.manual_seed(0)
