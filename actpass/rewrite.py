@@ -321,12 +321,15 @@ def call(
     key: Hashable,
 ) -> tuple[fx.Node, ...]:
     """As `splice`, for a ``function`` that returns a tuple, but it stays a graph of its own that is called: Inductor makes
-    its code once for all calls of a ``key``, and fuses it with nothing around it."""
+    its code once for all calls of a ``key``, and fuses it with nothing around it.
+
+    What it returns lies in memory of its own: behind its last reader Inductor takes the memory of an argument, or of a result,
+    for something else, though another result may be a view of it (torch 2.13 to 2.15)."""
     position = max((after, *arguments))
     provenance = _provenance(like)
     sizes = _sizes(module.graph, arguments, inserted)
     with _mode(arguments), torch.no_grad():
-        traced = _trace(lambda *given: function(*given[: len(arguments)]), [*arguments, *sizes], traces, key)
+        traced = _trace(lambda *given: _apart(function(*given[: len(arguments)]), given), [*arguments, *sizes], traces, key)
         (returned,) = traced.graph.find_nodes(op="output")
         values = [_fresh(value(n)) for n in returned.args[0]]
     name = _submodule(module, traced)
@@ -344,6 +347,20 @@ def call(
     results = tuple(insert("call_function", operator.getitem, (whole, i), v) for i, v in enumerate(values))
     inserted.update(made)
     return results
+
+
+def _apart(results: Sequence[torch.Tensor], given: Sequence[Any]) -> tuple[torch.Tensor, ...]:
+    """``results``, those copied that share memory with ``given`` or with each other."""
+    taken = {_memory(g) for g in given if isinstance(g, torch.Tensor)}
+    apart: list[torch.Tensor] = []
+    for result in results:
+        apart.append(result.clone() if _memory(result) in taken else result)
+        taken.add(_memory(result))
+    return tuple(apart)
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def _sizes(graph: fx.Graph, arguments: Sequence[fx.Node], inserted: set[fx.Node]) -> list[fx.Node]:
