@@ -21,11 +21,11 @@ from actpass._torch import (
     TESTED_TORCH,
     ConstantSource,
     CustomPartitionerFn,
+    RestartAnalysis,
     compile_fx,
     current_code,
     current_frame,
     detect_fake_mode,
-    dynamo,
     fake_input,
     functorch_config,
     fusion_gate,
@@ -147,7 +147,7 @@ def compile_region(
     except Exception as error:
         if isinstance(error, ActpassError) and not isinstance(error, InternalError):
             raise
-        if config.fallback == "warn" and not isinstance(error, dynamo.exc.RestartAnalysis):
+        if config.fallback == "warn" and not isinstance(error, RestartAnalysis):
             return _without_the_pass(gm, example_inputs, config, error, **compiler_options)
         if isinstance(error, InternalError) or went_through_inductor(error):
             raise

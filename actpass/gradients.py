@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -82,6 +82,16 @@ class _Held:
     is_zero: bool = False
 
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _not_compiled(function: F) -> F:
+    """``function`` as Python runs it. Where it is called inside a compiled frame, Dynamo would compile what it calls, with
+    symbolic widths, which overflow in the seed's arithmetic."""
+    disabled: Any = torch.compiler.disable(function)
+    return disabled
+
+
 class LowRankGradient(torch.Tensor):
     """The gradient of a parameter of ``shape``, in factors.
 
@@ -119,7 +129,7 @@ class LowRankGradient(torch.Tensor):
         """Whether it still is in its factors: an operator that had to write to all of it has made it dense."""
         return self.held.dense is None
 
-    @torch.compiler.disable
+    @_not_compiled
     def dense(self) -> torch.Tensor:
         """An ordinary tensor of the same numbers."""
         if self.held.dense is not None:
@@ -203,7 +213,7 @@ class LowRankGradient(torch.Tensor):
         return _rebuilt, (self.coefficients, b.method, b.width, b.rank, b.key, b.draw, b.unbiased, b.state, self.left)
 
     @classmethod
-    @torch.compiler.disable  # Dynamo would compile what runs here for itself, once for each shape, or with symbolic widths
+    @_not_compiled
     def __torch_dispatch__(  # pyright: ignore[reportIncompatibleMethodOverride]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
