@@ -19,6 +19,7 @@ In memory: one piece of logits and of its gradient, and dW one backward earlier 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,8 @@ _RESHAPES = (
     aten.squeeze.dims,
 )
 _ALONG_ROW = (aten.gather.default, aten.scatter.value, aten.scatter.src, aten.scatter_add.default)
+_BEST = {aten.argmax.default: 1, aten.argmin.default: 1, aten.max.dim: 1, aten.min.dim: 1, aten.topk.default: 2}
+"""What picks the best of a row, and which argument is the axis."""
 _PRODUCTS = (aten.mul.Tensor, aten.mul.Scalar, aten.mm.default, aten.bmm.default)
 _MOVES = (aten.neg.default, aten.sum.default, aten.sum.dim_IntList, aten.clone.default, aten.div.Scalar, aten.gather.default)
 
@@ -131,6 +134,7 @@ class _Region:
         below = _reach(self.wide, lambda n: n.users)
         above = _reach(self.wide, lambda n: n.all_input_nodes)
         inside = self.wide | (below & above) | {u for n in self.wide for u in n.users}
+        inside |= {u for n in inside if n.target in _BEST for u in n.users if u.target is operator.getitem}
         self.below = below
         self.inside = [n for n in self.gm.graph.nodes if n in inside]
         self.tangent, self.tangible = self._tangent()
@@ -232,6 +236,10 @@ class _Region:
         known = not any(v is None for v in env.values())
         if node in self.sums:
             return self._run_sum(node, env, known)
+        if target in _BEST:
+            return self._run_best(node, env, known)
+        if target is operator.getitem:
+            return env[given[0]][given[1]] if known else None
         lead, trail = self._lead(node), self._trail(node)
         if target in (aten.mm.default, aten.addmm.default):
             *bias, left, right = given
@@ -273,6 +281,16 @@ class _Region:
         assert left is not None
         a, b = self._rows_of(left, env), self._rows_of(right, env)
         return torch.mm(a.t(), b) if a is not None and b is not None else None
+
+    def _run_best(self, node: fx.Node, env: dict[fx.Node, Any], known: bool) -> Any:
+        source, target, at = node.args[0], node.target, _BEST[node.target]
+        assert isinstance(source, fx.Node)
+        axis: Any = node.args[at] if len(node.args) > at else None if at == 1 else -1
+        if axis is None or axis % value(source).dim() < self._lead(source):
+            raise GraphUnsupported(f"{node.name} looks for the best among other rows")
+        x = self._rows_of(source, env)
+        axis = axis % value(source).dim() - self._lead(source) + 1
+        return target(x, *node.args[1:at], axis, *node.args[at + 1 :]) if known and x is not None else None
 
     # ---------------------------------------------------------------------------------------------------------- pieces
 

@@ -9,9 +9,9 @@ logits (head, bias, casts, soft cap, scale). To everything else it is the tensor
     outputs.logits[:, -1] = 0               # read, and written to
     (loss + f(outputs.logits)).backward()   # f's gradient enters the model's backward through the hidden state
 
-Memory: one hidden state while it is not read, the logits from then on. What reads it to differentiate does not keep it: autograd
-keeps what it needs, and the backward is where memory is short; another read runs the head again. Time: the head at each such
-read, and its backward.
+Memory: one hidden state while it is not read, the logits from then on. What reads it to differentiate does not keep it: the
+backward is where memory is short, and autograd keeps what it needs; another read runs the head again. Time: the head at each
+such read, and its backward.
 
 The way's weights are those of the call. An optimizer that steps before the logits are read changes them: each one that still
 waits then copies the weights of its way, or is computed where that takes fewer bytes. Any other change in place (loading a

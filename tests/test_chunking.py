@@ -82,6 +82,23 @@ def test_loss_and_gradients_are_those_of_the_whole(name: str):
     compare(Head(LOSSES[name]), 300 * EPS)  # sums of 300 rows in another order
 
 
+def test_the_accuracy_is_formed_in_pieces_too():
+    class Counts(Head):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> Any:
+            logits = self.head(torch.tanh(self.hidden(self.embed(x))))
+            known = logits.detach()
+            right = (logits.argmax(-1) == y).sum(), (known.topk(5).indices == y[..., None]).any(-1).sum()
+            return flat(logits, y), *right, known.argmax(-1), *known.max(-1)
+
+    torch.manual_seed(0)
+    model = Counts(flat)
+    _, *want = model(**inputs())
+    loss, *found = torch.compile(model, backend=eager_actcomp({"method": "exact"}))(**inputs())
+    assert "pieces" in notes(model), notes(model)
+    loss.backward()
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
 @pytest.mark.parametrize(("tied", "bias"), [(True, False), (False, False), (True, True)])
 def test_tied_weights_and_biases(tied: bool, bias: bool):
     torch.manual_seed(0)

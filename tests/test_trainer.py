@@ -196,3 +196,42 @@ def test_without_transformers_the_import_says_what_to_install(monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"needs Hugging Face transformers.*pip install transformers"):
         importlib.import_module("actpass.integrations.transformers")
+
+
+# ------------------------------------------------------------------------------------------------------------ returned logits
+
+
+def accuracy(prediction: Any) -> dict[str, float]:
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_trainer_reads_no_logits_while_it_trains_and_all_while_it_evaluates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bf16: bool
+) -> None:
+    """Under bf16 accelerate casts what the model returns to float32: a cast is not a read."""
+    from transformers import Trainer, TrainingArguments
+
+    from actpass import deferred
+
+    read: list[Any] = []
+    compute = deferred._Logits.compute
+    monkeypatch.setattr(deferred._Logits, "compute", lambda self: read.append(self) or compute(self))
+    args = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, report_to=[], use_cpu=True, save_strategy="no",
+        disable_tqdm=True, logging_steps=1, bf16=bf16,
+    )  # fmt: skip
+    found: dict[bool, list[float]] = {}
+    for defer in (True, False):
+        torch.compiler.reset()
+        model, _ = models.llama(layers=1)
+        model.compile(backend="actcomp", options={"method": "exact", "defer_logits": defer, "chunk_loss": 16})
+        trainer = Trainer(model, args, train_dataset=Tokens(), eval_dataset=Tokens(), compute_metrics=accuracy)
+        trainer.train()
+        notes = " ".join(note for region in actpass.report(model).regions for note in region.notes)
+        assert ("returned deferred" in notes) == defer, notes
+        evaluated = trainer.evaluate()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        found[defer] = [*losses, evaluated["eval_loss"], evaluated["eval_accuracy"]]
+    assert not read
+    assert found[True] == pytest.approx(found[False], rel=2**-8 if bf16 else LOSS)

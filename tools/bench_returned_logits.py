@@ -96,9 +96,8 @@ def main() -> None:
     config = build_config(workload_named(given.workload), given.seq)
     batch = make_batch(config, "causal-lm", (given.batch, given.seq), "cpu", seed=1)
     print(f"{given.workload}, {given.batch} x {given.seq}, {given.method}, torch {torch.__version__}")
-    print(
-        "| row | peak | to Inductor's | predicted / measured | s a step | loss | bit-equal |\n|---|---:|---:|---:|---:|---:|---|"
-    )
+    print("| row | peak | to the first | predicted / measured | s a step | loss | bit-equal |")
+    print("|---|---:|---:|---:|---:|---:|---|", flush=True)
     first: Step | None = None
     alone: Step | None = None
     for row in given.rows:
