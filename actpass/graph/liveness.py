@@ -4,7 +4,7 @@ The model, after torch/_inductor (scheduler.py, memory.py; torch 2.13):
 
 - Matmuls, fused attention and whatever has no loop form are kernels of their own and read from memory. Pointwise operators
   and copies are loops, inlined into each loop that reads them; such a value is in memory only if it is an output, if what is
-  no loop reads it, or if it is long. What a reduction yields is in memory. A sum at indices (the gradient of an embedding) is a
+  no loop reads it, or if it is long; what reads it before that computes it for itself. What a reduction yields is in memory. A sum at indices (the gradient of an embedding) is a
   loop over its values: what they are computed from stays while the sum is allocated.
 - Loops over as many elements that read one buffer, or one another, are one kernel, unless something must run between them: its
   results are allocated together, and its inputs freed behind all of them. Sums over columns are fused with their like alone.
@@ -280,10 +280,10 @@ class _Reading:
         by_element = {n: {} if _scatters(n) else read for n, read in self.inlined.items()}
         self.program = Program(kernels, self.bytes, self.believed, self.freed, self.outputs, by_element)
 
-    def _inline(self) -> tuple[set[fx.Node], dict[fx.Node, dict[fx.Node, None]]]:
-        """The nodes whose values are in memory; and for every node what its value is computed from in memory (an ordered
-        set)."""
-        stored: set[fx.Node] = set()
+    def _inline(self) -> tuple[dict[fx.Node, int], dict[fx.Node, dict[fx.Node, None]]]:
+        """The nodes whose values are in memory -> the position from which on; and for every node what its value is computed from
+        in memory (an ordered set)."""
+        stored: dict[fx.Node, int] = {}
         read: dict[fx.Node, dict[fx.Node, None]] = {}
         loop: dict[fx.Node, set[fx.Node]] = {}  # the operators that compute it from there
         for node in self.nodes:
@@ -292,7 +292,7 @@ class _Reading:
             for a in node.all_input_nodes:
                 root = storage_root(a)
                 root = self.shows.get(root, root)
-                if root in stored or root.op != "call_function":
+                if stored.get(root, len(self.nodes)) <= self.position[node] or root.op != "call_function":
                     inputs |= {root: None}
                 else:
                     inputs |= read[root]
@@ -311,9 +311,22 @@ class _Reading:
             yields_memory = is_reduction(node) or _scatters(node) or node.target is operator.getitem
             is_value = self._is_loop(node) and not yields_memory
             needed = node in self.outputs or any(self._reads_memory(u, node) for u in users)
-            if not is_value or needed or again or count > _READS or length > _LENGTH:
-                stored.add(node)
+            at_once = again or count > _READS or length > _LENGTH
+            if not is_value or at_once or (needed and self._is_stored_at_once(node, read)):
+                stored[node] = self.position[node]
+            elif needed:
+                stored[node] = min(self.position[u] for u in users if self._reads_memory(u, node))
         return stored, read
+
+    def _is_stored_at_once(self, node: fx.Node, read: Mapping[fx.Node, Mapping[fx.Node, None]]) -> bool:
+        """Whether a value that is needed in memory is there before what needs it is reached; what reads it until then computes
+        it for itself."""
+        if len(node.users) < 2:
+            return False
+        reads = sum(_elements(r) > 1 for r in read[node])
+        return any(u.op == "output" or u.target is aten.mm.default for u in node.users) or (
+            reads > 1 and any(not is_view(u) and self._reads_memory(u, node) for u in node.users)
+        )
 
     def _is_loop(self, node: fx.Node) -> bool:
         return _is_loop(node) and node not in self.sums
@@ -336,14 +349,12 @@ class _Reading:
 
     def _kernels(self) -> list[Kernel]:
         kernels: dict[fx.Node, Kernel] = {}
-        for node in self.nodes:
-            if node not in self.stored:
-                continue
+        for node in sorted(self.stored, key=lambda n: (self.stored[n], self.position[n])):
             owner = node
             while owner.target is operator.getitem:
                 owner = owner.all_input_nodes[0]
             if owner not in kernels:
-                kernels[owner] = Kernel(owner, self.position[owner], self._loops(owner), self._scratch(owner))
+                kernels[owner] = Kernel(owner, self.stored[owner], self._loops(owner), self._scratch(owner))
                 kernels[owner].reads = [r for r in self.inlined[owner] if isinstance(r.meta.get("val"), torch.Tensor)]
             if self.bytes[node]:
                 kernels[owner].writes.append(node)
