@@ -1,13 +1,14 @@
 """Live bytes while a partitioned graph runs, as Inductor will run it: what is fused, in which order, what is overwritten.
 
-The model, after torch/_inductor (scheduler.py, memory.py; torch 2.13):
+The model, after torch/_inductor (scheduler.py, memory.py, graph.py; torch 2.13 and 2.15):
 
 - Matmuls, fused attention and whatever has no loop form are kernels of their own and read from memory. Pointwise operators
   and copies are loops, inlined into each loop that reads them; such a value is in memory only if it is an output, if what is
-  no loop reads it, or if it is long; what reads it before that computes it for itself. What a reduction yields is in memory. A sum at indices (the gradient of an embedding) is a
-  loop over its values: what they are computed from stays while the sum is allocated.
-- Loops over as many elements that read one buffer, or one another, are one kernel, unless something must run between them: its
-  results are allocated together, and its inputs freed behind all of them. Sums over columns are fused with their like alone.
+  no loop reads it (then from there on: loops before compute it for themselves), or if it is long. What a reduction yields is
+  in memory. A sum at indices (the gradient of an embedding) is a loop over its values: what they are computed from stays while
+  the sum is allocated.
+- Some loops are one kernel (`actpass.graph.fusion`): its results are allocated together, and its inputs freed behind all of
+  them. On a CPU so are all loops between two kernels that are none: one C++ function.
 - Of several orders (the graph's, least memory first, depth first) the one with the least peak runs.
 - A result takes over the memory of an input of the same size whose last and only reader it is. Memory that is free again
   stays allocated for a later result of its size, as long as what Inductor takes for the peak (which knows of no memory that is
@@ -281,8 +282,8 @@ class _Reading:
         self.program = Program(kernels, self.bytes, self.believed, self.freed, self.outputs, by_element)
 
     def _inline(self) -> tuple[dict[fx.Node, int], dict[fx.Node, dict[fx.Node, None]]]:
-        """The nodes whose values are in memory -> the position from which on; and for every node what its value is computed from
-        in memory (an ordered set)."""
+        """The nodes whose values are in memory -> the position from which on; and for every node what its value is computed
+        from in memory (an ordered set)."""
         stored: dict[fx.Node, int] = {}
         read: dict[fx.Node, dict[fx.Node, None]] = {}
         loop: dict[fx.Node, set[fx.Node]] = {}  # the operators that compute it from there
