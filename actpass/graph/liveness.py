@@ -1,14 +1,14 @@
 """Live bytes while a partitioned graph runs, as Inductor will run it: what is fused, in which order, what is overwritten.
 
-The model, after torch/_inductor (scheduler.py, memory.py; torch 2.13):
+The model, after torch/_inductor (scheduler.py, memory.py, graph.py; torch 2.13 and 2.15):
 
 - Matmuls, fused attention and whatever has no loop form are kernels of their own and read from memory. Pointwise operators
   and copies are loops, inlined into each loop that reads them; such a value is in memory only if it is an output, if what is
-  no loop reads it, or if it is long. What a reduction yields is in memory. A sum at indices (the gradient of an embedding) is a
-  loop over its values: what they are computed from stays while the sum is allocated.
-  What a matmul adds to its product gets to memory there: loops before it compute it for themselves.
-- Loops over as many elements that read one buffer, or one another, are one kernel, unless something must run between them: its
-  results are allocated together, and its inputs freed behind all of them. Sums over columns are fused with their like alone.
+  no loop reads it (then from there on: loops before compute it for themselves), or if it is long. What a reduction yields is
+  in memory. A sum at indices (the gradient of an embedding) is a loop over its values: what they are computed from stays while
+  the sum is allocated.
+- Some loops are one kernel (`actpass.graph.fusion`): its results are allocated together, and its inputs freed behind all of
+  them. On a CPU so are all loops between two kernels that are none: one C++ function.
 - Of several orders (the graph's, least memory first, depth first) the one with the least peak runs.
 - A result takes over the memory of an input of the same size whose last and only reader it is. Memory that is free again
   stays allocated for a later result of its size, as long as what Inductor takes for the peak (which knows of no memory that is
@@ -281,20 +281,19 @@ class _Reading:
         by_element = {n: {} if _scatters(n) else read for n, read in self.inlined.items()}
         self.program = Program(kernels, self.bytes, self.believed, self.freed, self.outputs, by_element)
 
-    def _inline(self) -> tuple[set[fx.Node], dict[fx.Node, dict[fx.Node, None]]]:
-        """The nodes whose values are in memory; and for every node what its value is computed from in memory (an ordered
-        set)."""
-        stored: set[fx.Node] = set()
+    def _inline(self) -> tuple[dict[fx.Node, int], dict[fx.Node, dict[fx.Node, None]]]:
+        """The nodes whose values are in memory -> the position from which on; and for every node what its value is computed
+        from in memory (an ordered set)."""
+        stored: dict[fx.Node, int] = {}
         read: dict[fx.Node, dict[fx.Node, None]] = {}
         loop: dict[fx.Node, set[fx.Node]] = {}  # the operators that compute it from there
-        late: dict[fx.Node, int] = {}  # where it gets to memory, if that is not where it is computed
         for node in self.nodes:
             inputs: dict[fx.Node, None] = {}
             operators = {node}
             for a in node.all_input_nodes:
                 root = storage_root(a)
                 root = self.shows.get(root, root)
-                if (root in stored and self.position[node] >= late.get(root, 0)) or root.op != "call_function":
+                if stored.get(root, len(self.nodes)) <= self.position[node] or root.op != "call_function":
                     inputs |= {root: None}
                 else:
                     inputs |= read[root]
@@ -312,13 +311,23 @@ class _Reading:
             again = (several and count > _READS_AGAIN) or (dear and (several or self._is_spread(node)))
             yields_memory = is_reduction(node) or _scatters(node) or node.target is operator.getitem
             is_value = self._is_loop(node) and not yields_memory
-            readers = [u for u in users if self._reads_memory(u, node)]
-            long = again or count > _READS or length > _LENGTH
-            if not is_value or node in self.outputs or readers or long:
-                stored.add(node)
-            if is_value and not long and node not in self.outputs and all(u in self.sums for u in readers):
-                late[node] = min((self.position[u] for u in readers), default=0)
+            needed = node in self.outputs or any(self._reads_memory(u, node) for u in users)
+            at_once = again or count > _READS or length > _LENGTH
+            if not is_value or at_once or (needed and self._is_stored_at_once(node, read)):
+                stored[node] = self.position[node]
+            elif needed:
+                stored[node] = min(self.position[u] for u in users if self._reads_memory(u, node))
         return stored, read
+
+    def _is_stored_at_once(self, node: fx.Node, read: Mapping[fx.Node, Mapping[fx.Node, None]]) -> bool:
+        """Whether a value that is needed in memory is there before what needs it is reached; what reads it until then computes
+        it for itself. What a matmul adds to its product gets there where the matmul runs."""
+        if len(node.users) < 2:
+            return False
+        reads = sum(_elements(r) > 1 for r in read[node])
+        return any(u.op == "output" or u.target is aten.mm.default for u in node.users) or (
+            reads > 1 and any(not is_view(u) and u not in self.sums and self._reads_memory(u, node) for u in node.users)
+        )
 
     def _is_loop(self, node: fx.Node) -> bool:
         return _is_loop(node) and node not in self.sums
@@ -341,14 +350,12 @@ class _Reading:
 
     def _kernels(self) -> list[Kernel]:
         kernels: dict[fx.Node, Kernel] = {}
-        for node in self.nodes:
-            if node not in self.stored:
-                continue
+        for node in sorted(self.stored, key=lambda n: (self.stored[n], self.position[n])):
             owner = node
             while owner.target is operator.getitem:
                 owner = owner.all_input_nodes[0]
             if owner not in kernels:
-                kernels[owner] = Kernel(owner, self.position[owner], self._loops(owner), self._scratch(owner))
+                kernels[owner] = Kernel(owner, self.stored[owner], self._loops(owner), self._scratch(owner))
                 kernels[owner].reads = [r for r in self.inlined[owner] if isinstance(r.meta.get("val"), torch.Tensor)]
             if self.bytes[node]:
                 kernels[owner].writes.append(node)
