@@ -136,7 +136,9 @@ def compile_region(
     if peak is not None:
         peak = replace(peak, headrooms=headrooms(gm, example_inputs, again=regions.is_compiled(code)))
         shapes += repr([h.sizes for h in peak.headrooms[:1]])
-    if peak is not None and _is_part(gm, plain, peak, code):
+    positions = tuple(i for i, path in enumerate(plain.paths) if path is not None)
+    first = id(example_inputs[positions[0]]) if positions else None
+    if peak is not None and _is_part(gm, plain, peak, steps.is_part(code, first)):
         peak = replace(peak, part=True, capacity=steps.capacity_of(code, shapes, peak.nbytes))
     if config.learned and config.ranks_from_budget:
         config = replace(config, tails=subspaces.tails(example_inputs, plain.paths))
@@ -157,7 +159,6 @@ def compile_region(
         peak = _as_planned(peak, record, example_inputs)
     if peak is not None and peak.part and peak.capacity is None:
         steps.check_first(record, peak)
-    positions = tuple(i for i, path in enumerate(plain.paths) if path is not None)
     region = regions.Region(record, config, positions, current_frame(), code=code, shapes=shapes, peak=peak)
     regions.register(region)
     if not config.needs_seed:
@@ -266,12 +267,12 @@ def _as_planned(peak: PeakBudget, record: Record, example_inputs: Sequence[Any])
     return next((peak.within(h) for h in peak.headrooms if h.sizes == record.sizes), peak)
 
 
-def _is_part(gm: fx.GraphModule, inputs: GraphInputs, peak: PeakBudget, code: Any) -> bool:
-    """Whether the region is one of several of a step: behind or before a graph break, as a step has shown it, beside trained
-    parameters that it does not take, or, while the optimizer that would show those is unknown, with a computed input."""
+def _is_part(gm: fx.GraphModule, inputs: GraphInputs, peak: PeakBudget, seen: bool | None) -> bool:
+    """Whether the region is one of several of a step: behind or before a graph break, as a step has shown it (``seen``), beside
+    trained parameters that it does not take, or, while the optimizer that would show those is unknown, with a computed
+    input."""
     if is_part_of_a_step(gm):
         return True
-    seen = steps.is_part(code)
     return seen if seen is not None else peak.resident.elsewhere or (not peak.resident.known and any(inputs.computed))
 
 

@@ -33,8 +33,8 @@ class Region:
     graph break), the region that ran before. frame: Dynamo's number for the code that was compiled; a recompilation has the
     same. called: when it ran last. code: the Python code that it was compiled from. shapes: of its inputs. peak: its budget, if
     that is one of peak bytes, beside what is resident now. planned: what was resident when it was compiled. superseded:
-    whether it will be compiled again. refused: the error
-    that its next call raises. missed: why the last step of its parameters did not run it.
+    whether it will be compiled again. refused: the error that its next call raises. missed: why the last step of its parameters
+    did not run it.
     """
 
     record: Record
@@ -158,6 +158,7 @@ def watch() -> None:
         _hooks.extend((register_optimizer_step_pre_hook(_before_step), register_optimizer_step_post_hook(_after_step)))
 
 
+@torch.compiler.disable  # of a step that is compiled, too
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Raises `BudgetError` if the regions of ``optimizer`` can't meet their budget beside it, before it makes any state."""
     is_new = optimizer not in optimizers.known()
@@ -176,6 +177,7 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         steps.complete()
 
 
+@torch.compiler.disable
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """The first step has made the state: what it takes is known, and no guess."""
     if not optimizers.note(optimizer):
