@@ -182,7 +182,9 @@ def _compile_region(
     if peak is not None:
         peak = replace(peak, headrooms=headrooms(gm, example_inputs, again=regions.is_compiled(code)))
         shapes += repr([h.sizes for h in peak.headrooms[:1]])
-    if peak is not None and _is_part(gm, plain, peak, code):
+    positions = tuple(i for i, path in enumerate(plain.paths) if path is not None)
+    first = id(example_inputs[positions[0]]) if positions else None
+    if peak is not None and _is_part(gm, plain, peak, steps.is_part(code, first)):
         peak = replace(peak, part=True, capacity=steps.capacity_of(code, shapes, peak.nbytes))
     if config.learned and config.ranks_from_budget:
         config = replace(config, tails=subspaces.tails(example_inputs, plain.paths))
@@ -210,7 +212,7 @@ def _compile_region(
     arguments = arguments_of(gm, example_inputs, plain)
     if arguments:
         record = _with_arguments(record, config, [path for path, _ in arguments])
-    positions = tuple(i for i, path in enumerate(plain.paths) if path is not None) or tuple(i for _, i in arguments)
+    positions = positions or tuple(i for _, i in arguments)
     named = tuple((path, tuple(example_inputs[i].shape)) for path, i in arguments)
     region = regions.Region(record, config, positions, current_frame(), code=code, shapes=shapes, peak=peak, arguments=named)
     regions.register(region)
@@ -345,12 +347,12 @@ def _as_planned(peak: PeakBudget, record: Record, example_inputs: Sequence[Any])
     return next((peak.within(h) for h in peak.headrooms if h.sizes == record.sizes), peak)
 
 
-def _is_part(gm: fx.GraphModule, inputs: GraphInputs, peak: PeakBudget, code: Any) -> bool:
-    """Whether the region is one of several of a step: behind or before a graph break, as a step has shown it, beside trained
-    parameters that it does not take, or, while the optimizer that would show those is unknown, with a computed input."""
+def _is_part(gm: fx.GraphModule, inputs: GraphInputs, peak: PeakBudget, seen: bool | None) -> bool:
+    """Whether the region is one of several of a step: behind or before a graph break, as a step has shown it (``seen``), beside
+    trained parameters that it does not take, or, while the optimizer that would show those is unknown, with a computed
+    input."""
     if is_part_of_a_step(gm):
         return True
-    seen = steps.is_part(code)
     return seen if seen is not None else peak.resident.elsewhere or (not peak.resident.known and any(inputs.computed))
 
 

@@ -159,6 +159,7 @@ def watch() -> None:
         _hooks.extend((register_optimizer_step_pre_hook(_before_step), register_optimizer_step_post_hook(_after_step)))
 
 
+@torch.compiler.disable  # of a step that is compiled, too
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Raises `BudgetError` if the regions of ``optimizer`` can't meet their budget beside it, before it makes any state."""
     is_new = optimizer not in optimizers.known()
@@ -177,6 +178,7 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         steps.complete()
 
 
+@torch.compiler.disable
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """The first step has made the state: what it takes is known, and no guess."""
     if not optimizers.note(optimizer):

@@ -45,12 +45,14 @@ _planned: set[tuple[Any, ...]] = set()
 """Sequences of parts for which there is a plan, with what was resident."""
 _capacities: dict[_Part, tuple[int, tuple[Level, ...]]] = {}
 """What the plan gave a part, and what it could choose from."""
-_parts: dict[types.CodeType | None, bool] = {}
-"""Whether a code was seen to be one of several in a step."""
+_parts: set[types.CodeType | None] = set()
+"""Codes that were seen to be one of several in a step."""
+_alone: set[tuple[types.CodeType | None, int | None]] = set()
+"""Those that were seen to be all of a step, with the parameter that they ran with."""
 
 
 def clear() -> None:
-    for kept in (_calls, _last, _planned, _capacities, _parts):
+    for kept in (_calls, _last, _planned, _capacities, _parts, _alone):
         kept.clear()
 
 
@@ -64,9 +66,10 @@ def running() -> list[Part]:
     return list(dict.fromkeys(r for r, _ in _living(_calls)))
 
 
-def is_part(code: types.CodeType | None) -> bool | None:
-    """Whether the region that is compiled from ``code`` is one of several of a step; None where no step has shown it."""
-    return _parts.get(code)
+def is_part(code: types.CodeType | None, parameter: int | None) -> bool | None:
+    """Whether the region that is compiled from ``code``, and runs with the parameter of that id, is one of several of a step;
+    None where no step has shown it."""
+    return True if code in _parts else False if (code, parameter) in _alone else None
 
 
 def capacity_of(code: types.CodeType | None, shapes: str, nbytes: int) -> int | None:
@@ -112,15 +115,15 @@ def plan_again() -> None:
     whole = list(dict.fromkeys(r for r, _ in noted if r.peak is not None and not r.peak.part))
     if not whole:
         _spread(noted)
-    for r in whole:
-        if len(whole) < len({id(r) for r, _ in noted}):  # there are parts beside it, which it computes the inputs of
+    if len(whole) < len({id(r) for r, _ in noted}):  # there are parts, whose inputs they compute
+        for r in whole:
             _compile_as_part(r)
-        else:
-            _parts.setdefault(r.code, False)
+    else:
+        _alone.update((r.code, parameter) for r, parameter in noted)
 
 
 def _compile_as_part(region: Part) -> None:
-    _parts[region.code] = True
+    _parts.add(region.code)
     region.compile_again()
 
 
