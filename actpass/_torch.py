@@ -64,6 +64,7 @@ except ImportError:
 
 
 __all__ = [
+    "REGION_BUDGET",
     "TESTED_TORCH",
     "ConstantSource",
     "CustomKnapsackSolver",
@@ -110,6 +111,9 @@ __all__ = [
     "written_input",
 ]
 
+REGION_BUDGET = "_region_activation_memory_budget"
+"""The key in a node's ``meta["custom"]`` of what `torch.autograd.graph.region_activation_memory_budget` asks for (2.13 and
+2.15; 2.11 has no such thing)."""
 TESTED_TORCH = ("2.11", "2.13")
 """First and last torch minor version that the tests ran on."""
 
