@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,7 +14,13 @@ from torch import fx
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy
 
-from actpass._torch import CustomKnapsackSolver, OpOverload, functorch_config, min_cut_rematerialization_partition
+from actpass._torch import (
+    REGION_BUDGET,
+    CustomKnapsackSolver,
+    OpOverload,
+    functorch_config,
+    min_cut_rematerialization_partition,
+)
 from actpass.graph.copying import copy_module
 from actpass.graph.cost import is_attention, is_matmul
 from actpass.graph.joint import CASTS, Joint, builtin_name, is_tangent, is_view, storage_root, tensor_bytes
@@ -185,7 +192,7 @@ def cut(
     if joint.subspaces:  # they stay between steps, as parameters do: a basis that both passes read is made of them again
         stay = joint.static.union(i for i, primal in enumerate(joint.primals) if primal in joint.subspaces)
         partition_kwargs = {**partition_kwargs, "static_lifetime_input_indices": sorted(stay)}
-    with functorch_config.patch(patch):
+    with _region_budget(gm, setting, patch), functorch_config.patch(patch):
         forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **partition_kwargs)
     seeds = tuple(n.name for n in (joint.seed, joint.learned_seed) if n is not None)
     saved = _saved(forward, joint.num_fwd_outputs, seeds)
@@ -204,6 +211,34 @@ def cut(
         passed_bytes=_passed_bytes(backward, joint, arrives),
         tangent_bytes=sum(tensor_bytes(inputs[name]) for name in tangents),
     )
+
+
+@contextmanager
+def _region_budget(gm: fx.GraphModule, setting: Setting, patch: dict[str, Any]) -> Iterator[None]:
+    """While this lasts, a budget that the user's code gives (`torch.autograd.graph.region_activation_memory_budget`) stands in
+    ``patch`` in place of the nodes' annotations: upstream asks that every node of the forward have one, those too that were
+    inserted here, and takes it for more than what a plan says. Inductor's own cut reads them as they are, and checks them.
+
+    Of a budget of 0 next to nothing is left where the forward writes to an input (`actpass.graph.written`): upstream would save
+    the inputs and nothing else, and run the copies again."""
+    clones = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.clone.default)
+    copies = any(n.meta.get("partitioner_tag") == "must_be_in_forward" for n in clones)
+    if setting == Setting(rebuild=False) and not copies:
+        yield
+        return
+    graphs = [m.graph for m in gm.modules() if isinstance(m, fx.GraphModule)]  # those of called functions are shared
+    annotated = [n for graph in graphs for n in graph.nodes if REGION_BUDGET in n.meta.get("custom", ())]
+    before = {n: n.meta["custom"] for n in annotated}
+    for node, custom in before.items():
+        patch.setdefault("activation_memory_budget", custom[REGION_BUDGET])
+        node.meta["custom"] = {k: v for k, v in custom.items() if k != REGION_BUDGET}
+    if copies and not patch.get("activation_memory_budget", functorch_config.activation_memory_budget):
+        patch["activation_memory_budget"] = _LEAST_BUDGET
+    try:
+        yield
+    finally:
+        for node, custom in before.items():
+            node.meta["custom"] = custom
 
 
 def _draws(node: fx.Node) -> bool:

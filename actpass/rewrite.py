@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -264,24 +264,28 @@ def _replace(
 
 
 def spell_flips(gm: fx.GraphModule) -> None:
-    """Write every flip of a fixed length as a read at indices, in place: the same numbers, and Inductor inlines both, but upstream
-    rebuilds the one and not the other (2.13 and 2.15), and every table here knows what the one does."""
+    """Write every flip of a fixed length as a read at indices, in place: the same numbers, and Inductor inlines both, but
+    upstream rebuilds the one and not the other (2.13 and 2.15), and every table here knows what the one does."""
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.prims.rev.default):
-        x, dims = node.args
-        lengths = {d: value(x).shape[d] for d in dims}
-        if not all(isinstance(n, int) for n in lengths.values()):
-            continue
-
-        def flipped(x: torch.Tensor, lengths: dict[int, int] = lengths) -> torch.Tensor:
-            for d, length in lengths.items():
-                at = torch.arange(length - 1, -1, -1, device=x.device)
-                x = torch.ops.aten.index.Tensor(x, [*[None] * (d % x.dim()), at])
-            return x
-
-        new = splice(gm.graph, flipped, [x], after=node, like=node, inserted=set())
-        if value(new).stride() == value(node).stride():
-            node.replace_all_uses_with(new)
+        x: Any = node.args[0]
+        lengths = {d: value(x).shape[d] for d in node.args[1]}  # pyright: ignore[reportGeneralTypeIssues]
+        if all(isinstance(n, int) for n in lengths.values()):
+            new = splice(gm.graph, _reading_backwards(lengths), [x], after=node, like=node, inserted=set())
+            if value(new).stride() == value(node).stride():
+                node.replace_all_uses_with(new)
     gm.graph.eliminate_dead_code()
+
+
+def _reading_backwards(lengths: Mapping[int, int]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that flips the axes whose ``lengths`` are given."""
+
+    def flipped(x: torch.Tensor) -> torch.Tensor:
+        for axis, length in lengths.items():
+            at = torch.arange(length - 1, -1, -1, device=x.device)
+            x = torch.ops.aten.index.Tensor(x, [*[None] * (axis % x.dim()), at])
+        return x
+
+    return flipped
 
 
 def splice(

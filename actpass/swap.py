@@ -134,7 +134,8 @@ def _encode(
         return codec.encode(x if is_flat else flatten(x), groups, noise, rotate=storage.rotate)
 
     # A view of a tensor in any other order would make Inductor copy what it has not yet decided to keep in that order.
-    is_flat, arrangement = layout.order == tuple(range(len(layout.order))), str(layout)
+    # Strides are of the key: a part of a wider tensor has gaps between its rows, and is copied where another is viewed.
+    is_flat, arrangement = layout.order == tuple(range(len(layout.order))), f"{layout} {tuple(value(x).stride())}"
     if is_flat:
         key_ = ("flatten", arrangement)
         x = splice(module.graph, flatten, [x], after=x, like=x, inserted=inserted, traces=traces, key=key_)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from actpass._torch import functorch_config
+
 from .helpers import eager_actcomp, error
 
 
@@ -113,3 +115,13 @@ def test_compiled_backward_reads_what_the_forward_read():
     torch.compile(model, backend="actcomp", options={"method": "exact"})(x).backward()
     assert error(model.linear.weight.grad, expected.linear.weight.grad) < 1e-6
     assert error(model.state, expected.state) < 1e-6
+
+
+@pytest.mark.parametrize("options", [{"method": "exact"}, {"method": "auto"}], ids=str)
+def test_nothing_is_read_late_where_upstream_would_save_inputs_alone(options: dict[str, Any]):
+    expected, x = Router(), torch.randn(16, 8)
+    model = copy.deepcopy(expected)
+    expected(x).backward()
+    with functorch_config.patch(activation_memory_budget=0.0):
+        torch.compile(model, backend=eager_actcomp(options))(x).backward()
+    assert error(model.linear.weight.grad, expected.linear.weight.grad) < 1e-6

@@ -169,7 +169,7 @@ _STORAGE: dict[str, Check] = {
     "node": _text,
     "crossing": _tuple_of(_text),
     "root": _text,
-    "codec": _one_of(KEEP, *QUANTIZERS),
+    "codec": lambda where, value: _one_of(KEEP, *QUANTIZERS)(where, value),
     "reason": _text,
     "nbytes": _integer(),
     "stored_bytes": _integer(),
