@@ -141,6 +141,7 @@ def test_blocks_that_are_compiled_one_by_one_share_a_budget():
     assert max(tight) <= budget < min(roomy)
 
 
+@pytest.mark.short_tier
 @pytest.mark.parametrize("build", [llama, broken])
 def test_no_budget_is_exceeded_and_a_larger_one_gives_a_peak_no_smaller(build: Any):
     least = least_of(build)

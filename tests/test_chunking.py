@@ -222,6 +222,7 @@ def test_the_budget_of_one_is_inductors_own():
     assert "pieces" not in notes(model)
 
 
+@pytest.mark.short_tier
 def test_compiled_it_needs_less_memory():
     """By Inductor: logits of 2.4 MB, in pieces of 240 kB."""
     torch.manual_seed(0)

@@ -128,6 +128,7 @@ def test_half_precision(how: str):
         assert error(found[key], want[key]) < 2**-6, key
 
 
+@pytest.mark.short_tier
 def test_the_loss_is_that_of_a_model_that_returns_it_alone():
     class LossOnly(nn.Module):
         def __init__(self, model: nn.Module) -> None:
@@ -388,6 +389,7 @@ def test_the_option_is_checked():
         eager_actcomp({"defer_logits": 1})
 
 
+@pytest.mark.short_tier
 def test_compiled_it_costs_one_hidden_state():
     """By Inductor; the second time from its caches. Logits of 2.4 MB, a hidden state of 115 kB."""
     model, batch = Model(), {name: x.repeat(1, 4) for name, x in inputs().items()}

@@ -91,6 +91,7 @@ CASES = [(llama, plan) for plan in PLANS] + [(gpt2, plan) for plan in ("exact", 
 CASES += [(bert, "auto"), (llama_without_groups, "again"), (classifier, "again")]
 
 
+@pytest.mark.short_tier
 @pytest.mark.parametrize(("build", "plan"), CASES, ids=lambda x: getattr(x, "__name__", x))
 def test_predicted_peak_is_within_the_margin_of_the_measured(build: Any, plan: str):
     predicted, measured = peaks(build, plan)

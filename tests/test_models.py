@@ -41,6 +41,7 @@ def exact(name: str) -> tuple[torch.Tensor, Grads]:
     return run(name, method="exact")[1:]
 
 
+@pytest.mark.short_tier
 @pytest.mark.parametrize("name", NAMES)
 def test_exact_gives_the_gradients_of_the_model(name: str) -> None:
     model, inputs = models.HUGGING_FACE[name]()

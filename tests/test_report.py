@@ -33,6 +33,7 @@ def bert() -> models.Made:
     return LossOnly(model), inputs
 
 
+@pytest.mark.short_tier
 @pytest.mark.parametrize("build", [models.mlp, models.transformer, bert], ids=lambda f: f.__name__)
 def test_report_saved_bytes_are_what_is_alive_between_forward_and_backward(build):
     """Compiled by Inductor; measured by the profiler's allocation events. What the caller gets (the loss) is alive as well."""

@@ -54,6 +54,7 @@ def losses(model: torch.nn.Module, folder: Path, **arguments: Any) -> list[float
     return [entry["loss"] for entry in logged(model, folder, **arguments)]
 
 
+@pytest.mark.short_tier
 def test_trainer_takes_a_compiled_model_with_its_options(tmp_path: Path) -> None:
     model, _ = models.llama(layers=1)
     model.compile(backend="actcomp", options={"method": "srht", "rank": 8, "profitable_only": False})

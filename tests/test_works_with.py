@@ -495,6 +495,7 @@ for rank in map(int, sys.argv[1:]):
 """
 
 
+@pytest.mark.short_tier
 def test_second_process_hits_the_cache_with_its_report_and_another_option_misses(tmp_path: Path) -> None:
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_VEC_ISA_OK": "1"}
 
