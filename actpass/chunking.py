@@ -44,7 +44,7 @@ _ROWS_PER_FEATURE = {"cpu": 0.5}
 _ROWS_PER_FEATURE_ELSEWHERE = 4
 """Rows of a piece to features N. Each piece reads and writes dW, some 10 N V bytes, beside some 12 bytes of each of its logits:
 with 4 N rows that is a fifth. A CPU is faster with pieces that its cache holds."""
-_LEAST_SHARE = 8
+LEAST_SHARE = 8
 """Logits below this fraction (one in eight) of what Inductor's default saves are not worth it."""
 _RESHAPES = (
     aten.view.default,
@@ -111,7 +111,7 @@ def _find_head(joint: Joint, saved_bytes: int) -> fx.Node | None:
             continue
         if found is None or tensor_bytes(node) > tensor_bytes(found):
             found = node
-    return found if found is not None and _LEAST_SHARE * tensor_bytes(found) >= saved_bytes else None
+    return found if found is not None and LEAST_SHARE * tensor_bytes(found) >= saved_bytes else None
 
 
 class _Region:

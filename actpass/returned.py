@@ -19,7 +19,8 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from actpass._torch import FakeTensor, FakeTensorMode, HigherOrderOperator, gathered, returns_to_a_graph_break
+from actpass._torch import FakeTensor, FakeTensorMode, HigherOrderOperator, gathered, returns_to_a_graph_break, size_hint
+from actpass.chunking import LEAST_SHARE
 from actpass.deferred import Way
 from actpass.errors import GraphUnsupported
 from actpass.graph import GraphInputs
@@ -30,6 +31,9 @@ _LEAST_RATIO = 2
 """Of logits to their hidden state, in elements: the chunked loss asks for more than this of their widths."""
 _MOST_MATMULS = 3
 """On the way: a head, and two of an adapter."""
+_SAVED_AT_LEAST = 0.2
+"""Of the bytes of all tensors of Dynamo's graph, what Inductor's default saves (of a Llama's layer some 0.4): where the logits
+do not weigh beside that, the graph need not be traced to know it."""
 _MATMULS = {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "addbmm", "einsum", "tensordot", "dot", "mv", "bilinear"}
 _MODES = {"_enter_autocast", "_exit_autocast", "_set_grad_enabled"}
 
@@ -155,6 +159,9 @@ class _Reader:
             raise GraphUnsupported("FSDP2 frees the head's weights behind the forward, and they could not be computed later")
         if len(self.passed.intersection(found.leaves)) > (found.hidden is None):
             raise GraphUnsupported("weights that they are made of were computed elsewhere, as FSDP does")
+        made = {_storage(n): _nbytes(n) for n in self.gm.graph.nodes if n not in self.examples}
+        if LEAST_SHARE * _nbytes(found.logits) < _SAVED_AT_LEAST * sum(made.values()):
+            raise GraphUnsupported("they do not weigh beside what else is saved")
         for node in found.leaves:
             kind = type(self.examples[node])
             if kind not in (torch.Tensor, torch.nn.Parameter, FakeTensor):
@@ -247,6 +254,11 @@ def _made(node: fx.Node) -> torch.Tensor:
 def _storage(node: fx.Node) -> int | None:
     made = _fake(node)
     return made.untyped_storage()._cdata if made is not None else None
+
+
+def _nbytes(node: fx.Node) -> int:
+    made = _fake(node)
+    return size_hint(made.numel()) * made.element_size() if made is not None else 0
 
 
 def _is_loss(node: fx.Node) -> bool:
