@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from actpass._torch import has_all_graphs, reset_code
 from actpass.budget import PeakBudget
@@ -86,8 +87,9 @@ class Region:
         self.superseded = True
 
     def _is_planned_without_gradients(self) -> bool:
-        whole = self.peak is not None and not self.peak.part and not self.superseded
-        return whole and not self.peak.resident.accumulated
+        if self.peak is None or self.peak.part or self.superseded:
+            return False
+        return not self.peak.resident.accumulated
 
     def _has_more_room(self) -> bool:
         """Whether another plan may be better, because the optimizer that came takes less than was assumed."""
@@ -148,7 +150,7 @@ def recompile(region: Region) -> None:
         _regions.remove(region)
 
 
-_hooks: list[Any] = []
+_hooks: list[RemovableHandle] = []
 _seen: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
 """How many calls there had been when an optimizer stepped last."""
 
@@ -156,10 +158,11 @@ _seen: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDi
 def watch() -> None:
     """See every torch optimizer step (once a process)."""
     if not _hooks:
-        _hooks.extend((register_optimizer_step_pre_hook(_before_step), register_optimizer_step_post_hook(_after_step)))
+        before: Any = torch.compiler.disable(_before_step)  # of a step that is compiled, too
+        after: Any = torch.compiler.disable(_after_step)
+        _hooks.extend((register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)))
 
 
-@torch.compiler.disable  # of a step that is compiled, too
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Raises `BudgetError` if the regions of ``optimizer`` can't meet their budget beside it, before it makes any state."""
     is_new = optimizer not in optimizers.known()
@@ -178,7 +181,6 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         steps.complete()
 
 
-@torch.compiler.disable
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """The first step has made the state: what it takes is known, and no guess."""
     if not optimizers.note(optimizer):
