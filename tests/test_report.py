@@ -145,3 +145,19 @@ def test_unreadable_graph_falls_back_to_inductor_with_the_reason(monkeypatch: py
     assert not report.active
     assert "inactive, because RuntimeError: boom" in str(report)
     assert report.saved_bytes == report.totals.saved_bytes_default
+
+
+def test_a_recurrent_model_that_dynamo_does_not_compile_is_told_so(no_codegen: None):
+    class Recurrent(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = torch.nn.LSTM(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.lstm(x)[0].square().mean()
+
+    model = torch.compile(Recurrent(), backend="actcomp")
+    model(torch.randn(4, 2, 8)).backward()
+    report = actpass.report(model)
+    assert not report.active
+    assert "what calls LSTM of torch.nn runs in eager mode" in str(report)
