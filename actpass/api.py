@@ -32,7 +32,7 @@ def report(model: torch.nn.Module) -> Report:
     """
     found = regions_of(_module(model, "report"))
     rows = tuple(subspaces.rows(_plain(model))) if found else ()
-    why = None if found else "no training step of this model has run through backend='actcomp' in this process yet"
+    why = None if found else _why_nothing(model)
     factored = any(r.record.plan.get("factored") for r in found)
     dense = why_dense(_plain(model)) if factored else None
     assumed = any(r.peak.resident.assumed for r in found if r.peak is not None)
@@ -50,6 +50,14 @@ def _record(region: Region) -> Record:
     """What a region did in the last step: nothing, if that did not run it."""
     missed = region.missed
     return region.record if missed is None else replace(region.record, active=False, inactive_because=missed)
+
+
+def _why_nothing(model: torch.nn.Module) -> str:
+    why = "no training step of this model has run through backend='actcomp' in this process yet"
+    recurrent = sorted({type(m).__name__ for m in model.modules() if isinstance(m, torch.nn.RNNBase)})
+    if not recurrent:
+        return why
+    return f"{why}, or Dynamo compiled nothing of it: what calls {' or '.join(recurrent)} of torch.nn runs in eager mode"
 
 
 def explain(model: torch.nn.Module, *inputs: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:

@@ -157,3 +157,19 @@ def test_parameters_that_are_arguments_are_told_so():
     run = torch.compile(forward, backend=eager_actcomp(method="haar", rank=4, profitable_only=False))
     run(dict(model.named_parameters())).backward()  # the module's own: a parameter is a parameter
     assert projected(actpass.report(model)) == {"0.weight", "2.weight"}
+
+
+def test_a_recurrent_model_that_dynamo_does_not_compile_is_told_so(no_codegen: None):
+    class Recurrent(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = torch.nn.LSTM(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.lstm(x)[0].square().mean()
+
+    model = torch.compile(Recurrent(), backend="actcomp")
+    model(torch.randn(4, 2, 8)).backward()
+    report = actpass.report(model)
+    assert not report.active
+    assert "what calls LSTM of torch.nn runs in eager mode" in str(report)
