@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import fx, nn
 from torch._inductor.compile_fx import compile_fx_inner
+from torch.utils.checkpoint import checkpoint
 
 import actpass
 from actpass._torch import FakeTensorMode, invoke_subgraph, run_and_get_code
@@ -39,14 +40,15 @@ def layer(block: Any, x: torch.Tensor) -> torch.Tensor:
     return second_half(block, first_half(block, x))
 
 
-marked_half = torch.compiler.nested_compile_region(second_half)
+nested_compile_region: Any = torch.compiler.nested_compile_region
+marked_half = nested_compile_region(second_half)
 
 
 def layer_of_a_region(block: Any, x: torch.Tensor) -> torch.Tensor:
     return marked_half(block, first_half(block, x))
 
 
-region_of_a_region = torch.compiler.nested_compile_region(layer_of_a_region)
+region_of_a_region = nested_compile_region(layer_of_a_region)
 
 
 class Marked(models.Transformer):
@@ -60,11 +62,7 @@ class Marked(models.Transformer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
-            x = (
-                torch.utils.checkpoint.checkpoint(self.layer, block, x, use_reentrant=False)
-                if self.around
-                else self.layer(block, x)
-            )
+            x = checkpoint(self.layer, block, x, use_reentrant=False) if self.around else self.layer(block, x)
         return self.head(self.norm(x)).square().mean()
 
 
@@ -163,11 +161,10 @@ def test_gradients_of_compiled_regions_are_eagers_and_nothing_is_overwritten():
     eager = [t.clone().requires_grad_() for t in tensors]
     loss_of_regions(lambda f: f, *eager).backward()
     compiled = [t.clone().requires_grad_() for t in tensors]
-    torch.compile(loss_of_regions, backend="actcomp", options={"method": "exact"})(
-        torch.compiler.nested_compile_region, *compiled
-    ).backward()
+    torch.compile(loss_of_regions, backend="actcomp", options={"method": "exact"})(nested_compile_region, *compiled).backward()
     for got, want, before in zip(compiled, eager, tensors, strict=True):
         assert torch.equal(got.detach(), before)
+        assert want.grad is not None
         torch.testing.assert_close(got.grad, want.grad, rtol=64 * EPS, atol=64 * EPS * float(want.grad.abs().max()))
 
 
