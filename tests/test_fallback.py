@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import actpass
+from actpass._torch import compile_fx
 from actpass.errors import GraphUnsupported
 from actpass.runtime import regions
 
@@ -81,6 +82,20 @@ def test_under_warn_a_bug_leaves_the_region_to_inductor_and_training_goes_on(sta
     assert not report.active
     assert str(report).startswith("actpass: inactive, because TypeError: boom")
     assert report.saved_bytes == report.totals.saved_bytes_default
+
+
+def test_under_warn_a_graph_that_inductor_fails_on_is_compiled_without_the_pass(monkeypatch: pytest.MonkeyPatch):
+    def picky(gm: Any, inputs: Any, config_patches: Any, **how: Any) -> Any:
+        if "custom_partitioner_fn" in config_patches:
+            raise RuntimeError("no code")
+        return compile_fx(gm, inputs, config_patches=config_patches, **how)
+
+    monkeypatch.setattr("actpass.backend.compile_fx", picky)
+    model, inputs = models.mlp()
+    _, exact = step(model, model, inputs)
+    with pytest.warns(actpass.ActpassWarning, match="left a region to Inductor alone, because RuntimeError: no code"):
+        _, gradients = train(model, inputs, {"fallback": "warn"})
+    assert_close(gradients, exact, 64 * EPS)
 
 
 def unreadable(*_: Any) -> Any:
