@@ -58,6 +58,7 @@ def test_override_patterns_match_whole_path_segments(pattern: str, path: str, ex
     ("options", "says"),
     [
         ({"methd": "haar"}, r"unknown option 'methd'. Did you mean 'method'\?.*Known: "),
+        ({"fallback": "warning"}, r"unknown fallback 'warning'. Did you mean 'warn'\?.*Known: error, warn"),
         ({"method": "har"}, r"unknown method 'har'. Did you mean 'haar'\?"),
         ({"method": 3}, r"unknown method 3"),
         ({"rank": 0}, r"rank=0 is not positive. Allowed"),

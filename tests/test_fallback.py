@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 import actpass
+from actpass._torch import compile_fx
 from actpass.errors import GraphUnsupported
 from actpass.runtime import regions
 
@@ -82,6 +84,20 @@ def test_under_warn_a_bug_leaves_the_region_to_inductor_and_training_goes_on(sta
     assert report.saved_bytes == report.totals.saved_bytes_default
 
 
+def test_under_warn_a_graph_that_inductor_fails_on_is_compiled_without_the_pass(monkeypatch: pytest.MonkeyPatch):
+    def picky(gm: Any, inputs: Any, config_patches: Any, **how: Any) -> Any:
+        if "custom_partitioner_fn" in config_patches:
+            raise RuntimeError("no code")
+        return compile_fx(gm, inputs, config_patches=config_patches, **how)
+
+    monkeypatch.setattr("actpass.backend.compile_fx", picky)
+    model, inputs = models.mlp()
+    _, exact = step(model, model, inputs)
+    with pytest.warns(actpass.ActpassWarning, match="left a region to Inductor alone, because RuntimeError: no code"):
+        _, gradients = train(model, inputs, {"fallback": "warn"})
+    assert_close(gradients, exact, 64 * EPS)
+
+
 def unreadable(*_: Any) -> Any:
     raise GraphUnsupported("it is odd")
 
@@ -138,3 +154,38 @@ def test_a_region_that_was_left_to_inductor_says_so_when_the_cache_has_it_too(mo
         model, inputs = models.mlp()
         with pytest.warns(actpass.ActpassWarning, match=says):
             step(torch.compile(model, backend="actcomp", options={"seed": 77}), model, inputs)
+
+
+class InParts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x).tanh()
+        torch._dynamo.graph_break()
+        return self.second(h).square().mean()
+
+
+def test_parts_that_are_left_to_inductor_count_in_the_budget_of_the_step(monkeypatch: pytest.MonkeyPatch):
+    """Each fits by itself; together they don't."""
+    monkeypatch.setattr("actpass.compiler.find_contractions", unreadable)
+
+    def train_parts(budget: int) -> actpass.Report:
+        torch.compiler.reset()
+        regions.clear()
+        model = InParts()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with pytest.warns(actpass.ActpassWarning, match="because it is odd$"):
+            torch.compile(model, backend=eager_actcomp(memory_budget=budget))(torch.randn(512, 64)).backward()
+        optimizer.step()
+        return actpass.report(model)
+
+    report = train_parts(2**30)
+    alone = [replace(report, regions=(region,)).step_bytes for region in report.regions]
+    assert len(alone) == 2
+    together = report.step_bytes
+    assert together is not None
+    assert all(n is not None and 1.05 * n < 0.99 * together for n in alone)
+    with pytest.raises(actpass.BudgetError, match="can't be met by the 2 regions of this step together"):
+        train_parts(int(0.99 * together))
