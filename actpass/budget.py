@@ -291,17 +291,21 @@ def free_choice(region: Region) -> Choice:
 
 
 def _free_cut(region: Region) -> Choice:
-    """The residual stream is asked for where that takes no more bytes. Mostly the graph says so, and there is one cut."""
-    plain, sums = Setting(rebuild=True), region.recomputation.residual_sums
-    kept = Setting(rebuild=True, keep=frozenset(n.name for n in sums))
-    more = [region.recomputation.extra_bytes(n) for n in sums]
-    if not any(n is None for n in more):
-        total = sum(n for n in more if n is not None)
-        if not total:
-            return Choice(kept, region.cut(kept), None)
-        if total > max(map(tensor_bytes, sums)):  # the first one of all is needed to rebuild the others
-            return Choice(plain, region.cut(plain), None)
-    choices = [Choice(setting, region.cut(setting), None) for setting in (kept, plain)]
+    """The residual stream is asked for where that takes no more bytes. Mostly the graph says so, or the cut without asking;
+    if not, both are cut."""
+    sums = region.recomputation.residual_sums
+    more = {n.name: region.recomputation.extra_bytes(n) for n in sums}
+    plain, kept = Setting(rebuild=True), Setting(rebuild=True, keep=frozenset(more))
+    if not any(n != 0 for n in more.values()):
+        return Choice(kept, region.cut(kept), None)
+    found = region.cut(plain)
+    again = [more[n.name] for n in found.backward.graph.nodes if n.op == "call_function" and n.name in more]
+    if not again:  # each that is needed is stored as it is
+        return Choice(kept, found, None)
+    first = max(map(tensor_bytes, sums))  # what the others are rebuilt from
+    if None not in again and sum(n or 0 for n in again) > first:
+        return Choice(plain, found, None)
+    choices = Choice(kept, region.cut(kept), None), Choice(plain, found, None)
     return min(choices, key=lambda choice: choice.cut.saved_bytes)
 
 

@@ -261,6 +261,7 @@ class _Reading:
 
     def __init__(self, gm: fx.GraphModule, freed: Mapping[str, str]) -> None:
         self.gm = gm
+        self.peaks: dict[str, int] = {}
         self.nodes = list(gm.graph.nodes)
         self.position = {n: i for i, n in enumerate(self.nodes)}
         self.outputs = {storage_root(o) for o in pytree.tree_leaves(self.nodes[-1].args[0]) if isinstance(o, fx.Node)}
@@ -380,7 +381,10 @@ class _Reading:
     def _scratch(self, node: fx.Node) -> int:
         if node.target is not invoke_subgraph or not isinstance(node.args[0], fx.Node):
             return 0
-        return timeline(getattr(self.gm, str(node.args[0].target))).peak
+        name = str(node.args[0].target)
+        if name not in self.peaks:  # many layers call one function
+            self.peaks[name] = timeline(getattr(self.gm, name)).peak
+        return self.peaks[name]
 
     def _fused(self, kernels: list[Kernel]) -> list[Kernel]:
         """``kernels`` with those made one that run as one, in the order in which Inductor has them then."""

@@ -1,0 +1,165 @@
+"""What compiling takes, as counts: seconds depend on the machine. And that what is found by less work is the same."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+import actpass
+from actpass import budget, partition
+from actpass.explain import explain_model
+from actpass.graph import liveness, uses
+from actpass.graph.uses import Uses
+from actpass.partition import Setting
+
+from . import models
+from .models import Block, Made
+
+aten = torch.ops.aten
+
+
+class Stack(nn.Module):
+    """Blocks on a residual stream in float32, the loss a mean of squares. autocast: what they add to it is bfloat16. frozen:
+    how many do not learn."""
+
+    def __init__(self, blocks: list[nn.Module], *, autocast: bool = False, frozen: int = 0) -> None:
+        super().__init__()
+        self.blocks, self.autocast = nn.ModuleList(blocks), autocast
+        self.scale = nn.Parameter(torch.ones(32))
+        for block in self.blocks[:frozen]:
+            block.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            x = x * self.scale
+            for block in self.blocks:
+                x = block(x)
+            return x.float().square().mean()
+
+
+class Gated(nn.Module):
+    """A residual branch that ends in a product of two tensors which the backward reads anyway."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + F.silu(self.gate(x)) * self.up(x)
+
+
+STACKS: dict[str, Callable[[], Stack]] = {
+    "float32": lambda: Stack([Block() for _ in range(2)]),
+    "autocast": lambda: Stack([Block() for _ in range(3)], autocast=True),
+    "frozen": lambda: Stack([Block() for _ in range(2)], frozen=2),
+    "gated": lambda: Stack([Gated() for _ in range(4)]),
+}
+
+
+def _made(name: str) -> Made:
+    return STACKS[name](), {"x": torch.randn(2, 16, 32)}
+
+
+def _count(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[None]:
+    """One element for each call of ``owner.name`` from now on."""
+    calls: list[None] = []
+    function = getattr(owner, name)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counted)
+    return calls
+
+
+@pytest.mark.parametrize(("name", "method"), [("float32", "exact"), ("float32", "int4"), ("autocast", "auto")])
+def test_upstream_cuts_twice_without_a_budget(monkeypatch: pytest.MonkeyPatch, name: str, method: str) -> None:
+    """For what Inductor saves, which the report tells, and for the plan."""
+    model, inputs = _made(name)
+    cuts = _count(monkeypatch, partition, "min_cut_rematerialization_partition")
+    read = _count(monkeypatch, budget, "find_saved")
+    assert actpass.explain(model, **inputs, options={"method": method, "smallest": 0}).active
+    assert (len(cuts), len(read)) == (2, 2)
+
+
+@pytest.mark.parametrize(("name", "is_free"), [("float32", True), ("frozen", True), ("autocast", True), ("gated", True)])
+def test_the_residual_stream_is_asked_for_where_both_cuts_say_that_it_costs_nothing(name: str, is_free: bool) -> None:
+    model, inputs = _made(name)
+    (compiled,) = explain_model(model, (), inputs, {"method": "exact"}).regions
+    assert compiled.decided is not None
+    region, choice = compiled.decided.region, compiled.decided.choice
+    sums = frozenset(n.name for n in region.recomputation.residual_sums)
+    assert len(sums) >= 2
+    kept, plain = (region.cut(Setting(rebuild=True, keep=keep)) for keep in (sums, frozenset[str]()))
+    assert choice.setting.keep == (sums if kept.saved_bytes <= plain.saved_bytes else frozenset())
+    assert choice.cut.saved_bytes == min(kept.saved_bytes, plain.saved_bytes)
+    assert bool(choice.setting.keep) == is_free
+
+
+def test_the_uses_of_all_saved_tensors_are_read_in_one_sweep_of_each_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node is looked at once, and once more for each tensor that it is the first to read; not again for every tensor."""
+    model, inputs = models.transformer()
+    looks = _count(monkeypatch, uses, "_degree")
+    (compiled,) = explain_model(model, (), inputs, {"method": "exact"}).regions
+    graphs = [c.backward.graph for c in (compiled.traced.default, compiled.cut)]
+    nodes = sum(len(g.nodes) for g in graphs)
+    reads = sum(len(uses.consumers(n)) for g in graphs for n in g.find_nodes(op="placeholder"))
+    assert len(looks) <= nodes + reads
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_uses_found_together_are_those_found_one_by_one(seed: int) -> None:
+    """On random graphs; one by one as the definition has it: the degree of every node in one tensor, all others fixed."""
+    graph, inputs = _random_graph(random.Random(seed))
+    together = Uses(graph)
+    for tensor in inputs:
+        found, linear = together.of(tensor, ())
+        readers = [user for user in tensor.users if user.op != "output"]
+        assert [use.kind for use in found] == [_kind(graph, user, _degree(user, {tensor: 1})) for user in readers]
+        assert linear == (_kind(graph, tensor, 1) == "linear" and all(use.kind == "linear" for use in found))
+
+
+def _random_graph(draw: random.Random) -> tuple[fx.Graph, list[fx.Node]]:
+    graph = fx.Graph()
+    inputs = [graph.placeholder(f"x{i}") for i in range(4)]
+    nodes = list(inputs)
+    for _ in range(10):
+        target = draw.choice([aten.add.Tensor, aten.add.Tensor, aten.mul.Tensor, aten.neg.default, aten.exp.default])
+        count = 2 if target in (aten.add.Tensor, aten.mul.Tensor) else 1
+        nodes.append(graph.call_function(target, tuple(draw.choice(nodes) for _ in range(count))))
+    graph.output(tuple(n for n in nodes if not n.users))
+    return graph, inputs
+
+
+def _degree(node: fx.Node, degrees: dict[fx.Node, float]) -> float:
+    of = [degrees.get(a, 0) for a in node.args if isinstance(a, fx.Node)]
+    if node.target is aten.exp.default:
+        return float("inf") if of[0] else 0
+    return sum(of) if node.target is aten.mul.Tensor else max(of)
+
+
+def _kind(graph: fx.Graph, start: fx.Node, degree: float) -> str:
+    degrees: dict[fx.Node, float] = {start: degree}
+    for node in graph.nodes:
+        if node.op == "call_function" and node not in degrees:
+            degrees[node] = _degree(node, degrees)
+    return "linear" if max(degrees.values()) <= 1 else "nonlinear"
+
+
+def test_a_called_function_is_read_once_for_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers call one encoder: what it takes is looked up, not found again at each call."""
+    model, inputs = models.transformer(layers=3)
+    read = _count(monkeypatch, liveness, "timeline")
+    (compiled,) = explain_model(model, (), inputs, {"method": "int4", "smallest": 0}).regions
+    graphs = [compiled.forward, compiled.backward]
+    functions = sum(len(list(g.children())) for g in graphs)
+    calls = sum(n.op == "get_attr" for g in graphs for n in g.graph.nodes)
+    assert calls > functions
+    assert len(read) <= functions
