@@ -241,7 +241,7 @@ class DeferredLogits(torch.Tensor):
         return self._of.get()
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _ALIASES:
             return args[0]._showing(args[0]._of)
