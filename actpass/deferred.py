@@ -101,7 +101,7 @@ class _Deferred(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         way, gradient = ctx.way, gradients[0]
         with _as_traced(gradient.device):
             return None, *way.backward(_laid_out(gradient, way.strides), *ctx.saved_tensors)
@@ -200,7 +200,7 @@ class _After(_Value):
     def compute(self) -> torch.Tensor:
         before = self.before
         assert before is not None
-        made = before.made if before.is_as_made else before.compute()
+        made: Any = before.made if before.is_as_made else before.compute()
         with torch.inference_mode(False), torch.no_grad():
             return self.operator(made)
 
