@@ -197,9 +197,13 @@ class _Region:
         if node.target is aten.sum.default and node.all_input_nodes[0] in self.wide:
             return True
         if node.target is aten.sum.dim_IntList and node.all_input_nodes[0] in self.wide:
-            lead = self._lead(node.all_input_nodes[0])
-            return sorted(d % value(node.all_input_nodes[0]).dim() for d in args[1]) == list(range(lead))
+            return self._summed(node).issuperset(range(self._lead(node.all_input_nodes[0])))
         return False
+
+    def _summed(self, node: fx.Node) -> set[int]:
+        """The axes that a sum adds up."""
+        axes: Any = node.args[1]
+        return {d % value(node.all_input_nodes[0]).dim() for d in axes}
 
     def _rows_of(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         """An operand that has the rows: from inside, or a piece of an input."""
@@ -276,7 +280,14 @@ class _Region:
         given: Any = node.args
         if node.target is not aten.mm.default:
             x = self._rows_of(given[0], env)
-            return (x.sum() if node.target is aten.sum.default else x.sum(0)) if known else None
+            if not known:
+                return None
+            lead = self._lead(given[0])
+            return (
+                x.sum()
+                if node.target is aten.sum.default
+                else x.sum([0, *(d - lead + 1 for d in self._summed(node) if d >= lead)])
+            )
         left, right = _transposed(given[0]), given[1]
         assert left is not None
         a, b = self._rows_of(left, env), self._rows_of(right, env)
@@ -397,7 +408,11 @@ class _Region:
         return self._insert(lambda _: torch.zeros(shape, dtype=dtype, device=val.device), [self.hidden], self.head)
 
     def _total_shape(self, node: fx.Node) -> tuple[int, ...]:
-        return self._trail(node.all_input_nodes[0]) if node.target is aten.sum.dim_IntList else tuple(value(node).shape)
+        if node.target is not aten.sum.dim_IntList:
+            return tuple(value(node).shape)
+        source = node.all_input_nodes[0]
+        kept = set(range(self._lead(source), value(source).dim())) - self._summed(node)
+        return tuple(value(source).shape[d] for d in sorted(kept))
 
     def _leave(self, node: fx.Node, total: fx.Node | None, parts: Sequence[fx.Node]) -> None:
         """Put the whole where the rest of the graph reads ``node``."""

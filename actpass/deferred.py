@@ -101,7 +101,7 @@ class _Deferred(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         way, gradient = ctx.way, gradients[0]
         with _as_traced(gradient.device):
             return None, *way.backward(_laid_out(gradient, way.strides), *ctx.saved_tensors)
@@ -200,7 +200,7 @@ class _After(_Value):
     def compute(self) -> torch.Tensor:
         before = self.before
         assert before is not None
-        made = before.made if before.is_as_made else before.compute()
+        made: Any = before.made if before.is_as_made else before.compute()
         with torch.inference_mode(False), torch.no_grad():
             return self.operator(made)
 
@@ -241,7 +241,7 @@ class DeferredLogits(torch.Tensor):
         return self._of.get()
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _ALIASES:
             return args[0]._showing(args[0]._of)

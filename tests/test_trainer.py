@@ -215,7 +215,7 @@ def test_trainer_reads_no_logits_while_it_trains_and_all_while_it_evaluates(
 
     from actpass import deferred
 
-    widths = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2}
+    widths: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = LlamaConfig(vocab_size=512, use_cache=False, **widths)
 
     read: list[Any] = []

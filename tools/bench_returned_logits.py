@@ -41,7 +41,7 @@ class Step:
     loss: torch.Tensor
 
 
-def run(row: str, model: nn.Module, batch: dict[str, torch.Tensor], method: str, steps: int) -> Step:
+def run(row: str, model: Any, batch: dict[str, torch.Tensor], method: str, steps: int) -> Step:
     kind, _, reads = row.rpartition(":")
     reads, kind = (reads, kind) if reads in ("metric", "distillation") else ("", row)
     options = {"method": method, **({"defer_logits": False} if kind == "whole" else {})}
@@ -103,7 +103,7 @@ def main() -> None:
     for row in given.rows:
         torch.compiler.reset()
         torch.manual_seed(0)
-        model = build_model(config, "causal-lm", torch.float32).model
+        model: Any = build_model(config, "causal-lm", torch.float32).model
         found = run(row, model, batch, given.method, given.steps)
         first, alone = first or found, found if row == "loss" else alone
         predicted = f"{found.predicted_bytes / found.peak_bytes:.3f}" if found.predicted_bytes else "-"
