@@ -9,9 +9,14 @@ import torch
 from torch import fx, nn
 
 import actpass
+from actpass._torch import FUSION_GATE, inductor_config
+from actpass.backend import _inductor_options
+from actpass.config import parse
 from actpass.graph.fusion import Fusion
 from actpass.graph.liveness import Kernel
 from actpass.measure import measure
+from actpass.modelplan.read import region
+from actpass.plan import Plan
 from actpass.plan.footprint import MARGIN
 
 from . import models
@@ -178,6 +183,31 @@ def test_the_gate_refuses_a_fusion_that_lifts_the_peak(monkeypatch: pytest.Monke
     for growth, together in ((0.0, False), (0.32, False), (0.34, True)):  # 301 bytes before any fusion, 400 with it
         monkeypatch.setattr("actpass.graph.fusion.fusion_gate_limit", lambda g=growth: lambda peak: peak + int(g * peak))
         assert (["first", "second"] in _fused(kernels, **sizes)) == together
+
+
+GATED = [{}, {"memory_budget": 0.3}, {"memory_budget": "1GiB"}, {"method": "exact"}, {"method": "haar"}]
+
+
+@pytest.mark.parametrize("options", GATED, ids=str)
+def test_the_gate_is_set_under_every_plan_unless_the_user_sets_it(options: dict[str, Any]):
+    gib, share = FUSION_GATE
+    exists = hasattr(inductor_config, share)
+    assert (share in _inductor_options(parse(options, None))) == exists
+    assert share not in _inductor_options(parse({**options, "inductor": {gib: None}}, None))
+    if exists:
+        with inductor_config.patch({gib: 1.0}):
+            assert not {gib, share} & set(_inductor_options(parse(options, None)))
+
+
+def test_inductor_alone_has_no_gate():
+    assert _inductor_options(parse(PLANS["inductor"], None)) == {}
+
+
+def test_a_plan_says_what_fusions_may_add_and_older_files_are_read():
+    data = {k: v for k, v in Plan(peak_growth=0.02).to_dict().items() if k != "schema_version"}
+    assert region("", data).peak_growth == 0.02
+    del data["peak_growth"]
+    assert region("", data).peak_growth is None
 
 
 def test_peak_counts_what_is_returned():
