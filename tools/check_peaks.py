@@ -34,7 +34,7 @@ METHODS = {
     "auto": {"method": "auto"},
     "int4": {"method": "int4"},
 }
-Step = Callable[[nn.Module], Tensor]
+Step = Callable[[Callable[..., Any]], Tensor]
 
 
 class GatedLayers(nn.Module):
