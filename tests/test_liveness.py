@@ -6,10 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import actpass
+from actpass._torch import FUSION_GATE, inductor_config
+from actpass.backend import _inductor_options
+from actpass.config import parse
+from actpass.graph.fusion import Fusion
+from actpass.graph.liveness import Kernel
 from actpass.measure import measure
+from actpass.modelplan.read import region
+from actpass.plan import Plan
 from actpass.plan.footprint import MARGIN
 
 from .helpers import TORCH_2_11
@@ -132,6 +139,93 @@ def peaks(build: Any, plan: str) -> tuple[int, int]:
     predicted = actpass.report(model).totals.peak_bytes
     assert predicted is not None
     return predicted, measured
+
+
+class GatedLayers(nn.Module):
+    """Linear layers, all of whose outputs go through one gate: its gradient is a sum over all layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(4))
+        self.gate = nn.Parameter(torch.ones(64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = nn.functional.gelu(layer(x)) * self.gate + x
+        return x.square().mean()
+
+
+@pytest.mark.skipif(TORCH_2_11, reason="which loops are fused was not read there")
+def test_sums_over_all_layers_keep_what_they_sum():
+    torch.manual_seed(0)
+    budget = 3_000_000
+    model, x = GatedLayers(), torch.randn(1024, 64)
+    compiled = torch.compile(model, backend="actcomp", options={"method": "auto", "smallest": 0, "memory_budget": budget})
+
+    def step() -> None:
+        compiled(x).backward()
+
+    def begin() -> None:
+        step()
+        model.zero_grad(set_to_none=True)
+
+    begin()
+    measured = measure(step, before=begin).peak_bytes
+    totals = actpass.report(model).totals
+    assert totals.peak_bytes is not None
+    assert totals.resident_bytes is not None
+    assert totals.resident_bytes + measured <= budget
+    assert measured / (1 + MARGIN) <= totals.peak_bytes <= 1.02 * measured
+
+
+def _fused(kernels: list[Kernel], **sizes: int) -> list[list[str]]:
+    """The names of the kernels that run as one. sizes: bytes of their results and inputs."""
+    made = {w for k in kernels for w in k.writes}
+    inputs = {r: sizes[r] for k in kernels for r in k.reads if r not in made}
+    outputs = {w for w in made if not any(w in k.reads for k in kernels)}
+    return [[k.node.name for k in group] for group in Fusion(kernels, sizes, inputs, outputs).run()]
+
+
+def _kernel(name: str, *reads: str, loops: bool = True) -> Kernel:
+    node = fx.Graph().create_node("call_function", torch.ops.aten.add.Tensor, name=name)
+    node.meta["val"] = torch.empty(1)
+    return Kernel(node, 0, (100, 0) if loops else None, writes=[name], reads=list(reads))
+
+
+def test_the_gate_refuses_a_fusion_that_lifts_the_peak(monkeypatch: pytest.MonkeyPatch):
+    kernels = [_kernel("first", "x"), _kernel("matmul", "first", loops=False), _kernel("second", "x")]
+    kernels += [_kernel("last", "x", loops=False)]
+    sizes = {"x": 100, "first": 100, "matmul": 100, "second": 100, "last": 1}
+    monkeypatch.setattr("actpass.graph.fusion.fusion_gate_limit", lambda: None)
+    assert ["first", "second"] in _fused(kernels, **sizes)
+    for growth, together in ((0.0, False), (0.32, False), (0.34, True)):  # 301 bytes before any fusion, 400 with it
+        monkeypatch.setattr("actpass.graph.fusion.fusion_gate_limit", lambda g=growth: lambda peak: peak + int(g * peak))
+        assert (["first", "second"] in _fused(kernels, **sizes)) == together
+
+
+GATED = [{}, {"memory_budget": 0.3}, {"memory_budget": "1GiB"}, {"method": "exact"}, {"method": "haar"}]
+
+
+@pytest.mark.parametrize("options", GATED, ids=str)
+def test_the_gate_is_set_under_every_plan_unless_the_user_sets_it(options: dict[str, Any]):
+    gib, share = FUSION_GATE
+    exists = hasattr(inductor_config, share)
+    assert (share in _inductor_options(parse(options, None))) == exists
+    assert share not in _inductor_options(parse({**options, "inductor": {gib: None}}, None))
+    if exists:
+        with inductor_config.patch({gib: 1.0}):
+            assert not {gib, share} & set(_inductor_options(parse(options, None)))
+
+
+def test_inductor_alone_has_no_gate():
+    assert _inductor_options(parse(PLANS["inductor"], None)) == {}
+
+
+def test_a_plan_says_what_fusions_may_add_and_older_files_are_read():
+    data = {k: v for k, v in Plan(peak_growth=0.02).to_dict().items() if k != "schema_version"}
+    assert region("", data).peak_growth == 0.02
+    del data["peak_growth"]
+    assert region("", data).peak_growth is None
 
 
 def test_peak_counts_what_is_returned():

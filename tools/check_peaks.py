@@ -34,7 +34,7 @@ METHODS = {
     "auto": {"method": "auto"},
     "int4": {"method": "int4"},
 }
-Step = Callable[[nn.Module], Tensor]
+Step = Callable[[Callable[..., Any]], Tensor]
 
 
 class GatedLayers(nn.Module):
@@ -53,7 +53,7 @@ class GatedLayers(nn.Module):
 
 
 class Adapter(nn.Module):
-    """A frozen linear layer with a trained one of low rank beside it, behind dropout (Hu et al., "LoRA", 2021, arXiv 2106.09685)."""
+    """A frozen layer and a trained one of low rank behind dropout (Hu et al., "LoRA", 2021, arXiv 2106.09685)."""
 
     def __init__(self, base: nn.Linear, rank: int) -> None:
         super().__init__()
