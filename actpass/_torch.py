@@ -113,7 +113,6 @@ __all__ = [
     "is_piece_of_ddp",
     "is_tangent_input",
     "is_wrapper",
-    "keep_provenance",
     "list_mode_options",
     "make_graph_module",
     "min_cut_rematerialization_partition",
@@ -208,14 +207,6 @@ def in_backward() -> bool:
 def rename(node: torch.fx.Node, name: str) -> None:
     """Give ``node`` a name that no other of its graph has, ``name`` if it is free."""
     node._rename(name)
-
-
-def keep_provenance(gm: torch.fx.GraphModule, clone: torch.fx.GraphModule) -> None:
-    """Mark ``clone`` as Dynamo's, as ``gm`` is: of a graph without this attribute AOTAutograd takes no parameter for static, so
-    that upstream's cut counts the bytes of a parameter that it saves (2.13 and 2.15)."""
-    sources = getattr(gm, "_param_name_to_source", None)
-    if sources is not None:
-        clone._param_name_to_source = sources
 
 
 def plain_input_index(desc: Any) -> int | None:

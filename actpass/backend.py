@@ -32,7 +32,6 @@ from actpass._torch import (
     inductor_config,
     is_part_of_a_step,
     is_piece_of_ddp,
-    keep_provenance,
     list_mode_options,
     size_hint,
     sizes_as_planned,
@@ -549,11 +548,7 @@ def _append_state(
     bases, the points of sampled tokens (as many as a call brings) and the subspaces, then the places for coefficients; it also
     returns a tensor for each subspace, where the pass will put the sketch (made by an operator that stays one node and that no
     model has, so that all others keep their names). And the new inputs as fake tensors."""
-    clone, mapping = copy_module(gm)
-    for old, new in mapping.items():
-        if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source  # pyright: ignore[reportAttributeAccessIssue]
-    keep_provenance(gm, clone)
+    clone, _ = copy_module(gm)
     mode = detect_fake_mode([n.meta.get("example_value") for n in gm.graph.nodes] + list(example_inputs))
     placeholders = clone.graph.find_nodes(op="placeholder")
     last, own = (placeholders[-1] if placeholders else None), []

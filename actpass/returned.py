@@ -75,9 +75,6 @@ def take_logits(gm: fx.GraphModule, example_inputs: Sequence[Any], inputs: Graph
 def _returning(gm: fx.GraphModule, returned: Sequence[fx.Node]) -> fx.GraphModule:
     """A clone of Dynamo's graph ``gm`` with other results."""
     clone, mapping = copy_module(gm)
-    for old, new in mapping.items():
-        if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source  # pyright: ignore[reportAttributeAccessIssue]
     (output,) = clone.graph.find_nodes(op="output")
     output.args = (tuple(fx.map_arg(list(returned), lambda n: mapping[n])),)
     clone.recompile()

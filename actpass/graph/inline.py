@@ -27,8 +27,6 @@ from actpass._torch import invoke_subgraph
 from actpass.graph.copying import copy_module
 from actpass.graph.inputs import clean_path, parameter_path
 
-_OF_DYNAMO = ("compile_subgraph_reason", "_param_name_to_source", "_source_to_user_stacks")
-"""What Dynamo notes on its graph module, beside ``meta``."""
 Paths = Mapping[fx.Node, str | None]
 
 
@@ -58,12 +56,6 @@ def _inlined(gm: fx.GraphModule, paths: Paths, first: dict[int, list[str | None]
     first call is given."""
     copy, mapping = copy_module(gm)
     known = {mapping[node]: path for node, path in paths.items()}
-    for old, new in mapping.items():
-        if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source  # pyright: ignore[reportAttributeAccessIssue]
-    for name in _OF_DYNAMO:
-        if hasattr(gm, name):
-            setattr(copy, name, getattr(gm, name))
     while calls := copy.graph.find_nodes(op="call_function", target=invoke_subgraph):
         _inline(copy, calls[0], known, first)
     for node in copy.graph.nodes:
