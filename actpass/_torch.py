@@ -83,8 +83,8 @@ __all__ = [
     "FakeTensorMode",
     "HigherOrderOperator",
     "OpOverload",
-    "Sizes",
     "RestartAnalysis",
+    "Sizes",
     "active_ddp",
     "averages_otherwise",
     "compile_fx",
@@ -295,6 +295,8 @@ def went_through_inductor(error: BaseException) -> bool:
     """Whether ``error`` was raised while Inductor ran, of which the pass is a part."""
     package = os.path.dirname(str(inductor_config.__file__))
     return any(f.filename.startswith(package) for f in traceback.extract_tb(error.__traceback__))
+
+
 FUSION_GATE = ("fusion_memory_timeline_peak_memory_increase_gb", "fusion_memory_timeline_peak_memory_pct_threshold")
 """Inductor's options (torch 2.15) of what fusions may add to a graph's peak: in GiB, and as a fraction. The less counts."""
 
@@ -379,7 +381,7 @@ def take_out_of_buckets(ddp: DistributedDataParallel, names: Iterable[str]) -> N
     ddp._ddp_init_helper(parameters, sparse, ddp._build_debug_param_to_name_mapping(parameters), ddp.static_graph)
     ddp._has_rebuilt_buckets = False
     if getattr(ddp, "require_manual_backward_finalization", False):
-        ddp.require_manual_backward_finalization = True
+        ddp.require_manual_backward_finalization = True  # pyright: ignore[reportArgumentType]: a property of 2.15
     if ddp.static_graph:
         ddp._static_graph_delay_allreduce_enqueued = False
         ddp.reducer._set_static_graph()

@@ -294,7 +294,8 @@ class _Region:
         return torch.mm(a.t(), b) if a is not None and b is not None else None
 
     def _run_best(self, node: fx.Node, env: dict[fx.Node, Any], known: bool) -> Any:
-        source, target, at = node.args[0], node.target, _BEST[node.target]
+        target: Any = node.target
+        source, at = node.args[0], _BEST[target]
         assert isinstance(source, fx.Node)
         axis: Any = node.args[at] if len(node.args) > at else None if at == 1 else -1
         if axis is None or axis % value(source).dim() < self._lead(source):

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import fx
 
-from actpass.graph.liveness import Kernel, Program, in_order
+from actpass.graph.kernel import Kernel
+from actpass.graph.liveness import Program, in_order
 from actpass.plan.folding import Fold
 
 Key = tuple[Any, ...]

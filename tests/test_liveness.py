@@ -13,7 +13,7 @@ from actpass._torch import FUSION_GATE, inductor_config
 from actpass.backend import _inductor_options
 from actpass.config import parse
 from actpass.graph.fusion import Fusion
-from actpass.graph.liveness import Kernel
+from actpass.graph.kernel import Kernel
 from actpass.measure import measure
 from actpass.modelplan.read import region
 from actpass.plan import Plan

@@ -15,15 +15,13 @@ from __future__ import annotations
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from actpass._torch import fusion_gate_limit, inductor_config
+from actpass.graph.kernel import Kernel
 from actpass.graph.ops import is_reduction
-
-if TYPE_CHECKING:
-    from actpass.graph.liveness import Kernel
 
 _NEAR = 64
 """Loops farther apart than this in the graph are fused only if one reads the other."""

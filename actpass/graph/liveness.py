@@ -21,7 +21,7 @@ from __future__ import annotations
 import operator
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +31,7 @@ from torch.utils import _pytree as pytree
 from actpass._torch import inductor_config, invoke_subgraph, needs_fallback_due_to_atomic_add_limitations, size_hint
 from actpass.graph.fusion import Fusion, is_on_cpu
 from actpass.graph.joint import CASTS, is_view, storage_root, tensor_bytes, value
+from actpass.graph.kernel import Kernel
 from actpass.graph.ops import is_pointwise, is_reduced_by_row, is_reduction
 from actpass.graph.uses import WRITES
 
@@ -99,32 +100,6 @@ class Buffer(Protocol):
     def op(self) -> str: ...
     @property
     def meta(self) -> dict[str, Any]: ...
-
-
-@dataclass(eq=False)
-class Kernel:
-    """node: its first. loops: what it runs over (`_Reading._loops`), None for what is no loop. scratch: bytes that it needs
-    while it runs, its results among them, if more than they. writes, reads: what it leaves in memory and reads from there;
-    size: bytes of the former. members: its results in order, with those that only the kernel itself reads. unwritten: bytes
-    of the latter, which never get to memory, but Inductor counts them."""
-
-    node: Any
-    position: int
-    loops: tuple[int, int] | None
-    scratch: int = 0
-    writes: list[Any] = field(default_factory=list)
-    reads: list[Any] = field(default_factory=list)
-    members: list[Any] = field(default_factory=list)
-    size: int = 0
-    unwritten: int = 0
-
-    @property
-    def needs(self) -> int:
-        return max(self.size, self.scratch)
-
-    @property
-    def believed(self) -> int:
-        return self.size + self.unwritten
 
 
 def timeline(gm: fx.GraphModule, freed: Mapping[str, str] | None = None) -> Timeline:

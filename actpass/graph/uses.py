@@ -117,7 +117,7 @@ class Uses:
         names of the weight-gradient matmuls."""
         names = frozenset(contractions)
         found = self._consumers[tensor]
-        kinds = ["contraction" if user.name in names else self._kind((user, via)) for user, via in found]
+        kinds: list[UseKind] = ["contraction" if user.name in names else self._kind((user, via)) for user, via in found]
         uses = tuple(Use(str(user.target), kind) for (user, _), kind in zip(found, kinds, strict=True))
         return uses, "nonlinear" not in kinds and self._kind(tensor) == "linear"
 

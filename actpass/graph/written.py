@@ -57,7 +57,7 @@ def _updates(joint: Joint) -> list[fx.Node]:
 
 def _written(joint: Joint, updates: list[fx.Node]) -> list[fx.Node]:
     """The primals whose memory holds another value when the backward runs."""
-    in_graph = {n.args[0] for n in updates}
+    in_graph: set[Any] = {n.args[0] for n in updates}  # pyright: ignore[reportUnhashable]
     by_caller = {written_input(desc) for desc in _descriptions(joint)} - {None}
     return [p for p in joint.primals if p in in_graph or plain_input_index(p.meta.get("desc")) in by_caller]
 

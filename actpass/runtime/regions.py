@@ -34,8 +34,8 @@ class Region:
     graph break), the region that ran before. frame: Dynamo's number for the code that was compiled; a recompilation has the
     same. called: when it ran last. code: the Python code that it was compiled from. shapes: of its inputs. peak: its budget, if
     that is one of peak bytes, beside what is resident now. arguments: (path, shape) where the parameters are arguments of the
-    compiled function; positions are theirs then. planned: what was resident when it was compiled. superseded: whether it will be
-    compiled again. refused: the error that its next call raises. missed: why the last step of its parameters did not run it.
+    compiled function; positions are theirs then. planned: what was resident when it was compiled. superseded: whether it
+    will be compiled again. refused: the error that its next call raises. missed: why the last step of its parameters did not run it.
     """
 
     record: Record

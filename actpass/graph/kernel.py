@@ -1,0 +1,31 @@
+"""A kernel of Inductor's, as the model of live bytes knows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(eq=False)
+class Kernel:
+    """node: its first. loops: what it runs over, None for what is no loop. scratch: bytes that it needs while it runs, its results among them, if more than they. writes, reads: what it leaves in memory and reads from there;
+    size: bytes of the former. members: its results in order, with those that only the kernel itself reads. unwritten: bytes
+    of the latter, which never get to memory, but Inductor counts them."""
+
+    node: Any
+    position: int
+    loops: tuple[int, int] | None
+    scratch: int = 0
+    writes: list[Any] = field(default_factory=list)
+    reads: list[Any] = field(default_factory=list)
+    members: list[Any] = field(default_factory=list)
+    size: int = 0
+    unwritten: int = 0
+
+    @property
+    def needs(self) -> int:
+        return max(self.size, self.scratch)
+
+    @property
+    def believed(self) -> int:
+        return self.size + self.unwritten
