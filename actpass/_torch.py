@@ -266,10 +266,11 @@ def sizes_as_planned(sizes: Sizes) -> Iterator[None]:
 
 def symbol_of(size: torch.SymInt) -> tuple[str, int, int] | None:
     """The name of the symbol that ``size`` is, what was traced, and the most that it can be; None for an expression."""
-    expr = size.node.expr
+    node: Any = size.node
+    expr = node.expr
     if not expr.is_Symbol:
         return None
-    most = size.node.shape_env.var_to_range[expr].upper
+    most = node.shape_env.var_to_range[expr].upper
     return expr.name, size_hint(size), int(most) if most.is_Integer else 2**62
 
 

@@ -129,7 +129,7 @@ class _Reduction:
     def __init__(self, parameters: Mapping[str, nn.Parameter], group: dist.ProcessGroup) -> None:
         self.parameters, self.group = parameters, group
         members = dist.get_process_group_ranks(group)
-        self.cpus = dist.new_group(members, backend="gloo", use_local_synchronization=True)
+        self.cpus: Any = dist.new_group(members, backend="gloo", use_local_synchronization=True)
         self.awaited = False
 
     def after_forward(self, ddp: Any, _: Any, output: Any) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 @dataclass(eq=False)
 class Kernel:
-    """node: its first. loops: what it runs over, None for what is no loop. scratch: bytes that it needs while it runs, its results among them, if more than they. writes, reads: what it leaves in memory and reads from there;
+    """node: its first. loops: what it runs over, None for what is no loop. scratch: bytes that it needs while
+    it runs, its results among them, if more than they. writes, reads: what it leaves in memory and reads from there;
     size: bytes of the former. members: its results in order, with those that only the kernel itself reads. unwritten: bytes
     of the latter, which never get to memory, but Inductor counts them."""
 

@@ -35,7 +35,8 @@ class Region:
     same. called: when it ran last. code: the Python code that it was compiled from. shapes: of its inputs. peak: its budget, if
     that is one of peak bytes, beside what is resident now. arguments: (path, shape) where the parameters are arguments of the
     compiled function; positions are theirs then. planned: what was resident when it was compiled. superseded: whether it
-    will be compiled again. refused: the error that its next call raises. missed: why the last step of its parameters did not run it.
+    will be compiled again. refused: the error that its next call raises. missed: why the last step of its parameters did not
+    run it.
     """
 
     record: Record
