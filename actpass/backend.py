@@ -215,9 +215,17 @@ def _compile_region(
     named = tuple((path, tuple(example_inputs[i].shape)) for path, i in arguments)
     region = regions.Region(record, config, positions, current_frame(), code=code, shapes=shapes, peak=peak, arguments=named)
     regions.register(region)
+    return _given_state(fn, region, extra, plain, device)
+
+
+def _given_state(
+    fn: Callable[..., Any], region: regions.Region, extra: Extra, plain: GraphInputs, device: torch.device
+) -> Callable[..., Any]:
+    """``fn`` as Dynamo calls it: with the model's own inputs, and without what it returns beside the model's results."""
+    config = region.config
     if not config.needs_seed:
         return _plain(fn, region)
-    if extra and Extra.of(record.plan, plain.paths) != extra:
+    if extra and Extra.of(region.record.plan, plain.paths) != extra:
         return _with_seed(_without(fn, extra, device), region, config, device)
     copies = device.type == "cuda" and _has_cuda_graphs(config)
     if extra.factors:
