@@ -136,11 +136,10 @@ __all__ = [
 ]
 
 TESTED_TORCH = ("2.11", "2.15")
+"""First and last torch minor version that the tests ran on."""
 REGION_BUDGET = "_region_activation_memory_budget"
 """The key in a node's ``meta["custom"]`` of what `torch.autograd.graph.region_activation_memory_budget` asks for (2.13 and
 2.15; 2.11 has no such thing)."""
-TESTED_TORCH = ("2.11", "2.13")
-"""First and last torch minor version that the tests ran on."""
 
 
 def torch_is_tested(version: str = torch.__version__) -> bool:

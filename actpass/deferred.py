@@ -64,7 +64,12 @@ class Way:
         leaves = (*hidden, *(args[i] for i in self.inputs))
         if any(isinstance(leaf, FakeTensor) for leaf in leaves):
             return self.forward(*leaves)
+        if self.backward is None:
+            return self.deferred(leaves)
         return _Deferred.apply(self, *leaves)  # pyright: ignore[reportReturnType]
+
+    def deferred(self, leaves: Sequence[torch.Tensor]) -> DeferredLogits:
+        return DeferredLogits(_Logits(self, leaves), self.shape, self.strides, self.dtype, leaves[0].device)
 
 
 def delivering(fn: Callable[..., Any], outputs: Sequence[int | Way]) -> Callable[..., Any]:
@@ -97,7 +102,7 @@ class _Deferred(torch.autograd.Function):
     def forward(ctx: Any, way: Way, *leaves: torch.Tensor) -> torch.Tensor:
         ctx.way = way
         ctx.save_for_backward(*leaves)
-        return DeferredLogits(_Logits(way, leaves), way.shape, way.strides, way.dtype, leaves[0].device)
+        return way.deferred(leaves)
 
     @staticmethod
     @once_differentiable
@@ -121,10 +126,12 @@ def _as_traced(device: torch.device) -> Iterator[None]:
 
 
 class _Value:
-    """A tensor that is computed when it is first asked for. All that show the same memory share one."""
+    """A tensor that is computed when it is first asked for. All that show the same memory share one. copies: of it, not
+    computed yet."""
 
-    made: torch.Tensor | None = None
-    version: int = 0
+    def __init__(self) -> None:
+        self.made: torch.Tensor | None = None
+        self.copies: WeakSet[_After] = WeakSet()
 
     def compute(self) -> torch.Tensor:
         """The tensor, in memory of its own."""
@@ -133,24 +140,25 @@ class _Value:
     def get(self) -> torch.Tensor:
         """The tensor, kept from now on."""
         if self.made is None:
-            made = self.compute()
-            self.keep(made, made._version)
+            self.keep(self.compute())
         return self.made  # pyright: ignore[reportReturnType]
 
-    def keep(self, made: torch.Tensor, version: int) -> None:
-        """version: of ``made`` when it was computed."""
-        self.made, self.version = made, version
+    def keep(self, made: torch.Tensor) -> None:
+        self.made = made
 
-    @property
-    def is_as_made(self) -> bool:
-        """Whether it was computed, and nothing was written to it since."""
-        return self.made is not None and self.made._version == self.version
+    def show(self) -> torch.Tensor:
+        """The tensor, to whoever may write to it: its copies are computed first, of what it is now."""
+        made = self.get()
+        for other in list(self.copies):
+            other.get()
+        return made
 
 
 class _Logits(_Value):
     """Those of one call. leaves: what they are computed from, the hidden state first."""
 
     def __init__(self, way: Way, leaves: Sequence[torch.Tensor]) -> None:
+        super().__init__()
         self.way, self.leaves = way, [leaf.detach() for leaf in leaves]
         self.versions = [leaf._version for leaf in self.leaves]
         self.is_settled = False
@@ -194,18 +202,22 @@ class _After(_Value):
     """What an operator that is deferred, too, makes of another value."""
 
     def __init__(self, before: _Value, operator: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
         self.before: _Value | None = before
         self.operator = operator
+        before.copies.add(self)
 
     def compute(self) -> torch.Tensor:
         before = self.before
         assert before is not None
-        made: Any = before.made if before.is_as_made else before.compute()
+        made: Any = before.made if before.made is not None else before.compute()
         with torch.inference_mode(False), torch.no_grad():
             return self.operator(made)
 
-    def keep(self, made: torch.Tensor, version: int) -> None:
-        super().keep(made, version)
+    def keep(self, made: torch.Tensor) -> None:
+        super().keep(made)
+        if self.before is not None:
+            self.before.copies.discard(self)
         self.before = None
 
 
@@ -238,7 +250,7 @@ class DeferredLogits(torch.Tensor):
     @property
     def read(self) -> torch.Tensor:
         """What it stands for, without its history: an ordinary tensor that shares this one's memory."""
-        return self._of.get()
+        return self._of.show()
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -250,14 +262,14 @@ class DeferredLogits(torch.Tensor):
             after = _After(x._of, lambda made: func(made, *args[1:], **kwargs))
             return x._showing(after, kwargs.get("dtype"), kwargs.get("device"))
         given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, DeferredLogits)]
+        for x in given if _shows_or_writes(func) else ():
+            x._of.show()
         values = {id(x._of): x._of.made if x._of.made is not None else x._of.compute() for x in given}
-        versions = {key: made._version for key, made in values.items()}
         args, kwargs = pytree.tree_map_only(DeferredLogits, lambda x: values[id(x._of)], (args, kwargs))
         result = func(*args, **kwargs)
-        if _shows_or_writes(func) or not _is_differentiated(given, result):
-            for x in given:
-                if x._of.made is None:
-                    x._of.keep(values[id(x._of)], versions[id(x._of)])
+        for x in given if not _is_differentiated(given, result) else ():
+            if x._of.made is None:
+                x._of.keep(values[id(x._of)])
         same = {id(values[id(x._of)]): x for x in given}  # what is written in place is returned
         return pytree.tree_map_only(torch.Tensor, lambda made: same.get(id(made), made), result)
 

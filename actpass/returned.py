@@ -179,7 +179,8 @@ class _Reader:
         """What was found, as functions of tensors. position: of the hidden state in the clone's results."""
         function = self._function(found)
         logits, positions = _made(found.logits), {n: i for i, n in enumerate(self.placeholders)}
-        with FakeTensorMode(allow_non_fake_inputs=True):  # of its own: Dynamo's values are of several by now
+        hooks = torch.autograd.graph.saved_tensors_hooks(_same, _same)  # not those of a checkpoint around the region
+        with hooks, FakeTensorMode(allow_non_fake_inputs=True):  # of its own: Dynamo's values are of several by now
             fakes = [_like(_made(n)).requires_grad_(self._wants_gradient(n)) for n in found.sources]
             with torch.no_grad():
                 forward = make_fx(function)(*fakes)
@@ -224,6 +225,10 @@ def _pullback(function: fx.GraphModule, fakes: Sequence[torch.Tensor], logits: t
         return [next(found) if x.requires_grad else None for x in leaves]
 
     return make_fx(pull)(_like(logits), *fakes)
+
+
+def _same(x: torch.Tensor) -> torch.Tensor:
+    return x
 
 
 def _tidy(gm: fx.GraphModule) -> fx.GraphModule:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.nn import functional as F
 
@@ -192,6 +193,56 @@ def test_aliases_copies_and_casts_are_not_read():
     shown[0].add_(1)
     assert torch.equal(logits, want + 1)
     assert torch.equal(shown[2], 2 * want)
+
+
+def test_a_copy_is_of_what_was_there_when_it_was_copied():
+    model = Model()
+    want = model(**inputs())[1].detach()
+    logits = deferred(model)[1].detach()
+    copies = [logits.clone(), logits.double(), logits.clone().clone()]
+    logits[..., 0] = -1e9
+    assert all(torch.equal(c, want.to(c.dtype)) for c in copies)
+    one = deferred(model)[1].detach().clone()
+    other = one.clone()
+    one.read.mul_(2.0)  # what it shows may be written to by whoever has it
+    assert torch.equal(other, want)
+    with_gradient = deferred(model)[1]
+    copy = with_gradient.clone()
+    with_gradient.mul_(2.0)
+    (found,) = torch.autograd.grad(copy.square().mean(), [model.head.weight])
+    (right,) = torch.autograd.grad(model(**inputs())[1].square().mean(), [model.head.weight])
+    assert error(found, right) < 300 * EPS
+
+
+def test_logits_without_a_gradient_come_without_one():
+    class Detached(Model):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            loss, logits = super().forward(*args, **kwargs)
+            return loss, logits.detach()
+
+    model = Detached()
+    loss, logits = deferred(model)
+    assert not logits.requires_grad
+    assert logits.numpy().shape == logits.shape
+    (loss + logits.square().mean()).backward()
+    found = grads_of(model)
+    model.zero_grad()
+    model(**inputs())[0].backward()
+    assert all(error(found[n], g) < 300 * EPS for n, g in grads_of(model).items())
+
+
+def test_a_first_call_inside_a_checkpoint():
+    model = Model()
+    run = compiled(model)
+
+    def call() -> Any:
+        loss, logits = run(**inputs())
+        return loss + f_of(logits)
+
+    torch.utils.checkpoint.checkpoint(call, use_reentrant=False).backward()
+    found = grads_of(model)
+    _, want = gradients(model, model)
+    assert all(error(found[n], g) < 300 * EPS for n, g in want.items())
 
 
 def test_it_is_an_ordinary_tensor_to_what_reads_memory():

@@ -28,7 +28,13 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from actpass._torch import inductor_config, invoke_subgraph, needs_fallback_due_to_atomic_add_limitations, size_hint
+from actpass._torch import (
+    inductor_config,
+    invoke_subgraph,
+    is_tangent_input,
+    needs_fallback_due_to_atomic_add_limitations,
+    size_hint,
+)
 from actpass.graph.fusion import Fusion, is_on_cpu
 from actpass.graph.joint import CASTS, is_view, storage_root, tensor_bytes, value
 from actpass.graph.kernel import Kernel
@@ -137,7 +143,8 @@ class Program:
             for node in kernel.reads:
                 self.readers[node].append(kernel)
         self.counted = {*freed, *believed, *(w for k in kernels for w in k.writes)}
-        self.owned = {*freed, *(w for k in kernels for w in k.writes)} - outputs
+        given = {n for n in freed if is_tangent_input(n.meta.get("desc"))}  # freed, but no donation: nothing is written there
+        self.owned = {*freed, *(w for k in kernels for w in k.writes)} - outputs - given
 
     def timeline(self) -> Timeline:
         """Of the orders that Inductor considers, the one that it takes."""
