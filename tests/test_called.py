@@ -120,8 +120,8 @@ def test_an_override_names_one_layer_of_a_region():
 def test_regions_of_symbolic_shapes():
     model, _ = made(layer=region_of_a_region)
     model.eval()  # no dropout: gradients are eager's
-    compiled = torch.compile(model, backend=eager_actcomp(method="exact"), dynamic=True)
-    for batch in (2, 3):
+    compiled = torch.compile(model, backend=eager_actcomp(method="exact"))
+    for batch in (2, 3, 5):  # dynamic from the second on; with dynamic=True Dynamo 2.15 makes an input of eps and fails on it
         x = torch.randn(batch, 16, 32)
         _, grads = step(compiled, model, {"x": x})
         assert_close(grads, step(model, model, {"x": x})[1], 64 * EPS)

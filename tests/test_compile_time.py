@@ -89,7 +89,7 @@ def test_upstream_cuts_twice_without_a_budget(monkeypatch: pytest.MonkeyPatch, n
     assert (len(cuts), len(read)) == (2, 2)
 
 
-@pytest.mark.parametrize(("name", "is_free"), [("float32", True), ("frozen", True), ("autocast", False), ("gated", True)])
+@pytest.mark.parametrize(("name", "is_free"), [("float32", True), ("frozen", True), ("autocast", False), ("gated", False)])
 def test_the_residual_stream_is_asked_for_where_both_cuts_say_that_it_costs_nothing(name: str, is_free: bool) -> None:
     model, inputs = _made(name)
     (compiled,) = explain_model(model, (), inputs, {"method": "exact"}).regions
