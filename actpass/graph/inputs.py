@@ -118,7 +118,8 @@ def _source_name(node: fx.Node) -> str:
 
 
 def clean_path(path: str) -> str:
-    """``L['self'].model.layers.0`` or ``L['self'].__dict__['_modules']['model']`` -> ``model.layers.0`` or ``model``."""
-    path = re.sub(r"^(.*\.cell_contents|[LG]\['[^']*'\])\.?", "", path)
+    """``L['self'].model.layers.0`` or ``L['self'].__dict__['_modules']['model']`` -> ``model.layers.0`` or ``model``. A
+    forward that is decorated takes its module as ``L['args'][0]`` (2.15), a bound method as ``L['fn'].__self__``."""
+    path = re.sub(r"^(.*\.cell_contents|[LG]\['[^']*'\](\[\d+\])*)(\.__self__)*\.?", "", path)
     path = re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", path)
     return ".".join(s for s in path.split(".") if s and s not in (*_WRAPPERS, *_CONTAINERS))

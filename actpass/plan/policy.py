@@ -152,7 +152,7 @@ def _freed_bytes(members: list[tuple[Candidate, Wish]], ranks: Ranks | None) -> 
 
 
 def _is_projected(c: Candidate, wish: Wish) -> bool:
-    return wish.projection is not None and (wish.named or not c.narrow)
+    return wish.projection is not None and (wish.named or wish.ranks_from_budget or not c.narrow)
 
 
 def _rank(c: Candidate, wish: Wish, ranks: Ranks | None) -> int:
