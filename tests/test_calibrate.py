@@ -12,6 +12,7 @@ from torch import nn
 import actpass
 from actpass.budget import Region
 from actpass.calibrate import _Gradients, _rounded, _sample
+from actpass.codecs import errors as gaussian_errors
 from actpass.explain import explain_model
 from actpass.graph.joint import module_path
 
