@@ -31,7 +31,7 @@ def find_candidates(
         groups.setdefault((c.x, c.left, c.width, treatment_of(c)), []).append(c)
     names = [c.node for c in finding.contractions]
     longer = sorted(max(c.width, c.out) for c in finding.contractions)
-    typical = longer[len(longer) // 2] if len(longer) > 1 else 0  # narrow beside others
+    typical = longer[len(longer) // 2] if longer else 0
     return [_candidate(nodes[members[0].x], members, exact, names, typical) for members in groups.values()]
 
 

@@ -164,7 +164,7 @@ FOUND: dict[str, tuple[nn.Module, tuple[int, ...], set[str]]] = {
     "linear_2d": (Module(lambda m, x: m.a(x), a=nn.Linear(D, D)), (8, D), {"a.weight"}),
     "linear_3d": (Module(lambda m, x: m.a(x), a=nn.Linear(D, D)), (2, 8, D), {"a.weight"}),
     "linear_4d": (Module(lambda m, x: m.a(x), a=nn.Linear(D, D)), (2, 2, 8, D), {"a.weight"}),
-    "linear_without_bias": (Module(lambda m, x: m.a(x), a=nn.Linear(D, 3, bias=False)), (8, D), {"a.weight"}),
+    "linear_without_bias": (Module(lambda m, x: m.a(x), a=nn.Linear(D, 12, bias=False)), (8, D), {"a.weight"}),
     "conv1d": (Module(lambda m, x: m.a(x), a=Conv1D()), (2, 8, D), {"a.weight"}),
     "mm": (Module(lambda m, x: torch.mm(x, m.w), w=weight(D, 16)), (8, D), {"w"}),
     "mm_weight_left": (Module(lambda m, x: torch.mm(m.w, x), w=weight(16, D)), (D, 8), {"w"}),
