@@ -178,7 +178,7 @@ class GatedLayers(nn.Module):
 @pytest.mark.skipif(TORCH_2_11, reason="which loops are fused was not read there")
 def test_sums_over_all_layers_keep_what_they_sum():
     torch.manual_seed(0)
-    budget = 3_000_000
+    budget = 3_000_000 if hasattr(inductor_config, FUSION_GATE[1]) else 3_300_000
     model, x = GatedLayers(), torch.randn(1024, 64)
     compiled = torch.compile(model, backend="actcomp", options={"method": "auto", "smallest": 0, "memory_budget": budget})
 

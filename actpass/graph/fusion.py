@@ -60,14 +60,17 @@ class Fusion:
         self.gate = None if limit is None else Gate(self, nbytes, believed, outputs, limit)
 
     def run(self) -> list[list[Kernel]]:
-        """The kernels that run as one, in the graph's order."""
+        """The kernels that run as one, in the graph's order. The first of those in one outer loop is marked `nested`."""
         pairs = sorted(self.shared, key=self._score)
         while True:
             merged, refused = self._sweep(pairs, outer=False)
             if not merged and (refused or not self._sweep(pairs, outer=True)[0]):
                 break
         order = range(len(self.kernels)) if self.gate is None else [g for g in self.gate.order if g is not None]
-        return [[self.kernels[k] for k in _members(self.bits[g])] for g in order if self.group[g] == g]
+        groups = [g for g in order if self.group[g] == g]
+        for g in groups:
+            self.kernels[g].nested = self.nested[g]
+        return [[self.kernels[k] for k in _members(self.bits[g])] for g in groups]
 
     def _pairs(self, nbytes: Mapping[Any, int]) -> tuple[Counter[Pair], set[Pair]]:
         """Pairs of loops that may run as one -> bytes of the buffers that both touch; and of those the sums with a loop over

@@ -11,7 +11,7 @@ class Kernel:
     """node: its first. loops: what it runs over, None for what is no loop. scratch: bytes that it needs while
     it runs, its results among them, if more than they. writes, reads: what it leaves in memory and reads from there;
     size: bytes of the former. members: its results in order, with those that only the kernel itself reads. unwritten: bytes
-    of the latter, which never get to memory, but Inductor counts them."""
+    of the latter, which never get to memory, but Inductor counts them. nested: whether it is one outer loop around several."""
 
     node: Any
     position: int
@@ -22,6 +22,7 @@ class Kernel:
     members: list[Any] = field(default_factory=list)
     size: int = 0
     unwritten: int = 0
+    nested: bool = False
 
     @property
     def needs(self) -> int:

@@ -153,12 +153,13 @@ class Program:
 
     def _taken(self, kernel: Kernel, dead: Sequence[Any]) -> dict[Any, Any]:
         """Result -> the input in whose memory it is written: of its size, dead behind ``kernel``, and read by nothing but the
-        result and what the result is computed from: the first that it reads, and nothing if that never gets to memory."""
+        result and what the result is computed from: the first that it reads, and nothing if that never gets to memory. What one
+        inner loop hands another has a row's memory of its own."""
         if kernel.loops is None:
             return {}
         written = set(kernel.writes)
         inner = {m for m in kernel.members if m not in written}
-        mortal = inner | {n for n in dead if n not in written and n in self.owned}
+        mortal = (set() if kernel.nested else inner) | {n for n in dead if n not in written and n in self.owned}
         sources: dict[Any, set[Any]] = {}  # of a member: itself and all members that it is computed from
         for m in kernel.members:
             sources[m] = {m}.union(*(sources.get(r, ()) for r in self.inlined[m]))
