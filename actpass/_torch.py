@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 import traceback
 import types
@@ -27,7 +28,7 @@ from torch._dynamo.exc import RestartAnalysis  # Dynamo's control flow: no error
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX  # names of the code behind a graph break
 from torch._dynamo.source import ConstantSource  # a state input that Dynamo never saw needs a source
 from torch._dynamo.symbolic_convert import tls as _tls  # which code is being compiled
-from torch._functorch.compile_utils import fx_graph_cse  # q/k/v each carry an own cast of one tensor
+from torch._functorch.compile_utils import fx_graph_cse as _fx_graph_cse  # q/k/v each carry an own cast of one tensor
 from torch._functorch.partitioners import (
     get_default_op_list,  # which operators the min-cut may recompute, and which are views
     min_cut_rematerialization_partition,  # the cut itself; used, never forked
@@ -98,7 +99,6 @@ __all__ = [
     "fusion_gate",
     "fusion_gate_growth",
     "fusion_gate_limit",
-    "fx_graph_cse",
     "gathered",
     "get_default_op_list",
     "get_default_store",
@@ -115,6 +115,7 @@ __all__ = [
     "is_wrapper",
     "list_mode_options",
     "make_graph_module",
+    "merge_duplicates",
     "min_cut_rematerialization_partition",
     "needs_fallback_due_to_atomic_add_limitations",
     "plain_input_index",
@@ -150,6 +151,14 @@ def torch_is_tested(version: str = torch.__version__) -> bool:
         return int(major), int(minor_)
 
     return minor(TESTED_TORCH[0]) <= minor(version) <= minor(TESTED_TORCH[1])
+
+
+def merge_duplicates(graph: torch.fx.Graph, apart: Callable[[torch.fx.Node], bool]) -> torch.fx.Graph:
+    """``graph`` with one node in place of several that compute the same. apart: a node is merged with its like alone (from
+    2.14 on; before, there is no such choice, and the partitioner merges as much)."""
+    if "extra_node_key" in inspect.signature(_fx_graph_cse).parameters:
+        return _fx_graph_cse(graph, extra_node_key=apart)
+    return _fx_graph_cse(graph)
 
 
 def current_frame() -> int | None:

@@ -54,6 +54,7 @@ from actpass.report.record import Record, describe_unknown
 from actpass.returned import Taken, take_logits
 from actpass.runtime import clock, factors, ranks, records, regions, steps, subspaces
 from actpass.runtime.resident import resident
+from actpass.stack import in_one_piece
 
 
 def actcomp(
@@ -141,7 +142,7 @@ def compile_region(
     try:
         gm, called = inline_regions(gm, example_inputs)
         with progress.compiling():
-            run = _compile_region(gm, example_inputs, config, called, **compiler_options)
+            run = in_one_piece(_compile_region, gm, example_inputs, config, called, **compiler_options)
         return taking_ordinary(run) if is_piece_of_ddp(gm) else run  # the piece before it may have returned deferred logits
     except Exception as error:
         if isinstance(error, ActpassError) and not isinstance(error, InternalError):
@@ -380,6 +381,8 @@ def run_passes(
     and the places for coefficients. Returns what the pass did (None on a cache hit, or if there is no backward), and the
     compiled callable, which returns what ``gm`` does, deferred logits among it."""
     extra = extra or Extra()
+    if not config.defer_logits:
+        inputs = replace(inputs, whole="defer_logits=False keeps them so; return only the loss, or leave the option out")
     try:
         taken = _taken(gm, example_inputs, config, inputs)
     except GraphUnsupported as error:

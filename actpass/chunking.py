@@ -20,7 +20,7 @@ In memory: one piece of logits and of its gradient, and dW one backward earlier 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ from actpass.graph.copying import copy_module
 from actpass.graph.cost import is_attention, is_matmul
 from actpass.graph.joint import CASTS, is_tangent, is_view, storage_root, tensor_bytes, value
 from actpass.graph.ops import is_pointwise, is_reduction
+from actpass.graph.reach import ancestors, descendants, reach
 from actpass.rewrite import call, splice
 
 aten = torch.ops.aten
@@ -82,12 +83,9 @@ def chunk(joint: Joint, saved_bytes: int, rows: int | None = None) -> Chunked | 
         return None
     copy, mapping = copy_module(joint.gm)
     changed = Joint(copy, joint.inputs, joint.num_fwd_outputs, joint.static)
-    try:
-        region = _Region(changed, mapping[head])
-        sizes = _pieces(region.rows, rows or _rows_of_a_piece(value(region.hidden)))
-        region.split(sizes)
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise GraphUnsupported(f"it does not run on a part of the rows: {error}") from error
+    region = _Region(changed, mapping[head])
+    sizes = _pieces(region.rows, rows or _rows_of_a_piece(value(region.hidden)))
+    region.split(sizes)
     copy.graph.eliminate_dead_code()
     copy.graph.lint()
     copy.recompile()
@@ -100,7 +98,7 @@ def _find_head(joint: Joint, saved_bytes: int) -> fx.Node | None:
     found: fx.Node | None = None
     forward = [n for n in joint.gm.graph.nodes if n not in joint.backward]
     multiplied = {n for n in forward if is_matmul(n) or is_attention(n)}
-    hidden = _reach({a for n in multiplied for a in n.all_input_nodes}, lambda n: n.all_input_nodes)
+    hidden = ancestors({a for n in multiplied for a in n.all_input_nodes})
     for node in joint.gm.graph.nodes:
         if node.target not in (aten.mm.default, aten.addmm.default) or node not in joint.activations:
             continue
@@ -131,8 +129,8 @@ class _Region:
         if whole:
             why = joint.inputs.whole
             raise GraphUnsupported(f"the logits are also returned to the caller: {why or 'return only the loss'}")
-        below = _reach(self.wide, lambda n: n.users)
-        above = _reach(self.wide, lambda n: n.all_input_nodes)
+        below = descendants(self.wide)
+        above = ancestors(self.wide)
         inside = self.wide | (below & above) | {u for n in self.wide for u in n.users}
         inside |= {u for n in inside if n.target in _BEST for u in n.users if u.target is operator.getitem}
         self.below = below
@@ -147,7 +145,7 @@ class _Region:
 
     def _wide(self) -> set[fx.Node]:
         computed = {n for n in self.gm.graph.nodes if n.op == "call_function"}
-        learned = _reach(set(self.joint.parameter_path), lambda n: n.users)
+        learned = descendants(self.joint.parameter_path)
         weights = learned - self.joint.activations - self.joint.backward
 
         def is_wide(node: fx.Node) -> bool:
@@ -158,17 +156,23 @@ class _Region:
         def neighbours(node: fx.Node) -> list[fx.Node]:
             return [n for n in (*node.users, *node.all_input_nodes) if is_wide(n)]
 
-        return _reach({self.head}, neighbours)
+        return reach({self.head}, neighbours)
 
     def _tangent(self) -> tuple[fx.Node, set[fx.Node]]:
         """The tangent that the gradients inside are linear in, and all nodes that depend on it."""
-        above = _reach(set(self.inside), lambda n: n.all_input_nodes)
+        above = ancestors(self.inside)
         tangents = [n for n in self.gm.graph.nodes if is_tangent(n) and n in above]
-        if len(tangents) != 1 or value(tangents[0]).numel() != 1:
-            raise GraphUnsupported(f"its gradients come from {len(tangents)} tangents, not from one number")
+        if not tangents:
+            raise GraphUnsupported("nothing that is formed from its logits is differentiated")
+        if len(tangents) > 1:
+            raise GraphUnsupported(
+                f"{len(tangents)} of the results that are differentiated are formed from its logits: return one loss, their sum"
+            )
+        if value(tangents[0]).numel() != 1:
+            raise GraphUnsupported(f"the loss is a tensor of shape {tuple(value(tangents[0]).shape)}: return its mean or sum")
         if any(value(n).dtype == torch.float16 for n in self.wide):
             raise GraphUnsupported("its logits are float16, whose gradients need the loss scale")
-        tangible = _reach({tangents[0]}, lambda n: n.users) & above
+        tangible = descendants({tangents[0]}) & above
         for node in self.gm.graph.nodes:
             if node in tangible and node is not tangents[0] and not _is_homogeneous(node, tangible):
                 raise GraphUnsupported(f"{node.target} is not linear in the loss's tangent")
@@ -274,7 +278,12 @@ class _Region:
             args = [self._operand(a, node, env) for a in given]
         else:
             raise GraphUnsupported(f"{target} can't be run on a part of the rows")
-        return target(*args, **kwargs) if known and not any(v is None for v in env.values()) else None
+        if not known or any(v is None for v in env.values()):
+            return None
+        try:
+            return target(*args, **kwargs)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise GraphUnsupported(f"{target} does not run on a part of the rows: {error}") from error
 
     def _run_sum(self, node: fx.Node, env: dict[fx.Node, Any], known: bool) -> Any:
         given: Any = node.args
@@ -365,7 +374,7 @@ class _Region:
         needed = [n for n in (*self.row_inputs, *self.whole_inputs) if n in self.tangible]
         if not needed:
             return {}
-        above = _reach(set(needed), lambda n: n.all_input_nodes) & self.tangible
+        above = ancestors(needed) & self.tangible
         tangent = value(self.tangent)
 
         def one(_: torch.Tensor) -> torch.Tensor:
@@ -438,16 +447,6 @@ def _keep(result: fx.Node) -> None:
     for node in (result, *result.all_input_nodes):
         if node is result or node.target is invoke_subgraph:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-
-
-def _reach(start: set[fx.Node], neighbours: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
-    reached, todo = set(start), list(start)
-    while todo:
-        for node in neighbours(todo.pop()):
-            if node not in reached and node.op != "output":
-                reached.add(node)
-                todo.append(node)
-    return reached
 
 
 def _rows_of_a_piece(hidden: torch.Tensor) -> int:

@@ -25,7 +25,7 @@ from typing import Any
 from torch import fx
 
 from actpass import follow, verify
-from actpass._torch import fusion_gate_growth, fx_graph_cse, inductor_config
+from actpass._torch import fusion_gate_growth, inductor_config, merge_duplicates
 from actpass.budget import Choice, PeakBudget, Region, choose_cut
 from actpass.candidates import find_candidates, find_owners
 from actpass.chunking import Chunked, chunk
@@ -37,6 +37,7 @@ from actpass.factor import factor_gradients
 from actpass.graph import GraphInputs, Joint, find_contractions, fingerprint, plain_inputs
 from actpass.graph.copying import copy_module
 from actpass.graph.joint import module_path, storage_root, value
+from actpass.graph.reach import ancestors
 from actpass.graph.written import save_what_is_read
 from actpass.modelplan import ModelPlan
 from actpass.partition import Cut, Cuts, Setting, cut
@@ -161,11 +162,14 @@ def _find(plan: ModelPlan, joint: Joint) -> Plan:
 
 def _prepare(gm: fx.GraphModule, inputs: GraphInputs, partition_kwargs: Mapping[str, Any]) -> Joint:
     """A private copy of the joint graph without dead code and without duplicates (under autocast q, k and v each carry a
-    cast of one tensor), in which the backward reads no input that the forward writes to."""
+    cast of one tensor), in which the backward reads no input that the forward writes to. As in the partitioner, what only the
+    forward needs is merged with nothing that gradients need: it would be saved for them."""
     copy, _ = copy_module(gm)
     spell_flips(copy)
     copy.graph.eliminate_dead_code()
-    copy.graph = fx_graph_cse(copy.graph)
+    gradients = copy.graph.output_node().args[0][partition_kwargs["num_fwd_outputs"] :]
+    needed = ancestors(g for g in gradients if isinstance(g, fx.Node))
+    copy.graph = merge_duplicates(copy.graph, needed.__contains__)
     static = frozenset(partition_kwargs.get("static_lifetime_input_indices") or ())
     save_what_is_read(Joint(copy, inputs, partition_kwargs["num_fwd_outputs"], static))
     return Joint(copy, inputs, partition_kwargs["num_fwd_outputs"], static)

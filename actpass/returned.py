@@ -11,7 +11,7 @@ from what derives from the graph's inputs alone, and that is much smaller than t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from actpass.errors import GraphUnsupported
 from actpass.graph import GraphInputs
 from actpass.graph.copying import copy_module
 from actpass.graph.inputs import is_written
+from actpass.graph.reach import ancestors, descendants
 
 _LEAST_RATIO = 2
 """Of logits to their hidden state, in elements: the chunked loss asks for more than this of their widths."""
@@ -106,10 +107,10 @@ class _Reader:
         self.examples = dict(zip(self.placeholders, example_inputs, strict=True))
         self.passed = {n for n, computed in zip(self.placeholders, inputs.computed, strict=True) if computed}
         data = {n for n, path in zip(self.placeholders, inputs.paths, strict=True) if path is None}
-        self.computed = _below(data) - data
+        self.computed = descendants(data) - data
         (output,) = gm.graph.find_nodes(op="output")
         losses = {n for n in output.all_input_nodes if _is_loss(n)}
-        self.of_losses = _above(losses)
+        self.of_losses = ancestors(losses)
 
     # ------------------------------------------------------------------------------------------------------------ finding
 
@@ -122,9 +123,9 @@ class _Reader:
             return None
         if not 1 <= sum(map(_is_matmul, chain)) <= _MOST_MATMULS or not chain & self.of_losses:
             return None
-        if any(_is_matmul(n) or _is_function(n) for n in _below(chain) - chain):
+        if any(_is_matmul(n) or _is_function(n) for n in descendants(chain) - chain):
             return None
-        weights = {n for n in _above(chain) - _above({hidden} if hidden is not None else set()) if n not in self.computed}
+        weights = {n for n in ancestors(chain) - ancestors({hidden} if hidden is not None else set()) if n not in self.computed}
         nodes = sorted((chain | weights) - set(self.placeholders), key=self.order.__getitem__)
         read = {a for n in nodes for a in n.all_input_nodes}
         return _Found(result, hidden, tuple(n for n in self.placeholders if n in read), tuple(nodes))
@@ -285,20 +286,3 @@ def _is_matmul(node: fx.Node) -> bool:
 
 def _is_function(node: fx.Node) -> bool:
     return isinstance(node.target, HigherOrderOperator)
-
-
-def _below(start: Iterable[fx.Node]) -> set[fx.Node]:
-    return _reach(start, lambda n: n.users)
-
-
-def _above(start: Iterable[fx.Node]) -> set[fx.Node]:
-    return _reach(start, lambda n: n.all_input_nodes)
-
-
-def _reach(start: Iterable[fx.Node], neighbours: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
-    reached, todo = set(start), list(start)
-    while todo:
-        new = [n for n in neighbours(todo.pop()) if n not in reached and n.op != "output"]
-        reached.update(new)
-        todo.extend(new)
-    return reached

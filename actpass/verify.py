@@ -3,13 +3,14 @@ upstream's partitioner chose otherwise than the plan, it is `GraphUnsupported`."
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from torch import fx
 
 from actpass.codecs import LEARNED
 from actpass.errors import GraphUnsupported
 from actpass.graph import Joint
+from actpass.graph.reach import ancestors
 from actpass.partition import Cut
 from actpass.plan import Plan, SavedTensor, Storage
 from actpass.rewrite import Rewritten
@@ -22,7 +23,7 @@ def only_planned_gradients_changed(joint: Joint, plan: Plan, done: Rewritten) ->
     """Forward outputs but the sketches, input gradients and the gradients of unplanned parameters read no inserted node."""
     planned = {path for d in plan.projections for path in d.parameters}
     free = [g for primal, g in joint.gradients if joint.parameter_path.get(primal) not in planned]
-    touched = done.inserted & _ancestors([*(o for o in joint.forward_outputs if o not in done.sketches), *free])
+    touched = done.inserted & ancestors([*(o for o in joint.forward_outputs if o not in done.sketches), *free])
     if touched:
         raise AssertionError(f"the rewrite reached a value that it must not change, through {min(touched)}")
 
@@ -58,7 +59,7 @@ def decoded_as_planned(cut: Cut, decoded: Cut, tensors: Sequence[SavedTensor], d
     each one's projection does."""
     now, was = (_outputs(c.forward)[:num_fwd_outputs] for c in (decoded, cut))
     own = [(new, old) for new, old in zip(now, was, strict=True) if new not in done.sketches]
-    touched = done.inserted & _ancestors(new for new, _ in own if isinstance(new, fx.Node))
+    touched = done.inserted & ancestors(new for new, _ in own if isinstance(new, fx.Node))
     if touched or any(str(new) != str(old) for new, old in own):
         raise AssertionError("the projections reached an output of the forward")
     crossing = {s.holder for s in decoded.saved} | {s.name for s in decoded.saved}
@@ -73,7 +74,7 @@ def stored_as_planned(
     """The forward's own outputs read no inserted node and are the same nodes; no coded memory crosses as it was; and what
     crosses has the bytes that the plan says."""
     outputs, was = (_outputs(c.forward)[:num_fwd_outputs] for c in (swapped, cut))
-    touched = inserted & _ancestors(n for n in outputs if isinstance(n, fx.Node))
+    touched = inserted & ancestors(n for n in outputs if isinstance(n, fx.Node))
     if touched or [str(n) for n in outputs] != [str(n) for n in was]:
         raise AssertionError("the low-bit forms reached an output of the forward")
     coded = {s.root for s in storages if s.coded}
@@ -89,14 +90,3 @@ def stored_as_planned(
 def _outputs(gm: fx.GraphModule) -> list[object]:
     (out,) = gm.graph.find_nodes(op="output")
     return list(out.args[0])
-
-
-def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    seen: set[fx.Node] = set()
-    todo = list(nodes)
-    while todo:
-        node = todo.pop()
-        if node not in seen:
-            seen.add(node)
-            todo.extend(node.all_input_nodes)
-    return seen

@@ -205,6 +205,25 @@ def test_what_needs_all_rows_is_left_whole_with_its_reason(build: Any):
     assert build is OfTheLoss or "formed whole" in notes(model)
 
 
+class TwoLosses(Head):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> Any:
+        logits = self.head(self.hidden(self.embed(x)))
+        return flat(logits, y), logits.square().mean()
+
+
+class OfEachToken(Head):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> Any:
+        return F.cross_entropy(self.head(self.hidden(self.embed(x))).flatten(0, 1), y.flatten(), reduction="none")
+
+
+@pytest.mark.parametrize(("build", "advice"), [(TwoLosses, "return one loss"), (OfEachToken, "return its mean or sum")])
+def test_a_loss_that_is_no_single_number_is_left_whole_with_advice(build: Any, advice: str):
+    model = build(flat)
+    results = torch.compile(model, backend=eager_actcomp({"method": "exact"}))(**inputs())
+    sum(r.sum() for r in (results if isinstance(results, tuple) else (results,))).backward()
+    assert advice in notes(model)
+
+
 def test_returned_logits_and_symbolic_rows_are_left_whole_with_their_reason():
     torch.manual_seed(0)
     model = Returns(flat)

@@ -365,7 +365,7 @@ WHOLE = [
     (Writes, {}, "written in place"),
     (Drops, {}, "draws random numbers"),
     (Reads, {}, ""),
-    (Model, {"defer_logits": False}, "return only the loss"),
+    (Model, {"defer_logits": False}, "defer_logits=False keeps them so"),
     (Model, {"chunk_loss": False}, ""),
     (Model, {"memory_budget": 1.0}, ""),
 ]

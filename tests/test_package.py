@@ -9,9 +9,11 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+import torch
+from torch import fx
 
 import actpass
-from actpass._torch import torch_is_tested
+from actpass._torch import merge_duplicates, torch_is_tested
 
 PACKAGE = Path(actpass.__file__).parent
 
@@ -97,3 +99,15 @@ def test_untested_torch_warns_with_the_versions_that_were_tested(monkeypatch: py
     model = torch.compile(torch.nn.Linear(4, 4), backend="actcomp")
     with pytest.warns(actpass.ActpassWarning, match=r"tested on torch 2\.11 to 2\.15; this is"):
         model(torch.randn(2, 4))
+
+
+def test_what_only_the_forward_needs_is_merged_with_nothing_that_gradients_need():
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    logged, also_logged, needed, also_needed = (graph.call_function(torch.ops.aten.sin.default, (x,)) for _ in range(4))
+    graph.output((logged, also_logged, needed, also_needed))
+    merged = merge_duplicates(graph, {needed, also_needed}.__contains__)
+    first, second, third, fourth = merged.output_node().args[0]
+    assert first is second
+    assert third is fourth
+    assert (first is not third) == (torch.__version__ >= "2.14")
