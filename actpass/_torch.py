@@ -38,6 +38,7 @@ from torch._guards import (
     detect_fake_mode,  # the fake mode in which the joint graph's values live
 )
 from torch._higher_order_ops import invoke_subgraph  # a function that Inductor compiles once and the graph calls often
+from torch._higher_order_ops.auto_functionalize import auto_functionalized  # an operator that writes, as one that does not
 from torch._higher_order_ops.wrap import tag_activation_checkpoint  # a user's checkpoint, as Dynamo's graph has it
 from torch._inductor import list_mode_options  # mode="reduce-overhead" -> Inductor options
 from torch._inductor.codecache import cache_dir as inductor_cache_dir  # records live beside Inductor's own cache
@@ -87,6 +88,7 @@ __all__ = [
     "RestartAnalysis",
     "Sizes",
     "active_ddp",
+    "auto_functionalized",
     "averages_otherwise",
     "compile_fx",
     "current_code",

@@ -20,7 +20,7 @@ In memory: one piece of logits and of its gradient, and dW one backward earlier 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ from actpass.graph.copying import copy_module
 from actpass.graph.cost import is_attention, is_matmul
 from actpass.graph.joint import CASTS, is_tangent, is_view, storage_root, tensor_bytes, value
 from actpass.graph.ops import is_pointwise, is_reduction
+from actpass.graph.products import insert_sum, is_sum_in_place
 from actpass.graph.reach import ancestors, descendants, reach
 from actpass.rewrite import call, splice
 
@@ -297,9 +298,7 @@ class _Region:
                 if node.target is aten.sum.default
                 else x.sum([0, *(d - lead + 1 for d in self._summed(node) if d >= lead)])
             )
-        left, right = _transposed(given[0]), given[1]
-        assert left is not None
-        a, b = self._rows_of(left, env), self._rows_of(right, env)
+        a, b = (self._rows_of(factor, env) for factor in self._factors(node))
         return torch.mm(a.t(), b) if a is not None and b is not None else None
 
     def _run_best(self, node: fx.Node, env: dict[fx.Node, Any], known: bool) -> Any:
@@ -325,25 +324,29 @@ class _Region:
         unit = self._with_unit_tangent()
         arguments = {n: unit.get(n, n) for n in (*self.row_inputs, *self.whole_inputs)}
         flat = {n: self._flatten(n, arguments[n]) for n in self.row_inputs}
-        sums = [n for n in leaving if n in self.sums]
+        sums = [n for n in leaving if n in self.sums and not self._is_in_place(n)]
+        products = [n for n in leaving if self._is_in_place(n)]
+        factors = list(dict.fromkeys(f for n in products for f in self._factors(n)))
         totals: dict[fx.Node, fx.Node] = {n: self._zeros(n) for n in sums}
         parts: dict[fx.Node, list[fx.Node]] = {n: [] for n in leaving if n not in self.sums}
+        results_of = [*(n for n in leaving if n not in products), *(f for f in factors if f not in flat)]
         traces: dict[Any, fx.GraphModule] = {}
         inserted: set[fx.Node] = set()
         start = 0
         for size in sizes:
             pieces = [self._slice(flat[n], start, start + size) for n in self.row_inputs]
-            inputs = [*pieces, *(arguments[n] for n in self.whole_inputs), *totals.values()]
+            inputs = [*pieces, *(arguments[n] for n in self.whole_inputs), *(totals[n] for n in sums)]
             results = call(
-                self.gm, self._function(body, leaving, sums, size), inputs, after=self.last, like=self.head,
+                self.gm, self._function(body, results_of, sums, size), inputs, after=self.last, like=self.head,
                 inserted=inserted, traces=traces, key=("head", size),
             )  # fmt: skip
             self.last = results[-1]
-            for node, result in zip(leaving, results, strict=True):
-                if node in totals:
-                    totals[node] = result
+            made = dict(zip([*self.row_inputs, *results_of], [*pieces, *results], strict=True))
+            for node in leaving:
+                if node in parts:
+                    parts[node].append(made[node])
                 else:
-                    parts[node].append(result)
+                    totals[node] = self._add(node, totals.get(node), made) if node in products else made[node]
             start += size
         for node in leaving:
             for result in (totals[node],) if node in totals else parts[node]:
@@ -387,7 +390,7 @@ class _Region:
         return unit
 
     def _function(
-        self, body: Sequence[fx.Node], leaving: Sequence[fx.Node], sums: Sequence[fx.Node], size: int
+        self, body: Sequence[fx.Node], results: Sequence[fx.Node], sums: Sequence[fx.Node], size: int
     ) -> Callable[..., tuple[torch.Tensor, ...]]:
         names = [*self.row_inputs, *self.whole_inputs]
 
@@ -395,10 +398,33 @@ class _Region:
             env: dict[fx.Node, Any] = dict(zip(names, arguments, strict=False))
             totals = dict(zip(sums, arguments[len(names) :], strict=True))
             for node in body:
-                env[node] = self._run(node, env, size)
-            return tuple(totals[n] + env[n] if n in totals else env[n] for n in leaving)
+                if node not in self.sums or node in totals:
+                    env[node] = self._run(node, env, size)
+            return tuple(totals[n] + env[n] if n in totals else env[n] for n in results)
 
         return head
+
+    def _is_in_place(self, node: fx.Node) -> bool:
+        """Whether ``node`` is a sum over the rows that is added up in place: a matmul's product, in its own dtype."""
+        return node in self.sums and node.target is aten.mm.default and value(node).element_size() >= 4
+
+    def _factors(self, product: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """Of a sum over the rows: what is transposed and what it multiplies."""
+        args: Any = product.args
+        left = _transposed(args[0])
+        assert left is not None
+        return left, args[1]
+
+    def _add(self, product: fx.Node, total: fx.Node | None, made: Mapping[fx.Node, fx.Node]) -> fx.Node:
+        left, right = (made[f] for f in self._factors(product))
+        if total is None:
+            return self._insert(lambda a, b: torch.mm(a.t(), b), [left, right], self.head)
+        provenance = {k: v for k, v in left.meta.items() if k != "val"}
+        self.last, added = insert_sum(self.gm.graph, total, left, right, max(self.last, total, left, right))
+        for node in (self.last, added):
+            node.meta = {**provenance, **node.meta}
+        self.last = added
+        return added
 
     def _insert(self, function: Callable[..., Any], arguments: Sequence[fx.Node], like: fx.Node) -> fx.Node:
         inserted: set[fx.Node] = set()
@@ -445,7 +471,7 @@ def _keep(result: fx.Node) -> None:
     """Let the partitioner save ``result`` and never run its piece again. It reads the mark of a call on the call itself: one of
     the tensors that come out of it is never banned from recomputation, whatever its own mark says."""
     for node in (result, *result.all_input_nodes):
-        if node is result or node.target is invoke_subgraph:
+        if node is result or node.target is invoke_subgraph or is_sum_in_place(node):
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 

@@ -16,6 +16,7 @@ from actpass._torch import invoke_subgraph, size_hint
 from actpass.graph.cost import is_attention, is_matmul
 from actpass.graph.joint import Joint, module_path, storage_root, tensor_bytes, value
 from actpass.graph.ops import is_pointwise, is_reduction
+from actpass.graph.products import is_sum_in_place
 from actpass.graph.recompute import Recomputation, attention_behind
 from actpass.graph.uses import consumers
 from actpass.partition import Cut, Saved
@@ -247,7 +248,10 @@ def _is_early_gradient(node: fx.Node) -> bool:
     """Whether ``node`` came out of a piece of the loss (`actpass.chunking`), perhaps joined or scaled since."""
     while node.target is aten.cat.default or (is_pointwise(node) and len(node.all_input_nodes) == 1):
         node = node.all_input_nodes[0]
-    return node.target is operator.getitem and node.all_input_nodes[0].target is invoke_subgraph
+    if node.target is not operator.getitem:
+        return False
+    source = node.all_input_nodes[0]
+    return source.target is invoke_subgraph or is_sum_in_place(source)
 
 
 def _is_statistic(node: fx.Node) -> bool:

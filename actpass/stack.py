@@ -1,9 +1,9 @@
 """Python's stack in one piece while a graph is compiled.
 
 CPython keeps frames in pieces of 16 KiB. Where one ends between a loop and what it calls, each call maps a new piece and its
-return unmaps it: at one depth of the stack in fifty or so, compiling takes up to three times as long (CPython 3.11: a min-cut of
-6400 nodes 5.4 s in place of 1.4, with 513,000 page faults in place of 23,000). A frame that asks for much gets a piece of its
-own, and what is left of that holds all that it calls.
+return unmaps it: at such a depth of the stack compiling takes up to three times as long (CPython 3.11: a min-cut of 6400 nodes
+5.4 s in place of 1.4, with 513,000 page faults in place of 23,000). A frame that asks for much gets a piece of its own, and
+what is left of that holds all that it calls.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from actpass._torch import OpOverload, get_default_op_list, is_tangent_input, plain_input_index, size_hint
 from actpass.graph.inputs import GraphInputs, clean_path
+from actpass.graph.products import is_sum_in_place
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -159,12 +160,14 @@ _LIST_VIEWS = {aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int
 
 
 def is_view(node: fx.Node) -> bool:
-    """Whether ``node`` only re-labels the storage of its first input: upstream's own table, and pieces of a split."""
+    """Whether ``node`` is in the storage of its first input: upstream's own table, pieces of a split, and a product that is
+    added to it in place."""
     if node.op != "call_function":
         return False
     if node.target is operator.getitem:
-        return node.all_input_nodes[0].target in _LIST_VIEWS
-    return node.target in _LIST_VIEWS or _OP_TYPES.is_view(node)
+        source = node.all_input_nodes[0]
+        return source.target in _LIST_VIEWS or is_sum_in_place(source)
+    return is_sum_in_place(node) or node.target in _LIST_VIEWS or _OP_TYPES.is_view(node)
 
 
 def may_run_again(node: fx.Node) -> bool:
