@@ -14,7 +14,8 @@ The idea, forward and backward of the loss in one pass over pieces, is that of H
 2410.10989 (fused linear cross entropy), and of Inductor's ``auto_chunker``, which gives up on casts, tied weights, biases and
 rows that 8 does not divide; here the loss may be any function that treats rows one by one.
 
-In memory: one piece of logits and of its gradient, and dW one backward earlier than before (accumulated in float32).
+In memory: one piece of logits and of its gradient, and dW one backward earlier than before (accumulated in float32; in place
+where the product is float32 itself, see `actpass.graph.products`).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import actpass
-from actpass._torch import invoke_subgraph
+from actpass._torch import invoke_subgraph, run_and_get_code
 from actpass.explain import explain_model
 from actpass.measure import measure
 
@@ -252,6 +252,17 @@ def test_compiled_it_needs_less_memory():
         step(function, model, batch)
         peak[chunk_loss] = measure(lambda f=function: f(**batch).backward()).peak_bytes
     assert peak[True] < 0.5 * peak[False]
+
+
+def test_the_heads_gradient_is_added_up_in_place():
+    torch.manual_seed(0)
+    model = Head(flat)
+    function = torch.compile(model, backend="actcomp", options={"method": "exact"})
+    _, sources = run_and_get_code(lambda: step(function, model, inputs()))
+    (note,) = [n for n in actpass.report(model).regions[0].notes if "pieces" in n]
+    added = sum(source.count("actpass.add_product_.default(") for source in sources)
+    assert f"{added + 1} pieces" in note, note
+    assert not any("extern_kernels.addmm(" in source.partition("add_product_")[2] for source in sources)
 
 
 def test_an_int_sets_the_rows_of_a_piece_and_a_plan_keeps_them():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import resource
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from actpass.explain import explain_model
 from actpass.graph import liveness, uses
 from actpass.graph.uses import Uses
 from actpass.partition import Setting
+from actpass.stack import in_one_piece
 
 from . import models
 from .models import Block, Made
@@ -163,3 +165,26 @@ def test_a_called_function_is_read_once_for_its_memory(monkeypatch: pytest.Monke
     calls = sum(n.op == "get_attr" for g in graphs for n in g.graph.nodes)
     assert calls > functions
     assert len(read) <= functions
+
+
+def test_calls_at_any_depth_of_the_stack_cost_no_page_faults():
+    """CPython 3.11 and newer, without a piece of the stack for itself: 1000 at one depth in some 130."""
+
+    def nothing(*_: int) -> None: ...
+
+    def often() -> None:
+        for _ in range(1000):
+            nothing(1, 2, 3, 4)
+
+    def at(depth: int, function: Callable[[], None]) -> None:
+        if depth:
+            at(depth - 1, function)
+        else:
+            function()
+
+    def faults(depth: int) -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        at(depth, lambda: in_one_piece(often))
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    assert max(faults(depth) for depth in range(300)) < 500

@@ -69,6 +69,25 @@ def test_state_to_come_is_known_by_the_class(name: str, options: dict[str, Any])
     assert foreseen == made
 
 
+def test_what_lbfgs_keeps_for_all_with_its_first_parameter_counts_once():
+    weights = [nn.Parameter(torch.randn(shape)) for shape in ((64, 96), (128, 64))]
+    optimizer = torch.optim.LBFGS(weights, lr=0.1, max_iter=2, history_size=5)
+
+    def loss() -> float:
+        optimizer.zero_grad()
+        total = sum((w.cos() + w.square() * 0.1).sum() for w in weights)
+        assert isinstance(total, torch.Tensor)
+        total.backward()
+        return total.item()
+
+    foreseen = optimizers.state_to_come(optimizer)
+    for _ in range(6):
+        optimizer.step(loss)
+        held = inner_bytes(optimizer)
+        assert 0 < held <= foreseen
+        assert held + optimizers.state_to_come(optimizer) == foreseen
+
+
 @pytest.mark.parametrize("name", ["AdamW8bit", "AdamW4bit", "AdamWFp8"])
 def test_state_in_few_bits_counts_as_what_it_takes(name: str):
     torchao = pytest.importorskip("torchao.optim")

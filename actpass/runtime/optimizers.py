@@ -83,6 +83,10 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 def state_to_come(optimizer: torch.optim.Optimizer) -> int:
     """Bytes that the first step of ``optimizer`` will add for the parameters that have no state yet and want a gradient."""
     form = next((_FORMS[name] for name in map(_name, type(optimizer).__mro__) if name in _FORMS), _adam)
+    if form is _lbfgs:  # its first parameter has the state of all
+        groups = optimizer.param_groups
+        whole = sum(form(optimizer, g, local(p)) for g in groups for p in g["params"] if p.requires_grad)
+        return max(0, whole - sum(map(_nbytes, state_tensors(optimizer))))
     return sum(
         form(optimizer, group, local(p))
         for group in optimizer.param_groups
@@ -137,6 +141,11 @@ def _sgd(_: Any, group: Mapping[str, Any], p: torch.Tensor) -> int:
     return _nbytes(p) if group["momentum"] else 0
 
 
+def _lbfgs(_: Any, group: Mapping[str, Any], p: torch.Tensor) -> int:
+    """Two histories, that fill up over as many steps, and four copies."""
+    return (2 * group["history_size"] + 4) * _nbytes(p)
+
+
 def _adafactor(_: Any, group: Mapping[str, Any], p: torch.Tensor) -> int:
     """Rows and columns of the second moment, and transformers' first moment, if it has a beta1."""
     kept = _nbytes(p) if group.get("beta1") is not None else 0
@@ -185,7 +194,7 @@ _FORMS: dict[str, Form] = {
     "torch.Adagrad": _ONE,  # which has it from the beginning
     "torch.RMSprop": _copies(lambda g: 1 + (g["momentum"] > 0) + bool(g["centered"])),
     "torch.Muon": _copies(lambda _: 1, 0),
-    "torch.LBFGS": _copies(lambda g: 2 * g["history_size"] + 4, 0),
+    "torch.LBFGS": _lbfgs,
     "torch.SGD": _sgd,
     **dict.fromkeys(("torch.Adafactor", "transformers.Adafactor"), _adafactor),
     **{f"torchao.Adam{w}8bit": _low_bit(8, 256) for w in ("", "W")},
