@@ -246,10 +246,10 @@ class Scores:
 
 def _is_early_gradient(node: fx.Node) -> bool:
     """Whether ``node`` came out of a piece of the loss (`actpass.chunking`), perhaps joined or scaled since."""
-    while node.target is aten.cat.default or (is_pointwise(node) and len(node.all_input_nodes) == 1):
+    while node.target is not operator.getitem:
+        if node.target is not aten.cat.default and not (is_pointwise(node) and len(node.all_input_nodes) == 1):
+            return False
         node = node.all_input_nodes[0]
-    if node.target is not operator.getitem:
-        return False
     source = node.all_input_nodes[0]
     return source.target is invoke_subgraph or is_sum_in_place(source)
 

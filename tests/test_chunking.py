@@ -133,6 +133,7 @@ def test_low_bit_forms_leave_the_early_gradient_alone():
     _, want = run(model)
     _, grads = run(model, method="int4", smallest=0)
     assert torch.equal(grads["head.bias"], want["head.bias"])
+    assert torch.equal(grads["head.weight"], want["head.weight"])
     storages = [s for region in actpass.report(model).regions for s in region.plan["storages"]]
     assert any("formed in the forward" in s["reason"] for s in storages)
     assert any(s["codec"] == "int4" for s in storages)

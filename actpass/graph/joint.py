@@ -160,14 +160,14 @@ _LIST_VIEWS = {aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int
 
 
 def is_view(node: fx.Node) -> bool:
-    """Whether ``node`` is in the storage of its first input: upstream's own table, pieces of a split, and a product that is
-    added to it in place."""
+    """Whether ``node`` only re-labels the storage of its first input: upstream's own table, pieces of a split, and a total to
+    which something was added in place."""
     if node.op != "call_function":
         return False
     if node.target is operator.getitem:
         source = node.all_input_nodes[0]
         return source.target in _LIST_VIEWS or is_sum_in_place(source)
-    return is_sum_in_place(node) or node.target in _LIST_VIEWS or _OP_TYPES.is_view(node)
+    return node.target in _LIST_VIEWS or _OP_TYPES.is_view(node)
 
 
 def may_run_again(node: fx.Node) -> bool:
@@ -178,7 +178,8 @@ def may_run_again(node: fx.Node) -> bool:
 def storage_root(node: fx.Node) -> fx.Node:
     """The node that allocated the storage which ``node`` shows."""
     while is_view(node) and node.all_input_nodes:
-        node = node.all_input_nodes[0]
+        source = node.all_input_nodes[0]
+        node = source.all_input_nodes[0] if is_sum_in_place(source) else source
     return node
 
 

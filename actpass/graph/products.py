@@ -40,5 +40,5 @@ def insert_sum(graph: fx.Graph, total: fx.Node, left: fx.Node, right: fx.Node, a
 
 
 def is_sum_in_place(node: fx.Node) -> bool:
-    """Whether ``node`` is what `insert_sum` returns first: it shows the memory of the total that it is given."""
+    """Whether ``node`` is what `insert_sum` returns first. The sum lies in the memory of its first input."""
     return node.target is auto_functionalized and node.args[0] is torch.ops.actpass.add_product_.default
