@@ -330,7 +330,7 @@ class _Region:
         factors = list(dict.fromkeys(f for n in products for f in self._factors(n)))
         totals: dict[fx.Node, fx.Node] = {n: self._zeros(n) for n in sums}
         parts: dict[fx.Node, list[fx.Node]] = {n: [] for n in leaving if n not in self.sums}
-        results_of = [*(n for n in leaving if n not in products), *(f for f in factors if f not in flat)]
+        results_of = list(dict.fromkeys(n for n in (*leaving, *factors) if n not in products and n not in flat))
         traces: dict[Any, fx.GraphModule] = {}
         inserted: set[fx.Node] = set()
         start = 0

@@ -7,8 +7,8 @@
 # that call small functions, so one and the same graph takes several times as long from some depths as from the next, in system
 # time, with a page fault or more a node; which depths depends on the sizes of all frames below.
 #
-# Seen (Graph.graph_copy of 4,000 nodes from depths 0 to 159): at most depths some 400 page faults, at the worst ones 8,000 and more.
-# A frame that asks for a large piece (a code object whose co_stacksize is large) around the call removes it at all depths.
+# Seen (Graph.graph_copy of 4,000 nodes from depths 5 to 159, CPython 3.11.7): a median of 752 page faults, at the worst depth
+# 92,693. A frame that asks for a large piece (a code object whose co_stacksize is large) around the call removes it at all depths.
 #
 # Fails if no depth has five times the median's faults, or if such a frame does not help.
 set -euo pipefail
