@@ -66,18 +66,23 @@ def run(row: str, model: Any, batch: dict[str, torch.Tensor], method: str, steps
         return own
 
     step()
-    return _measured(step, model if kind != "inductor" else None, steps)
+    return _measured(step, model, steps, predicts=kind != "inductor")
 
 
-def _measured(step: Callable[[], torch.Tensor], model: nn.Module | None, steps: int) -> Step:
+def _measured(step: Callable[[], torch.Tensor], model: nn.Module, steps: int, *, predicts: bool) -> Step:
     seconds = []
     for _ in range(steps):
         start = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - start)
-    memory = measure(step)
+
+    def begin() -> None:
+        step()
+        model.zero_grad(set_to_none=True)
+
+    memory = measure(step, before=begin)
     predicted = None
-    if model is not None:
+    if predicts:
         regions = [r.footprint for r in actpass.report(model).regions if r.footprint is not None]
         predicted = max(regions[0].forward, regions[0].backward) if len(regions) == 1 else None
     return Step(memory.peak_bytes, predicted, sorted(seconds)[len(seconds) // 2] if seconds else 0.0, memory.result)
