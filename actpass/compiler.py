@@ -167,8 +167,8 @@ def _prepare(gm: fx.GraphModule, inputs: GraphInputs, partition_kwargs: Mapping[
     copy, _ = copy_module(gm)
     spell_flips(copy)
     copy.graph.eliminate_dead_code()
-    gradients = copy.graph.output_node().args[0][partition_kwargs["num_fwd_outputs"] :]
-    needed = ancestors(g for g in gradients if isinstance(g, fx.Node))
+    outputs: Any = copy.graph.output_node().args[0]
+    needed = ancestors(o for o in outputs[partition_kwargs["num_fwd_outputs"] :] if isinstance(o, fx.Node))
     copy.graph = merge_duplicates(copy.graph, needed.__contains__)
     static = frozenset(partition_kwargs.get("static_lifetime_input_indices") or ())
     save_what_is_read(Joint(copy, inputs, partition_kwargs["num_fwd_outputs"], static))

@@ -7,6 +7,7 @@ has, for each piece of its rows. Inductor runs this one in the memory of ``total
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -28,7 +29,7 @@ def _(total: Tensor, left: Tensor, right: Tensor) -> None:
 def insert_sum(graph: fx.Graph, total: fx.Node, left: fx.Node, right: fx.Node, after: fx.Node) -> tuple[fx.Node, fx.Node]:
     """Insert ``total + left.T @ right`` behind ``after`` as an operator that changes nothing, which Inductor makes the one that
     writes in place of. Returns its node, and that of the sum."""
-    factors = {"total": total, "left": left, "right": right}
+    factors: dict[str, Any] = {"total": total, "left": left, "right": right}
     with graph.inserting_after(after):
         made = graph.call_function(auto_functionalized, (torch.ops.actpass.add_product_.default,), factors)
     with graph.inserting_after(made):
