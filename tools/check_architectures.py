@@ -97,8 +97,8 @@ ARCHITECTURES: dict[str, Build] = {
     "distilbert": ("DistilBertForSequenceClassification", "DistilBertConfig", {
         "vocab_size": VOCAB, "dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 4, "dropout": 0.0,
         "attention_dropout": 0.0, "seq_classif_dropout": 0.0}, sentences),
-    "albert": ("AlbertForSequenceClassification", "AlbertConfig", {**BERT, "embedding_size": 32, "classifier_dropout_prob": 0.0},
-               sentences),
+    "albert": ("AlbertForSequenceClassification", "AlbertConfig", {**BERT, "embedding_size": 32,
+        "classifier_dropout_prob": 0.0}, sentences),
     "electra": ("ElectraForSequenceClassification", "ElectraConfig", {**BERT, **NO_DROPOUT, "embedding_size": 32}, sentences),
     "bart": ("BartForConditionalGeneration", "BartConfig", {**TOKENS, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2,
              "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128,
