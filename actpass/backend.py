@@ -29,6 +29,7 @@ from actpass._torch import (
     fake_input,
     functorch_config,
     fusion_gate,
+    fusion_gate_limit,
     inductor_config,
     is_part_of_a_step,
     is_piece_of_ddp,
@@ -524,23 +525,24 @@ def options_within(
 def _options_of(least_shared_bytes: int | None, growth: float | None) -> dict[str, Any]:
     """Where few loops are fused, memory is given back behind its last reader, too: Inductor keeps it for a later result of the
     same size up to what it takes for the peak, which is the end of the backward where an embedding's gradient is large
-    (RoBERTa-large: a quarter of the peak). So it is beside the gate, which is for the peak, too: with what is held predictions
-    were 5 % off, without it they are exact (2.15). growth: see `_PEAK_GROWTH`."""
+    (RoBERTa-large: a quarter of the peak). So it is beside a gate, ours or the user's, which is for the peak, too: with what is
+    held predictions were 5 % off, without it they are exact (2.15). growth: see `_PEAK_GROWTH`."""
     gate = fusion_gate(growth)
     within = least_shared_bytes is not None and least_shared_bytes >= _LEAST_SHARED_BYTES
-    kept = {"allow_buffer_reuse": False} if within or gate else {}
+    kept = {"allow_buffer_reuse": False} if within or gate or fusion_gate_limit() is not None else {}
     shared = {} if least_shared_bytes is None else {"score_fusion_memory_threshold": least_shared_bytes}
     return {**shared, **kept, **gate}
 
 
 def _inductor_options(config: Config) -> dict[str, Any]:
     asked = dict(config.inductor)
-    is_asked = any(name in asked for name in FUSION_GATE)
-    own = options_within(config.memory_budget, decodes=config.decodes, growth=None if is_asked else _PEAK_GROWTH)
-    if config.plan is not None:
-        regions = config.plan.regions
-        growth = next((r.peak_growth for r in regions if r.peak_growth is not None), None)
-        own = _options_of(max(r.least_shared_bytes for r in regions), None if is_asked else growth)
+    gate = {name: asked[name] for name in FUSION_GATE if name in asked and hasattr(inductor_config, name)}
+    with inductor_config.patch(gate):
+        own = options_within(config.memory_budget, decodes=config.decodes, growth=None if gate else _PEAK_GROWTH)
+        if config.plan is not None:
+            regions = config.plan.regions
+            growth = next((r.peak_growth for r in regions if r.peak_growth is not None), None)
+            own = _options_of(max(r.least_shared_bytes for r in regions), None if gate else growth)
     return {**own, **(list_mode_options(config.mode) if config.mode else {}), **asked}
 
 

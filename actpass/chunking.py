@@ -138,6 +138,7 @@ class _Region:
         self.below = below
         self.inside = [n for n in self.gm.graph.nodes if n in inside]
         self.tangent, self.tangible = self._tangent()
+        self.constants = _constants(self.gm.graph)
         self.row_inputs: list[fx.Node] = []
         self.whole_inputs: list[fx.Node] = []
         self.sums = [n for n in self.inside if self._is_sum(n)]
@@ -233,6 +234,10 @@ class _Region:
         return self._whole(node, env)
 
     def _whole(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+        """An operand that every piece reads whole. A constant is made by each of them, in the loop that reads it: a table of the
+        words, given from outside, makes Inductor write what the labels select as a tensor of its own, as large as the logits."""
+        if node in self.constants:
+            return _evaluated(node) if _is_known(env) else None
         if node not in env:
             self.whole_inputs.append(node)
             env[node] = None
@@ -243,7 +248,7 @@ class _Region:
         target: Any = node.target
         given: Any = node.args
         kwargs: dict[str, Any] = dict(node.kwargs)
-        known = not any(v is None for v in env.values())
+        known = _is_known(env)
         if node in self.sums:
             return self._run_sum(node, env, known)
         if target in _BEST:
@@ -258,7 +263,7 @@ class _Region:
             x = self._rows_of(given[0], env)
             return x.reshape(rows, *trail) if known else None
         elif target is aten.full.default:
-            return torch.full((rows, *trail), given[1], **kwargs)
+            return torch.full((rows, *trail), given[1], **kwargs) if known else None
         elif target is aten.expand.default:
             x = self._operand(given[0], node, env)
             return x.expand(rows, *trail) if known else None
@@ -280,7 +285,7 @@ class _Region:
             args = [self._operand(a, node, env) for a in given]
         else:
             raise GraphUnsupported(f"{target} can't be run on a part of the rows")
-        if not known or any(v is None for v in env.values()):
+        if not known or not _is_known(env):
             return None
         try:
             return target(*args, **kwargs)
@@ -358,7 +363,7 @@ class _Region:
         return node.target in (aten.permute.default, aten.t.default) and all(u in self.sums for u in node.users)
 
     def _note_inputs(self, body: Sequence[fx.Node]) -> None:
-        env: dict[fx.Node, Any] = {}
+        env: dict[fx.Node, Any] = {self.head: None}
         for node in body:
             self._run(node, env, self.rows)
             env[node] = None
@@ -514,6 +519,26 @@ def _is_homogeneous(node: fx.Node, tangible: set[fx.Node]) -> bool:
     if target is torch.ops.prims.fma.default:
         return dependent[2] and sum(dependent[:2]) == 1
     return target in _MOVES or target in CASTS or is_view(node)
+
+
+def _is_known(env: Mapping[fx.Node, Any]) -> bool:
+    return not any(v is None for v in env.values())
+
+
+def _constants(graph: fx.Graph) -> set[fx.Node]:
+    """What is computed from nothing, the same each time."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and found.issuperset(node.all_input_nodes):
+            if torch.Tag.nondeterministic_seeded not in node.target.tags and isinstance(node.meta.get("val"), torch.Tensor):
+                found.add(node)
+    return found
+
+
+def _evaluated(constant: fx.Node) -> torch.Tensor:
+    target: Any = constant.target
+    args, kwargs = fx.map_arg((constant.args, constant.kwargs), _evaluated)
+    return target(*args, **kwargs)
 
 
 def _is_zero(node: Any) -> bool:

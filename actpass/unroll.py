@@ -142,7 +142,7 @@ class _Unrolling:
     def _kernel(self, kernel: Kernel, each: Callable[[Sequence[fx.Node]], list[Copy]], program: Program) -> Kernel:
         copy = Kernel(each([kernel.node])[0], 0, kernel.loops, kernel.scratch)
         copy.writes, copy.reads, copy.members = each(kernel.writes), each(kernel.reads), each(kernel.members)
-        copy.size, copy.unwritten = kernel.size, kernel.unwritten
+        copy.size, copy.unwritten, copy.zeroed = kernel.size, kernel.unwritten, each(kernel.zeroed)
         for node in dict.fromkeys((*kernel.writes, *kernel.members)):
             made = each([node])
             self._note(program, node, made)

@@ -266,6 +266,16 @@ def test_the_heads_gradient_is_added_up_in_place():
     assert not any("extern_kernels.addmm(" in source.partition("add_product_")[2] for source in sources)
 
 
+def test_a_piece_makes_the_constants_that_it_reads():
+    """A table of the words, given from outside, would make Inductor write what the labels select as large as the logits."""
+    torch.manual_seed(0)
+    model = Head(flat)
+    function = torch.compile(model, backend="actcomp", options={"method": "exact"})
+    _, sources = run_and_get_code(lambda: step(function, model, inputs()))
+    assert any("actpass_" in source for source in sources)
+    assert not any(f"empty_strided_cpu(({WORDS}, ), (1, ), torch.int64)" in source for source in sources)
+
+
 def test_an_int_sets_the_rows_of_a_piece_and_a_plan_keeps_them():
     torch.manual_seed(0)
     model = Head(flat)

@@ -2,9 +2,9 @@
 2.13 and 2.15).
 
 Loops over as many elements that read one buffer, or one another, are one kernel, unless something must run between them. Sums
-over columns are fused with their like, and on a CPU with a loop over what they yield that reads them: the sums of a parameter's
-gradient over all layers are one kernel with what adds them up, and all that they sum stays until it runs. On a CPU a loop
-behind a reduction that it needs ("outer loop") is fused only when nothing else can be.
+over columns are fused with their like, and on a CPU any reduction with a loop over what it yields that reads it: the sums of a
+parameter's gradient over all layers are one kernel with what adds them up, and all that they sum stays until it runs. On a CPU
+a loop behind a reduction that it needs ("outer loop") is fused only when nothing else can be.
 
 The gate (torch 2.15) refuses a fusion that would lift the peak above what it was before any, in the graph's order, by more than
 is allowed. A fusion that is refused stays possible, so that on a CPU one refusal keeps all outer loops apart.
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from actpass._torch import fusion_gate_limit, inductor_config
+from actpass._torch import fusion_gate_limit, inductor_config, size_hint
 from actpass.graph.kernel import Kernel
 from actpass.graph.ops import is_reduction
 
@@ -73,8 +73,8 @@ class Fusion:
         return [[self.kernels[k] for k in _members(self.bits[g])] for g in groups]
 
     def _pairs(self, nbytes: Mapping[Any, int]) -> tuple[Counter[Pair], set[Pair]]:
-        """Pairs of loops that may run as one -> bytes of the buffers that both touch; and of those the sums with a loop over
-        what they yield."""
+        """Pairs of loops that may run as one -> bytes of the buffers that both touch; and of those the reductions with a loop
+        over what they yield."""
         touching: dict[Any, list[int]] = defaultdict(list)
         for i, kernel in enumerate(self.kernels):
             if kernel.loops is not None:
@@ -86,16 +86,17 @@ class Fusion:
             for i, j in itertools.combinations(users, 2):
                 if self.kernels[i].loops == self.kernels[j].loops:
                     shared[i, j] += nbytes[node]
-                elif self._is_sum_with_reader(i, j):
+                elif self._is_reduction_with_reader(i, j):
                     shared[i, j] += nbytes[node]
                     sums.add((i, j))
         return shared, sums
 
-    def _is_sum_with_reader(self, i: int, j: int) -> bool:
-        first, then = self.kernels[i].loops, self.kernels[j].loops
-        if first is None or then is None or not first[1] or then[1] or not self.direct[i] >> j & 1:
+    def _is_reduction_with_reader(self, i: int, j: int) -> bool:
+        then = self.kernels[j].loops
+        if not self.reduces[i] or self.reduces[j] or then is None or not self.direct[i] >> j & 1:
             return False
-        return not self.reduces[j] and first[0] == first[1] * then[0] and is_on_cpu(self.kernels[i])
+        yielded = _yielded(self.kernels[i])
+        return yielded > 1 and then == (yielded, 0) and is_on_cpu(self.kernels[i])
 
     def _score(self, pair: Pair) -> tuple[bool, int, int, Pair]:
         i, j = pair
@@ -261,6 +262,12 @@ def _members(bits: int) -> list[int]:
         found.append(low.bit_length() - 1)
         bits ^= low
     return found
+
+
+def _yielded(reduction: Kernel) -> int:
+    """Elements of each of its results."""
+    val = reduction.node.meta["val"]
+    return size_hint((val[0] if isinstance(val, tuple | list) else val).numel())
 
 
 def is_on_cpu(kernel: Kernel) -> bool:

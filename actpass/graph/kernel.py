@@ -11,7 +11,8 @@ class Kernel:
     """node: its first. loops: what it runs over, None for what is no loop. scratch: bytes that it needs while
     it runs, its results among them, if more than they. writes, reads: what it leaves in memory and reads from there;
     size: bytes of the former. members: its results in order, with those that only the kernel itself reads. unwritten: bytes
-    of the latter, which never get to memory, but Inductor counts them. nested: whether it is one outer loop around several."""
+    of the latter, which never get to memory, but Inductor counts them. nested: whether it is one outer loop around several.
+    zeroed: results that a loop of its own, which needs nothing, fills with zeros before."""
 
     node: Any
     position: int
@@ -23,6 +24,7 @@ class Kernel:
     size: int = 0
     unwritten: int = 0
     nested: bool = False
+    zeroed: list[Any] = field(default_factory=list)
 
     @property
     def needs(self) -> int:

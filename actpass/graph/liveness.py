@@ -6,7 +6,7 @@ The model, after torch/_inductor (scheduler.py, memory.py, graph.py; torch 2.13 
   and copies are loops, inlined into each loop that reads them; such a value is in memory only if it is an output, if what is
   no loop reads it (then from there on: loops before compute it for themselves), or if it is long. What a reduction yields is
   in memory. A sum at indices (the gradient of an embedding) is a loop over its values: what they are computed from stays while
-  the sum is allocated.
+  the sum is allocated. The zeros that it starts from are written by another, which can run at any time before.
 - Some loops are one kernel (`actpass.graph.fusion`): its results are allocated together, and its inputs freed behind all of
   them. On a CPU so are all loops between two kernels that are none: one C++ function.
 - Of several orders (the graph's, least memory first, depth first) the one with the least peak runs.
@@ -148,8 +148,8 @@ class Program:
 
     def timeline(self) -> Timeline:
         """Of the orders that Inductor considers, the one that it takes."""
-        orders = (self.kernels, _least_memory_first(self), _depth_first(self))
-        return self.run(min(orders, key=lambda order: max(self.believed_steps(order), default=0)))
+        orders = ((self.kernels, {}), _least_memory_first(self), (_depth_first(self), {}))
+        return self.run(*min(orders, key=lambda order: max(self.believed_steps(*order), default=0)))
 
     def _taken(self, kernel: Kernel, dead: Sequence[Any]) -> dict[Any, Any]:
         """Result -> the input in whose memory it is written: of its size, dead behind ``kernel``, and read by nothing but the
@@ -181,9 +181,18 @@ class Program:
                 deaths[i].append(node)
         return deaths
 
-    def believed_steps(self, order: Sequence[Kernel]) -> list[int]:
-        """Live bytes while each kernel runs, as Inductor sees them."""
-        return self._steps(order, self.believed, {k: k.believed for k in order}, self._deaths(order))
+    def believed_steps(self, order: Sequence[Kernel], zeroed: Mapping[Any, int] | None = None) -> list[int]:
+        """Live bytes while each kernel runs, as Inductor sees them. zeroed: the step at which a result is filled with zeros,
+        where that is before the step of its kernel."""
+        steps = self._steps(order, self.believed, {k: k.believed for k in order}, self._deaths(order))
+        self._count_zeros(steps, order, zeroed)
+        return steps
+
+    def _count_zeros(self, steps: list[int], order: Sequence[Kernel], zeroed: Mapping[Any, int] | None) -> None:
+        for i, kernel in enumerate(order) if zeroed else ():
+            for node in kernel.zeroed:
+                for j in range(zeroed.get(node, i), i):
+                    steps[j] += self.bytes[node]
 
     def _steps(
         self, order: Sequence[Kernel], inputs: Mapping[Any, int], needs: Mapping[Kernel, int], deaths: list[list[Any]]
@@ -196,14 +205,15 @@ class Program:
             level += kernel.size - sum(size.get(n, 0) for n in dead)
         return steps
 
-    def run(self, order: Sequence[Kernel]) -> Timeline:
+    def run(self, order: Sequence[Kernel], zeroed: Mapping[Any, int] | None = None) -> Timeline:
         deaths = self._deaths(order)
         ends = _called_until(order)
         freed: list[list[Any]] = [[] for _ in order]
         for dead, end in zip(deaths, ends, strict=True):
             freed[end] += dead
-        steps = self.believed_steps(order)
+        steps = self.believed_steps(order, zeroed)
         levels = self._steps(order, {n: self.bytes[n] for n in self.freed}, {k: k.needs for k in order}, freed)
+        self._count_zeros(levels, order, zeroed)
         limit = max(steps, default=0)
         free: dict[tuple[torch.dtype, int], list[int]] = defaultdict(list)
         passed: set[Any] = set()
@@ -292,7 +302,7 @@ class _Reading:
             count, length = len(read[node]), len(operators) + len(read[node])
             several = len(users) > 1
             dear = any(map(_is_heavy, operators)) or self._is_long(operators)
-            again = (several and count > _READS_AGAIN) or (dear and (several or self._is_spread(node)))
+            again = (count > _READS_AGAIN or dear) and (several or self._is_spread(node))
             yields_memory = is_reduction(node) or _scatters(node) or node.target is operator.getitem
             is_value = self._is_loop(node) and not yields_memory
             needed = node in self.outputs or any(self._reads_memory(u, node) for u in users)
@@ -317,9 +327,10 @@ class _Reading:
         return _is_loop(node) and node not in self.sums
 
     def _is_spread(self, node: fx.Node) -> bool:
-        """Whether a view of ``node`` repeats its elements: keys for several queries."""
-        views = [u for u in node.users if is_view(u) and isinstance(u.meta.get("val"), torch.Tensor)]
-        return any(tensor_bytes(v) > tensor_bytes(node) or self._is_spread(v) for v in views)
+        """Whether an element of ``node`` is read for several of what reads it: a key for several queries, a row's scale for
+        all of the row."""
+        read = [u for u in node.users if isinstance(u.meta.get("val"), torch.Tensor) and (is_view(u) or is_pointwise(u))]
+        return any(_elements(u) > _elements(node) or (is_view(u) and self._is_spread(u)) for u in read)
 
     def _is_long(self, operators: set[fx.Node]) -> bool:
         """Whether a loop takes many instructions: a concatenation makes a choice and a masked read of each of its inputs."""
@@ -343,7 +354,14 @@ class _Reading:
                 kernels[owner].reads = [r for r in self.inlined[owner] if isinstance(r.meta.get("val"), torch.Tensor)]
             if self.bytes[node]:
                 kernels[owner].writes.append(node)
+                if _scatters(node) and self._starts_from_zeros(node):
+                    kernels[owner].zeroed.append(node)
         return list(kernels.values())
+
+    def _starts_from_zeros(self, scattered: fx.Node) -> bool:
+        """Whether what ``scattered`` writes into is computed from nothing."""
+        base = storage_root(scattered.all_input_nodes[0])
+        return base.op == "call_function" and not self.inlined[base] and base not in self.stored
 
     def _loops(self, node: fx.Node) -> tuple[int, int] | None:
         """How many elements a loop runs over, and how many of them each of its sums takes, if it sums columns (0: it does
@@ -388,7 +406,8 @@ def _joint(group: Sequence[Kernel]) -> Kernel:
     first = group[0]
     writes = [w for kernel in group for w in kernel.writes]
     reads = dict.fromkeys(r for kernel in group for r in kernel.reads)
-    return replace(first, writes=writes, reads=[r for r in reads if r not in writes])
+    zeroed = [z for kernel in group for z in kernel.zeroed]
+    return replace(first, writes=writes, reads=[r for r in reads if r not in writes], zeroed=zeroed)
 
 
 def _called_until(order: Sequence[Kernel]) -> list[int]:
@@ -502,33 +521,44 @@ def in_order(kernels: list[Kernel]) -> list[Kernel]:
     return list(done)
 
 
-def _least_memory_first(reading: Program) -> list[Kernel]:
-    """Of the kernels that can run, the one that raises the peak least, and then the one that leaves the fewest bytes."""
+def _least_memory_first(reading: Program) -> tuple[list[Kernel], dict[Any, int]]:
+    """Of the kernels that can run, the one that raises the peak least, and then the one that leaves the fewest bytes. Zeros to
+    start from are written as early as that: the step at which each is."""
     kernels = reading.kernels
+    zeros = {z: Kernel(z, k.position, None, size=reading.bytes[z]) for k in kernels for z in k.zeroed}
     sources = _sources(kernels)
     targets: dict[Kernel, list[Kernel]] = defaultdict(list)
     for kernel, needed in sources.items():
-        for s in needed:
+        for s in (*needed, *(zeros[z] for z in kernel.zeroed)):
             targets[s].append(kernel)
-    missing = {k: len(s) for k, s in sources.items()}
+    missing = {k: len(s) + len(k.zeroed) for k, s in sources.items()} | dict.fromkeys(zeros.values(), 0)
     left = {n: len(reading.readers[n]) for n in reading.counted}
     mortal = reading.counted - reading.outputs
     frees = {
         k: sum(reading.bytes[r] for r in k.reads if r in mortal and left[r] == 1)
         + sum(reading.bytes[w] for w in k.writes if w in mortal and not left[w])
         for k in kernels
-    }
+    } | dict.fromkeys(zeros.values(), 0)
+    there = {k: sum(reading.bytes[z] for z in k.zeroed) for k in missing}  # when it runs
     level = sum(reading.believed.values())
     peak = max(level, sum(reading.bytes[n] for n in reading.outputs if n in reading.counted))
     ready = {k: None for k, count in missing.items() if not count}
     order: list[Kernel] = []
+    zeroed: dict[Any, int] = {}
+
+    def cost(kernel: Kernel) -> tuple[int, int, int]:
+        believed = kernel.believed - there[kernel]
+        return believed if believed > peak - level else 0, kernel.size - there[kernel] - frees[kernel], kernel.position
+
     while ready:
-        gap = peak - level
-        chosen = min(ready, key=lambda k: (k.believed if k.believed > gap else 0, k.size - frees[k], k.position))
+        chosen = min(ready, key=cost)
         del ready[chosen]
-        order.append(chosen)
-        peak = max(peak, level + chosen.believed)
-        level += chosen.size - frees[chosen]
+        if zeros.get(chosen.node) is chosen:
+            zeroed[chosen.node] = len(order)
+        else:
+            order.append(chosen)
+        peak = max(peak, level + chosen.believed - there[chosen])
+        level += chosen.size - there[chosen] - frees[chosen]
         for target in targets[chosen]:
             missing[target] -= 1
             if not missing[target]:
@@ -539,7 +569,7 @@ def _least_memory_first(reading: Program) -> list[Kernel]:
                 if left[read] == 1 and read in mortal:
                     for reader in reading.readers[read]:
                         frees[reader] += reading.bytes[read]
-    return order
+    return order, zeroed
 
 
 def _depth_first(reading: Program) -> list[Kernel]:
