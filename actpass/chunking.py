@@ -15,7 +15,8 @@ The idea, forward and backward of the loss in one pass over pieces, is that of H
 rows that 8 does not divide; here the loss may be any function that treats rows one by one.
 
 In memory: one piece of logits and of its gradient, and dW one backward earlier than before (accumulated in float32; in place
-where the product is float32 itself, see `actpass.graph.products`).
+where the product is float32 itself, see `actpass.graph.products`). An embedding that is the head, too, adds its gradient to dW
+(`actpass.graph.scatters`).
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from actpass.graph.joint import CASTS, is_tangent, is_view, storage_root, tensor
 from actpass.graph.ops import is_pointwise, is_reduction
 from actpass.graph.products import insert_sum, is_sum_in_place
 from actpass.graph.reach import ancestors, descendants, reach
+from actpass.graph.scatters import scatter_onto_sums
 from actpass.rewrite import call, splice
 
 aten = torch.ops.aten
@@ -88,6 +90,7 @@ def chunk(joint: Joint, saved_bytes: int, rows: int | None = None) -> Chunked | 
     region = _Region(changed, mapping[head])
     sizes = _pieces(region.rows, rows or _rows_of_a_piece(value(region.hidden)))
     region.split(sizes)
+    scatter_onto_sums(copy.graph)
     copy.graph.eliminate_dead_code()
     copy.graph.lint()
     copy.recompile()

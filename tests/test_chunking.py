@@ -105,6 +105,19 @@ def test_tied_weights_and_biases(tied: bool, bias: bool):
     compare(Head(flat, tied, bias), 300 * EPS)
 
 
+def test_an_embedding_that_is_the_head_adds_its_gradient_to_that_of_the_head():
+    """Compiled, no more of the weight's size is allocated than the head's gradient: no zeros, no gradient of the embedding alone,
+    no sum of both."""
+    torch.manual_seed(0)
+    model = Head(flat, tied=True, bias=False)
+    _, want = run(model, chunk_loss=False)
+    function = torch.compile(model, backend="actcomp", options={"method": "exact"})
+    (_, got), sources = run_and_get_code(lambda: step(function, model, inputs()))
+    assert all(error(got[n], want[n]) < 64 * EPS for n in want)
+    allocated = sum(source.count(f"empty_strided_cpu(({WORDS}, {WIDTH})") for source in sources)
+    assert allocated == 1
+
+
 def test_half_precision_weights_accumulate_in_float32():
     """Against float64 the pieces are not worse than the whole, whose one matmul accumulates in float32, too."""
     torch.manual_seed(0)

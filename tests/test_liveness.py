@@ -130,9 +130,11 @@ class WideHead(nn.Module):
     """Its peak is in a piece of its loss: one loop reads the logits for the loss, in other places, and for their gradient, which
     does not take their memory over."""
 
-    def __init__(self) -> None:
+    def __init__(self, words: int = 64) -> None:
         super().__init__()
-        self.embed, self.head = nn.Embedding(64, 64), nn.Linear(64, 8192, bias=False)
+        self.embed, self.head = nn.Embedding(words, 64), nn.Linear(64, 8192, bias=False)
+        if words == 8192:
+            self.head.weight = self.embed.weight
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return nn.functional.cross_entropy(self.head(torch.tanh(self.embed(input_ids))).flatten(0, 1), labels.flatten())
@@ -141,6 +143,11 @@ class WideHead(nn.Module):
 def wide_head() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     ids = torch.randint(0, 64, (4, 128), generator=torch.Generator().manual_seed(0))
     return WideHead(), {"input_ids": ids, "labels": ids}
+
+
+def tied_head() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """Its embedding adds its gradient to that of the head."""
+    return WideHead(8192), wide_head()[1]
 
 
 def built(model: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]:
@@ -152,7 +159,7 @@ def built(model: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]:
 HAS_GATE = hasattr(inductor_config, FUSION_GATE[1])
 CASES = [(llama, plan) for plan in PLANS if plan != "whole" and (plan != "gated" or HAS_GATE)] + [(gpt2, plan) for plan in ("exact", "auto", "again")]
 CASES += [(bert, "auto"), (llama_without_groups, "again"), (classifier, "again"), (residual, "exact"), (returning, "whole")]
-CASES += [(wide_head, "exact"), (bert, "exact")]
+CASES += [(wide_head, "exact"), (tied_head, "exact"), (bert, "exact")]
 
 
 @pytest.mark.short_tier

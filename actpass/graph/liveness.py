@@ -272,7 +272,7 @@ class _Reading:
         last = {r: n for n in self.nodes if n in self.stored for r in self.inlined[n]}
         self.believed = {n: _believed(n, last.get(n)) for n in inputs if not n.name.startswith(_RESIDENT)}
         kernels = self._fused(self._kernels())
-        by_element = {n: {} if _scatters(n) else read for n, read in self.inlined.items()}
+        by_element = {n: self._base_of(n) if _scatters(n) else read for n, read in self.inlined.items()}
         self.program = Program(kernels, self.bytes, self.believed, self.freed, self.outputs, by_element)
 
     def _inline(self) -> tuple[dict[fx.Node, int], dict[fx.Node, dict[fx.Node, None]]]:
@@ -354,14 +354,15 @@ class _Reading:
                 kernels[owner].reads = [r for r in self.inlined[owner] if isinstance(r.meta.get("val"), torch.Tensor)]
             if self.bytes[node]:
                 kernels[owner].writes.append(node)
-                if _scatters(node) and self._starts_from_zeros(node):
+                if _scatters(node) and not self._base_of(node):
                     kernels[owner].zeroed.append(node)
         return list(kernels.values())
 
-    def _starts_from_zeros(self, scattered: fx.Node) -> bool:
-        """Whether what ``scattered`` writes into is computed from nothing."""
+    def _base_of(self, scattered: fx.Node) -> dict[fx.Node, None]:
+        """What ``scattered`` writes onto, a copy of it, is computed from in memory; nothing of zeros."""
         base = storage_root(scattered.all_input_nodes[0])
-        return base.op == "call_function" and not self.inlined[base] and base not in self.stored
+        base = self.shows.get(base, base)
+        return {base: None} if base in self.stored or base.op != "call_function" else self.inlined[base]
 
     def _loops(self, node: fx.Node) -> tuple[int, int] | None:
         """How many elements a loop runs over, and how many of them each of its sums takes, if it sums columns (0: it does
