@@ -237,8 +237,8 @@ class _Region:
         return self._whole(node, env)
 
     def _whole(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
-        """An operand that every piece reads whole. A constant is made by each of them, in the loop that reads it: a table of the
-        words, given from outside, makes Inductor write what the labels select as a tensor of its own, as large as the logits."""
+        """An operand that every piece reads whole. A constant is made by each of them, in the loop that reads it: a table of
+        the words that comes from outside makes Inductor write what the labels select to memory, as large as the logits."""
         if node in self.constants:
             return _evaluated(node) if _is_known(env) else None
         if node not in env:
@@ -532,9 +532,9 @@ def _constants(graph: fx.Graph) -> set[fx.Node]:
     """What is computed from nothing, the same each time."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and found.issuperset(node.all_input_nodes):
-            if torch.Tag.nondeterministic_seeded not in node.target.tags and isinstance(node.meta.get("val"), torch.Tensor):
-                found.add(node)
+        is_operator = isinstance(node.target, torch._ops.OpOverload) and isinstance(node.meta.get("val"), torch.Tensor)
+        if is_operator and torch.Tag.nondeterministic_seeded not in node.target.tags and found.issuperset(node.all_input_nodes):
+            found.add(node)
     return found
 
 

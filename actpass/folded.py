@@ -296,7 +296,7 @@ class FoldedCut:
     def _moments(self, unrolled: Unrolled) -> list[Moment]:
         program = unrolled.program
         found = []
-        for kernel, level in zip(program.kernels, program.run(program.kernels).levels, strict=True):
+        for kernel, level in zip(program.kernels, program.run(program.kernels, {}).levels, strict=True):
             left = [w for w in kernel.writes if w in program.outputs]
             gradients: Counter[int | None] = Counter()
             for w in left:

@@ -106,8 +106,8 @@ def test_tied_weights_and_biases(tied: bool, bias: bool):
 
 
 def test_an_embedding_that_is_the_head_adds_its_gradient_to_that_of_the_head():
-    """Compiled, no more of the weight's size is allocated than the head's gradient: no zeros, no gradient of the embedding alone,
-    no sum of both."""
+    """Compiled, no more of the weight's size is allocated than the head's gradient: no zeros, no gradient of the embedding
+    alone, no sum of both."""
     torch.manual_seed(0)
     model = Head(flat, tied=True, bias=False)
     _, want = run(model, chunk_loss=False)

@@ -148,7 +148,8 @@ class Program:
 
     def timeline(self) -> Timeline:
         """Of the orders that Inductor considers, the one that it takes."""
-        orders = ((self.kernels, {}), _least_memory_first(self), (_depth_first(self), {}))
+        orders: list[tuple[list[Kernel], Mapping[Any, int]]] = [(self.kernels, {}), _least_memory_first(self)]
+        orders.append((_depth_first(self), {}))
         return self.run(*min(orders, key=lambda order: max(self.believed_steps(*order), default=0)))
 
     def _taken(self, kernel: Kernel, dead: Sequence[Any]) -> dict[Any, Any]:
@@ -181,14 +182,14 @@ class Program:
                 deaths[i].append(node)
         return deaths
 
-    def believed_steps(self, order: Sequence[Kernel], zeroed: Mapping[Any, int] | None = None) -> list[int]:
+    def believed_steps(self, order: Sequence[Kernel], zeroed: Mapping[Any, int]) -> list[int]:
         """Live bytes while each kernel runs, as Inductor sees them. zeroed: the step at which a result is filled with zeros,
         where that is before the step of its kernel."""
         steps = self._steps(order, self.believed, {k: k.believed for k in order}, self._deaths(order))
         self._count_zeros(steps, order, zeroed)
         return steps
 
-    def _count_zeros(self, steps: list[int], order: Sequence[Kernel], zeroed: Mapping[Any, int] | None) -> None:
+    def _count_zeros(self, steps: list[int], order: Sequence[Kernel], zeroed: Mapping[Any, int]) -> None:
         for i, kernel in enumerate(order) if zeroed else ():
             for node in kernel.zeroed:
                 for j in range(zeroed.get(node, i), i):
@@ -205,7 +206,8 @@ class Program:
             level += kernel.size - sum(size.get(n, 0) for n in dead)
         return steps
 
-    def run(self, order: Sequence[Kernel], zeroed: Mapping[Any, int] | None = None) -> Timeline:
+    def run(self, order: Sequence[Kernel], zeroed: Mapping[Any, int]) -> Timeline:
+        """The live bytes in that order. zeroed: see `believed_steps`."""
         deaths = self._deaths(order)
         ends = _called_until(order)
         freed: list[list[Any]] = [[] for _ in order]

@@ -1,8 +1,8 @@
 """Values that are scattered into zeros and then added to something are scattered onto that.
 
 The gradient of an embedding that is also the head is such a sum, ``head + scatter(zeros, tokens, values)``: three tensors as
-large as the weight, where ``scatter(head, tokens, values)`` needs one, in the memory of ``head``. The sum is the same, in another
-order.
+large as the weight, where ``scatter(head, tokens, values)`` needs one, in the memory of ``head``. The same is added up, in
+another order.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from actpass.graph.joint import value
 
 aten = torch.ops.aten
 
-_ACCUMULATE_AT = {
+_ACCUMULATE_AT: dict[Any, int | None] = {
     aten.index_put.default: 3,
     aten._unsafe_index_put.default: 3,
     aten._unsafe_masked_index_put_accumulate.default: None,
@@ -32,7 +32,8 @@ def scatter_onto_sums(graph: fx.Graph) -> None:
         for scattered, other in (node.args, reversed(node.args)):
             if _is_scatter_into_zeros(scattered, node) and isinstance(other, fx.Node) and _are_alike(other, scattered):
                 with graph.inserting_before(node):
-                    onto = graph.call_function(scattered.target, (other, *scattered.args[1:]), scattered.kwargs)
+                    target: Any = scattered.target
+                    onto = graph.call_function(target, (other, *scattered.args[1:]), scattered.kwargs)
                 onto.meta = dict(node.meta)
                 node.replace_all_uses_with(onto)
                 graph.erase_node(node)
@@ -46,7 +47,7 @@ def _is_scatter_into_zeros(node: Any, reader: fx.Node) -> bool:
     at = _ACCUMULATE_AT[node.target]
     accumulates = at is None or (len(node.args) > at and node.args[at] is True)
     base = node.args[0]
-    return accumulates and isinstance(base, fx.Node) and base.target is aten.full.default and base.args[1] == 0
+    return bool(accumulates and isinstance(base, fx.Node) and base.target is aten.full.default and base.args[1] == 0)
 
 
 def _are_alike(a: fx.Node, b: fx.Node) -> bool:
