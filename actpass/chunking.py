@@ -35,7 +35,7 @@ from actpass.errors import GraphUnsupported
 from actpass.graph import Joint
 from actpass.graph.copying import copy_module
 from actpass.graph.cost import is_attention, is_matmul
-from actpass.graph.joint import CASTS, is_tangent, is_view, storage_root, tensor_bytes, value
+from actpass.graph.joint import CASTS, builtin_name, is_tangent, is_view, storage_root, tensor_bytes, value
 from actpass.graph.ops import is_pointwise, is_reduction
 from actpass.graph.products import insert_sum, is_sum_in_place
 from actpass.graph.reach import ancestors, descendants, reach
@@ -90,7 +90,7 @@ def chunk(joint: Joint, saved_bytes: int, rows: int | None = None) -> Chunked | 
     region = _Region(changed, mapping[head])
     sizes = _pieces(region.rows, rows or _rows_of_a_piece(value(region.hidden)))
     region.split(sizes)
-    scatter_onto_sums(copy.graph)
+    scatter_onto_sums(Joint(copy, joint.inputs, joint.num_fwd_outputs, joint.static))
     copy.graph.eliminate_dead_code()
     copy.graph.lint()
     copy.recompile()
@@ -240,7 +240,7 @@ class _Region:
         """An operand that every piece reads whole. A constant is made by each of them, in the loop that reads it: a table of
         the words that comes from outside makes Inductor write what the labels select to memory, as large as the logits."""
         if node in self.constants:
-            return _evaluated(node) if _is_known(env) else None
+            return _evaluated(node, {}) if _is_known(env) else None
         if node not in env:
             self.whole_inputs.append(node)
             env[node] = None
@@ -366,7 +366,7 @@ class _Region:
         return node.target in (aten.permute.default, aten.t.default) and all(u in self.sums for u in node.users)
 
     def _note_inputs(self, body: Sequence[fx.Node]) -> None:
-        env: dict[fx.Node, Any] = {self.head: None}
+        env: dict[fx.Node, Any] = {self.head: None}  # not known: nothing is computed here
         for node in body:
             self._run(node, env, self.rows)
             env[node] = None
@@ -529,19 +529,23 @@ def _is_known(env: Mapping[fx.Node, Any]) -> bool:
 
 
 def _constants(graph: fx.Graph) -> set[fx.Node]:
-    """What is computed from nothing, the same each time."""
+    """What torch's own operators compute from nothing, the same each time."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        is_operator = isinstance(node.target, torch._ops.OpOverload) and isinstance(node.meta.get("val"), torch.Tensor)
-        if is_operator and torch.Tag.nondeterministic_seeded not in node.target.tags and found.issuperset(node.all_input_nodes):
+        if builtin_name(node) in ("", "empty") or not isinstance(node.meta.get("val"), torch.Tensor):
+            continue
+        if torch.Tag.nondeterministic_seeded not in node.target.tags and found.issuperset(node.all_input_nodes):
             found.add(node)
     return found
 
 
-def _evaluated(constant: fx.Node) -> torch.Tensor:
-    target: Any = constant.target
-    args, kwargs = fx.map_arg((constant.args, constant.kwargs), _evaluated)
-    return target(*args, **kwargs)
+def _evaluated(constant: fx.Node, known: dict[fx.Node, torch.Tensor]) -> torch.Tensor:
+    """The value of ``constant``. known: those that were computed for it."""
+    if constant not in known:
+        target: Any = constant.target
+        args, kwargs = fx.map_arg((constant.args, constant.kwargs), lambda n: _evaluated(n, known))
+        known[constant] = target(*args, **kwargs)
+    return known[constant]
 
 
 def _is_zero(node: Any) -> bool:

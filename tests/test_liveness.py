@@ -130,10 +130,10 @@ class WideHead(nn.Module):
     """Its peak is in a piece of its loss: one loop reads the logits for the loss, in other places, and for their gradient,
     which does not take their memory over."""
 
-    def __init__(self, words: int = 64) -> None:
+    def __init__(self, *, tied: bool = False) -> None:
         super().__init__()
-        self.embed, self.head = nn.Embedding(words, 64), nn.Linear(64, 8192, bias=False)
-        if words == 8192:
+        self.embed, self.head = nn.Embedding(8192 if tied else 64, 64), nn.Linear(64, 8192, bias=False)
+        if tied:
             self.head.weight = self.embed.weight
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -147,7 +147,7 @@ def wide_head() -> tuple[nn.Module, dict[str, torch.Tensor]]:
 
 def tied_head() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """Its embedding adds its gradient to that of the head."""
-    return WideHead(8192), wide_head()[1]
+    return WideHead(tied=True), wide_head()[1]
 
 
 def built(model: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]:

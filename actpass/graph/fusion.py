@@ -54,7 +54,7 @@ class Fusion:
         self.span = [(end, end) for end in self.ends]
         self.reduces = [k.loops is not None and is_reduction(k.node) for k in kernels]
         self.nested = [False] * len(kernels)  # whether a group has an outer loop around several
-        self.shared, self.sums = self._pairs(nbytes)
+        self.shared, self.yielding = self._pairs(nbytes)
         self.enough = inductor_config.score_fusion_memory_threshold
         limit = fusion_gate_limit()
         self.gate = None if limit is None else Gate(self, nbytes, believed, outputs, limit)
@@ -81,15 +81,15 @@ class Fusion:
                 for node in (*kernel.writes, *kernel.reads):
                     touching[node].append(i)
         shared: Counter[Pair] = Counter()
-        sums: set[Pair] = set()
+        yielding: set[Pair] = set()
         for node, users in touching.items():
             for i, j in itertools.combinations(users, 2):
                 if self.kernels[i].loops == self.kernels[j].loops:
                     shared[i, j] += nbytes[node]
                 elif self._is_reduction_with_reader(i, j):
                     shared[i, j] += nbytes[node]
-                    sums.add((i, j))
-        return shared, sums
+                    yielding.add((i, j))
+        return shared, yielding
 
     def _is_reduction_with_reader(self, i: int, j: int) -> bool:
         then = self.kernels[j].loops
@@ -122,7 +122,7 @@ class Fusion:
         """Whether two groups would be run in one outer loop, each with an inner one."""
         if not is_on_cpu(self.kernels[i]):
             return False
-        if self.nested[i] or self.nested[j] or pair in self.sums:
+        if self.nested[i] or self.nested[j] or pair in self.yielding:
             return True
         first, then = (i, j) if not self.behind[j] & self.bits[i] else (j, i)
         return self.reduces[first] and bool(self.behind[first] & self.bits[then])
@@ -266,10 +266,17 @@ def _members(bits: int) -> list[int]:
 
 def _yielded(reduction: Kernel) -> int:
     """Elements of each of its results."""
-    val = reduction.node.meta["val"]
-    return size_hint((val[0] if isinstance(val, tuple | list) else val).numel())
+    first = _first_result(reduction)
+    return 0 if first is None else size_hint(first.numel())
 
 
 def is_on_cpu(kernel: Kernel) -> bool:
+    first = _first_result(kernel)
+    return first is not None and first.device.type == "cpu"
+
+
+def _first_result(kernel: Kernel) -> torch.Tensor | None:
+    """Of several, as of `var_mean`, the first."""
     val = kernel.node.meta.get("val")
-    return isinstance(val, torch.Tensor) and val.device.type == "cpu"
+    val = val[0] if isinstance(val, tuple | list) and val else val
+    return val if isinstance(val, torch.Tensor) else None

@@ -148,8 +148,7 @@ class Program:
 
     def timeline(self) -> Timeline:
         """Of the orders that Inductor considers, the one that it takes."""
-        orders: list[tuple[list[Kernel], Mapping[Any, int]]] = [(self.kernels, {}), _least_memory_first(self)]
-        orders.append((_depth_first(self), {}))
+        orders = [(self.kernels, {}), _least_memory_first(self), _depth_first(self)]
         return self.run(*min(orders, key=lambda order: max(self.believed_steps(*order), default=0)))
 
     def _taken(self, kernel: Kernel, dead: Sequence[Any]) -> dict[Any, Any]:
@@ -190,7 +189,7 @@ class Program:
         return steps
 
     def _count_zeros(self, steps: list[int], order: Sequence[Kernel], zeroed: Mapping[Any, int]) -> None:
-        for i, kernel in enumerate(order) if zeroed else ():
+        for i, kernel in enumerate(order):
             for node in kernel.zeroed:
                 for j in range(zeroed.get(node, i), i):
                     steps[j] += self.bytes[node]
@@ -228,7 +227,8 @@ class Program:
                     for j in range(i, ends[i] + 1):
                         levels[j] -= size
                     continue
-                since = free[_key(node, self.bytes[node])] if inductor_config.allow_buffer_reuse else []
+                reuses = inductor_config.allow_buffer_reuse and node not in zeroed
+                since = free[_key(node, self.bytes[node])] if reuses else []
                 if since and (since[-1] + 1 == i or size + max(steps[since[-1] + 1 : i]) <= limit):
                     for j in range(since.pop() + 1, i):
                         steps[j] += size
@@ -237,12 +237,16 @@ class Program:
                 if node not in passed and node.op == "call_function":
                     free[_key(node, self.bytes[node])].append(i)
         at = max(range(len(levels)), key=levels.__getitem__, default=0)
-        return Timeline(tuple(levels), tuple(k.node.name for k in order), self._live(order, freed, at), self._kept(order))
+        live = self._live(order, freed, at, zeroed)
+        return Timeline(tuple(levels), tuple(k.node.name for k in order), live, self._kept(order))
 
-    def _live(self, order: Sequence[Kernel], deaths: list[list[Any]], at: int) -> tuple[tuple[str, int], ...]:
+    def _live(
+        self, order: Sequence[Kernel], deaths: list[list[Any]], at: int, zeroed: Mapping[Any, int]
+    ) -> tuple[tuple[str, int], ...]:
         """(node, bytes) of what is in use while kernel ``at`` runs, the largest first."""
         gone = {n for dead in deaths[:at] for n in dead}
-        made = [*self.freed, *(w for k in order[: at + 1] for w in k.writes)]
+        filled = (z for z, step in zeroed.items() if step <= at)
+        made = dict.fromkeys((*self.freed, *(w for k in order[: at + 1] for w in k.writes), *filled))
         live = [(n.name, self.bytes[n]) for n in made if n not in gone and self.bytes[n]]
         return tuple(sorted(live, key=lambda item: (-item[1], item[0])))
 
@@ -274,7 +278,7 @@ class _Reading:
         last = {r: n for n in self.nodes if n in self.stored for r in self.inlined[n]}
         self.believed = {n: _believed(n, last.get(n)) for n in inputs if not n.name.startswith(_RESIDENT)}
         kernels = self._fused(self._kernels())
-        by_element = {n: self._base_of(n) if _scatters(n) else read for n, read in self.inlined.items()}
+        by_element = {n: self._copied_by(n) if _scatters(n) else read for n, read in self.inlined.items()}
         self.program = Program(kernels, self.bytes, self.believed, self.freed, self.outputs, by_element)
 
     def _inline(self) -> tuple[dict[fx.Node, int], dict[fx.Node, dict[fx.Node, None]]]:
@@ -304,7 +308,7 @@ class _Reading:
             count, length = len(read[node]), len(operators) + len(read[node])
             several = len(users) > 1
             dear = any(map(_is_heavy, operators)) or self._is_long(operators)
-            again = (count > _READS_AGAIN or dear) and (several or self._is_spread(node))
+            again = (several and count > _READS_AGAIN) or (dear and (several or self._is_spread(node)))
             yields_memory = is_reduction(node) or _scatters(node) or node.target is operator.getitem
             is_value = self._is_loop(node) and not yields_memory
             needed = node in self.outputs or any(self._reads_memory(u, node) for u in users)
@@ -356,15 +360,21 @@ class _Reading:
                 kernels[owner].reads = [r for r in self.inlined[owner] if isinstance(r.meta.get("val"), torch.Tensor)]
             if self.bytes[node]:
                 kernels[owner].writes.append(node)
-                if _scatters(node) and not self._base_of(node):
+                if _scatters(node) and not self._read_by(node.all_input_nodes[0]):
                     kernels[owner].zeroed.append(node)
         return list(kernels.values())
 
-    def _base_of(self, scattered: fx.Node) -> dict[fx.Node, None]:
-        """What ``scattered`` writes onto, a copy of it, is computed from in memory; nothing of zeros."""
-        base = storage_root(scattered.all_input_nodes[0])
-        base = self.shows.get(base, base)
-        return {base: None} if base in self.stored or base.op != "call_function" else self.inlined[base]
+    def _read_by(self, node: fx.Node) -> dict[fx.Node, None]:
+        """What a loop that reads ``node`` reads from memory."""
+        root = storage_root(node)
+        root = self.shows.get(root, root)
+        return {root: None} if root in self.stored or root.op != "call_function" else self.inlined[root]
+
+    def _copied_by(self, scattered: fx.Node) -> dict[fx.Node, None]:
+        """What ``scattered`` copies, to write onto the copy: in place, if its values and indices are not computed from it."""
+        base, *others = scattered.all_input_nodes
+        copied = self._read_by(base)
+        return {} if any(r in copied for other in others for r in self._read_by(other)) else copied
 
     def _loops(self, node: fx.Node) -> tuple[int, int] | None:
         """How many elements a loop runs over, and how many of them each of its sums takes, if it sums columns (0: it does
@@ -525,10 +535,9 @@ def in_order(kernels: list[Kernel]) -> list[Kernel]:
 
 
 def _least_memory_first(reading: Program) -> tuple[list[Kernel], dict[Any, int]]:
-    """Of the kernels that can run, the one that raises the peak least, and then the one that leaves the fewest bytes. Zeros to
-    start from are written as early as that: the step at which each is."""
-    kernels = reading.kernels
-    zeros = {z: Kernel(z, k.position, None, size=reading.bytes[z]) for k in kernels for z in k.zeroed}
+    """Of the kernels that can run, the one that raises the peak least, and then the one that leaves the fewest bytes. Returns
+    the order, and the step at which each result that starts from zeros is filled with them."""
+    kernels, zeros = reading.kernels, _zeros(reading)
     sources = _sources(kernels)
     targets: dict[Kernel, list[Kernel]] = defaultdict(list)
     for kernel, needed in sources.items():
@@ -542,26 +551,22 @@ def _least_memory_first(reading: Program) -> tuple[list[Kernel], dict[Any, int]]
         + sum(reading.bytes[w] for w in k.writes if w in mortal and not left[w])
         for k in kernels
     } | dict.fromkeys(zeros.values(), 0)
-    there = {k: sum(reading.bytes[z] for z in k.zeroed) for k in missing}  # when it runs
+    filled = {k: sum(reading.bytes[z] for z in k.zeroed) for k in missing}  # bytes that are there before it runs
     level = sum(reading.believed.values())
     peak = max(level, sum(reading.bytes[n] for n in reading.outputs if n in reading.counted))
     ready = {k: None for k, count in missing.items() if not count}
     order: list[Kernel] = []
-    zeroed: dict[Any, int] = {}
 
     def cost(kernel: Kernel) -> tuple[int, int, int]:
-        believed = kernel.believed - there[kernel]
-        return believed if believed > peak - level else 0, kernel.size - there[kernel] - frees[kernel], kernel.position
+        believed = kernel.believed - filled[kernel]
+        return believed if believed > peak - level else 0, kernel.size - filled[kernel] - frees[kernel], kernel.position
 
     while ready:
         chosen = min(ready, key=cost)
         del ready[chosen]
-        if zeros.get(chosen.node) is chosen:
-            zeroed[chosen.node] = len(order)
-        else:
-            order.append(chosen)
-        peak = max(peak, level + chosen.believed - there[chosen])
-        level += chosen.size - there[chosen] - frees[chosen]
+        order.append(chosen)
+        peak = max(peak, level + chosen.believed - filled[chosen])
+        level += chosen.size - filled[chosen] - frees[chosen]
         for target in targets[chosen]:
             missing[target] -= 1
             if not missing[target]:
@@ -572,20 +577,38 @@ def _least_memory_first(reading: Program) -> tuple[list[Kernel], dict[Any, int]]
                 if left[read] == 1 and read in mortal:
                     for reader in reading.readers[read]:
                         frees[reader] += reading.bytes[read]
-    return order, zeroed
+    return _without_zeros(order, zeros)
 
 
-def _depth_first(reading: Program) -> list[Kernel]:
-    """What each kernel needs right before it, the lightest first."""
-    kernels = reading.kernels
-    sources = _sources(kernels)
-    weight = {k: k.size + sum(reading.bytes[r] for r in k.reads if r in reading.counted) for k in kernels}
+def _zeros(reading: Program) -> dict[Any, Kernel]:
+    """The loops that fill results with zeros, which need nothing."""
+    return {z: Kernel(z, k.position, None, size=reading.bytes[z]) for k in reading.kernels for z in k.zeroed}
+
+
+def _without_zeros(order: Sequence[Kernel], zeros: Mapping[Any, Kernel]) -> tuple[list[Kernel], dict[Any, int]]:
+    """``order`` without the loops ``zeros``, and the step of the rest at which each of them runs."""
+    rest: list[Kernel] = []
+    steps: dict[Any, int] = {}
+    for kernel in order:
+        if zeros.get(kernel.node) is kernel:
+            steps[kernel.node] = len(rest)
+        else:
+            rest.append(kernel)
+    return rest, steps
+
+
+def _depth_first(reading: Program) -> tuple[list[Kernel], dict[Any, int]]:
+    """What each kernel needs right before it, the lightest first. Returns what `_least_memory_first` does."""
+    kernels, zeros = reading.kernels, _zeros(reading)
+    sources = {k: [*found, *(zeros[z] for z in k.zeroed)] for k, found in _sources(kernels).items()}
+    sources |= {z: [] for z in zeros.values()}
+    weight = {k: k.size + sum(reading.bytes[r] for r in k.reads if r in reading.counted) for k in sources}
 
     def key(kernel: Kernel) -> tuple[int, int]:
         return weight[kernel], kernel.position
 
     done: dict[Kernel, None] = {}
-    for kernel in sorted(kernels, key=key):
+    for kernel in sorted(sources, key=key):
         todo = [kernel]
         while todo:
             missing = [s for s in sources[todo[-1]] if s not in done]
@@ -593,4 +616,4 @@ def _depth_first(reading: Program) -> list[Kernel]:
                 todo.extend(sorted(missing, key=key, reverse=True))
             else:
                 done[todo.pop()] = None
-    return list(done)
+    return _without_zeros(list(done), zeros)

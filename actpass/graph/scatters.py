@@ -1,8 +1,7 @@
-"""Values that are scattered into zeros and then added to something are scattered onto that.
+"""The gradient of an embedding that is also the head: ``head + scatter(zeros, tokens, values)``.
 
-The gradient of an embedding that is also the head is such a sum, ``head + scatter(zeros, tokens, values)``: three tensors as
-large as the weight, where ``scatter(head, tokens, values)`` needs one, in the memory of ``head``. The same is added up, in
-another order.
+That takes three tensors as large as the weight. ``scatter(head, tokens, values)`` takes one, in the memory of ``head``, and
+adds up the same in another order: in float32, where small terms are not lost on a large sum.
 """
 
 from __future__ import annotations
@@ -12,28 +11,24 @@ from typing import Any
 import torch
 from torch import fx
 
-from actpass.graph.joint import value
+from actpass.graph.joint import Joint, storage_root, value
 
 aten = torch.ops.aten
 
-_ACCUMULATE_AT: dict[Any, int | None] = {
-    aten.index_put.default: 3,
-    aten._unsafe_index_put.default: 3,
-    aten._unsafe_masked_index_put_accumulate.default: None,
-}
-"""What adds values at indices -> position of the argument that asks for it; None: it always does."""
+_ADDS_AT_INDICES = aten._unsafe_masked_index_put_accumulate.default
+"""The gradient of `nn.Embedding`, as torch decomposes it: (onto, mask, indices, values)."""
 
 
-def scatter_onto_sums(graph: fx.Graph) -> None:
-    """Rewrite each ``add(other, scatter(zeros, ...))`` of ``graph`` to ``scatter(other, ...)``."""
+def scatter_onto_sums(joint: Joint) -> None:
+    """Rewrite each ``add(other, scatter(zeros, ...))`` in the backward of ``joint`` to ``scatter(other, ...)``."""
+    graph = joint.gm.graph
     for node in list(graph.nodes):
-        if node.target is not aten.add.Tensor or node.kwargs:
+        if node.target is not aten.add.Tensor or node.kwargs or node not in joint.backward:
             continue
         for scattered, other in (node.args, reversed(node.args)):
-            if _is_scatter_into_zeros(scattered, node) and isinstance(other, fx.Node) and _are_alike(other, scattered):
+            if _is_scatter_into_zeros(scattered, node) and _can_be_added_to(other, scattered):
                 with graph.inserting_before(node):
-                    target: Any = scattered.target
-                    onto = graph.call_function(target, (other, *scattered.args[1:]), scattered.kwargs)
+                    onto = graph.call_function(_ADDS_AT_INDICES, (other, *scattered.args[1:]))
                 onto.meta = dict(node.meta)
                 node.replace_all_uses_with(onto)
                 graph.erase_node(node)
@@ -42,13 +37,17 @@ def scatter_onto_sums(graph: fx.Graph) -> None:
 
 
 def _is_scatter_into_zeros(node: Any, reader: fx.Node) -> bool:
-    if not isinstance(node, fx.Node) or node.target not in _ACCUMULATE_AT or list(node.users) != [reader]:
+    if not isinstance(node, fx.Node) or node.target is not _ADDS_AT_INDICES or list(node.users) != [reader]:
         return False
-    at = _ACCUMULATE_AT[node.target]
-    accumulates = at is None or (len(node.args) > at and node.args[at] is True)
     base = node.args[0]
-    return bool(accumulates and isinstance(base, fx.Node) and base.target is aten.full.default and base.args[1] == 0)
+    return isinstance(base, fx.Node) and base.target is aten.full.default and bool(base.args[1] == 0)
 
 
-def _are_alike(a: fx.Node, b: fx.Node) -> bool:
-    return value(a).shape == value(b).shape and value(a).dtype == value(b).dtype
+def _can_be_added_to(other: Any, scattered: fx.Node) -> bool:
+    """Whether ``other`` is another tensor, of the same shape and dtype, that ``scattered`` does not read."""
+    if not isinstance(other, fx.Node) or not isinstance(other.meta.get("val"), torch.Tensor) or other is scattered:
+        return False
+    if storage_root(other) in map(storage_root, scattered.all_input_nodes):
+        return False
+    a, b = value(other), value(scattered)
+    return a.shape == b.shape and a.dtype == b.dtype and a.element_size() >= 4
