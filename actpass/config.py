@@ -217,6 +217,13 @@ class Config:
         """Whether any tensor may be stored as a projection for other uses than weight gradients."""
         return any(t.decodes for t in (self.treatment, *(t for _, t in self.overrides)))
 
+    @property
+    def stores_exactly(self) -> bool:
+        """Whether all that is stored is stored as it is."""
+        if self.plan is not None:
+            return not any(r.coded or r.projections for r in self.plan.regions)
+        return all(t.codec is None and t.projection is None for t in (self.treatment, *(t for _, t in self.overrides)))
+
     def draw_at(self, step: int) -> int:
         """Which draw of random numbers an optimizer step sees: a new one with each seeded basis."""
         return step // (self.refresh_interval or 1)

@@ -104,7 +104,7 @@ def main() -> int:
     given = parser.parse_args()
     started = time.perf_counter()
     try:
-        within = options_within(given.memory_budget, decodes=parse(options_of(given)).decodes)
+        within = options_within(given.memory_budget, parse(options_of(given)))
         with inductor_config.patch(within):  # as what is planned will be compiled
             model = trace(given)
             outcomes = [plan_for(model, limit, where) for where, limit in limits(given, model)]
