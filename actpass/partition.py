@@ -25,6 +25,7 @@ from actpass.graph.copying import copy_module
 from actpass.graph.cost import is_attention, is_matmul
 from actpass.graph.joint import CASTS, Joint, builtin_name, is_tangent, is_view, storage_root, tensor_bytes
 from actpass.graph.liveness import Timeline, timeline
+from actpass.graph.products import is_sum_in_place, products_of
 from actpass.graph.uses import Uses
 from actpass.plan.footprint import Footprint, step_peak
 
@@ -192,8 +193,10 @@ def cut(
     if joint.subspaces:  # they stay between steps, as parameters do: a basis that both passes read is made of them again
         stay = joint.static.union(i for i, primal in enumerate(joint.primals) if primal in joint.subspaces)
         partition_kwargs = {**partition_kwargs, "static_lifetime_input_indices": sorted(stay)}
+    _put_behind_sums(gm.graph, joint.num_fwd_outputs)
     with _region_budget(gm, setting, patch), functorch_config.patch(patch):
         forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **partition_kwargs)
+    _take_from_behind(forward)
     seeds = tuple(n.name for n in (joint.seed, joint.learned_seed) if n is not None)
     saved = _saved(forward, joint.num_fwd_outputs, seeds)
     held = {s.name: s.holder for s in saved if not s.user_visible}
@@ -211,6 +214,35 @@ def cut(
         passed_bytes=_passed_bytes(backward, joint, arrives),
         tangent_bytes=sum(tensor_bytes(inputs[name]) for name in tangents),
     )
+
+
+def _put_behind_sums(graph: fx.Graph, num_fwd_outputs: int) -> None:
+    """Let the first result of the forward need the gradients that are formed early with the loss (`actpass.chunking`), where
+    they are no larger than the gradients of the logits that they are formed of. Upstream bans from the backward only what a
+    result needs, and counts twice the bytes of what the backward only scales: it would save the gradients of all logits, and
+    never free a piece of them."""
+    ends = [n for n in graph.nodes if is_sum_in_place(n) and n.meta.get("recompute") == CheckpointPolicy.MUST_SAVE]
+    sums = [u for n in ends if _weighs_no_more(n) for u in n.users]
+    if not sums:
+        return
+    output = graph.output_node()
+    outputs: Any = output.args[0]
+    first = next(i for i, o in enumerate(outputs[:num_fwd_outputs]) if isinstance(o, fx.Node) and o.op == "call_function")
+    with graph.inserting_before(output):
+        put = graph.call_function(torch.ops.actpass.behind.default, (outputs[first], sums))
+    put.meta = dict(outputs[first].meta)
+    output.args = (type(outputs)([*outputs[:first], put, *outputs[first + 1 :]]),)
+
+
+def _weighs_no_more(end: fx.Node) -> bool:
+    return all(tensor_bytes(u) <= sum(map(tensor_bytes, products_of(end))) for u in end.users)
+
+
+def _take_from_behind(forward: fx.GraphModule) -> None:
+    for node in forward.graph.find_nodes(op="call_function", target=torch.ops.actpass.behind.default):
+        node.replace_all_uses_with(node.args[0])
+        forward.graph.erase_node(node)
+        forward.recompile()
 
 
 @contextmanager

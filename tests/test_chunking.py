@@ -23,10 +23,16 @@ TOKENS, WIDTH, WORDS = 300, 24, 500  # 300 rows in pieces of 112: the last is sm
 class Head(nn.Module):
     """An embedding, a hidden layer, a head, and a loss of the logits and the labels."""
 
-    def __init__(self, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], tied: bool = False, bias: bool = True):
+    def __init__(
+        self,
+        loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        tied: bool = False,
+        bias: bool = True,
+        width: int = WIDTH,
+    ):
         super().__init__()
-        self.embed, self.hidden = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.head = nn.Linear(WIDTH, WORDS, bias=bias)
+        self.embed, self.hidden = nn.Embedding(WORDS, width), nn.Linear(width, width)
+        self.head = nn.Linear(width, WORDS, bias=bias)
         if tied:
             self.head.weight = self.embed.weight
         self.loss = loss
@@ -150,6 +156,21 @@ def test_low_bit_forms_leave_the_early_gradient_alone():
     storages = [s for region in actpass.report(model).regions for s in region.plan["storages"]]
     assert any("formed in the forward" in s["reason"] for s in storages)
     assert any(s["codec"] == "int4" for s in storages)
+
+
+@pytest.mark.parametrize(("width", "early"), [(200, True), (400, False)])
+def test_the_smaller_of_the_heads_and_the_logits_gradient_crosses(width: int, early: bool):
+    """Of 300 rows. Left to itself upstream's cut takes the logits' from a width of 170 on."""
+    torch.manual_seed(0)
+    model = Head(flat, bias=False, width=width)
+    (region,) = explain_model(model, (), inputs(), {"method": "exact"}).regions
+    crossing = {tuple(n.meta["val"].shape) for n in region.backward.graph.find_nodes(op="placeholder")}
+    of_logits = [shape for shape in crossing if len(shape) == 2 and WORDS in shape and width not in shape]
+    assert bool(of_logits) != early
+    assert not any(n.target is torch.ops.actpass.behind.default for n in region.forward.graph.nodes)
+    _, want = run(model, chunk_loss=False)
+    _, got = run(model)
+    assert all(error(got[n], want[n]) < 64 * EPS for n in want)
 
 
 def _called(gm: Any) -> list[Any]:

@@ -26,6 +26,17 @@ def _(total: Tensor, left: Tensor, right: Tensor) -> None:
     return None
 
 
+@torch.library.custom_op("actpass::behind", mutates_args=())
+def behind(result: Tensor, sums: list[Tensor]) -> Tensor:
+    """``result``, known when ``sums`` are. It stands in a graph while that is cut, and is never run."""
+    return result.clone()
+
+
+@behind.register_fake
+def _(result: Tensor, sums: list[Tensor]) -> Tensor:
+    return torch.empty_like(result)
+
+
 def insert_sum(graph: fx.Graph, total: fx.Node, left: fx.Node, right: fx.Node, after: fx.Node) -> tuple[fx.Node, fx.Node]:
     """Insert ``total + left.T @ right`` behind ``after`` as an operator that changes nothing, which Inductor makes the one that
     writes in place of. Returns its node, and that of the sum."""
@@ -38,6 +49,17 @@ def insert_sum(graph: fx.Graph, total: fx.Node, left: fx.Node, right: fx.Node, a
     added.meta["val"] = torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
     made.meta["val"] = (None, added.meta["val"])
     return made, added
+
+
+def products_of(node: fx.Node) -> list[fx.Node]:
+    """What is multiplied from the left in the sum of ``node`` and of all that it adds to, the first product among them."""
+    lefts: list[fx.Node] = []
+    current: Any = node
+    while is_sum_in_place(current):
+        lefts.append(current.kwargs["left"])
+        current = current.kwargs["total"]
+        current = current.args[0] if current.target is operator.getitem else current
+    return [*lefts, *current.all_input_nodes[:1]]
 
 
 def is_sum_in_place(node: fx.Node) -> bool:
