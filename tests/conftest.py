@@ -26,6 +26,10 @@ from actpass.runtime.clock import CLOCK
 from .helpers import interpret
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write tests/golden anew; read the diff, then commit it")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error::actpass.ActpassWarning")  # a fallback fails the test
     config.addinivalue_line("filterwarnings", "default:actpass was tested on torch:actpass.ActpassWarning")  # a newer torch

@@ -90,6 +90,27 @@ def transformer(layers: int = 2, checkpoint: bool = False) -> Made:
     return Transformer(layers, checkpoint), {"x": torch.randn(2, 16, 32)}
 
 
+def block() -> Made:
+    """One layer alone."""
+    return transformer(1)
+
+
+class Classifier(nn.Module):
+    """A linear layer and a head whose logits weigh, with cross entropy."""
+
+    def __init__(self, width: int = 16, classes: int = 512) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(width, width), nn.Linear(width, classes, bias=False)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.head(F.gelu(self.layer(x))), labels)
+
+
+def classifier() -> Made:
+    torch.manual_seed(0)
+    return Classifier(), {"x": torch.randn(64, 16), "labels": torch.arange(64)}
+
+
 def unfused(masked: bool = False, layers: int = 3) -> Made:
     """Scores are what weighs."""
     torch.manual_seed(0)

@@ -1,0 +1,126 @@
+"""What the pass decides and what it makes of graphs, against files that were looked at: a change of one is a change to review.
+
+    pytest tests/test_golden.py --update-golden     # write them anew, then read the diff
+
+They were made with one version of torch and of transformers, whose graphs they are: with others they are not compared.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import fx
+
+import actpass
+from actpass.explain import Explanation, explain_model
+
+from . import models
+
+FOLDER = Path(__file__).parent / "golden"
+VERSIONS = {"torch": torch.__version__.split("+")[0].rpartition(".")[0], "transformers": transformers.__version__}
+PLANS: dict[str, dict[str, Any]] = {
+    "auto": {},
+    "exact": {"method": "exact"},
+    "int4": {"method": "int4"},
+    "haar": {"method": "haar", "profitable_only": False},
+    "prac": {"method": "prac", "profitable_only": False},
+    "budget 0.7": {"memory_budget": 0.7},
+    "budget 0.45": {"memory_budget": 0.45},
+    "low rank": {"method": "haar", "gradients": "low_rank"},
+}
+SMALLEST = {"smallest": 1024}
+MODELS = ("mlp", "transformer", "unfused_masked", "llama", "bert", "t5", "mixtral", "vit")
+TOYS = ("mlp", "transformer")
+
+
+class Golden:
+    """A JSON file of one golden text an entry, and the versions that it was made with."""
+
+    def __init__(self, path: Path, update: bool) -> None:
+        self.path, self.update = path, update
+        self.known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+
+    def check(self, name: str, lines: list[str]) -> None:
+        """Compare ``lines`` with the entry ``name``, or write it."""
+        if self.update:
+            entries = self.known.get("entries", {}) if self.known.get("versions") == VERSIONS else {}
+            self.known = {"versions": VERSIONS, "entries": {**entries, name: lines}}
+            self.path.parent.mkdir(exist_ok=True)
+            self.path.write_text(json.dumps(self.known, indent=1, sort_keys=True) + "\n")
+            return
+        if self.known and self.known["versions"] != VERSIONS:
+            pytest.skip(f"{self.path.name} was made with {self.known['versions']}, and this is {VERSIONS}")
+        assert self.known, f"{self.path} is not there: run with --update-golden"
+        assert lines == self.known["entries"][name], f"{self.path.name}, {name!r}: see --update-golden in this file"
+
+
+@pytest.fixture
+def update(request: pytest.FixtureRequest) -> bool:
+    return request.config.getoption("--update-golden")
+
+
+def explained(model: str, options: Mapping[str, Any]) -> Explanation:
+    module, inputs = getattr(models, model)()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", actpass.ActpassWarning)
+        return explain_model(module, (), inputs, {**SMALLEST, **options})
+
+
+def plan_lines(explanation: Explanation) -> Iterator[str]:
+    """The plan, a tensor or a decision a line."""
+    for region in explanation.report.plan.to_dict()["regions"]:
+        for key, value in region.items():
+            rows = value if isinstance(value, list) else [value]
+            yield from (f"{key}: {_told(row)}" for row in rows)
+    for record in explanation.report.regions:
+        t = record.totals
+        yield f"bytes: {t.saved_bytes_default} by Inductor, {t.saved_bytes} by the plan, {t.peak_bytes} at the peak"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="another CPU's attention is another operator")
+@pytest.mark.parametrize("options", PLANS)
+@pytest.mark.parametrize("model", [pytest.param(m, marks=() if m in TOYS else pytest.mark.architectures) for m in MODELS])
+def test_plans_are_those_that_were_looked_at(model: str, options: str, update: bool):
+    found = list(plan_lines(explained(model, PLANS[options])))
+    Golden(FOLDER / f"plan-{model}.json", update).check(options, found)
+
+
+def _told(row: Any) -> str:
+    """``row`` without what is empty or off."""
+    return ", ".join(f"{k} {v}" for k, v in row.items() if v or v == 0) if isinstance(row, dict) else json.dumps(row)
+
+
+def graph_lines(gm: fx.GraphModule) -> Iterator[str]:
+    """A node a line: its name, operator and arguments; the graphs that it calls behind it."""
+    for node in gm.graph.nodes:
+        given = ", ".join([*map(str, node.args), *(f"{k}={v}" for k, v in node.kwargs.items())])
+        yield f"{node.name} = {str(node.target).removeprefix('aten.')}({given})" if node.op != "placeholder" else node.name
+    for name, called in gm.named_children():
+        if isinstance(called, fx.GraphModule):
+            yield from (f"  {name}: {line}" for line in graph_lines(called))
+
+
+GRAPHS: dict[str, tuple[str, dict[str, Any]]] = {
+    "codes": ("mlp", {"method": "int8"}),
+    "projected in the forward": ("mlp", {"method": "haar", "profitable_only": False}),
+    "low-rank gradients": ("mlp", {"method": "haar", "gradients": "low_rank"}),
+    "decoded from projections": ("mlp", {"method": "prac", "profitable_only": False}),
+    "run again": ("mlp", {"memory_budget": 0.3}),
+    "loss in pieces": ("classifier", {"chunk_loss": 16}),
+}
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_graphs_of_every_stage_are_those_that_were_looked_at(name: str, update: bool):
+    model, options = GRAPHS[name]
+    (region,) = explained(model, options).regions
+    lines = [f"{stage}: {line}" for stage, gm in region.stages.items() for line in graph_lines(gm)]
+    Golden(FOLDER / "graphs.json", update).check(name, lines)
