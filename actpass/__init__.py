@@ -1,7 +1,7 @@
 """actpass: train a transformer in the memory you have, through the compiler, without touching the model.
 
 ``torch.compile(model, backend="actcomp", options={...})`` decides in which form every tensor that the forward saves for the
-backward is stored. See `actpass.backend.actcomp` for the options.
+backward is stored. See `actpass.backend.backend.actcomp` for the options.
 """
 
 from actpass import distributed
@@ -19,8 +19,7 @@ from actpass.api import (
     state_dict,
     step,
 )
-from actpass.audit import Audit
-from actpass.deferred import DeferredLogits
+from actpass.diagnostics.audit import Audit
 from actpass.errors import (
     ActpassError,
     ActpassWarning,
@@ -33,11 +32,12 @@ from actpass.errors import (
     ReportError,
     StateError,
 )
-from actpass.gradients import LowRankGradient
-from actpass.modelplan import ModelPlan
-from actpass.plan.calibration import Calibration
-from actpass.progress import show_progress
-from actpass.report import Report
+from actpass.low_rank_gradient import LowRankGradient
+from actpass.plan.sensitivity import Calibration
+from actpass.plan_file import ModelPlan
+from actpass.reporting import Report
+from actpass.runtime.deferred_logits import DeferredLogits
+from actpass.runtime.progress import show_progress
 
 __version__ = "0.1.0"
 

@@ -9,19 +9,19 @@ from typing import Any
 
 import torch
 
-from actpass._torch import has_all_graphs
-from actpass.audit import Audit, audit_model, loss_of
-from actpass.calibrate import calibrate_model
-from actpass.config import global_budget, parse
-from actpass.distributed import why_dense
+from actpass.diagnostics.audit import Audit, audit_model, loss_of
+from actpass.diagnostics.calibrate import calibrate_model
+from actpass.diagnostics.explain import explain_model
 from actpass.errors import ReportError, StateError
-from actpass.explain import explain_model
-from actpass.plan.calibration import Calibration
-from actpass.report import Record, Report
+from actpass.memory.resident import ASSUMED
+from actpass.options.config import global_budget, parse
+from actpass.plan.sensitivity import Calibration
+from actpass.reporting import Record, Report
 from actpass.runtime import regions, subspaces
-from actpass.runtime.clock import CLOCK
+from actpass.runtime.data_parallel import why_dense
 from actpass.runtime.regions import Region, following_global_budget, recompile, regions_of, why_no_more_graphs
-from actpass.runtime.resident import ASSUMED
+from actpass.runtime.step_counter import CLOCK
+from actpass.torch_compat import has_all_graphs
 
 
 def report(model: torch.nn.Module) -> Report:

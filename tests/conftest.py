@@ -18,10 +18,10 @@ if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:  # a cold cache each session: no
 import pytest
 import torch
 
-from actpass import backend
-from actpass._torch import compile_fx, functorch_config
+from actpass.backend import backend
 from actpass.runtime import regions
-from actpass.runtime.clock import CLOCK
+from actpass.runtime.step_counter import CLOCK
+from actpass.torch_compat import compile_fx, functorch_config
 
 from .helpers import interpret
 

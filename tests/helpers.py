@@ -12,11 +12,11 @@ import torch
 from filelock import FileLock  # torch needs it
 from torch import fx
 
-from actpass._torch import compile_fx, functorch_config
-from actpass.backend import compile_region
-from actpass.config import parse
-from actpass.interpret import interpret
-from actpass.report import Report
+from actpass.backend.backend import compile_region
+from actpass.diagnostics.interpreter import interpret
+from actpass.options.config import parse
+from actpass.reporting import Report
+from actpass.torch_compat import compile_fx, functorch_config
 
 EPS = torch.finfo(torch.float32).eps
 TORCH_2_11 = torch.__version__.startswith("2.11")

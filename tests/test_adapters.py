@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import actpass
-from actpass.report import Report
+from actpass.reporting import Report
 
 WIDTH, HIDDEN, RANK, TOKENS, LAYERS = 128, 256, 4, 512, 2
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import actpass
-from actpass.measure import measure
+from actpass.memory.profiler import measure
 
 from .helpers import assert_close, eager_actcomp, projected, step
 

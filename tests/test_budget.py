@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 import actpass
-from actpass.measure import measure
-from actpass.plan.footprint import Footprint, step_peak
-from actpass.runtime.resident import resident
+from actpass.memory.footprint import Footprint, step_peak
+from actpass.memory.profiler import measure
+from actpass.memory.resident import resident
 
 from . import models
 from .helpers import EPS, assert_close, eager_actcomp, step
@@ -188,7 +188,7 @@ def test_a_gradient_that_is_handed_on_counts_once():
 
 def test_parts_are_listed_in_the_order_in_which_they_run():
     """Whichever was compiled last: the predicted peak of a step is that of its regions in this order."""
-    from actpass.config import parse
+    from actpass.options.config import parse
     from actpass.runtime import regions
 
     model, no_record = Broken(8, 8), cast("Any", None)
@@ -218,7 +218,7 @@ def test_only_parts_whose_plan_changed_are_compiled_again():
 
 
 def test_gradients_accumulated_before_the_first_step_count_once():
-    from actpass.runtime.steps import _once
+    from actpass.runtime.replan import _once
 
     assert _once(["a", "b", "c"] * 4) == ["a", "b", "c"]
     assert _once(["a"] * 4) == ["a"] * 4  # a module that is called again and again

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import actpass
-from actpass.budget import Region
-from actpass.calibrate import _Gradients, _rounded, _sample
 from actpass.codecs import errors as gaussian_errors
-from actpass.explain import explain_model
-from actpass.graph.joint import module_path
+from actpass.diagnostics.calibrate import _Gradients, _rounded, _sample
+from actpass.diagnostics.explain import explain_model
+from actpass.ir.joint_graph import module_path
+from actpass.planner.budget import Region
 
 from . import models
 from .helpers import Grads, eager_actcomp, step
@@ -129,13 +129,13 @@ def test_a_file_gives_it_back_and_a_broken_one_is_an_error(tmp_path: Path):
     path = tmp_path / "calibration.json"
     calibration.save(path)
     assert actpass.Calibration.load(path) == calibration
-    assert actpass.config.parse({"calibration": str(path)}).calibration == calibration
+    assert actpass.options.config.parse({"calibration": str(path)}).calibration == calibration
     for text in ("", "[]", "{}", path.read_text().replace('"schema_version": 1', '"schema_version": 9')):
         path.write_text(text)
         with pytest.raises(actpass.OptionError, match="not usable"):
             actpass.Calibration.load(path)
     with pytest.raises(actpass.OptionError, match="not usable"):
-        actpass.config.parse({"calibration": 3})
+        actpass.options.config.parse({"calibration": 3})
 
 
 def test_a_model_that_saves_nothing_has_nothing_to_calibrate():

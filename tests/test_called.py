@@ -12,9 +12,9 @@ from torch._inductor.compile_fx import compile_fx_inner
 from torch.utils.checkpoint import checkpoint
 
 import actpass
-from actpass._torch import FakeTensorMode, invoke_subgraph, run_and_get_code
-from actpass.explain import explain_model
-from actpass.rewrite import call, splice
+from actpass.diagnostics.explain import explain_model
+from actpass.passes.project_weight_gradients import call, splice
+from actpass.torch_compat import FakeTensorMode, invoke_subgraph, run_and_get_code
 
 from . import models
 from .helpers import EPS, Grads, assert_close, assert_equal, eager_actcomp, step

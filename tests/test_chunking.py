@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import actpass
-from actpass._torch import invoke_subgraph, run_and_get_code
-from actpass.explain import explain_model
-from actpass.measure import measure
+from actpass.diagnostics.explain import explain_model
+from actpass.memory.profiler import measure
+from actpass.torch_compat import invoke_subgraph, run_and_get_code
 
 from .helpers import EPS, Grads, eager_actcomp, error, grads_of, step
 

@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 import actpass
-from actpass import budget, partition
-from actpass.explain import explain_model
-from actpass.graph import liveness, uses
-from actpass.graph.uses import Uses
-from actpass.partition import Setting
-from actpass.stack import in_one_piece
+from actpass.analysis import linearity as uses
+from actpass.analysis.linearity import Uses
+from actpass.backend.stack import in_one_piece
+from actpass.diagnostics.explain import explain_model
+from actpass.memory import liveness
+from actpass.passes import partition
+from actpass.passes.partition import Setting
+from actpass.planner import budget
 
 from . import models
 from .models import Block, Made

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from actpass import BudgetError, OptionError
-from actpass.config import Treatment, matches, parse
+from actpass.options.config import Treatment, matches, parse
 
 
 def test_options_default_to_auto():

@@ -14,10 +14,10 @@ from torch import fx, nn
 
 import actpass
 from actpass.codecs import LEARNED
-from actpass.interpret import interpret
-from actpass.measure import measure
-from actpass.modelplan import ModelPlan
-from actpass.runtime.clock import CLOCK
+from actpass.diagnostics.interpreter import interpret
+from actpass.memory.profiler import measure
+from actpass.plan_file import ModelPlan
+from actpass.runtime.step_counter import CLOCK
 from actpass.runtime.subspaces import STORE
 
 from . import helpers, models

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import actpass
 from actpass import DeferredLogits
-from actpass.measure import measure
+from actpass.memory.profiler import measure
 
 from .helpers import EPS, Grads, eager_actcomp, error, grads_of
 from .test_chunking import TOKENS, WIDTH, WORDS, flat, inputs, notes

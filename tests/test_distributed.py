@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 import actpass
-from actpass.runtime.clock import CLOCK
+from actpass.runtime.step_counter import CLOCK
 
 from . import models
 from .helpers import EPS, eager_actcomp, once, projected

@@ -10,33 +10,33 @@ import torch
 from torch import nn
 
 import actpass
-from actpass._torch import compile_fx
 from actpass.errors import GraphUnsupported
 from actpass.runtime import regions
+from actpass.torch_compat import compile_fx
 
 from . import models
 from .helpers import EPS, assert_close, assert_equal, eager_actcomp, step
 
 STAGES = {
-    "actpass.backend.GraphInputs.of": "auto",
-    "actpass.backend.peak_budget": "auto",
-    "actpass.backend.records.region_key": "auto",
-    "actpass.backend.ask": "pca",
-    "actpass.backend.with_eager_curve": "auto",
-    "actpass.compiler._prepare": "auto",
-    "actpass.compiler.cut": "auto",
-    "actpass.compiler.chunk": "auto",
-    "actpass.compiler.find_contractions": "auto",
-    "actpass.compiler.choose_cut": "auto",
-    "actpass.compiler.choose": "haar",
-    "actpass.compiler.rewrite": "haar",
-    "actpass.compiler.verify.only_planned_gradients_changed": "haar",
-    "actpass.compiler.factor_gradients": "low_rank",
-    "actpass.compiler.decode_saved": "prac",
-    "actpass.compiler.swap": "int8",
-    "actpass.compiler.verify.stored_as_planned": "int8",
-    "actpass.partition.timeline": "auto",
-    "actpass.compiler.describe": "auto",
+    "actpass.backend.backend.GraphInputs.of": "auto",
+    "actpass.backend.backend.peak_budget": "auto",
+    "actpass.backend.backend.records.region_key": "auto",
+    "actpass.backend.backend.ask": "pca",
+    "actpass.backend.backend.with_eager_curve": "auto",
+    "actpass.pipeline._prepare": "auto",
+    "actpass.pipeline.cut": "auto",
+    "actpass.pipeline.chunk": "auto",
+    "actpass.pipeline.find_contractions": "auto",
+    "actpass.pipeline.choose_cut": "auto",
+    "actpass.pipeline.choose": "haar",
+    "actpass.pipeline.rewrite": "haar",
+    "actpass.pipeline.verify.only_planned_gradients_changed": "haar",
+    "actpass.pipeline.factor_gradients": "low_rank",
+    "actpass.pipeline.decode_saved": "prac",
+    "actpass.pipeline.swap": "int8",
+    "actpass.pipeline.verify.stored_as_planned": "int8",
+    "actpass.analysis.partitioned.timeline": "auto",
+    "actpass.pipeline.describe": "auto",
 }
 """Where a bug may be, and a method that goes there."""
 
@@ -90,7 +90,7 @@ def test_under_warn_a_graph_that_inductor_fails_on_is_compiled_without_the_pass(
             raise RuntimeError("no code")
         return compile_fx(gm, inputs, config_patches=config_patches, **how)
 
-    monkeypatch.setattr("actpass.backend.compile_fx", picky)
+    monkeypatch.setattr("actpass.backend.backend.compile_fx", picky)
     model, inputs = models.mlp()
     _, exact = step(model, model, inputs)
     with pytest.warns(actpass.ActpassWarning, match="left a region to Inductor alone, because RuntimeError: no code"):
@@ -107,7 +107,7 @@ def test_a_graph_that_cant_be_read_is_left_to_inductor_with_the_reason(monkeypat
     _, exact = train(model, inputs, {"method": "exact", "memory_budget": 1.0})
     torch.compiler.reset()
     regions.clear()
-    monkeypatch.setattr("actpass.compiler.find_contractions", unreadable)
+    monkeypatch.setattr("actpass.pipeline.find_contractions", unreadable)
     with pytest.warns(actpass.ActpassWarning, match="left a region to Inductor alone, because it is odd"):
         _, gradients = train(model, inputs, options_of("haar"))
     assert_equal(gradients, exact)
@@ -121,7 +121,7 @@ def test_a_graph_that_cant_be_read_is_left_to_inductor_with_the_reason(monkeypat
 
 def test_a_budget_of_bytes_that_inductors_cut_does_not_fit_is_an_error(monkeypatch: pytest.MonkeyPatch):
     """The least that the error names is then met, with a warning; one byte less is not."""
-    monkeypatch.setattr("actpass.compiler.find_contractions", unreadable)
+    monkeypatch.setattr("actpass.pipeline.find_contractions", unreadable)
     model, inputs = models.mlp()
     with pytest.raises(
         Exception, match=r"memory_budget=20000 bytes of peak can't be met: .* because it is odd.*'fallback'"
@@ -140,7 +140,7 @@ def test_a_budget_of_bytes_that_inductors_cut_does_not_fit_is_an_error(monkeypat
 
 
 def test_under_warn_a_budget_of_bytes_that_is_not_held_is_said(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("actpass.compiler.find_contractions", unreadable)
+    monkeypatch.setattr("actpass.pipeline.find_contractions", unreadable)
     model, inputs = models.mlp()
     with pytest.warns(actpass.ActpassWarning, match="because it is odd; its memory_budget is not held"):
         train(model, inputs, {"memory_budget": 20000, "fallback": "warn"})
@@ -148,7 +148,7 @@ def test_under_warn_a_budget_of_bytes_that_is_not_held_is_said(monkeypatch: pyte
 
 
 def test_a_region_that_was_left_to_inductor_says_so_when_the_cache_has_it_too(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("actpass.compiler.find_contractions", unreadable)
+    monkeypatch.setattr("actpass.pipeline.find_contractions", unreadable)
     for says in ("left a region to Inductor alone, because it is odd", "a region is not as asked, because it is odd"):
         torch.compiler.reset()
         model, inputs = models.mlp()
@@ -169,7 +169,7 @@ class InParts(nn.Module):
 
 def test_parts_that_are_left_to_inductor_count_in_the_budget_of_the_step(monkeypatch: pytest.MonkeyPatch):
     """Each fits by itself; together they don't."""
-    monkeypatch.setattr("actpass.compiler.find_contractions", unreadable)
+    monkeypatch.setattr("actpass.pipeline.find_contractions", unreadable)
 
     def train_parts(budget: int) -> actpass.Report:
         torch.compiler.reset()

@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import nn
 
-from actpass.budget import PeakBudget, Region, Search, free_choice
-from actpass.compiler import finish, read
+from actpass.diagnostics.explain import explain_model
 from actpass.errors import BudgetError, GraphUnsupported
-from actpass.explain import explain_model
-from actpass.folded import FoldedRegion, Stack
-from actpass.plan.folding import TRACED, Fold
-from actpass.runtime.resident import Resident
+from actpass.extrapolation.extrapolate import FoldedRegion, Stack
+from actpass.extrapolation.layer_map import TRACED, Fold
+from actpass.memory.resident import Resident
+from actpass.pipeline import finish, read
+from actpass.planner.budget import PeakBudget, Region, Search, free_choice
 
 LAYERS = 8
 TOOLS = Path(__file__).parent.parent / "tools"

@@ -14,12 +14,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import actpass
-from actpass._torch import functorch_config, invoke_subgraph
-from actpass.explain import explain_model
-from actpass.measure import measure
-from actpass.partition import Setting
+from actpass.diagnostics.explain import explain_model
+from actpass.memory.profiler import measure
+from actpass.passes.partition import Setting
 from actpass.plan import SCORE, SCORE_AGAIN
-from actpass.runtime.clock import CLOCK
+from actpass.runtime.step_counter import CLOCK
+from actpass.torch_compat import functorch_config, invoke_subgraph
 
 from . import models
 from .helpers import EPS, Grads, assert_close, assert_equal, eager_actcomp, error, step
@@ -448,7 +448,7 @@ def test_projection_and_low_bits_together():
 
 def test_memory_budget_chooses_the_least_that_fits(monkeypatch: pytest.MonkeyPatch):
     """First bits, then what is run again: on a model this narrow only if reading and writing is free."""
-    monkeypatch.setattr("actpass.plan.menu.FLOPS_PER_BYTE", 0)
+    monkeypatch.setattr("actpass.plan.storage_options.FLOPS_PER_BYTE", 0)
     model, inputs = models.transformer()
     used, ratio, again = [], [], []
     for budget in (1.0, 0.75, 0.35, 0.12):
@@ -519,7 +519,7 @@ def test_large_scores_do_not_throw_the_gradient_off():
 
 
 def test_queries_of_attention_that_is_run_again_take_8_bits(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("actpass.plan.menu.FLOPS_PER_BYTE", 0)  # else it is cheaper to run the queries' matmul again
+    monkeypatch.setattr("actpass.plan.storage_options.FLOPS_PER_BYTE", 0)  # else it is cheaper to run the queries' matmul again
     model, inputs = sharp()
     _, want = run(model, inputs, method="exact")
     _, grads = run(model, inputs, method="auto", memory_budget=0.2)

@@ -20,7 +20,7 @@ import transformers
 from torch import fx
 
 import actpass
-from actpass.explain import Explanation, explain_model
+from actpass.diagnostics.explain import Explanation, explain_model
 
 from . import models
 

@@ -12,12 +12,12 @@ from torch import nn
 import actpass
 from actpass.codecs import LEARNED, PROJECTIONS, QUANTIZERS
 from actpass.codecs.generator import bits32, normals, round_keys, signs, step_seed
-from actpass.gradients import Basis
-from actpass.measure import measure
+from actpass.low_rank_gradient import Basis
+from actpass.memory.footprint import MARGIN
+from actpass.memory.profiler import measure
 from actpass.optim import AdamW, AdaPM, CompActAdamW, LazySubspaceAdamW, OasisAdamW
-from actpass.plan.footprint import MARGIN
-from actpass.runtime.clock import CLOCK
 from actpass.runtime.regions import clear
+from actpass.runtime.step_counter import CLOCK
 from actpass.runtime.subspaces import STORE
 
 from . import models

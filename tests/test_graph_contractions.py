@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from actpass.explain import explain_model
-from actpass.report import Record
+from actpass.diagnostics.explain import explain_model
+from actpass.reporting import Record
 
 D = 32
 

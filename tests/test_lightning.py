@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import actpass
-from actpass.runtime.clock import CLOCK
+from actpass.runtime.step_counter import CLOCK
 
 from .helpers import Grads, assert_equal
 

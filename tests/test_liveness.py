@@ -9,15 +9,15 @@ import torch
 from torch import fx, nn
 
 import actpass
-from actpass._torch import FUSION_GATE, inductor_config
-from actpass.backend import _inductor_options
-from actpass.config import parse
-from actpass.graph.fusion import Fusion
-from actpass.graph.kernel import Kernel
-from actpass.measure import measure
-from actpass.modelplan.read import region
+from actpass.backend.backend import _inductor_options
+from actpass.memory.footprint import MARGIN
+from actpass.memory.fusion import Fusion
+from actpass.memory.kernel import Kernel
+from actpass.memory.profiler import measure
+from actpass.options.config import parse
 from actpass.plan import Plan
-from actpass.plan.footprint import MARGIN
+from actpass.plan_file.schema import region
+from actpass.torch_compat import FUSION_GATE, inductor_config
 
 from .helpers import TORCH_2_11
 from .test_report import LossOnly
@@ -244,10 +244,10 @@ def test_the_gate_refuses_a_fusion_that_lifts_the_peak(monkeypatch: pytest.Monke
     kernels = [_kernel("first", "x"), _kernel("matmul", "first", loops=False), _kernel("second", "x")]
     kernels += [_kernel("last", "x", loops=False)]
     sizes = {"x": 100, "first": 100, "matmul": 100, "second": 100, "last": 1}
-    monkeypatch.setattr("actpass.graph.fusion.fusion_gate_limit", lambda: None)
+    monkeypatch.setattr("actpass.memory.fusion.fusion_gate_limit", lambda: None)
     assert ["first", "second"] in _fused(kernels, **sizes)
     for growth, together in ((0.0, False), (0.32, False), (0.34, True)):  # 301 bytes before any fusion, 400 with it
-        monkeypatch.setattr("actpass.graph.fusion.fusion_gate_limit", lambda g=growth: lambda peak: peak + int(g * peak))
+        monkeypatch.setattr("actpass.memory.fusion.fusion_gate_limit", lambda g=growth: lambda peak: peak + int(g * peak))
         assert (["first", "second"] in _fused(kernels, **sizes)) == together
 
 

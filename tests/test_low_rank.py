@@ -12,13 +12,13 @@ import torch
 from torch import fx, nn
 
 import actpass
-from actpass import factor
 from actpass.codecs.generator import round_keys, step_seed
-from actpass.gradients import Basis, LowRankGradient, nbytes
-from actpass.measure import measure
+from actpass.low_rank_gradient import Basis, LowRankGradient, nbytes
+from actpass.memory.profiler import measure
 from actpass.optim import LazySubspaceAdamW, OasisAdamW
-from actpass.runtime import factors
-from actpass.runtime.clock import CLOCK
+from actpass.passes import low_rank_gradients as factor
+from actpass.runtime import low_rank_binding as factors
+from actpass.runtime.step_counter import CLOCK
 from actpass.runtime.subspaces import STORE
 
 from . import models

@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import actpass.optim
 from actpass.distributed import reduce_low_rank
-from actpass.gradients import LowRankGradient
+from actpass.low_rank_gradient import LowRankGradient
+from actpass.memory.resident import resident
 from actpass.runtime import regions
-from actpass.runtime.clock import CLOCK
-from actpass.runtime.resident import resident
+from actpass.runtime.step_counter import CLOCK
 
 from . import models
 from .helpers import EPS, eager_actcomp, error, once

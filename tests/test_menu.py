@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from actpass.budget import Choice, Search
 from actpass.codecs import QUANTIZERS, errors
-from actpass.config import Treatment
-from actpass.partition import Setting
+from actpass.options.config import Treatment
+from actpass.passes.partition import Setting
+from actpass.passes.quantize_saved import layout_of
 from actpass.plan import SavedTensor
-from actpass.plan.calibration import Sensitivity
 from actpass.plan.knapsack import solve
-from actpass.plan.menu import AGAIN, WIDTHS, Costs, bytes_in, menus
-from actpass.swap import layout_of
+from actpass.plan.sensitivity import Sensitivity
+from actpass.plan.storage_options import AGAIN, WIDTHS, Costs, bytes_in, menus
+from actpass.planner.budget import Choice, Search
 
 T, N = 64, 32
 ATTENTION = ("flash",)

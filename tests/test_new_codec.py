@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import actpass
-from actpass import codecs, config
-from actpass.codecs.integer import Integer
-from actpass.report import Report
+from actpass import codecs
+from actpass.codecs.quantizers.integer import Integer
+from actpass.options import config
+from actpass.reporting import Report
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from torch import nn
 import actpass
 from actpass.codecs import LEARNED, PROJECTIONS
 from actpass.codecs.generator import normals, round_keys, step_seed
-from actpass.codecs.learned import first_state
-from actpass.gradients import Basis, LowRankGradient
+from actpass.codecs.projections.learned import first_state
+from actpass.low_rank_gradient import Basis, LowRankGradient
 from actpass.optim import AdamW, AdaPM, CompActAdamW, LazySubspaceAdamW, OasisAdamW
 from actpass.optim.transforms import CarryMoments, Place, momentum_kind
-from actpass.runtime.clock import CLOCK
+from actpass.runtime.step_counter import CLOCK
 from actpass.runtime.subspaces import STORE
 
 from . import models

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import actpass
-from actpass.graph.inputs import clean_path
+from actpass.ir.graph_inputs import clean_path
 
 
 @pytest.mark.parametrize(

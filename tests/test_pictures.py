@@ -19,12 +19,12 @@ from torch import nn
 
 import actpass
 from actpass.codecs import errors
-from actpass.measure import measure
-from actpass.plan.curve import POINTS, Curve, step_curve, thin
-from actpass.plan.footprint import Footprint, step_peak
-from actpass.plan.menu import CANCELLING, SHARE_IN_A_CONTRACTION
-from actpass.plan.tradeoff import Point, Tradeoff, add_up
-from actpass.report import Record, Report
+from actpass.memory.footprint import Footprint, step_peak
+from actpass.memory.memory_curve import POINTS, Curve, step_curve, thin
+from actpass.memory.profiler import measure
+from actpass.plan.pareto import Point, Tradeoff, add_up
+from actpass.plan.storage_options import CANCELLING, SHARE_IN_A_CONTRACTION
+from actpass.reporting import Record, Report
 
 from . import models
 from .helpers import eager_actcomp
@@ -202,7 +202,7 @@ def test_eager_curve_that_fails_costs_a_note_and_nothing_else(monkeypatch: pytes
     def unknown(*_: Any) -> Any:
         raise NotImplementedError("no fake implementation")
 
-    monkeypatch.setattr("actpass.eager._Root.apply", unknown)
+    monkeypatch.setattr("actpass.reporting.eager_estimate._Root.apply", unknown)
     model, inputs = models.mlp()
     torch.compile(model, backend=eager_actcomp())(**inputs).backward()
     report = actpass.report(model)

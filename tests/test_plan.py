@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from actpass.config import Treatment
+from actpass.options.config import Treatment
 from actpass.plan import Candidate, choose, noise, rank_sites
-from actpass.plan.ranks import RankSite
+from actpass.plan.rank_allocation import RankSite
 
 
 def candidate(**changes) -> Candidate:

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import actpass
-from actpass.config import parse
-from actpass.modelplan import ModelPlan
+from actpass.options.config import parse
+from actpass.plan_file import ModelPlan
 from actpass.runtime import regions
 
 from . import models
@@ -414,7 +414,7 @@ def test_a_plan_of_two_regions_finds_each_and_a_peak_budget_holds_them_together(
 
 CACHED = """
 import json, sys, torch, actpass
-from actpass._torch import dynamo
+from actpass.torch_compat import dynamo
 
 def run(options):
     dynamo.utils.counters.clear()

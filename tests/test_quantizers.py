@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actpass._torch import run_and_get_code
 from actpass.codecs import QUANTIZERS, Groups
-from actpass.codecs.float8 import Float8
 from actpass.codecs.generator import round_keys, rounding_noise, step_seed
-from actpass.codecs.integer import Integer
+from actpass.codecs.quantizers.float8 import Float8
+from actpass.codecs.quantizers.integer import Integer
+from actpass.torch_compat import run_and_get_code
 
 from .helpers import TORCH_2_11
 

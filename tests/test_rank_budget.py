@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import actpass
-from actpass.measure import measure
-from actpass.report import Report, SiteRow
+from actpass.memory.profiler import measure
+from actpass.reporting import Report, SiteRow
 
 from . import models
 from .helpers import assert_equal, eager_actcomp, step

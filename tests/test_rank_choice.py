@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actpass.plan.ranks import RankSite, bytes_at, choose_ranks, continuous, error_at, least_bytes
+from actpass.plan.rank_allocation import RankSite, bytes_at, choose_ranks, continuous, error_at, least_bytes
 
 sites_of = st.builds(
     RankSite,

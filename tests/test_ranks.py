@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import nn
 
 import actpass
-from actpass.config import parse
-from actpass.runtime import ranks
+from actpass.options.config import parse
+from actpass.runtime import plan_agreement as ranks
 
 from . import models
 from .helpers import eager_actcomp, once

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import actpass
-from actpass.measure import measure
-from actpass.report import Record
+from actpass.memory.profiler import measure
+from actpass.reporting import Record
 
 from . import models
 from .helpers import eager_actcomp, projected, step

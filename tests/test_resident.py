@@ -14,8 +14,9 @@ from torch._dynamo.utils import counters
 
 import actpass
 from actpass.errors import BudgetError
-from actpass.runtime import optimizers, regions
-from actpass.runtime.resident import resident, storage_bytes
+from actpass.memory import optimizer_state as optimizers
+from actpass.memory.resident import resident, storage_bytes
+from actpass.runtime import regions
 
 from .helpers import eager_actcomp
 from .test_budget import Stage

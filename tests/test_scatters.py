@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from actpass.graph import GraphInputs
-from actpass.graph.joint import Joint
-from actpass.graph.scatters import scatter_onto_sums
+from actpass.ir.graph_inputs import GraphInputs
+from actpass.ir.joint_graph import Joint
+from actpass.passes.scatter_onto_sums import scatter_onto_sums
 
 from .helpers import EPS, eager_actcomp, error, step
 

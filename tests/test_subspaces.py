@@ -15,11 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import actpass
-from actpass._torch import fake_input
 from actpass.codecs import LEARNED
 from actpass.codecs.generator import round_keys, step_seed
-from actpass.runtime.clock import CLOCK
+from actpass.runtime.step_counter import CLOCK
 from actpass.runtime.subspaces import STORE, Subspace, _points
+from actpass.torch_compat import fake_input
 
 from . import models
 from .helpers import EPS, Grads, assert_equal, eager_actcomp, error, grads_of, projected, step

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 import actpass
 from actpass import optim
 from actpass.integrations.transformers import ActpassCallback
-from actpass.runtime.clock import CLOCK
+from actpass.runtime.step_counter import CLOCK
 
 from . import models
 from .helpers import EPS, Grads, assert_equal, projected
@@ -213,7 +213,7 @@ def test_trainer_reads_no_logits_while_it_trains_and_all_while_it_evaluates(
     """Under bf16 accelerate casts what the model returns to float32: a cast is not a read."""
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-    from actpass import deferred
+    from actpass.runtime import deferred_logits as deferred
 
     widths: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = LlamaConfig(vocab_size=512, use_cache=False, **widths)

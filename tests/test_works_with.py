@@ -23,13 +23,13 @@ import torch
 from torch import nn
 
 import actpass
-from actpass import backend, progress
-from actpass._torch import compile_fx, functorch_config, list_mode_options
-from actpass.backend import Partitioner
-from actpass.config import parse
-from actpass.graph import GraphInputs
-from actpass.runtime import regions
-from actpass.runtime.clock import CLOCK
+from actpass.backend import backend
+from actpass.backend.backend import Partitioner
+from actpass.ir.graph_inputs import GraphInputs
+from actpass.options.config import parse
+from actpass.runtime import progress, regions
+from actpass.runtime.step_counter import CLOCK
+from actpass.torch_compat import compile_fx, functorch_config, list_mode_options
 
 from . import models
 from .helpers import EPS, Grads, assert_close, assert_equal, eager_actcomp, grads_of, interpret, projected, step
@@ -474,7 +474,7 @@ def test_retained_graph_error_names_the_remedy_and_the_remedy_works() -> None:
 
 CACHED = """
 import json, sys, torch, actpass
-from actpass._torch import dynamo
+from actpass.torch_compat import dynamo
 
 def run(rank):
     dynamo.utils.counters.clear()

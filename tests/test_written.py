@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from actpass._torch import functorch_config
+from actpass.torch_compat import functorch_config
 
 from .helpers import eager_actcomp, error
 

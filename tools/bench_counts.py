@@ -13,10 +13,10 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 from actpass import Report
-from actpass.explain import explain_model
-from actpass.graph.cost import count_matmuls
-from actpass.graph.joint import storage_root, tensor_bytes
-from actpass.saved import EARLY_GRADIENT
+from actpass.analysis.saved_tensors import EARLY_GRADIENT
+from actpass.diagnostics.explain import explain_model
+from actpass.ir.joint_graph import storage_root, tensor_bytes
+from actpass.ir.op_cost import count_matmuls
 
 OFF = {"method": "exact", "memory_budget": 1.0}
 _PADDINGS = (1, 4, 8)  # Inductor pads a matmul's width to a multiple of one of these

@@ -38,7 +38,7 @@ from torch import Tensor
 from workloads import WORKLOADS, LossOnly, UsageError, Workload, build_config, build_model
 
 import actpass
-from actpass.runtime.clock import CLOCK
+from actpass.runtime.step_counter import CLOCK
 
 BYTES = 256
 VOCABULARY = 260

@@ -23,7 +23,7 @@ from torch import nn
 from workloads import LossOnly, build_config, build_model, make_batch, workload_named
 
 import actpass
-from actpass.measure import measure
+from actpass.memory.profiler import measure
 
 ROWS = (
     "inductor", "inductor:metric", "inductor:distillation", "loss", "returned", "whole", "metric", "whole:metric",

@@ -26,8 +26,8 @@ from torch._inductor.utils import fresh_cache
 
 import actpass
 from actpass import optim
-from actpass.gradients import nbytes
-from actpass.measure import measure
+from actpass.low_rank_gradient import nbytes
+from actpass.memory.profiler import measure
 
 ROW_FORMS = (
     "eager, inductor, inductor-budget=B, inductor-recompute, inductor-fp8, actcomp:METHOD[:RANK][,KEY=VALUE], "

@@ -22,7 +22,7 @@ from bench_rows import failure, parse_row
 from bench_tables import Column, finish, header, markdown, megabytes, number, with_ratio
 from workloads import DTYPES, UsageError, build_config, build_model, make_batch, workload_named
 
-from actpass.explain import explain_model
+from actpass.diagnostics.explain import explain_model
 
 ROWS = ("actcomp:exact", "actcomp:auto", "actcomp:int4", "actcomp:int4,chunk_loss=false")
 COLUMNS: tuple[Column, ...] = (

@@ -29,15 +29,15 @@ from bench_loss import MODELS, Text, model_of, rate, texts
 from torch import Tensor, fx
 
 import actpass
-from actpass._torch import functorch_config
-from actpass.audit import audit_model, loss_of
-from actpass.backend import compile_region
+from actpass.backend.backend import compile_region
 from actpass.codecs import errors as errors_of_forms
-from actpass.config import parse
-from actpass.graph.joint import fold_indices
-from actpass.interpret import interpret
-from actpass.modelplan import ModelPlan
-from actpass.runtime.clock import CLOCK
+from actpass.diagnostics.audit import audit_model, loss_of
+from actpass.diagnostics.interpreter import interpret
+from actpass.ir.joint_graph import fold_indices
+from actpass.options.config import parse
+from actpass.plan_file import ModelPlan
+from actpass.runtime.step_counter import CLOCK
+from actpass.torch_compat import functorch_config
 
 PREDICTORS = ("share", "cosine", "sign", "calibrated")
 

@@ -24,9 +24,9 @@ import transformers
 from torch import nn
 
 import actpass
-from actpass import backend
-from actpass._torch import compile_fx, functorch_config
-from actpass.interpret import interpret
+from actpass.backend import backend
+from actpass.diagnostics.interpreter import interpret
+from actpass.torch_compat import compile_fx, functorch_config
 
 VOCAB, LENGTH = 256, 32
 TOKENS: dict[str, Any] = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "use_cache": False}

@@ -20,9 +20,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from actpass._torch import run_and_get_code
 from actpass.runtime import regions
-from actpass.runtime.clock import CLOCK
+from actpass.runtime.step_counter import CLOCK
+from actpass.torch_compat import run_and_get_code
 
 FORMS: dict[str, dict[str, Any]] = {
     "auto": {},

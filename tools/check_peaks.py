@@ -24,7 +24,7 @@ from workloads import InParts, LossOnly, UsageError
 
 import actpass
 from actpass.errors import BudgetError
-from actpass.measure import measure
+from actpass.memory.profiler import measure
 from actpass.runtime import regions
 
 LIMIT = 0.04

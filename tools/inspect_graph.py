@@ -42,9 +42,9 @@ from workloads import (
     workload_named,
 )
 
+from actpass.diagnostics.explain import Explanation, explain_model
 from actpass.errors import ActpassError
-from actpass.explain import Explanation, explain_model
-from actpass.report.picture import check_path
+from actpass.reporting.plots import check_path
 
 STAGES = ("joint", "rewritten", "forward", "backward")
 

@@ -17,8 +17,8 @@ NAME = "actpass_before"
 def load(checkout: Path) -> ModuleType:
     """The package of ``checkout``, imported under another name: a copy in which the package calls itself so."""
     source = checkout / "actpass"
-    if not (source / "backend.py").is_file():
-        raise UsageError(f"--against {checkout}: no checkout of this project (it has no actpass/backend.py). Give its folder.")
+    if not (source / "__init__.py").is_file():
+        raise UsageError(f"--against {checkout}: no checkout of this project (it has no actpass/__init__.py). Give its folder.")
     folder = Path(tempfile.mkdtemp(prefix="other-build-"))
     for file in source.rglob("*.py"):
         copy = folder / NAME / file.relative_to(source)

@@ -5,10 +5,10 @@
     python tools/plan.py config.json --memory-budget 40GiB         any transformers causal-LM or encoder config
     python tools/plan.py llama-13b                                 without a budget: what is free, and int8
 
-Five layers are traced with fake tensors; all others are reckoned from them, layer by layer (`actpass.folded`). Printed are,
-for each kind of layer, the form of every saved tensor, its bytes before (Inductor's default) and after, and what is run again;
-the plan's hash; and the predicted peak of a step, on one GPU and, with ``--fsdp N``, on each of N ranks under FSDP2
-(``fully_shard`` on every layer and on the root).
+Five layers are traced with fake tensors; all others are reckoned from them, layer by layer
+(`actpass.extrapolation.extrapolate`). Printed are, for each kind of layer, the form of every saved tensor, its bytes before
+(Inductor's default) and after, and what is run again; the plan's hash; and the predicted peak of a step, on one GPU and, with
+``--fsdp N``, on each of N ranks under FSDP2 (``fully_shard`` on every layer and on the root).
 
 The exit code is 2 if the budget can't be met, on one GPU or, with ``--fsdp``, on each rank; the least that can is said.
 """
@@ -45,21 +45,21 @@ from workloads import (
     workload_from_file,
 )
 
-from actpass._torch import inductor_config
-from actpass.backend import options_within
-from actpass.budget import Choice, PeakBudget, Region, Search, free_choice
-from actpass.compiler import Traced, finish, read
-from actpass.config import memory_budget as bytes_of
-from actpass.config import parse
+from actpass.backend.backend import options_within
+from actpass.diagnostics.explain import explain_model
 from actpass.errors import ActpassError, BudgetError
-from actpass.explain import explain_model
-from actpass.folded import FoldedCut, FoldedPlan, FoldedRegion, LayerKind, ShardedBudget, Stack
-from actpass.plan.folding import TRACED
-from actpass.plan.footprint import MARGIN
-from actpass.plan.sharding import Optimizer, Sharded
-from actpass.report.record import SiteRow
-from actpass.report.report import table
-from actpass.runtime.resident import Resident
+from actpass.extrapolation.extrapolate import FoldedCut, FoldedPlan, FoldedRegion, LayerKind, ShardedBudget, Stack
+from actpass.extrapolation.fsdp import Optimizer, Sharded
+from actpass.extrapolation.layer_map import TRACED
+from actpass.memory.footprint import MARGIN
+from actpass.memory.resident import Resident
+from actpass.options.config import memory_budget as bytes_of
+from actpass.options.config import parse
+from actpass.pipeline import Traced, finish, read
+from actpass.planner.budget import Choice, PeakBudget, Region, Search, free_choice
+from actpass.reporting.record import SiteRow
+from actpass.reporting.report import table
+from actpass.torch_compat import inductor_config
 
 OPTIMIZERS = {"adamw": Optimizer(2, "all"), "adamw-fused": Optimizer(2, "none"), "none": Optimizer(0, "none")}
 """``adamw``: as torch.optim.AdamW is by default on a GPU (foreach)."""

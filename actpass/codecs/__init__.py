@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import torch
 
-from actpass.codecs.float8 import Float8
-from actpass.codecs.gaussian import Gaussian
-from actpass.codecs.groups import Groups
-from actpass.codecs.haar import Haar
-from actpass.codecs.integer import Integer
-from actpass.codecs.learned import LEARNED, LearnedProjection
-from actpass.codecs.projection import SeededProjection, contract, decode, encode
-from actpass.codecs.quantizer import Quantizer
-from actpass.codecs.rademacher import Rademacher
-from actpass.codecs.sparse import Sparse
-from actpass.codecs.srht import Srht
+from actpass.codecs.projections.gaussian import Gaussian
+from actpass.codecs.projections.haar import Haar
+from actpass.codecs.projections.learned import LEARNED, LearnedProjection
+from actpass.codecs.projections.projection import SeededProjection, contract, decode, encode
+from actpass.codecs.projections.rademacher import Rademacher
+from actpass.codecs.projections.sparse import Sparse
+from actpass.codecs.projections.srht import Srht
+from actpass.codecs.quantizers.float8 import Float8
+from actpass.codecs.quantizers.groups import Groups
+from actpass.codecs.quantizers.integer import Integer
+from actpass.codecs.quantizers.quantizer import Quantizer
 
 PROJECTIONS: dict[str, SeededProjection] = {p.name: p for p in (Gaussian(), Rademacher(), Sparse(), Haar(), Srht())}
 """Seeded projections by the name that ``options={"method": ...}`` takes."""

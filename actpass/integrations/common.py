@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from actpass.report import Report
-from actpass.text import megabytes
+from actpass._format import megabytes
+from actpass.reporting import Report
 
 UNKNOWN = (
     "the checkpoint was saved without ActpassCallback, and holds no state of actpass: bases and rounding begin anew, and the "

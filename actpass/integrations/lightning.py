@@ -24,7 +24,7 @@ except ImportError:
 import actpass
 from actpass.errors import ActpassWarning
 from actpass.integrations.common import UNKNOWN, as_text, figures_of
-from actpass.progress import log
+from actpass.runtime.progress import log
 
 KEY = "actpass"
 """Of what `actpass.state_dict` returned, in a checkpoint."""

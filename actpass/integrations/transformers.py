@@ -28,7 +28,7 @@ except ImportError as error:
 import actpass
 from actpass.errors import ActpassWarning, StateError
 from actpass.integrations.common import UNKNOWN, as_text, figures_of
-from actpass.progress import log
+from actpass.runtime.progress import log
 
 FILE = "actpass.pt"
 """What `actpass.state_dict` returned, beside the other files of a checkpoint."""

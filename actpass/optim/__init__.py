@@ -5,7 +5,7 @@ coefficients, if it is in factors, else on the gradient itself, so that one opti
 optimizers below are chains, each with its paper.
 """
 
-from actpass.optim.optimizer import ComposedOptimizer
-from actpass.optim.recipes import AdamW, AdaPM, CompActAdamW, LazySubspaceAdamW, OasisAdamW
+from actpass.optim.chain import ComposedOptimizer
+from actpass.optim.optimizers import AdamW, AdaPM, CompActAdamW, LazySubspaceAdamW, OasisAdamW
 
 __all__ = ["AdaPM", "AdamW", "CompActAdamW", "ComposedOptimizer", "LazySubspaceAdamW", "OasisAdamW"]

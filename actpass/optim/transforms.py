@@ -14,8 +14,8 @@ import torch
 
 from actpass.codecs import contract
 from actpass.codecs.generator import normals, round_keys
-from actpass.codecs.orthonormal import orthonormal
-from actpass.gradients import Basis
+from actpass.codecs.projections.orthonormal import orthonormal
+from actpass.low_rank_gradient import Basis
 
 State = dict[str, Any]
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_left", "momentum_right", "error")

@@ -1,7 +1,6 @@
 """Sites + options -> Plan. Plain data: no FX, and no torch at run time."""
 
-from actpass.plan.policy import KEPT, choose, choose_decoded, choose_storage, noise, rank_sites
-from actpass.plan.types import (
+from actpass.plan.plan import (
     EXPONENTIAL,
     KEEP,
     SCORE,
@@ -15,6 +14,7 @@ from actpass.plan.types import (
     SavedTensor,
     Storage,
 )
+from actpass.plan.policy import KEPT, choose, choose_decoded, choose_storage, noise, rank_sites
 
 __all__ = [
     "EXPONENTIAL",

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from actpass.plan.ranks import RankSite
-from actpass.plan.types import EXPONENTIAL, KEEP, SCORE, SCORE_AGAIN, Candidate, Decision, Plan, SavedTensor, Storage
+from actpass.plan.plan import EXPONENTIAL, KEEP, SCORE, SCORE_AGAIN, Candidate, Decision, Plan, SavedTensor, Storage
+from actpass.plan.rank_allocation import RankSite
 
 KEPT = "kept exact, as asked"
 SAVES_LITTLE = "exact: beside the others it would save next to nothing"

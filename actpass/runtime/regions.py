@@ -15,14 +15,15 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from actpass._torch import has_all_graphs, reset_code
-from actpass.budget import PeakBudget
-from actpass.config import Config
 from actpass.errors import ActpassWarning, BudgetError
-from actpass.plan.footprint import MARGIN
-from actpass.report import Record
-from actpass.runtime import optimizers, steps
-from actpass.runtime.resident import Resident, again
+from actpass.memory import optimizer_state as optimizers
+from actpass.memory.footprint import MARGIN
+from actpass.memory.resident import Resident, again
+from actpass.options.config import Config
+from actpass.planner.budget import PeakBudget
+from actpass.reporting import Record
+from actpass.runtime import replan as steps
+from actpass.torch_compat import has_all_graphs, reset_code
 
 
 @dataclass(eq=False)

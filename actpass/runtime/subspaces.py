@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from actpass._torch import FakeTensor, stand_ins
 from actpass.codecs import LEARNED
 from actpass.codecs.generator import round_keys, step_seed
-from actpass.codecs.learned import Spectrum, first_state, moved, nudged, resized, state_shape
 from actpass.codecs.precision import as_written
-from actpass.config import Config
+from actpass.codecs.projections.learned import Spectrum, first_state, moved, nudged, resized, state_shape
 from actpass.errors import StateError
-from actpass.report.spectra import SubspaceRow
-from actpass.runtime import ranks
+from actpass.options.config import Config
+from actpass.reporting.spectra import SubspaceRow
+from actpass.runtime import plan_agreement as ranks
+from actpass.torch_compat import FakeTensor, stand_ins
 
 Keys = Sequence[torch.Tensor]
 """`round_keys` of the step's seed, and of that of what is random in learned bases."""
@@ -82,9 +82,9 @@ def sites_of(plan: Mapping[str, Any], paths: Sequence[str | None]) -> tuple[Site
 
 @dataclass(eq=False, slots=True)
 class Subspace:
-    """method, rank: of the projection. state: (N + 1, K) float32, see `actpass.codecs.learned`. sketched: the sum of the
-    sketches of the optimizer step ``step``. spectrum: what the last sketch said by which the directions were sorted, that of
-    the step ``sorted_at``. moves: how often it moved. begun: whether the first batch was shown."""
+    """method, rank: of the projection. state: (N + 1, K) float32, see `actpass.codecs.projections.learned`. sketched: the sum
+    of the sketches of the optimizer step ``step``. spectrum: what the last sketch said by which the directions were sorted,
+    that of the step ``sorted_at``. moves: how often it moved. begun: whether the first batch was shown."""
 
     method: str
     rank: int

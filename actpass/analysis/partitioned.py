@@ -1,0 +1,108 @@
+"""A partitioned joint graph: what crosses it, and what its forward and backward take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import fx
+
+from actpass.analysis.linearity import Uses
+from actpass.memory.footprint import Footprint, step_peak
+from actpass.memory.liveness import Timeline, timeline
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A tensor that crosses from forward to backward.
+
+    name: the node that crosses. root: the node that allocated its storage. holder: the node whose memory is kept alive: the
+    root, or the tensor itself where it is a part that is computed on its own. nbytes: bytes of that memory, 0 if another
+    crossing tensor shows it and was counted. user_visible: whether the caller holds the storage as well.
+    """
+
+    name: str
+    root: str
+    holder: str
+    nbytes: int
+    user_visible: bool
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A partitioned joint graph. saved: what crosses, parameters and inputs excluded (the seeds count).
+    kept_input_bytes: inputs that another region computed and that the backward reads. seeds: nodes of the step's seed
+    and of that of learned bases, if there are any.
+    arrives: input of the backward -> the memory that it shows, for all that the backward frees behind its last use: what
+    crosses, and tangents. returned_bytes: what the caller holds while the backward runs. passed_bytes: of gradients of inputs
+    that another region computed. tangent_bytes: of gradients that the backward is given."""
+
+    forward: fx.GraphModule
+    backward: fx.GraphModule
+    saved: tuple[Saved, ...]
+    kept_input_bytes: int
+    seeds: tuple[str, ...]
+    arrives: Mapping[str, str]
+    returned_bytes: int
+    passed_bytes: int
+    tangent_bytes: int
+
+    @property
+    def saved_bytes(self) -> int:
+        return sum(s.nbytes for s in self.saved)
+
+    @cached_property
+    def timelines(self) -> tuple[Timeline, Timeline]:
+        """Live bytes over the forward and over the backward, see `actpass.memory.liveness`."""
+        return timeline(self.forward), timeline(self.backward, self.arrives)
+
+    @cached_property
+    def uses(self) -> Uses:
+        """What the backward does with what crosses."""
+        return Uses(self.backward.graph)
+
+    @property
+    def footprint(self) -> Footprint:
+        """What a forward and its backward take above what is there before them (parameters, optimizer state, inputs)."""
+        kept = sum(s.nbytes for s in self.saved if not s.user_visible)
+        return self.footprint_of(self.timelines, kept, self.returned_bytes)
+
+    def footprint_of(self, timelines: tuple[Timeline, Timeline], kept: int, returned: int) -> Footprint:
+        """That of a region whose caller gets and gives what that of this one does."""
+        forward, backward = timelines
+        return Footprint(
+            forward=forward.peak,
+            backward=backward.peak + returned,
+            kept=kept,
+            returned=returned,
+            gradients=backward.kept - self.passed_bytes,
+            passed=self.passed_bytes,
+            tangents=self.tangent_bytes,
+        )
+
+    @property
+    def peak_bytes(self) -> int:
+        """The predicted peak of a step that consists of this region."""
+        return step_peak([self.footprint])
+
+    @property
+    def largest_at_peak(self) -> tuple[tuple[str, int], ...]:
+        """(node, bytes) of what is in use at the predicted peak, the largest first."""
+        forward, backward = self.timelines
+        return (forward if forward.peak > backward.peak + self.returned_bytes else backward).live
+
+    @property
+    def roots(self) -> frozenset[str]:
+        return frozenset(s.root for s in self.saved)
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """The cuts of one region: Inductor's default, the one with everything exact, the one after the contractions were rewritten,
+    and that with what crosses it in its stored form."""
+
+    default: Cut
+    exact: Cut
+    final: Cut
+    swapped: Cut

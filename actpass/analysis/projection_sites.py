@@ -1,0 +1,104 @@
+"""Weight-gradient contractions -> candidates: tensors whose projection could be stored, or contracted, in their place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from actpass.analysis.partitioned import Cut
+from actpass.analysis.saved_tensors import Scores
+from actpass.analysis.weight_gradients import Contraction, Finding
+from actpass.ir.joint_graph import Joint, module_path, storage_root, value
+from actpass.plan import Candidate, SavedTensor
+from actpass.torch_compat import size_hint
+
+NARROW = 8
+"""A weight is narrow if one of its sides is this many times shorter than the longer side of the region's weights in the middle:
+ranks of adapters are 1/32 to 1/500 of the hidden width; keys and values that several queries share are at most this narrow."""
+
+
+def find_candidates(
+    joint: Joint, finding: Finding, exact: Cut, treatment_of: Callable[[Contraction], Hashable]
+) -> list[Candidate]:
+    """Group the contractions by the tensor they read, the side they read it from, and the treatment they get. exact: the cut
+    that says what is stored, with every contraction as it is."""
+    nodes = {n.name: n for n in joint.gm.graph.nodes}
+    groups: dict[Any, list[Contraction]] = {}
+    for c in finding.contractions:
+        groups.setdefault((c.x, c.left, c.width, treatment_of(c)), []).append(c)
+    names = [c.node for c in finding.contractions]
+    longer = sorted(max(c.width, c.out) for c in finding.contractions)
+    typical = longer[len(longer) // 2] if longer else 0
+    return [_candidate(nodes[members[0].x], members, exact, names, typical) for members in groups.values()]
+
+
+def find_owners(
+    joint: Joint, finding: Finding, cut: Cut, tensors: Sequence[SavedTensor], paths: Mapping[str, int]
+) -> dict[str, str]:
+    """The parameter that a subspace of a crossing tensor belongs to, by the tensor's node, where its last axis is one of
+    features: it has as many rows and as wide ones as what a weight reads or makes, its memory is in their order, it is no
+    product of two activations (attention scores), and a value of the forward. paths: the axes of each of the region's
+    parameters; the nearest one is taken, of several the first of those with the most."""
+    shapes = {(c.groups * c.tokens, n) for c in finding.contractions for n in (c.width, c.out)}
+    nodes = {n.name: n for n in cut.forward.graph.nodes}
+    scores = Scores.of(joint)
+    matrices_first = sorted(paths, key=lambda p: (-paths[p], p))
+    found: dict[str, str] = {}
+    for t in tensors:
+        node = nodes[t.node]
+        val = value(node)
+        if val.dim() < 2 or (math.prod(t.shape[:-1]), t.shape[-1]) not in shapes or size_hint(val.stride(-1)) != 1:
+            continue
+        if not (scores.behind(node) or _is_of_the_backward(nodes[t.root])):
+            found[t.node] = _nearest(module_path(nodes[t.root]), matrices_first)
+    return found
+
+
+def _is_of_the_backward(node: fx.Node) -> bool:
+    """Whether autograd made ``node`` for the backward alone (a factor of a derivative, which upstream may compute early)."""
+    return "backward" in str(node.meta.get("partitioner_tag", ""))
+
+
+def _nearest(module: str, paths: Sequence[str]) -> str:
+    """The first of ``paths`` in ``module``, or in the smallest module around it that has any. A wrapper's own name may stand
+    in front of the module's."""
+    steps = module.split(".")
+    for end in range(len(steps), 0, -1):
+        for start in (0, 1):
+            above = "".join(f"{step}." for step in steps[start:end])
+            inside = [p for p in paths if above and p.startswith(above)]
+            if inside:
+                return inside[0]
+    return paths[0]
+
+
+def _candidate(x: fx.Node, members: list[Contraction], exact: Cut, contractions: list[str], typical: int) -> Candidate:
+    first, root = members[0], storage_root(x)
+    return Candidate(
+        name=x.name,
+        matmuls=tuple(c.node for c in members),
+        parameters=tuple(p for c in members for p in c.parameters),
+        groups=first.groups,
+        tokens=first.tokens,
+        width=first.width,
+        outs=tuple(c.out for c in members),
+        root=root.name,
+        x_bytes=sum(s.nbytes for s in exact.saved if s.root == root.name),
+        element_size=value(x).element_size(),
+        rank_multiple=max(c.rank_multiple for c in members),
+        frees=_only_contracted(exact, root.name, contractions),
+        narrow=min(first.width, max(c.out for c in members)) * NARROW < typical,
+    )
+
+
+def _only_contracted(exact: Cut, root: str, contractions: list[str]) -> bool:
+    """Whether the exact cut saves the storage of ``root`` for weight gradients and nothing else."""
+    crossing = [s for s in exact.saved if s.root == root]
+    if not crossing or any(s.user_visible for s in crossing):
+        return False
+    placeholders = {n.name: n for n in exact.backward.graph.find_nodes(op="placeholder")}
+    uses = [use for s in crossing for use in exact.uses.of(placeholders[s.name], contractions)[0]]
+    return bool(uses) and all(use.kind == "contraction" for use in uses)

@@ -1,0 +1,287 @@
+"""Take the logits that a loss is formed from out of what a graph returns.
+
+Dynamo's graph before, and the clone that is compiled in its place::
+
+    h = ...; logits = h @ W; loss = f(logits); return loss, logits
+    h = ...; logits = h @ W; loss = f(logits); return loss, h          (and outside of it: logits = way(h, W), deferred)
+
+The hidden state h is found on the graph: the last tensor that everything computed on the way to the logits goes through, apart
+from what derives from the graph's inputs alone, and that is much smaller than they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from actpass.errors import GraphUnsupported
+from actpass.ir.copying import copy_module
+from actpass.ir.graph_inputs import GraphInputs, is_written
+from actpass.ir.traversal import ancestors, descendants
+from actpass.passes.chunked_loss import LEAST_SHARE
+from actpass.runtime.deferred_logits import Way
+from actpass.torch_compat import FakeTensor, FakeTensorMode, HigherOrderOperator, gathered, returns_to_a_graph_break, size_hint
+
+_LEAST_RATIO = 2
+"""Of logits to their hidden state, in elements: the chunked loss asks for more than this of their widths."""
+_MOST_MATMULS = 3
+"""On the way: a head, and two of an adapter."""
+_SAVED_AT_LEAST = 0.2
+"""Of the bytes of all tensors of Dynamo's graph, what Inductor's default saves (of a Llama's layer some 0.4): where the logits
+do not weigh beside that, the graph need not be traced to know it."""
+_MATMULS = {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "addbmm", "einsum", "tensordot", "dot", "mv", "bilinear"}
+_MODES = {"_enter_autocast", "_exit_autocast", "_set_grad_enabled"}
+
+
+@dataclass(frozen=True)
+class Taken:
+    """gm: a clone of Dynamo's graph that returns hidden states in place of logits. outputs: where each of the graph's results
+    is among those of the clone, or the way to it."""
+
+    gm: fx.GraphModule
+    outputs: tuple[int | Way, ...]
+
+
+def take_logits(gm: fx.GraphModule, example_inputs: Sequence[Any], inputs: GraphInputs) -> Taken | None:
+    """``gm`` without the logits that it returns and forms a loss from; None if it returns none. Raises `GraphUnsupported` with
+    the reason if they can't be deferred."""
+    (output,) = gm.graph.find_nodes(op="output")
+    reader = _Reader(gm, example_inputs, inputs)
+    outputs: list[int | Way] = []
+    returned: list[Any] = []
+
+    def position(result: Any) -> int:
+        if result not in returned:
+            returned.append(result)
+        return returned.index(result)
+
+    for result in output.args[0]:
+        found = reader.find(result)
+        if found is None:
+            outputs.append(position(result))
+            continue
+        reader.check(found)
+        outputs.append(reader.way(found, None if found.hidden is None else position(found.hidden)))
+    if not any(isinstance(o, Way) for o in outputs):
+        return None
+    return Taken(_returning(gm, returned), tuple(outputs))
+
+
+def _returning(gm: fx.GraphModule, returned: Sequence[fx.Node]) -> fx.GraphModule:
+    """A clone of Dynamo's graph ``gm`` with other results."""
+    clone, mapping = copy_module(gm)
+    (output,) = clone.graph.find_nodes(op="output")
+    output.args = (tuple(fx.map_arg(list(returned), lambda n: mapping[n])),)
+    clone.recompile()
+    return clone
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Logits among a graph's results. hidden: what they are made of; None: only inputs. leaves: the inputs that are read on the
+    way. chain: what runs on it, in order."""
+
+    logits: fx.Node
+    hidden: fx.Node | None
+    leaves: tuple[fx.Node, ...]
+    chain: tuple[fx.Node, ...]
+
+    @property
+    def sources(self) -> tuple[fx.Node, ...]:
+        return self.leaves if self.hidden is None else (self.hidden, *self.leaves)
+
+
+class _Reader:
+    """Reads one of Dynamo's graphs."""
+
+    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], inputs: GraphInputs) -> None:
+        self.gm = gm
+        self.order = {node: i for i, node in enumerate(gm.graph.nodes)}
+        self.placeholders: list[fx.Node] = gm.graph.find_nodes(op="placeholder")
+        self.examples = dict(zip(self.placeholders, example_inputs, strict=True))
+        self.passed = {n for n, computed in zip(self.placeholders, inputs.computed, strict=True) if computed}
+        data = {n for n, path in zip(self.placeholders, inputs.paths, strict=True) if path is None}
+        self.computed = descendants(data) - data
+        (output,) = gm.graph.find_nodes(op="output")
+        losses = {n for n in output.all_input_nodes if _is_loss(n)}
+        self.of_losses = ancestors(losses)
+
+    # ------------------------------------------------------------------------------------------------------------ finding
+
+    def find(self, result: Any) -> _Found | None:
+        """The way to ``result``, if it is logits that a loss is formed from: no matmul reads what is made of them."""
+        if not isinstance(result, fx.Node) or not _is_wide(result):
+            return None
+        hidden, chain = self._last_before(result)
+        if hidden is None and not any(a in self.passed for n in chain for a in n.all_input_nodes):
+            return None
+        if not 1 <= sum(map(_is_matmul, chain)) <= _MOST_MATMULS or not chain & self.of_losses:
+            return None
+        if any(_is_matmul(n) or _is_function(n) for n in descendants(chain) - chain):
+            return None
+        weights = {n for n in ancestors(chain) - ancestors({hidden} if hidden is not None else set()) if n not in self.computed}
+        nodes = sorted((chain | weights) - set(self.placeholders), key=self.order.__getitem__)
+        read = {a for n in nodes for a in n.all_input_nodes}
+        return _Found(result, hidden, tuple(n for n in self.placeholders if n in read), tuple(nodes))
+
+    def _last_before(self, result: fx.Node) -> tuple[fx.Node | None, set[fx.Node]]:
+        """The last computed tensor that all of the way to ``result`` goes through, and what lies between them."""
+        chain: set[fx.Node] = set()
+        open_ = {result} & self.computed
+        while open_:
+            last = max(open_, key=self.order.__getitem__)
+            if open_ == {last} and last is not result and _is_smaller(last, result) and not self._is_view(last):
+                return last, chain
+            chain.add(last)
+            open_ = (open_ - {last}) | {a for a in last.all_input_nodes if a in self.computed}
+        return None, chain
+
+    def _is_view(self, node: fx.Node) -> bool:
+        """Whether it shows the memory of what it is made of. What Dynamo's graph returns must not: it would be made again."""
+        storage = _storage(node)
+        return storage is not None and any(_storage(a) == storage for a in node.all_input_nodes)
+
+    # ----------------------------------------------------------------------------------------------------------- checking
+
+    def check(self, found: _Found) -> None:
+        """Raise `GraphUnsupported` if the logits can't be computed later."""
+        if returns_to_a_graph_break(self.gm):
+            raise GraphUnsupported("a graph break follows, and what is behind it is given whole tensors")
+        if any(id(self.examples[n]) in gathered() for n in found.leaves):
+            raise GraphUnsupported("FSDP2 frees the head's weights behind the forward, and they could not be computed later")
+        if len(self.passed.intersection(found.leaves)) > (found.hidden is None):
+            raise GraphUnsupported("weights that they are made of were computed elsewhere, as FSDP does")
+        made = {_storage(n): _nbytes(n) for n in self.gm.graph.nodes if n not in self.examples}
+        if LEAST_SHARE * _nbytes(found.logits) < _SAVED_AT_LEAST * sum(made.values()):
+            raise GraphUnsupported("they do not weigh beside what else is saved")
+        for node in found.leaves:
+            kind = type(self.examples[node])
+            if kind not in (torch.Tensor, torch.nn.Parameter, FakeTensor):
+                raise GraphUnsupported(f"{node.name}, which they are made of, is a {kind.__name__}")
+        around = [n for n in (*found.sources, *found.chain) if _fake(n) is not None]
+        if not all(isinstance(s, int) for n in around for s in _made(n).shape):
+            raise GraphUnsupported("their shape is symbolic")
+        shown = {_storage(n) for n in around}
+        written = [n for n in self.gm.graph.nodes if _storage(n) in shown and is_written(n)]
+        if written:
+            raise GraphUnsupported(f"{written[0].name}, which they are made of or which shows them, is written in place")
+        if any(_is_function(n) or n.op == "call_module" for n in found.chain):
+            raise GraphUnsupported("a function that is no operator lies between them and the hidden state")
+
+    # ------------------------------------------------------------------------------------------------------------ tracing
+
+    def way(self, found: _Found, position: int | None) -> Way:
+        """What was found, as functions of tensors. position: of the hidden state in the clone's results."""
+        function = self._function(found)
+        logits, positions = _made(found.logits), {n: i for i, n in enumerate(self.placeholders)}
+        hooks = torch.autograd.graph.saved_tensors_hooks(_same, _same)  # not those of a checkpoint around the region
+        with hooks, FakeTensorMode(allow_non_fake_inputs=True):  # of its own: Dynamo's values are of several by now
+            fakes = [_like(_made(n)).requires_grad_(self._wants_gradient(n)) for n in found.sources]
+            with torch.no_grad():
+                forward = make_fx(function)(*fakes)
+            random = [n for n in forward.graph.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())]
+            if random:
+                raise GraphUnsupported(f"{random[0].target} on the way to them draws random numbers")
+            backward = _pullback(function, fakes, logits) if logits.requires_grad else None
+        return Way(
+            hidden=position,
+            inputs=tuple(positions[n] for n in found.leaves),
+            forward=_tidy(forward),
+            backward=_tidy(backward) if backward is not None else None,
+            shape=tuple(logits.shape),
+            strides=logits.stride(),
+            dtype=logits.dtype,
+        )
+
+    def _wants_gradient(self, node: fx.Node) -> bool:
+        return _made(node).requires_grad if node not in self.examples else bool(self.examples[node].requires_grad)
+
+    def _function(self, found: _Found) -> fx.GraphModule:
+        """The chain as a function of its sources, within the modes (autocast, no_grad) that it ran in."""
+        graph, env, chain = fx.Graph(), {}, set(found.chain)
+        for i, node in enumerate(found.sources):
+            env[node] = graph.placeholder(f"source_{i}")
+        for node in self.gm.graph.nodes:
+            if node in chain or getattr(node.target, "__name__", "") in _MODES:
+                env[node] = graph.node_copy(node, env.__getitem__)
+        graph.output(env[found.logits])
+        return fx.GraphModule(self.gm, graph)
+
+
+def _pullback(function: fx.GraphModule, fakes: Sequence[torch.Tensor], logits: torch.Tensor) -> fx.GraphModule:
+    """``g(gradient, *sources)``: the gradients of those that want one. What of the forward it does not need is not in it."""
+
+    def pull(gradient: torch.Tensor, *sources: torch.Tensor) -> list[torch.Tensor | None]:
+        leaves = [x.detach().requires_grad_(x.requires_grad) for x in sources]
+        wanted = [x for x in leaves if x.requires_grad]
+        with torch.enable_grad():
+            made = function(*leaves)
+        found = iter(torch.autograd.grad(made, wanted, gradient, allow_unused=True))
+        return [next(found) if x.requires_grad else None for x in leaves]
+
+    return make_fx(pull)(_like(logits), *fakes)
+
+
+def _same(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def _tidy(gm: fx.GraphModule) -> fx.GraphModule:
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    return gm
+
+
+def _like(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+
+
+def _fake(node: Any) -> torch.Tensor | None:
+    made = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+    return made if isinstance(made, torch.Tensor) else None
+
+
+def _made(node: fx.Node) -> torch.Tensor:
+    made = _fake(node)
+    if made is None:
+        raise GraphUnsupported(f"{node.name} on the way to them is no tensor")
+    return made
+
+
+def _storage(node: fx.Node) -> int | None:
+    made = _fake(node)
+    return made.untyped_storage()._cdata if made is not None else None
+
+
+def _nbytes(node: fx.Node) -> int:
+    made = _fake(node)
+    return size_hint(made.numel()) * made.element_size() if made is not None else 0
+
+
+def _is_loss(node: fx.Node) -> bool:
+    made = _fake(node)
+    return made is not None and made.dim() < 2 and made.numel() == 1 and made.is_floating_point() and made.requires_grad
+
+
+def _is_wide(node: fx.Node) -> bool:
+    made = _fake(node)
+    return made is not None and made.dim() > 1 and made.is_floating_point()
+
+
+def _is_smaller(node: fx.Node, logits: fx.Node) -> bool:
+    made = _fake(node)
+    return made is not None and made.is_floating_point() and _LEAST_RATIO * made.numel() < _made(logits).numel()
+
+
+def _is_matmul(node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return node.op != "placeholder" and (name in _MATMULS or "attention" in name)
+
+
+def _is_function(node: fx.Node) -> bool:
+    return isinstance(node.target, HigherOrderOperator)

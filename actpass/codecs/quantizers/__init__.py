@@ -1,0 +1,1 @@
+"""Low-bit forms, one a file."""

@@ -1,0 +1,133 @@
+"""Low-bit forms: what all of them share.
+
+A tensor is stored as codes of a few bits and one bfloat16 scale for each group of G elements. Sources: group-wise
+stochastic rounding of saved activations is Chen et al., "ActNN: Reducing training memory footprint via 2-bit activation
+compressed training", ICML 2021, arXiv 2104.14129, and Liu et al., "GACT", ICML 2022, arXiv 2206.11357; here with a scale but no
+offset, from a counter-based generator.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from actpass.codecs.generator import uniforms
+from actpass.codecs.hadamard import orthogonal
+from actpass.codecs.quantizers.groups import Groups
+
+_MARGIN = 1.01
+"""The scale is rounded down to bfloat16, by up to 2^-7: with it every value lies strictly inside the range of the codes."""
+_SMALLEST_SCALE = 2.0**-120
+"""Groups whose largest magnitude is below about 1e-36 keep this scale, which has a finite inverse."""
+
+
+Noise = tuple[torch.Tensor, torch.Tensor]
+
+
+class Quantizer(ABC):
+    """``bits`` a code and 16 / G bits of scale an element: N (bits / 8 + 2 / G) bytes for N elements.
+
+    Stochastic rounding: E[x_hat] = x, each element independently. ``nearest``: at most half a step off, biased. A NaN or an
+    infinity makes its whole group NaN or infinite, never a number. About 25 pointwise operations an element to encode, 5 to
+    decode; ``rotate`` adds a product with a (G, G) matrix to each.
+
+    name: what ``options={"method": ...}`` takes. bits: of one code; codes below a byte are packed. group: the group size G
+    that is used where none is asked for.
+    """
+
+    bits: int
+    group: int
+
+    @property
+    @abstractmethod
+    def name(self) -> str: ...
+
+    @property
+    @abstractmethod
+    def error(self) -> float:
+        """Squared relative error of a Gaussian tensor, rounded to nearest, by which a budget weighs the form (tests measure it
+        to a factor of two)."""
+
+    @property
+    def pieces(self) -> int:
+        """K, codes in a byte."""
+        return max(1, 8 // self.bits)
+
+    @property
+    def random_bits(self) -> int:
+        """Of a uniform number: as many as are exact beside a code in float32, where more would round up to the next."""
+        return min(16, 24 - self.bits, 32 // self.pieces)
+
+    @property
+    @abstractmethod
+    def largest(self) -> float:
+        """The largest magnitude, in steps of the scale, that a code expresses."""
+
+    @abstractmethod
+    def round(self, steps: torch.Tensor, uniform: torch.Tensor | None) -> torch.Tensor:
+        """Values in (-largest, largest) -> codes. uniform: in [0, 1), for stochastic rounding; None: to nearest."""
+
+    @abstractmethod
+    def pack(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes (K, ...) -> payload (...), K codes an element."""
+
+    @abstractmethod
+    def unpack(self, payload: torch.Tensor) -> torch.Tensor:
+        """Payload (...) -> values in steps of the scale, float32 (K, ...)."""
+
+    def encode(
+        self, x: torch.Tensor, groups: Groups, noise: Noise | None, *, rotate: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(codes (*groups.packed_shape), scales (..., D/G) in bfloat16).
+
+        x: any shape, in the order of its memory. noise: `rounding_noise` of (`groups.rows`, `groups.columns`) for stochastic
+        rounding, None for nearest. rotate: multiply each group by a fixed orthogonal (Hadamard) matrix first, which
+        spreads outliers.
+
+        The order of operations is for the compiler: each value is used once, and few operations stand between the loads and
+        the payload, because Inductor writes a full-size intermediate where an expression grows too long (50 operations on a
+        CPU, 30 on a GPU, torch 2.13) and its users can't be fused with it.
+        """
+        values = groups.grouped(groups.view(x).to(torch.float32))
+        if rotate:
+            values = torch.matmul(values, _rotation(groups, x.device))
+        scale = _bfloat16(values.abs() * (_MARGIN / self.largest)).amax(-1, keepdim=True)
+        steps = groups.split(values * (1.0 / scale))
+        uniform = None if noise is None else uniforms(noise, steps.shape, self.random_bits)
+        payload = self.pack(self.round(steps, uniform)).reshape(groups.packed_shape)
+        return payload, scale.squeeze(-1).to(torch.bfloat16)
+
+    def decode(
+        self,
+        payload: torch.Tensor,
+        scale: torch.Tensor,
+        groups: Groups,
+        shape: Sequence[Any],
+        dtype: torch.dtype,
+        *,
+        rotate: bool = False,
+    ) -> torch.Tensor:
+        """x_hat of ``shape`` and ``dtype``."""
+        values = groups.join(self.unpack(payload)) * groups.spread(scale.to(torch.float32))
+        if rotate:
+            values = torch.matmul(groups.grouped(values), _rotation(groups, values.device).t()).flatten(-2)
+        if dtype == torch.float16:  # a code may lie 1 % beyond the largest value, and float16 ends at 65504
+            values = torch.where(values.isfinite(), values.clamp(-65504.0, 65504.0), values)
+        return groups.restore(values, shape).to(dtype)
+
+    def payload_bytes(self, count: int, group: int) -> int:
+        """Bytes of the codes and scales of ``count`` elements (padding included) in groups of ``group``."""
+        return count * self.bits // 8 + 2 * (count // group)
+
+
+def _bfloat16(x: torch.Tensor) -> torch.Tensor:
+    """``x`` rounded towards zero to bfloat16, as float32; at least `_SMALLEST_SCALE`. By its bits: compilers drop a cast there
+    and back."""
+    return (x.view(torch.int32) & -0x10000).view(torch.float32).clamp_min(_SMALLEST_SCALE)
+
+
+def _rotation(groups: Groups, device: torch.device) -> torch.Tensor:
+    return orthogonal(groups.group, device) * groups.group**-0.5

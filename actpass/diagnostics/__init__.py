@@ -1,0 +1,1 @@
+"""What is asked of a model without training it: explain, audit, calibrate."""

@@ -1,0 +1,1 @@
+"""Plans of deep models, from five of their layers."""

@@ -1,0 +1,67 @@
+"""A matmul whose product is added up in place.
+
+``addmm`` writes to memory of its own, and first copies there what it adds to: as many bytes again as a gradient of a head
+has, for each piece of its rows. Inductor runs this one in the memory of ``total`` if nothing else reads that.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from actpass.torch_compat import auto_functionalized
+
+
+@torch.library.custom_op("actpass::add_product_", mutates_args=("total",))
+def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += left.T @ right``, all of one dtype: (M, N), (T, M), (T, N)."""
+    total.addmm_(left.t(), right)
+
+
+@add_product_.register_fake
+def _(total: Tensor, left: Tensor, right: Tensor) -> None:
+    return None
+
+
+@torch.library.custom_op("actpass::behind", mutates_args=())
+def behind(result: Tensor, sums: list[Tensor]) -> Tensor:
+    """``result``, known when ``sums`` are. It stands in a graph while that is cut, and is never run."""
+    return result.clone()
+
+
+@behind.register_fake
+def _(result: Tensor, sums: list[Tensor]) -> Tensor:
+    return torch.empty_like(result)
+
+
+def insert_sum(graph: fx.Graph, total: fx.Node, left: fx.Node, right: fx.Node, after: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Insert ``total + left.T @ right`` behind ``after`` as an operator that changes nothing, which Inductor makes the one that
+    writes in place of. Returns its node, and that of the sum."""
+    factors: dict[str, Any] = {"total": total, "left": left, "right": right}
+    with graph.inserting_after(after):
+        made = graph.call_function(auto_functionalized, (torch.ops.actpass.add_product_.default,), factors)
+    with graph.inserting_after(made):
+        added = graph.call_function(operator.getitem, (made, 1))
+    val = total.meta["val"]
+    added.meta["val"] = torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
+    made.meta["val"] = (None, added.meta["val"])
+    return made, added
+
+
+def products_of(node: fx.Node) -> list[fx.Node]:
+    """What is multiplied from the left in the sum of ``node`` and of all that it adds to, the first product among them."""
+    lefts: list[fx.Node] = []
+    current: Any = node
+    while is_sum_in_place(current):
+        lefts.append(current.kwargs["left"])
+        current = current.kwargs["total"]
+        current = current.args[0] if current.target is operator.getitem else current
+    return [*lefts, *current.all_input_nodes[:1]]
+
+
+def is_sum_in_place(node: fx.Node) -> bool:
+    """Whether ``node`` is what `insert_sum` returns first. The sum lies in the memory of its first input."""
+    return node.target is auto_functionalized and node.args[0] is torch.ops.actpass.add_product_.default

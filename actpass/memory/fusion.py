@@ -1,0 +1,282 @@
+"""Which loops Inductor makes one kernel of, after its scheduler (torch/_inductor/scheduler.py, codegen/cpp.py, memory.py; torch
+2.13 and 2.15).
+
+Loops over as many elements that read one buffer, or one another, are one kernel, unless something must run between them. Sums
+over columns are fused with their like, and on a CPU any reduction with a loop over what it yields that reads it: the sums of a
+parameter's gradient over all layers are one kernel with what adds them up, and all that they sum stays until it runs. On a CPU
+a loop behind a reduction that it needs ("outer loop") is fused only when nothing else can be.
+
+The gate (torch 2.15) refuses a fusion that would lift the peak above what it was before any, in the graph's order, by more than
+is allowed. A fusion that is refused stays possible, so that on a CPU one refusal keeps all outer loops apart.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from actpass.ir.op_queries import is_reduction
+from actpass.memory.kernel import Kernel
+from actpass.torch_compat import fusion_gate_limit, inductor_config, size_hint
+
+_NEAR = 64
+"""Loops farther apart than this in the graph are fused only if one reads the other."""
+
+Pair = tuple[int, int]
+
+
+class Fusion:
+    """Groups of kernels that run as one, each named by the first of its members. kernels: in the graph's order, none fused.
+    nbytes: of every buffer. believed: the inputs that Inductor frees, and what it takes them for. outputs: what stays."""
+
+    def __init__(
+        self, kernels: Sequence[Kernel], nbytes: Mapping[Any, int], believed: Mapping[Any, int], outputs: set[Any]
+    ) -> None:
+        self.kernels = kernels
+        source = {w: i for i, k in enumerate(kernels) for w in k.writes}
+        self.group = list(range(len(kernels)))
+        self.bits = [1 << i for i in self.group]  # the members of a group
+        self.direct = [0] * len(kernels)  # the kernels that read what a group leaves
+        self.behind = [0] * len(kernels)  # the kernels that need it, directly or not
+        for i, kernel in enumerate(kernels):
+            for read in kernel.reads:
+                if read in source:
+                    self.direct[source[read]] |= 1 << i
+        for i in reversed(self.group):
+            self.behind[i] = self.direct[i]
+            for j in _members(self.direct[i]):
+                self.behind[i] |= self.behind[j]
+        self.ends = list(itertools.accumulate(1 if k.writes == [k.node] else 1 + len(k.writes) for k in kernels))
+        self.span = [(end, end) for end in self.ends]
+        self.reduces = [k.loops is not None and is_reduction(k.node) for k in kernels]
+        self.nested = [False] * len(kernels)  # whether a group has an outer loop around several
+        self.shared, self.yielding = self._pairs(nbytes)
+        self.enough = inductor_config.score_fusion_memory_threshold
+        limit = fusion_gate_limit()
+        self.gate = None if limit is None else Gate(self, nbytes, believed, outputs, limit)
+
+    def run(self) -> list[list[Kernel]]:
+        """The kernels that run as one, in the graph's order. The first of those in one outer loop is marked `nested`."""
+        pairs = sorted(self.shared, key=self._score)
+        while True:
+            merged, refused = self._sweep(pairs, outer=False)
+            if not merged and (refused or not self._sweep(pairs, outer=True)[0]):
+                break
+        order = range(len(self.kernels)) if self.gate is None else [g for g in self.gate.order if g is not None]
+        groups = [g for g in order if self.group[g] == g]
+        for g in groups:
+            self.kernels[g].nested = self.nested[g]
+        return [[self.kernels[k] for k in _members(self.bits[g])] for g in groups]
+
+    def _pairs(self, nbytes: Mapping[Any, int]) -> tuple[Counter[Pair], set[Pair]]:
+        """Pairs of loops that may run as one -> bytes of the buffers that both touch; and of those the reductions with a loop
+        over what they yield."""
+        touching: dict[Any, list[int]] = defaultdict(list)
+        for i, kernel in enumerate(self.kernels):
+            if kernel.loops is not None:
+                for node in (*kernel.writes, *kernel.reads):
+                    touching[node].append(i)
+        shared: Counter[Pair] = Counter()
+        yielding: set[Pair] = set()
+        for node, users in touching.items():
+            for i, j in itertools.combinations(users, 2):
+                if self.kernels[i].loops == self.kernels[j].loops:
+                    shared[i, j] += nbytes[node]
+                elif self._is_reduction_with_reader(i, j):
+                    shared[i, j] += nbytes[node]
+                    yielding.add((i, j))
+        return shared, yielding
+
+    def _is_reduction_with_reader(self, i: int, j: int) -> bool:
+        then = self.kernels[j].loops
+        if not self.reduces[i] or self.reduces[j] or then is None or not self.direct[i] >> j & 1:
+            return False
+        yielded = _yielded(self.kernels[i])
+        return yielded > 1 and then == (yielded, 0) and is_on_cpu(self.kernels[i])
+
+    def _score(self, pair: Pair) -> tuple[bool, int, int, Pair]:
+        i, j = pair
+        return self.reduces[i] != self.reduces[j], -self.shared[pair], self.ends[j] - self.ends[i], pair
+
+    def _sweep(self, pairs: Sequence[Pair], *, outer: bool) -> tuple[bool, bool]:
+        """Whether a fusion was made, and whether one was refused."""
+        merged = refused = False
+        for pair in pairs:
+            i, j = sorted(self.group[k] for k in pair)
+            if i == j or self._is_outer(i, j, pair) != outer or not self._can_fuse(i, j, pair):
+                continue
+            if self.gate is not None and not self.gate.allows(i, j):
+                refused = True
+                continue
+            self._merge(i, j, outer)
+            if self.gate is not None:
+                self.gate.fuse()
+            merged = True
+        return merged, refused
+
+    def _is_outer(self, i: int, j: int, pair: Pair) -> bool:
+        """Whether two groups would be run in one outer loop, each with an inner one."""
+        if not is_on_cpu(self.kernels[i]):
+            return False
+        if self.nested[i] or self.nested[j] or pair in self.yielding:
+            return True
+        first, then = (i, j) if not self.behind[j] & self.bits[i] else (j, i)
+        return self.reduces[first] and bool(self.behind[first] & self.bits[then])
+
+    def _can_fuse(self, i: int, j: int, pair: Pair) -> bool:
+        (low, high), (start, end) = self.span[i], self.span[j]
+        near = max(high - start, end - low) <= _NEAR
+        reads = self.direct[i] & self.bits[j] or self.direct[j] & self.bits[i]
+        worthwhile = near and self.shared[pair] >= self.enough
+        return bool(reads or worthwhile) and not self._between(i, j) and not self._between(j, i)
+
+    def _between(self, i: int, j: int) -> bool:
+        """Whether some kernel outside both groups needs one and is needed by the other."""
+        middle = self.behind[i] & ~(self.bits[i] | self.bits[j])
+        while middle:
+            low = middle & -middle
+            if self.behind[low.bit_length() - 1] & self.bits[j]:
+                return True
+            middle ^= low
+        return False
+
+    def _merge(self, i: int, j: int, outer: bool) -> None:
+        members = self.bits[i] | self.bits[j]
+        direct = (self.direct[i] | self.direct[j]) & ~members
+        reach = (self.behind[i] | self.behind[j]) & ~members
+        span = min(self.span[i][0], self.span[j][0]), max(self.span[i][1], self.span[j][1])
+        reduces, nested = self.reduces[i] or self.reduces[j], self.nested[i] or self.nested[j] or outer
+        for k in range(len(self.kernels)):
+            if members >> k & 1:
+                self.group[k], self.bits[k], self.direct[k], self.behind[k] = i, members, direct, reach
+                self.span[k], self.reduces[k], self.nested[k] = span, reduces, nested
+            elif self.behind[k] & members:
+                self.behind[k] |= reach | members
+
+
+class Gate:
+    """Live bytes at each step of ``fusion``'s groups as Inductor counts them, kept up with each fusion.
+
+    order: the group that runs at each step, and None where one went into another. step: of each group. before: live bytes
+    before each step. limit: of the peak. made, read: what a group leaves and reads, what only itself reads among it."""
+
+    def __init__(
+        self,
+        fusion: Fusion,
+        nbytes: Mapping[Any, int],
+        believed: Mapping[Any, int],
+        outputs: set[Any],
+        limit: Callable[[int], int],
+    ) -> None:
+        self.fusion, self.outputs = fusion, outputs
+        self.bytes = {**{w: nbytes[w] for k in fusion.kernels for w in k.writes}, **believed}
+        self.made: list[list[Any]] = [list(k.writes) for k in fusion.kernels]
+        self.read: list[list[Any]] = [[r for r in k.reads if r in self.bytes] for k in fusion.kernels]
+        self.source = {w: i for i, k in enumerate(fusion.kernels) for w in k.writes}
+        self.readers: dict[Any, list[int]] = defaultdict(list)
+        for i, read in enumerate(self.read):
+            for node in read:
+                self.readers[node].append(i)
+        groups = list(range(len(fusion.kernels)))
+        self.order: list[int | None] = [*groups]
+        self.step = dict(enumerate(groups))
+        peak, self.before = self._levels(groups, 0, len(groups), sum(believed.values()), self.step, None)
+        self.limit = limit(peak)
+
+    def allows(self, i: int, j: int) -> bool:
+        """Whether the peak stays within the limit if ``i`` and ``j`` run as one, which is then to be fused as ``i``: first of
+        all that runs from the earlier of both to the later, or behind what they need of that."""
+        start, end = sorted((self.step[i], self.step[j]))
+        rest = [g for g in self.order[start : end + 1] if g is not None and g not in (i, j)]
+        region = self._placed(i, j, rest)
+        step = {g: start + k for k, g in enumerate(region)}
+        step[j] = step[i]
+        peak, before = self._levels(region, start, end + 1 - start, self.before[start], step, (i, j))
+        self.pending = i, j, start, end, region, before
+        return peak <= self.limit
+
+    def fuse(self) -> None:
+        """What `allows` was asked for last."""
+        i, j, start, end, region, before = self.pending
+        self.order[start : end + 1] = [*region, *[None] * (end + 1 - start - len(region))]
+        self.before[start : end + 2] = before
+        self.step |= {g: start + k for k, g in enumerate(region)}
+        self.made[i] += self.made[j]
+        self.read[i] = list(dict.fromkeys((*self.read[i], *self.read[j])))
+
+    def _levels(
+        self, region: Sequence[int], start: int, steps: int, level: int, step: Mapping[int, int], joint: Pair | None
+    ) -> tuple[int, list[int]]:
+        """The peak while the groups of ``region`` run from step ``start`` on, and the live bytes before each of ``steps`` steps
+        and behind the last. joint: groups that run as one, as the first of both."""
+        group, known = self.fusion.group, self.step
+        peak, before = level, []
+        for g in region:
+            both = joint if joint is not None and g == joint[0] else (g,)
+            made = [w for k in both for w in self.made[k]]
+            read = dict.fromkeys(r for k in both for r in self.read[k])
+            before.append(level)
+            level += sum(self.bytes[w] for w in made)
+            peak = max(peak, level)
+            gone = [w for w in made if w not in self.readers]
+            for node in read:
+                last = max(step.get(group[k], known[group[k]]) for k in self.readers[node])
+                if last == step[g]:
+                    gone.append(node)
+            level -= sum(self.bytes[n] for n in gone if n not in self.outputs)
+        return peak, before + [level] * (steps + 1 - len(before))
+
+    def _placed(self, i: int, j: int, rest: Sequence[int]) -> list[int]:
+        """``i``, into which ``j`` goes, and then the others, each behind what it needs of them."""
+        within = {i, *rest}
+
+        def needs(g: int) -> set[int]:
+            read = [*self.read[i], *self.read[j]] if g == i else self.read[g]
+            found = (self.fusion.group[self.source[r]] for r in read if r in self.source)
+            return ({i if f == j else f for f in found} & within) - {g}
+
+        if not needs(i):
+            return [i, *rest]
+        done: dict[int, None] = {}
+        waiting: dict[int, list[int]] = defaultdict(list)
+        todo = [*reversed(rest), i]
+        while todo:
+            g = todo.pop()
+            missing = next((n for n in sorted(needs(g)) if n not in done), None)
+            if missing is not None:
+                waiting[missing].append(g)
+            else:
+                done[g] = None
+                todo.extend(reversed(waiting.pop(g, [])))
+        return list(done)
+
+
+def _members(bits: int) -> list[int]:
+    found: list[int] = []
+    while bits:
+        low = bits & -bits
+        found.append(low.bit_length() - 1)
+        bits ^= low
+    return found
+
+
+def _yielded(reduction: Kernel) -> int:
+    """Elements of each of its results."""
+    first = _first_result(reduction)
+    return 0 if first is None else size_hint(first.numel())
+
+
+def is_on_cpu(kernel: Kernel) -> bool:
+    first = _first_result(kernel)
+    return first is not None and first.device.type == "cpu"
+
+
+def _first_result(kernel: Kernel) -> torch.Tensor | None:
+    """Of several, as of `var_mean`, the first."""
+    val = kernel.node.meta.get("val")
+    val = val[0] if isinstance(val, tuple | list) and val else val
+    return val if isinstance(val, torch.Tensor) else None

@@ -1,0 +1,1 @@
+"""``options=`` of ``torch.compile``, checked, as one frozen value."""

@@ -1,0 +1,1 @@
+"""One change of a graph a file, and what must hold behind it."""

@@ -1,0 +1,251 @@
+"""Where to cut the joint graph: upstream's min-cut under three settings, and what crosses each cut."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointPolicy
+
+from actpass.analysis.partitioned import Cut, Saved
+from actpass.ir.copying import copy_module
+from actpass.ir.joint_graph import CASTS, Joint, builtin_name, is_tangent, is_view, storage_root, tensor_bytes
+from actpass.ir.op_cost import is_attention, is_matmul
+from actpass.ir.products import is_sum_in_place, products_of
+from actpass.torch_compat import (
+    REGION_BUDGET,
+    CustomKnapsackSolver,
+    OpOverload,
+    functorch_config,
+    min_cut_rematerialization_partition,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How to cut.
+
+    rebuild: lift upstream's rule that a value which a backward matmul materialises is never recomputed. The rule is the
+    only reason why weight-gradient operands (norm outputs, activation products) are saved; without it they are rebuilt from
+    a neighbour by pointwise operators: no extra matmul, no attention, exact. And lift the rule that a value is not recomputed
+    whose readers lie on both sides of a matmul ("used far apart"): with dropout in front of an adapter the input of a layer is
+    read by the layer and, behind it, by the dropout, and no norm or activation function would be rebuilt (2.13 and 2.15).
+    again: forward nodes (matmuls, fused attentions) that the backward may run again, where that saves bytes. keep: nodes that
+    are stored, whatever the bytes. stock: upstream's own ``activation_memory_budget``; None: the user's. part: whether the
+    graph stands for a part of a deeper one in which something runs again: upstream cuts all of that in another way.
+    """
+
+    rebuild: bool
+    again: frozenset[str] = frozenset()
+    keep: frozenset[str] = frozenset()
+    stock: float | None = None
+    part: bool = False
+
+
+_LEAST_BUDGET = 1e-9
+"""Makes upstream ask its solver; at 0 it would run everything again."""
+
+
+class _RunAgain(CustomKnapsackSolver):
+    """Upstream's knapsack, answered: of the nodes that may run again, those that the plan names."""
+
+    def __init__(self, names: frozenset[str]) -> None:
+        self.names = names
+
+    def __call__(
+        self, memory: list[float], joint_graph: fx.Graph, max_memory: float, node_info: Any, candidates: list[fx.Node]
+    ) -> tuple[list[int], list[int]]:
+        again = [i for i, node in enumerate(candidates) if node.name in self.names]
+        return [i for i in range(len(candidates)) if i not in set(again)], again
+
+    def uuid(self) -> Any:
+        return tuple(sorted(self.names))
+
+
+def cut(
+    joint: Joint,
+    joint_inputs: Sequence[object],
+    partition_kwargs: Mapping[str, Any],
+    setting: Setting,
+) -> Cut:
+    """Run upstream's min-cut on a copy of ``joint``."""
+    gm, _ = copy_module(joint.gm)
+    patch: dict[str, Any] = {}
+    aggressive = bool(setting.again) or setting.part
+    if setting.rebuild:
+        patch["ban_recompute_materialized_backward"] = patch["ban_recompute_used_far_apart"] = False
+        _recompute_parameter_casts(Joint(gm, joint.inputs, joint.num_fwd_outputs, joint.static))
+    if setting.stock is not None:
+        patch["activation_memory_budget"] = setting.stock
+    data = {n.name for n in joint.activations} if aggressive else set[str]()
+    for node in gm.graph.nodes:
+        once = aggressive and (_draws(node) or (node.name in data and _is_foreign(node)))
+        if node.name in setting.keep or once:
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    if aggressive:
+        patch["activation_memory_budget"] = _LEAST_BUDGET
+        patch["activation_memory_budget_solver"] = _RunAgain(setting.again)
+        patch["activation_memory_budget_runtime_estimator"] = "testing"  # unused: what runs again is decided
+    if joint.subspaces:  # they stay between steps, as parameters do: a basis that both passes read is made of them again
+        stay = joint.static.union(i for i, primal in enumerate(joint.primals) if primal in joint.subspaces)
+        partition_kwargs = {**partition_kwargs, "static_lifetime_input_indices": sorted(stay)}
+    _put_behind_sums(gm.graph, joint.num_fwd_outputs)
+    with _region_budget(gm, setting, patch), functorch_config.patch(patch):
+        forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **partition_kwargs)
+    _take_from_behind(forward)
+    seeds = tuple(n.name for n in (joint.seed, joint.learned_seed) if n is not None)
+    saved = _saved(forward, joint.num_fwd_outputs, seeds)
+    held = {s.name: s.holder for s in saved if not s.user_visible}
+    inputs: dict[str, fx.Node] = {n.name: n for n in backward.graph.find_nodes(op="placeholder")}
+    tangents = [name for name, node in inputs.items() if is_tangent(node)]
+    arrives = {name: held.get(name, name) for name in inputs if name in held or name in tangents}
+    return Cut(
+        forward,
+        backward,
+        saved,
+        kept_input_bytes=_kept_input_bytes(forward, joint),
+        seeds=seeds,
+        arrives=arrives,
+        returned_bytes=sum(map(tensor_bytes, returned(forward, joint.num_fwd_outputs))),
+        passed_bytes=_passed_bytes(backward, joint, arrives),
+        tangent_bytes=sum(tensor_bytes(inputs[name]) for name in tangents),
+    )
+
+
+def _put_behind_sums(graph: fx.Graph, num_fwd_outputs: int) -> None:
+    """Let the first result of the forward need the gradients that are formed early with the loss
+    (`actpass.passes.chunked_loss`), where they are no larger than the gradients of the logits that they are formed of. Upstream
+    bans from the backward only what a result needs, and counts twice the bytes of what the backward only scales: it would save
+    the gradients of all logits, and never free a piece of them."""
+    ends = [n for n in graph.nodes if is_sum_in_place(n) and n.meta.get("recompute") == CheckpointPolicy.MUST_SAVE]
+    sums = [u for n in ends if _weighs_no_more(n) for u in n.users]
+    if not sums:
+        return
+    output = graph.output_node()
+    outputs: Any = output.args[0]
+    first = next(i for i, o in enumerate(outputs[:num_fwd_outputs]) if isinstance(o, fx.Node) and o.op == "call_function")
+    with graph.inserting_before(output):
+        put = graph.call_function(torch.ops.actpass.behind.default, (outputs[first], sums))
+    put.meta = dict(outputs[first].meta)
+    output.args = (type(outputs)([*outputs[:first], put, *outputs[first + 1 :]]),)
+
+
+def _weighs_no_more(end: fx.Node) -> bool:
+    return all(tensor_bytes(u) <= sum(map(tensor_bytes, products_of(end))) for u in end.users)
+
+
+def _take_from_behind(forward: fx.GraphModule) -> None:
+    for node in forward.graph.find_nodes(op="call_function", target=torch.ops.actpass.behind.default):
+        node.replace_all_uses_with(node.args[0])
+        forward.graph.erase_node(node)
+        forward.recompile()
+
+
+@contextmanager
+def _region_budget(gm: fx.GraphModule, setting: Setting, patch: dict[str, Any]) -> Iterator[None]:
+    """While this lasts, a budget that the user's code gives (`torch.autograd.graph.region_activation_memory_budget`) stands in
+    ``patch`` in place of the nodes' annotations: upstream asks that every node of the forward have one, those too that were
+    inserted here, and takes it for more than what a plan says. Inductor's own cut reads them as they are, and checks them.
+
+    Of a budget of 0 next to nothing is left where the forward writes to an input (`actpass.passes.save_written_inputs`):
+    upstream would save the inputs and nothing else, and run the copies again."""
+    clones = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.clone.default)
+    copies = any(n.meta.get("partitioner_tag") == "must_be_in_forward" for n in clones)
+    if setting == Setting(rebuild=False) and not copies:
+        yield
+        return
+    graphs = [m.graph for m in gm.modules() if isinstance(m, fx.GraphModule)]  # those of called functions are shared
+    annotated = [n for graph in graphs for n in graph.nodes if REGION_BUDGET in n.meta.get("custom", ())]
+    before = {n: n.meta["custom"] for n in annotated}
+    for node, custom in before.items():
+        patch.setdefault("activation_memory_budget", custom[REGION_BUDGET])
+        node.meta["custom"] = {k: v for k, v in custom.items() if k != REGION_BUDGET}
+    if copies and not patch.get("activation_memory_budget", functorch_config.activation_memory_budget):
+        patch["activation_memory_budget"] = _LEAST_BUDGET
+    try:
+        yield
+    finally:
+        for node, custom in before.items():
+            node.meta["custom"] = custom
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether ``node`` takes from the random state: a seed, of which Inductor makes all numbers, or the numbers. Where
+    something runs again upstream would draw another seed in the backward: it knows eager mode's operators alone as random."""
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded in tags and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _is_foreign(node: fx.Node) -> bool:
+    """Whether ``node`` is an operator that is not torch's own: what it costs and whether a second run gives the same is not
+    known. Where something runs again upstream would run all of them again."""
+    return isinstance(node.target, OpOverload) and not builtin_name(node) and not node.target.namespace.startswith("_c10d")
+
+
+def _recompute_parameter_casts(joint: Joint) -> None:
+    """Under autocast every weight's half-precision copy would be saved; it is a cast of a tensor that stays."""
+    stays = set(joint.parameter_path)
+    for node in joint.gm.graph.nodes:
+        movable = node.target in CASTS or is_view(node)
+        if movable and node.all_input_nodes and all(a in stays for a in node.all_input_nodes):
+            stays.add(node)
+            if node.target in CASTS:
+                node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _saved(forward: fx.GraphModule, num_fwd_outputs: int, seeds: Sequence[str]) -> tuple[Saved, ...]:
+    (out,) = forward.graph.find_nodes(op="output")
+    outputs = pytree.tree_leaves(out.args[0])
+    visible = {storage_root(o) for o in outputs[:num_fwd_outputs] if isinstance(o, fx.Node)}
+    counted: set[fx.Node] = set()
+    saved: list[Saved] = []
+    for node in outputs[num_fwd_outputs:]:
+        if not isinstance(node, fx.Node) or not isinstance(node.meta.get("val"), torch.Tensor):
+            continue
+        root = storage_root(node)
+        if root.op in ("placeholder", "get_attr") and root.name not in seeds:
+            continue
+        holder = root if _shows_all(node, root) or _is_realised(root) else node
+        nbytes = 0 if holder in counted else tensor_bytes(holder)
+        counted.add(holder)
+        saved.append(Saved(node.name, root.name, holder.name, nbytes, root in visible))
+    return tuple(saved)
+
+
+def _shows_all(node: fx.Node, root: fx.Node) -> bool:
+    return tensor_bytes(node) >= tensor_bytes(root)
+
+
+def _is_realised(root: fx.Node) -> bool:
+    """Whether a part of ``root`` keeps all of it alive: a library kernel wrote it in one buffer. A part of anything else is
+    computed by Inductor on its own."""
+    return is_matmul(root) or root.target is operator.getitem or is_attention(root)
+
+
+def returned(forward: fx.GraphModule, outputs: int) -> set[fx.Node]:
+    """The storages that are made for the first ``outputs`` results of ``forward``, which the caller gets."""
+    (out,) = forward.graph.find_nodes(op="output")
+    roots = {storage_root(o) for o in pytree.tree_leaves(out.args[0])[:outputs] if isinstance(o, fx.Node)}
+    return {r for r in roots if r.op == "call_function"}
+
+
+def _passed_bytes(backward: fx.GraphModule, joint: Joint, arrives: Mapping[str, str]) -> int:
+    (out,) = backward.graph.find_nodes(op="output")
+    pairs = zip(joint.primals, pytree.tree_leaves(out.args[0]), strict=False)
+    roots = {p: storage_root(o) for p, o in pairs if isinstance(o, fx.Node)}
+    stay = {r for p, r in roots.items() if p not in joint.computed_inputs}
+    passed = {r for r in roots.values() if r.op == "call_function" or r.name in arrives} - stay
+    return sum(tensor_bytes(r) for r in passed)
+
+
+def _kept_input_bytes(forward: fx.GraphModule, joint: Joint) -> int:
+    (out,) = forward.graph.find_nodes(op="output")
+    outputs = pytree.tree_leaves(out.args[0])
+    names = {storage_root(n).name for n in outputs[joint.num_fwd_outputs :] if isinstance(n, fx.Node)}
+    return sum(tensor_bytes(n) for n in joint.computed_inputs if n.name in names)

@@ -1,0 +1,503 @@
+"""One region's record: plain data that is written when the region is compiled, kept beside Inductor's cache, and read back
+on a cache hit, when neither the pass nor the partitioner runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from actpass.analysis.linearity import Use
+from actpass.analysis.partitioned import Cut, Cuts, Saved
+from actpass.analysis.weight_gradients import Finding
+from actpass.codecs import ALL_PROJECTIONS, LEARNED
+from actpass.ir.fingerprint import fingerprint, plain_inputs
+from actpass.ir.joint_graph import Joint, module_path, source_line, storage_root, tensor_bytes
+from actpass.ir.op_cost import ATTENTION, count_matmuls, is_attention, is_matmul
+from actpass.ir.op_queries import is_reduction
+from actpass.memory.footprint import Footprint
+from actpass.memory.memory_curve import Curve, Curves, Held
+from actpass.options.config import Config, matches
+from actpass.passes.chunked_loss import Chunked
+from actpass.passes.project_weight_gradients import Rewritten
+from actpass.plan import KEPT, Decision, Plan, Storage
+from actpass.plan.multi_region import Level
+from actpass.plan.pareto import Point, Tradeoff
+from actpass.reporting.peak_breakdown import curves_of
+from actpass.torch_compat import Sizes, size_hint
+
+aten = torch.ops.aten
+
+SCHEMA_VERSION = 7
+
+
+@dataclass(frozen=True, slots=True)
+class SiteRow:
+    """A tensor that Inductor's default saves, or that is saved now, or that a weight gradient reads.
+
+    form: ``keep`` (stored as it is), ``quantize`` (stored in few bits), ``recompute`` (not stored, rebuilt from what is),
+    ``project`` (its projection is stored), ``chunk`` (never formed whole), ``input`` (an input of the region, never saved),
+    ``state`` (a basis or the seed). method, rank: how the weight gradients that read it are formed; None: exactly. codec:
+    the low-bit form in which it (or its projection) is stored. bytes_before: under Inductor's default cut. bytes_after:
+    now. unbiased: whether the expected gradient is the exact one. relative_variance: of each weight gradient's estimate, in
+    closed form; 0 if exact. extra_flops: in the backward's matmuls against exact weight gradients (negative: saved). decoded:
+    the method, rank and width of the projection that is stored and that the backward rebuilds it from, for whatever use.
+    """
+
+    name: str
+    module: str
+    source: str
+    op: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: str
+    uses: tuple[Use, ...]
+    form: str
+    method: str | None
+    rank: int | None
+    codec: str | None
+    bytes_before: int
+    bytes_after: int
+    unbiased: bool
+    relative_variance: float
+    extra_flops: int
+    reason: str
+    parameters: tuple[str, ...] = ()
+    decoded: str | None = None
+
+    @property
+    def stored_as(self) -> str:
+        """The form with its details."""
+        return " ".join(filter(None, (self.form, self.decoded, self.codec)))
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """peak_bytes, peak_bytes_default: predicted, of a forward and its backward above parameters and optimizer state, now and as
+    Inductor's default; None where it is not known. resident_bytes: of parameters, inputs and optimizer state;
+    scratch_bytes: what an optimizer's step takes beside all gradients; counted where a budget of peak bytes asks for them."""
+
+    saved_bytes_eager: int | None
+    saved_bytes_default: int
+    saved_bytes: int
+    backward_matmul_flops_default: int
+    backward_matmul_flops: int
+    extra_matmuls: int
+    extra_attention: int
+    peak_bytes_default: int | None = None
+    peak_bytes: int | None = None
+    resident_bytes: int | None = None
+    scratch_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """active: whether the pass decided this region. inactive_because: why not. notes: what the user should know.
+    left_alone: (matmul, parameter, reason) for every weight gradient that is no site. footprint, footprint_default: what it
+    takes in memory, as predicted, now and as Inductor's default; None if it is not known. levels: of a part of a step, what it
+    could be instead. curves: live bytes over the step. tradeoff: what other budgets would give, where it was asked for.
+    whole: why logits that are returned are not deferred; None: they are, or none are returned. limited: whether more room under
+    its budget of peak bytes may give another plan. sizes: that change from call to call, and the most that was planned for."""
+
+    active: bool
+    inactive_because: str | None
+    method: str
+    sites: tuple[SiteRow, ...]
+    totals: Totals
+    plan: dict[str, Any]
+    plan_hash: str
+    left_alone: tuple[tuple[str, str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+    parameters: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    footprint: Footprint | None = None
+    footprint_default: Footprint | None = None
+    levels: tuple[Level, ...] = ()
+    curves: Curves | None = None
+    tradeoff: Tradeoff | None = None
+    whole: str | None = None
+    limited: bool = False
+    sizes: Sizes = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Record:
+        """Read what `to_dict` wrote (through JSON, so lists become tuples again)."""
+        version = data.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise ValueError(f"record schema {version!r} is not {SCHEMA_VERSION}")
+        fields = {k: v for k, v in data.items() if k != "schema_version"}
+        fields["sites"] = tuple(
+            SiteRow(
+                **{
+                    **s,
+                    "shape": tuple(s["shape"]),
+                    "parameters": tuple(s["parameters"]),
+                    "uses": tuple(Use(**u) for u in s["uses"]),
+                }
+            )
+            for s in fields["sites"]
+        )
+        fields["totals"] = Totals(**fields["totals"])
+        fields["left_alone"] = tuple(tuple(x) for x in fields["left_alone"])
+        fields["notes"] = tuple(fields["notes"])
+        fields["sizes"] = tuple(tuple(x) for x in fields["sizes"])
+        fields["levels"] = tuple(Level(**{**x, "footprint": Footprint(**x["footprint"])}) for x in fields["levels"])
+        for name in ("footprint", "footprint_default"):
+            fields[name] = Footprint(**fields[name]) if fields[name] is not None else None
+        fields["parameters"] = tuple((path, tuple(shape)) for path, shape in fields["parameters"])
+        fields["curves"] = _curves_from(fields["curves"])
+        fields["tradeoff"] = _tradeoff_from(fields["tradeoff"])
+        return cls(**fields)
+
+
+def _curves_from(data: dict[str, Any] | None) -> Curves | None:
+    if data is None:
+        return None
+    found: dict[str, Any] = {}
+    for name in ("plan", "default", "eager"):
+        d = data[name]
+        found[name] = Curve(**{**d, "forward": tuple(d["forward"]), "backward": tuple(d["backward"])}) if d else None
+    for name in ("at_forward_peak", "at_backward_peak"):
+        found[name] = tuple(Held(**h) for h in data[name])
+    return Curves(**found)
+
+
+def _tradeoff_from(data: dict[str, Any] | None) -> Tradeoff | None:
+    if data is None:
+        return None
+    points = {name: tuple(Point(**p) for p in data[name]) for name in ("stock", "ours")}
+    return Tradeoff(**{**data, **points, "chosen": Point(**data["chosen"])})
+
+
+def describe(
+    whole: Joint,
+    joint: Joint,
+    finding: Finding,
+    plan: Plan,
+    cuts: Cuts,
+    done: Rewritten,
+    config: Config,
+    chunked: Chunked | None = None,
+    why_whole: str | None = None,
+) -> Record:
+    """The record of a region that was compiled by plan. whole: the joint graph that Inductor's default was cut from. joint:
+    the one that was planned, perhaps with its loss in pieces. why_whole: why it is not."""
+    now = {n.name: n for n in joint.gm.graph.nodes}
+    nodes = {**{n.name: n for n in whole.gm.graph.nodes}, **now}
+    root_of = {d.site: storage_root(nodes[d.site]).name for d in plan.decisions}
+    before, crossing, stored = _by_root(cuts.default.saved), _by_root(cuts.final.saved), _stored(cuts.final, plan)
+    contractions = [c.node for c in finding.contractions]
+    rows: dict[str, SiteRow] = {}
+    for root in [n for n in nodes if n in before or n in crossing or n in root_of.values()]:
+        uses = _uses(root, cuts.final if root in crossing else cuts.default, contractions)
+        form, reason = _form(joint, nodes[root], root in crossing, uses, cuts.final)
+        if root not in now:
+            form, reason = "chunk", "never formed: the loss and its gradients are formed in pieces of rows"
+        rows[root] = replace(_row(nodes[root], before.get(root, 0), stored.get(root, 0), uses), form=form, reason=reason)
+    for decision in plan.decisions:
+        root = root_of[decision.site]
+        rows[root] = _with_decision(rows[root], decision, done, stored, config)
+    payloads = {z: root_of[d.site] for d, z in done.payloads.items()}
+    for saved in cuts.final.saved:
+        if saved.root not in nodes and saved.root not in payloads:
+            rows[saved.root] = _state_row(saved, cuts.final)
+    for storage in plan.storages:
+        root = payloads.get(storage.root, storage.root)
+        rows[root] = _with_storage(rows[root], storage)
+    return Record(
+        active=True,
+        inactive_because=None,
+        method=config.treatment.method if config.plan is None else "plan",
+        sites=tuple(rows.values()),
+        totals=_totals(cuts.default, cuts.swapped),
+        plan=plan.to_dict(),
+        plan_hash=plan.hash,
+        left_alone=finding.left_alone,
+        notes=(
+            *_loss_notes(joint, chunked, why_whole),
+            *_notes(plan, rows.values(), cuts, config, finding, joint.inputs.deferred),
+        ),
+        parameters=_parameters(joint),
+        whole=joint.inputs.whole,
+        **_memory(cuts.default, cuts.swapped, joint, plan, rows),
+    )
+
+
+def describe_fallback(joint: Joint, default: Cut, config: Config, reason: str) -> Record:
+    """The record of a region that was left to Inductor alone."""
+    nodes = {n.name: n for n in joint.gm.graph.nodes}
+    before = _by_root(default.saved)
+    rows = (
+        replace(_row(nodes[root], nbytes, nbytes, _uses(root, default, [])), form="keep", reason="region left to Inductor")
+        for root, nbytes in before.items()
+        if root in nodes
+    )
+    plan = Plan(seeded=joint.seed is not None, graph=fingerprint(joint), inputs=plain_inputs(joint))
+    return Record(
+        active=False,
+        inactive_because=reason,
+        method=config.treatment.method if config.plan is None else "plan",
+        sites=tuple(rows),
+        totals=_totals(default, default),
+        plan=plan.to_dict(),
+        plan_hash=plan.hash,
+        parameters=_parameters(joint),
+        whole=joint.inputs.whole,
+        **_memory(default, default, joint, Plan(), {}),
+    )
+
+
+def describe_unknown(config: Config, reason: str) -> Record:
+    """The record of a region that the pass failed on before it had a cut of it."""
+    plan = Plan()
+    return Record(
+        active=False,
+        inactive_because=reason,
+        method=config.treatment.method if config.plan is None else "plan",
+        sites=(),
+        totals=Totals(None, 0, 0, 0, 0, 0, 0),
+        plan=plan.to_dict(),
+        plan_hash=plan.hash,
+        notes=("what Inductor saves of this region is not known, and not in the sums below",),
+    )
+
+
+def _by_root(saved: Iterable[Saved]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for s in saved:
+        total[s.root] = total.get(s.root, 0) + s.nbytes
+    return total
+
+
+def _stored(final: Cut, plan: Plan) -> dict[str, int]:
+    """Bytes by root, as they are stored."""
+    total = _by_root(final.saved)
+    for s in plan.coded:
+        total[s.root] += s.stored_bytes - s.nbytes
+    return total
+
+
+def _uses(root: str, where: Cut, contractions: list[str]) -> tuple[Use, ...]:
+    placeholders = {n.name: n for n in where.backward.graph.find_nodes(op="placeholder")}
+    crossing = [s.name for s in where.saved if s.root == root]
+    found = [u for name in crossing if name in placeholders for u in where.uses.of(placeholders[name], contractions)[0]]
+    return tuple(dict.fromkeys(found))
+
+
+def _row(node: fx.Node, bytes_before: int, bytes_after: int, uses: tuple[Use, ...]) -> SiteRow:
+    val = node.meta["val"]
+    tensor = val if isinstance(val, torch.Tensor) else None
+    return SiteRow(
+        name=node.name,
+        module=module_path(node),
+        source=source_line(node),
+        op=str(node.target),
+        kind=_kind(node, uses),
+        shape=tuple(size_hint(s) for s in tensor.shape) if tensor is not None else (),
+        dtype=str(tensor.dtype).removeprefix("torch.") if tensor is not None else "",
+        uses=uses,
+        form="keep",
+        method=None,
+        rank=None,
+        codec=None,
+        bytes_before=bytes_before,
+        bytes_after=bytes_after,
+        unbiased=True,
+        relative_variance=0.0,
+        extra_flops=0,
+        reason="",
+    )
+
+
+_ATTENTION = frozenset(map(str, ATTENTION))
+_STREAM = {aten.embedding.default, aten.add.Tensor, aten.add.Scalar}
+_OF_SUMS = {aten.rsqrt.default, aten.log.default, aten.cumsum.default}
+
+
+def _kind(node: fx.Node, uses: tuple[Use, ...]) -> str:
+    if _ATTENTION.intersection(u.op for u in uses):
+        return "attention"
+    if is_matmul(node):
+        return "matmul output"
+    if any(u.kind == "contraction" for u in uses):
+        return "linear input"
+    if node.target in _STREAM:
+        return "residual stream"
+    if is_reduction(node) or node.target in _OF_SUMS:
+        return "statistics"
+    return "pointwise"
+
+
+def _form(joint: Joint, node: fx.Node, kept: bool, uses: tuple[Use, ...], cut: Cut) -> tuple[str, str]:
+    if node in (joint.seed, joint.learned_seed):
+        return "state", "the step's seed" if node is joint.seed else "the seed of learned bases"
+    if node.op == "placeholder":
+        return "input", "an input of the region: never saved"
+    if kept:
+        return "keep", _why_kept(node.name, uses, cut)
+    if is_matmul(node) or is_attention(node):
+        return "recompute", "run again in the backward, exactly"
+    return "recompute", "rebuilt exactly from what is saved"
+
+
+def _why_kept(root: str, uses: tuple[Use, ...], cut: Cut) -> str:
+    if any(s.user_visible for s in cut.saved if s.root == root):
+        return "also returned to the caller"
+    kinds = sorted({u.kind for u in uses})
+    return f"rebuilding it would not be free; uses: {', '.join(kinds)}" if kinds else "rebuilding it would not be free"
+
+
+def _with_storage(row: SiteRow, s: Storage) -> SiteRow:
+    """``row`` with the form in which (a part of) it is stored. Reasons of one tensor's parts are told once."""
+    if not s.coded:
+        known = s.reason in row.reason or s.reason == KEPT
+        return row if known or row.form in ("state", "input") else replace(row, reason=f"{row.reason}; kept: {s.reason}")
+    biased = "" if s.unbiased else "; biased"
+    reason = f"stored in {s.codec}, {s.rounding} rounding; {s.reason}{biased}"
+    return replace(
+        row,
+        form="quantize" if row.form == "keep" else row.form,
+        codec=s.codec if row.codec in (None, s.codec) else f"{row.codec}, {s.codec}",
+        unbiased=row.unbiased and s.unbiased,
+        reason=reason if row.form == "keep" else row.reason if reason in row.reason else f"{row.reason}; {reason}",
+    )
+
+
+def _with_decision(row: SiteRow, d: Decision, done: Rewritten, after: dict[str, int], config: Config) -> SiteRow:
+    if d.matmuls:
+        kind = "linear input" if row.kind == "pointwise" else row.kind
+        row = replace(row, parameters=row.parameters + d.parameters, kind=kind)
+    elif d.projects:
+        return replace(
+            row,
+            form="project",
+            decoded=f"{d.method} {d.rank}/{d.width}",
+            bytes_after=row.bytes_after + after.get(done.payloads[d], 0),
+            unbiased=row.unbiased and _is_unbiased(d, config),
+            reason=f"{d.reason}{'' if _is_unbiased(d, config) else '; biased'}",
+        )
+    if not d.projects or d.rank is None:
+        return row if d.method == "exact" and d.reason == KEPT else replace(row, reason=f"{row.reason}; {d.reason}")
+    in_forward = d.project_in == "forward"
+    stored = after.get(done.payloads[d], 0) if in_forward else 0
+    return replace(
+        row,
+        form="project" if in_forward else row.form,
+        method=d.method if row.method in (None, d.method) else f"{row.method}, {d.method}",
+        rank=max(d.rank, row.rank or 0),
+        bytes_after=row.bytes_after + stored,
+        unbiased=row.unbiased and _is_unbiased(d, config),
+        relative_variance=max(row.relative_variance, ALL_PROJECTIONS[d.method].relative_variance(d.width, d.rank)),
+        extra_flops=row.extra_flops + d.extra_flops,
+        reason=d.reason if in_forward else f"{row.reason}; {d.reason}",
+    )
+
+
+def _is_unbiased(d: Decision, config: Config) -> bool:
+    """Whether the expected gradient is the exact one."""
+    if d.method in LEARNED:
+        return d.linear and LEARNED[d.method].unbiased and config.draws_afresh
+    return d.scale == "unbiased"
+
+
+def _state_row(saved: Saved, cut: Cut) -> SiteRow:
+    node = next(n for n in cut.forward.graph.nodes if n.name == saved.root)
+    return replace(_row(node, 0, saved.nbytes, ()), form="state", reason="a basis that both passes read")
+
+
+def _memory(default: Cut, final: Cut, joint: Joint, plan: Plan, rows: Mapping[str, SiteRow]) -> dict[str, Any]:
+    """The predictions."""
+
+    def kind_of(node: fx.Node) -> str:
+        row = rows.get(storage_root(node).name)
+        return row.kind if row is not None else _kind(storage_root(node), ())
+
+    own = sum(tensor_bytes(n) for n in joint.forward_outputs if n in joint.state)  # where sketches are returned
+    stock = default.footprint
+    stock = replace(stock, forward=stock.forward - own, backward=stock.backward - own, returned=stock.returned - own)
+    curves = curves_of(default, final, joint, plan, kind_of)
+    return {"footprint_default": stock, "footprint": final.footprint, "curves": curves}
+
+
+def _totals(default: Cut, final: Cut) -> Totals:
+    stock = count_matmuls(default.forward.graph, default.backward.graph)
+    ours = count_matmuls(final.forward.graph, final.backward.graph)
+    return Totals(
+        saved_bytes_eager=None,
+        saved_bytes_default=default.saved_bytes,
+        saved_bytes=final.saved_bytes,
+        backward_matmul_flops_default=stock.flops,
+        backward_matmul_flops=ours.flops,
+        extra_matmuls=ours.extra_matmuls,
+        extra_attention=ours.extra_attention,
+    )
+
+
+def _loss_notes(joint: Joint, chunked: Chunked | None, why_whole: str | None) -> Iterator[str]:
+    if chunked is not None:
+        yield f"the loss is formed in {chunked.pieces} pieces; {chunked.logits_bytes} bytes of logits never exist at once"
+    if joint.inputs.deferred:
+        yield "the logits are returned deferred: they are computed when they are first read"
+    if why_whole is not None:
+        yield f"the loss is formed whole: {why_whole}"
+
+
+def _notes(plan: Plan, sites: Iterable[SiteRow], cuts: Cuts, config: Config, finding: Finding, deferred: int) -> Iterable[str]:
+    read = [c.parameters for c in finding.contractions]
+    used = {config.treatment_of(paths)[1] for paths in read}
+    for pattern, _ in config.overrides:
+        if pattern not in used and not any(matches(pattern, s.module) for s in sites):
+            yield f"override {pattern!r} decided no site of this region"
+    if not plan.projections and any(config.treatment_of(paths)[0].projection for paths in read or [()]):
+        yield f"no site is projected: {_first_reason(plan, finding)}"
+    factored = {g.parameter for g in plan.factored}
+    if factored:
+        held, whole = _numbers(plan)
+        yield f"{len(factored)} weight gradients stay in their factors: {held} numbers in place of {whole}"
+    dense = sorted({path for d in plan.projections for path in d.parameters} - factored)
+    if dense and config.factors_gradients:
+        more = f" and {len(dense) - 3} more" if len(dense) > 3 else ""
+        yield (
+            f"the gradients of {', '.join(dense[:3])}{more} are projected but dense: a gradient stays in factors where it is "
+            "a projected contraction in the parameter's own axes, or a sum of some through one basis"
+        )
+    returned = sum(s.nbytes for s in cuts.exact.saved if s.user_visible)
+    if returned and not deferred:
+        yield (
+            f"{returned} of the saved bytes are storage that the model also returns (logits): return only the loss to let "
+            "the backward free them"
+        )
+
+    if cuts.final.kept_input_bytes:
+        yield (
+            f"{cuts.final.kept_input_bytes} bytes of activations that another region computed are read by this region's "
+            "backward, too; as inputs they are not counted above"
+        )
+
+
+def _numbers(plan: Plan) -> tuple[int, int]:
+    """Of the gradients that stay in factors: coefficients, and what the dense ones would have."""
+    held = whole = 0
+    for g in plan.factored:
+        d = next(d for d in plan.projections if d.site == g.site and g.parameter in d.parameters)
+        held += math.prod(g.shape)
+        whole += math.prod(g.shape) // (d.rank or d.width) * d.width
+    return held, whole
+
+
+def _first_reason(plan: Plan, finding: Finding) -> str:
+    if plan.decisions:
+        return plan.decisions[0].reason
+    if finding.left_alone:
+        return finding.left_alone[0][2]
+    return "the region has no weight gradient that is a matmul"
+
+
+def _parameters(joint: Joint) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple((path, tuple(size_hint(s) for s in node.meta["val"].shape)) for node, path in joint.parameter_path.items())

@@ -1,0 +1,277 @@
+"""What the user sees: `actpass.report(model)`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from actpass._format import megabytes as _mb
+from actpass._format import table
+from actpass.errors import ReportError
+from actpass.ir.joint_graph import fold_indices
+from actpass.memory.footprint import Footprint, step_peak
+from actpass.plan import Predicted
+from actpass.plan.pareto import add_up
+from actpass.plan_file import ModelPlan
+from actpass.reporting.plots import check_path, draw_pareto, draw_peak, draw_spectra
+from actpass.reporting.record import SCHEMA_VERSION, Record, SiteRow, Totals
+from actpass.reporting.spectra import SubspaceRow, lines
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is saved for backward, in which form, and why. ``str(report)`` is a table, `to_dict` plain data.
+
+    regions: one `Record` for each compiled graph (a model with graph breaks has several). why_empty: the reason if there
+    is none. subspaces: the learned ones, as they stand. notes: on the whole model.
+    """
+
+    regions: tuple[Record, ...]
+    why_empty: str | None = None
+    subspaces: tuple[SubspaceRow, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes that cross from forward to backward now, parameters and inputs excluded, all regions."""
+        return self.totals.saved_bytes
+
+    @property
+    def active(self) -> bool:
+        return any(r.active for r in self.regions)
+
+    @property
+    def totals(self) -> Totals:
+        """Sums over the regions, and the peak of a step that runs each once, in this order. ``saved_bytes_eager`` and peaks are
+        there only if they are known for all."""
+        rows = [r.totals for r in self.regions]
+        sums: dict[str, Any] = {f.name: sum(getattr(t, f.name) or 0 for t in rows) for f in fields(Totals)}
+        if not rows or any(t.saved_bytes_eager is None for t in rows):
+            sums["saved_bytes_eager"] = None
+        sums["peak_bytes"] = _peak([r.footprint for r in self.regions])
+        sums["peak_bytes_default"] = _peak([r.footprint_default for r in self.regions])
+        for name in ("resident_bytes", "scratch_bytes"):
+            known = [getattr(t, name) for t in rows]
+            sums[name] = max((n for n in known if n is not None), default=None)
+        return Totals(**sums)
+
+    @property
+    def step_bytes(self) -> int | None:
+        """The predicted peak of a whole step: what is resident, and the more of what forward and backward and what the
+        optimizer's step take above it. Known under a budget of peak bytes."""
+        totals, footprints = self.totals, [r.footprint for r in self.regions]
+        if totals.peak_bytes is None or totals.resident_bytes is None:
+            return None
+        gradients = sum(f.gradients for f in footprints if f is not None)
+        return totals.resident_bytes + max(totals.peak_bytes, gradients + (totals.scratch_bytes or 0))
+
+    @property
+    def plan_hash(self) -> str:
+        """Equal on all ranks that decided alike."""
+        return "-".join(r.plan_hash for r in self.regions)
+
+    @property
+    def plan(self) -> ModelPlan:
+        """All that was decided, as a value to save, edit and compile with (``options={"plan": ...}``). Raises `ReportError` if
+        nothing was compiled."""
+        if not self.regions:
+            raise ReportError(f"there is no plan, because {self.why_empty}")
+        plan = ModelPlan.of(r.plan for r in self.regions)
+        regions = zip(plan.regions, self.regions, strict=True)
+        return ModelPlan(tuple(replace(p, predicted=_predicted(r)) for p, r in regions))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: ``schema_version``, ``active``, ``why``, ``totals``, ``regions`` (see `Record`),
+        ``subspaces`` (see `SubspaceRow`), ``notes``."""
+        totals = self.totals
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "active": self.active,
+            "why": self._status(),
+            "totals": {f.name: getattr(totals, f.name) for f in fields(totals)},
+            "regions": [r.to_dict() for r in self.regions],
+            "subspaces": [asdict(s) for s in self.subspaces],
+            "notes": list(self.notes),
+        }
+
+    def plot_peak(self, path: str | Path) -> None:
+        """Draw the predicted live bytes over a step, forward and then backward, in eager mode, under Inductor's default and
+        under this plan, with the peak of each and the three largest tensors at the plan's.
+
+        path: a file that ends in ``.svg`` or ``.png``; the numbers go beside it as ``.csv`` (curve, position in [0, 2], bytes).
+        Bytes are above parameters, inputs and optimizer state. The regions of a model with graph breaks run one behind the
+        other. Raises `PictureError` without matplotlib (``pip install "actpass[plot]"``) and for any other ending,
+        `ReportError` if there is no region or one without a prediction.
+        """
+        curves = [r.curves for r in self.regions if r.curves is not None]
+        if not curves or len(curves) < len(self.regions):
+            why = "there is no region" if not self.regions else "the peak of a region is not predicted: see its notes"
+            raise ReportError(f"plot_peak: nothing to draw, because {self.why_empty or why}.")
+        draw_peak(check_path(path), curves)
+
+    def plot_pareto(self, path: str | Path) -> None:
+        """Draw saved bytes against the predicted error of the gradients and against the predicted time: stock PyTorch's levels
+        of ``activation_memory_budget``, what `auto` chooses within ten capacities, and this plan.
+
+        path: a file that ends in ``.svg`` or ``.png``; the numbers go beside it as ``.csv``. The report must be one of
+        `actpass.explore`. Raises `ReportError` if it is not, and `PictureError` as `plot_peak` does.
+        """
+        steps = [r.tradeoff for r in self.regions if r.tradeoff is not None]
+        if not steps or len(steps) < len(self.regions):
+            raise ReportError(
+                "plot_pareto: this report does not say what other budgets would give. Make one with "
+                "report = actpass.explore(model, *inputs, options=...), under method='auto'."
+            )
+        draw_pareto(check_path(path), add_up(steps))
+
+    def plot_spectra(self, path: str | Path) -> None:
+        """Draw how the energy of the tensors that are projected onto learned subspaces falls along their directions: of each
+        kind of layer the mean over its layers, as a fraction of the whole, and where the principal directions end.
+
+        path: a file that ends in ``.svg`` or ``.png``; the numbers go beside it as ``.csv``. Raises `ReportError` if there is
+        no learned subspace that a sketch was taken of, and `PictureError` as `plot_peak` does.
+        """
+        known = [s for s in self.subspaces if s.captured]
+        if not known:
+            raise ReportError(
+                "plot_spectra: no sketch has been taken yet. Train a step with a learned method (pca, prac, oasis, sampled) "
+                "and make the report then."
+            )
+        draw_spectra(check_path(path), known)
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        yield f"actpass: {self._status()}"
+        for number, region in enumerate(self.regions):
+            if len(self.regions) > 1:
+                yield f"-- region {number} of {len(self.regions)}"
+            yield from _region_lines(region)
+        if self.regions:
+            yield from lines(self.subspaces)
+            yield from _total_lines(self.totals, self.step_bytes)
+        yield from (f"note: {note}" for note in self.notes)
+
+    def _status(self) -> str:
+        if not self.regions:
+            return f"inactive, because {self.why_empty}"
+        off = [r.inactive_because for r in self.regions if not r.active]
+        if len(off) == len(self.regions):
+            return f"inactive, because {off[0]}"
+        projected = sum(s.method is not None for r in self.regions for s in r.sites)
+        decoded = sum(s.decoded is not None for r in self.regions for s in r.sites)
+        coded = sum(s.codec is not None for r in self.regions for s in r.sites)
+        recomputed = sum(s.form == "recompute" and s.bytes_before > 0 for r in self.regions for s in r.sites)
+        partly = f"; {len(off)} of {len(self.regions)} regions inactive, because {off[0]}" if off else ""
+        return (
+            f"active, method={self.regions[0].method}: {recomputed} saved tensors rebuilt instead, {coded} stored in few bits, "
+            f"{projected} contracted through a projection{f', {decoded} decoded from one' if decoded else ''}{partly}"
+        )
+
+
+def _predicted(region: Record) -> Predicted:
+    t = region.totals
+    peak = _peak([region.footprint])
+    return Predicted(t.saved_bytes, peak, t.extra_matmuls, t.extra_attention, t.backward_matmul_flops)
+
+
+def _peak(footprints: Sequence[Footprint | None]) -> int | None:
+    known = [f for f in footprints if f is not None]
+    return step_peak(known) if known and len(known) == len(footprints) else None
+
+
+def _region_lines(region: Record) -> Iterator[str]:
+    header = ("tensor", "module", "shape", "dtype", "form", "weight grad", "before", "after", "unbiased", "why")
+    rows = [header, *(_cells(row, count) for row, count in _folded(region.sites))]
+    yield from table(rows)
+    for kind, before, after in _subtotals(region.sites):
+        yield f"  {kind:<16} {_mb(before):>10} -> {_mb(after):>10}"
+    for (_, parameter, reason), count in _fold_left_alone(region.left_alone):
+        yield f"  left alone: {parameter}{_times(count)}: {reason}"
+    for note in region.notes:
+        yield f"  note: {note}"
+
+
+def _total_lines(t: Totals, step_bytes: int | None) -> Iterator[str]:
+    eager = f"eager {_mb(t.saved_bytes_eager)}, " if t.saved_bytes_eager is not None else ""
+    yield (
+        f"saved for backward: {eager}Inductor default {_mb(t.saved_bytes_default)}, now {_mb(t.saved_bytes)} "
+        f"({t.saved_bytes / max(t.saved_bytes_default, 1):.2f})"
+    )
+    if t.peak_bytes is not None and t.peak_bytes_default is not None:
+        yield (
+            f"predicted peak above parameters and optimizer state: Inductor default {_mb(t.peak_bytes_default)}, now "
+            f"{_mb(t.peak_bytes)} ({t.peak_bytes / max(t.peak_bytes_default, 1):.2f})"
+        )
+    if step_bytes is not None:
+        yield (
+            f"predicted peak of a step: {_mb(step_bytes)}, of which {_mb(t.resident_bytes or 0)} are parameters, inputs and "
+            "optimizer state"
+        )
+    yield (
+        f"backward matmuls: {t.backward_matmul_flops_default / 1e9:.2f} -> {t.backward_matmul_flops / 1e9:.2f} GFLOP "
+        f"({t.backward_matmul_flops / max(t.backward_matmul_flops_default, 1):.2f}); run again: {t.extra_matmuls} matmuls, "
+        f"{t.extra_attention} attention"
+    )
+
+
+def _folded(sites: Iterable[SiteRow]) -> list[tuple[SiteRow, int]]:
+    """Rows of identical layers folded to one, with how many there are."""
+    groups: dict[Any, list[SiteRow]] = {}
+    for s in sites:
+        key = (
+            fold_indices(s.module),
+            s.op,
+            s.shape,
+            s.dtype,
+            s.form,
+            s.method,
+            s.rank,
+            s.codec,
+            s.decoded,
+            s.bytes_before,
+            s.bytes_after,
+            s.source,
+        )
+        groups.setdefault(key, []).append(s)
+    return [(rows[0], len(rows)) for rows in groups.values()]
+
+
+def _fold_left_alone(rows: Iterable[tuple[str, str, str]]) -> list[tuple[tuple[str, str, str], int]]:
+    groups: dict[tuple[str, str], list[tuple[str, str, str]]] = {}
+    for row in rows:
+        groups.setdefault((fold_indices(row[1]), row[2]), []).append(row)
+    return [((found[0][0], key[0] if len(found) > 1 else found[0][1], key[1]), len(found)) for key, found in groups.items()]
+
+
+def _cells(row: SiteRow, count: int) -> tuple[str, ...]:
+    module = fold_indices(row.module) if count > 1 else row.module
+    how = "exact" if row.method is None else f"{row.method} {row.rank}"
+    return (
+        f"{row.kind}{_times(count)}",
+        module or "-",
+        "x".join(map(str, row.shape)),
+        row.dtype,
+        row.stored_as,
+        how if row.parameters else "-",
+        _mb(row.bytes_before * count),
+        _mb(row.bytes_after * count),
+        "yes" if row.unbiased else "NO",
+        row.reason,
+    )
+
+
+def _times(count: int) -> str:
+    return f" (x{count})" if count > 1 else ""
+
+
+def _subtotals(sites: Iterable[SiteRow]) -> list[tuple[str, int, int]]:
+    sums: dict[str, list[int]] = {}
+    for s in sites:
+        entry = sums.setdefault(s.kind, [0, 0])
+        entry[0] += s.bytes_before
+        entry[1] += s.bytes_after
+    return [(kind, b, a) for kind, (b, a) in sorted(sums.items(), key=lambda item: -item[1][0])]
