@@ -12,6 +12,7 @@ from actpass.api import (
     explore,
     load_state_dict,
     memory_budget,
+    plan_deep_model,
     register_with_accelerate,
     report,
     set_memory_budget,
@@ -32,6 +33,8 @@ from actpass.errors import (
     ReportError,
     StateError,
 )
+from actpass.extrapolation.deep_model import Training
+from actpass.extrapolation.deep_plan import DeepPlan
 from actpass.low_rank_gradient import LowRankGradient
 from actpass.plan.sensitivity import Calibration
 from actpass.plan_file import ModelPlan
@@ -47,6 +50,7 @@ __all__ = [
     "Audit",
     "BudgetError",
     "Calibration",
+    "DeepPlan",
     "DeferredError",
     "DeferredLogits",
     "InternalError",
@@ -58,6 +62,7 @@ __all__ = [
     "Report",
     "ReportError",
     "StateError",
+    "Training",
     "__version__",
     "audit",
     "calibrate",
@@ -66,6 +71,7 @@ __all__ = [
     "explore",
     "load_state_dict",
     "memory_budget",
+    "plan_deep_model",
     "register_with_accelerate",
     "report",
     "set_memory_budget",

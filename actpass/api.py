@@ -13,6 +13,9 @@ from actpass.diagnostics.audit import Audit, audit_model, loss_of
 from actpass.diagnostics.calibrate import calibrate_model
 from actpass.diagnostics.explain import explain_model
 from actpass.errors import ReportError, StateError
+from actpass.extrapolation.deep_model import Training
+from actpass.extrapolation.deep_model import plan_deep_model as plan_training
+from actpass.extrapolation.deep_plan import DeepPlan
 from actpass.memory.resident import ASSUMED
 from actpass.options.config import global_budget, parse
 from actpass.plan.sensitivity import Calibration
@@ -74,6 +77,26 @@ def explore(model: torch.nn.Module, *inputs: Any, options: Mapping[str, Any] | N
     """`explain`, and what other budgets would give: for `Report.plot_pareto`. Makes some twenty cuts more, in which a large
     model takes minutes. Only for ``method="auto"``; raises `OptionError` for any other."""
     return explain_model(_module(model, "explore"), inputs, kwargs, options, explore=True).report
+
+
+def plan_deep_model(
+    make: Callable[[int], tuple[torch.nn.Module, Mapping[str, Any]]],
+    training: Training,
+    *,
+    options: Mapping[str, Any] | None = None,
+) -> DeepPlan:
+    """Plan a model of many identical layers that does not fit this machine, from five of them, on fake tensors.
+
+    make: from a number of layers to the model that has so many and a batch (keyword arguments of its forward); it is called
+    with five, under a ``FakeTensorMode``: nothing is allocated. The layers lie in one ``nn.ModuleList``. training: how many
+    layers the model has, and how it is trained (`actpass.Training`). options: as for ``torch.compile``; a ``memory_budget`` is
+    bytes of peak of one device, and of each rank.
+
+    Returns an `actpass.DeepPlan`: ``print`` it, or read ``outcomes``, ``fits``, ``to_dict()``. Raises `OptionError` for
+    options and depths that are not usable, `GraphUnsupported` where the layers are not alike. A budget that can't be met does
+    not raise: its outcome has the error in ``failed``, and the plan that comes nearest.
+    """
+    return plan_training(make, training, options=options)
 
 
 def audit(

@@ -15,8 +15,9 @@ from torch import nn
 
 from actpass.diagnostics.explain import explain_model
 from actpass.errors import BudgetError, GraphUnsupported
-from actpass.extrapolation.extrapolate import FoldedRegion, Stack
+from actpass.extrapolation.extrapolate import FoldedRegion
 from actpass.extrapolation.layer_map import TRACED, Fold
+from actpass.extrapolation.layer_names import Stack
 from actpass.memory.resident import Resident
 from actpass.pipeline import finish, read
 from actpass.planner.budget import PeakBudget, Region, Search, free_choice

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from actpass.extrapolation.extrapolate import Stack
 from actpass.extrapolation.fsdp import Moment, Optimizer, Sharded, Unit
 from actpass.extrapolation.layer_map import TRACED
+from actpass.extrapolation.layer_names import Stack
 
 from .test_folding import llama
 

@@ -20,9 +20,8 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,6 @@ from arguments import memory_budget, options_from, override, positive_int, proba
 from arguments import option as option_argument
 from inspect_graph import errors_unwrapped
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from workloads import (
     DTYPES,
     HEADS,
@@ -45,58 +43,9 @@ from workloads import (
     workload_from_file,
 )
 
-from actpass.backend.backend import options_within
-from actpass.diagnostics.explain import explain_model
-from actpass.errors import ActpassError, BudgetError
-from actpass.extrapolation.extrapolate import FoldedCut, FoldedPlan, FoldedRegion, LayerKind, ShardedBudget, Stack
-from actpass.extrapolation.fsdp import Optimizer, Sharded
-from actpass.extrapolation.layer_map import TRACED
-from actpass.memory.footprint import MARGIN
-from actpass.memory.resident import Resident
-from actpass.options.config import memory_budget as bytes_of
-from actpass.options.config import parse
-from actpass.pipeline import Traced, finish, read
-from actpass.planner.budget import Choice, PeakBudget, Region, Search, free_choice
-from actpass.reporting.record import SiteRow
-from actpass.reporting.report import table
-from actpass.torch_compat import inductor_config
-
-OPTIMIZERS = {"adamw": Optimizer(2, "all"), "adamw-fused": Optimizer(2, "none"), "none": Optimizer(0, "none")}
-"""``adamw``: as torch.optim.AdamW is by default on a GPU (foreach)."""
-UNLIMITED = sys.maxsize
-
-
-@dataclass(frozen=True)
-class Model:
-    """A deep model, of which a few layers were traced. inputs: bytes of a batch and of buffers. check: a less deep one that was
-    traced whole, and the same reckoned."""
-
-    title: str
-    region: FoldedRegion
-    sharded: Sharded
-    inputs: int
-    check: tuple[Region, FoldedRegion] | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A plan for one GPU, or for each rank: within ``limit``, or where nothing is (``failed`` says why), what comes nearest."""
-
-    where: str
-    plan: FoldedPlan
-    limit: PeakBudget | ShardedBudget
-    choice: Choice
-    failed: BudgetError | None
-
-    @property
-    def needs(self) -> int:
-        """Bytes, with the margin of the prediction."""
-        return self.limit.needs(self.plan.cut)
-
-    @cached_property
-    def parts(self) -> dict[str, int]:
-        limit = self.limit
-        return _one_gpu(limit, self.plan.cut) if isinstance(limit, PeakBudget) else _each_rank(limit, self.plan.cut)
+import actpass
+from actpass import ActpassError, Training
+from actpass.extrapolation.deep_model import OPTIMIZERS
 
 
 def main() -> int:
@@ -104,20 +53,50 @@ def main() -> int:
     given = parser.parse_args()
     started = time.perf_counter()
     try:
-        within = options_within(given.memory_budget, parse(options_of(given)))
-        with inductor_config.patch(within):  # as what is planned will be compiled
-            model = trace(given)
-            outcomes = [plan_for(model, limit, where) for where, limit in limits(given, model)]
+        workload = _workload(given)
+        batch, seq = workload.shape("cuda")
+        shape = given.batch or batch, given.seq or seq
+        config = build_config(workload, shape[1], given.dropout)
+        training = Training(
+            layers=config.num_hidden_layers,
+            period=_period(config),
+            ranks=given.fsdp,
+            optimizer=given.optimizer,
+            check=given.check,
+        )
+        options = options_from(argparse.Namespace(**{**vars(given), "rank": None, "plan": None, "off": False}))
+        with errors_unwrapped():
+            plan = actpass.plan_deep_model(_maker(workload, config, shape, given.dtype), training, options=options)
     except (UsageError, ActpassError) as error:
         parser.error(str(error))
+    title = (
+        f"{workload.name}, {plan.parameters / 1e9:.2f} G parameters, {training.layers} layers, {shape[0]} x {shape[1]} tokens, "
+        f"{given.dtype}, optimizer {given.optimizer}"
+    )
     spent = f"{time.perf_counter() - started:.0f} s, {_peak_rss() / 2**30:.2f} GiB of this machine's memory"
-    text = "\n".join(_lines(model, outcomes, spent))
+    text = f"{title}\n\n{plan}\nplanned in {spent}"
     print(text)
     if given.json is not None:
-        _write(given.json, json.dumps(to_dict(model, outcomes), indent=1) + "\n")
+        _write(given.json, json.dumps({"model": title, **plan.to_dict()}, indent=1) + "\n")
     if given.markdown is not None:
         _write(given.markdown, f"```\n$ python {' '.join(['tools/plan.py', *sys.argv[1:]])}\n{text}\n```\n")
-    return 2 if any(o.failed for o in outcomes) else 0
+    return 0 if plan.fits else 2
+
+
+def _maker(
+    workload: Workload, config: Any, shape: tuple[int, int], dtype: str
+) -> Callable[[int], tuple[nn.Module, dict[str, Any]]]:
+    """From a number of layers to the model and a batch."""
+    kinds = getattr(config, "layer_types", None)
+
+    def make(layers: int) -> tuple[nn.Module, dict[str, Any]]:
+        config.num_hidden_layers = layers
+        if kinds:
+            config.layer_types = kinds[:layers]
+        torch.manual_seed(0)
+        return build_model(config, workload.head, DTYPES[dtype]), make_batch(config, workload.head, shape, "cpu", seed=0)
+
+    return make
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -142,63 +121,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-# ---------------------------------------------------------------------------------------------------------------- tracing
-
-
-def options_of(given: argparse.Namespace) -> dict[str, Any]:
-    """Those for the trace, without what is decided after it."""
-    decided_later = {"memory_budget": None, "rank": None, "plan": None, "off": False}
-    return options_from(argparse.Namespace(**{**vars(given), **decided_later}))
-
-
-def trace(given: argparse.Namespace) -> Model:
-    """Trace a few layers. Raises `UsageError` or `ActpassError`."""
-    workload = _workload(given)
-    batch, seq = workload.shape("cuda")
-    shape = given.batch or batch, given.seq or seq
-    config = build_config(workload, shape[1], given.dropout)
-    layers, group = config.num_hidden_layers, _group(config)
-    if layers < TRACED * group:
-        raise UsageError(f"{workload.name!r} has {layers} layers: fewer than {TRACED * group} are planned by inspect_graph.py.")
-    kinds = getattr(config, "layer_types", None)
-    options = options_of(given)
-
-    def traced(depth: int) -> tuple[nn.Module, dict[str, torch.Tensor], Traced]:
-        """The model with ``depth`` layers, a batch, and its joint graph."""
-        config.num_hidden_layers = depth
-        if kinds:
-            config.layer_types = kinds[:depth]
-        torch.compiler.reset()
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"), errors_unwrapped():
-            torch.manual_seed(0)
-            model = build_model(config, workload.head, DTYPES[given.dtype])
-            inputs = make_batch(config, workload.head, shape, "cpu", seed=0)
-            regions = explain_model(model, (), inputs, options).regions
-        if len(regions) != 1:
-            raise UsageError(f"{workload.name!r} is traced as {len(regions)} graphs; only one can be folded.")
-        return model, inputs, regions[0].traced
-
-    model, inputs, few = traced(TRACED * group)
-    stack = Stack(_list_of(model, TRACED * group), layers // group, group)
-    root, units = stack.units(model)
-    check = None
-    if given.check is not None:
-        if given.check % group or not TRACED * group <= given.check <= layers:
-            raise UsageError(f"--check {given.check}: allowed are {TRACED * group} to {layers} layers, in steps of {group}.")
-        whole = read(traced(given.check)[2])[0]
-        check = whole, FoldedRegion(few, replace(stack, layers=given.check // group))
-    there = [*model.buffers(), *inputs.values()]
-    count = (root.nbytes + sum(u.nbytes for u in units)) / root.element_size
-    title = f"{workload.name}, {count / 1e9:.2f} G parameters, {layers} layers, {shape[0]} x {shape[1]} tokens, {given.dtype}"
-    return Model(
-        f"{title}, optimizer {given.optimizer}",
-        FoldedRegion(few, stack),
-        Sharded(root, units, given.fsdp or 1),
-        sum(t.numel() * t.element_size() for t in there),
-        check,
-    )
-
-
 def _workload(given: argparse.Namespace) -> Workload:
     file = given.config or (Path(given.model) if given.model and Path(given.model).exists() else None)
     if file is not None:
@@ -212,193 +134,13 @@ def _workload(given: argparse.Namespace) -> Workload:
     return workload
 
 
-def _group(config: Any) -> int:
+def _period(config: Any) -> int:
     """How many layers take turns (of sliding and full attention, say)."""
     kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
     for group in range(1, len(kinds) + 1):
         if len(kinds) % group == 0 and kinds == kinds[:group] * (len(kinds) // group):
             return group
     raise AssertionError("a list is a repetition of itself")
-
-
-def _list_of(model: nn.Module, depth: int) -> str:
-    """The path of the module list that holds the layers."""
-    found = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    if len(found) != 1:
-        raise UsageError(f"the layers are not in one list: {len(found)} lists have {depth} members ({', '.join(found)}).")
-    return found[0]
-
-
-# --------------------------------------------------------------------------------------------------------------- planning
-
-
-def limits(given: argparse.Namespace, model: Model) -> Iterator[tuple[str, PeakBudget | ShardedBudget]]:
-    """What to plan for. Without a budget: as much as there may be."""
-    asked = bytes_of("memory_budget", given.memory_budget)
-    if isinstance(asked, float):
-        raise UsageError(f"--memory-budget {asked}: a fraction says nothing of a GPU. Allowed: bytes of peak, 80GiB say.")
-    nbytes = UNLIMITED if asked is None else asked
-    optimizer, one = OPTIMIZERS[given.optimizer], replace(model.sharded, ranks=1)
-    parameters = one.parameters
-    state, scratch = optimizer.state_bytes(parameters, one.count), optimizer.scratch_bytes(parameters, one.largest)
-    resident = Resident(inputs=parameters + model.inputs, optimizer_state=state, accumulated=0, scratch=scratch)
-    yield "one GPU", PeakBudget(nbytes, resident)
-    if given.fsdp is not None:
-        yield f"each of {given.fsdp} ranks under FSDP2", ShardedBudget(nbytes, model.sharded, optimizer, model.inputs)
-
-
-def plan_for(model: Model, limit: PeakBudget | ShardedBudget, where: str) -> Outcome:
-    """The plan within ``limit``, or the one that comes nearest to it."""
-    region, failed = model.region, None
-    if limit.nbytes == UNLIMITED:
-        choice = region.free()
-    else:
-        try:
-            choice = region.choose(limit)
-        except BudgetError as error:
-            failed = error
-            choice = region.choose(replace(limit, nbytes=int(error.least or 0)))
-    plan = region.describe(choice)
-    return Outcome(where, plan, limit, choice, failed)
-
-
-# ---------------------------------------------------------------------------------------------------------------- output
-
-
-def _lines(model: Model, outcomes: list[Outcome], spent: str) -> Iterator[str]:
-    yield model.title
-    for outcome in outcomes:
-        yield ""
-        yield f"== {outcome.where}" + (f", memory_budget={outcome.limit.nbytes}" if outcome.limit.nbytes != UNLIMITED else "")
-        yield from _plan_lines(outcome.plan)
-        yield from _peak_lines(outcome)
-        if model.check is not None:
-            yield _check_line(model, outcome)
-    yield ""
-    yield f"planned in {spent}"
-
-
-def _plan_lines(plan: FoldedPlan) -> Iterator[str]:
-    header = ("tensor", "module", "shape", "dtype", "form", "before", "after")
-    yield f"plan {plan.plan.hash}; bytes are those of one layer"
-    for kind in (*plan.kinds, plan.rest):
-        rows = [_cells(row) for row in kind.rows if row.bytes_before or row.bytes_after]
-        before, after = sum(r.bytes_before for r in kind.rows), sum(r.bytes_after for r in kind.rows)
-        yield f"{_which(kind.layers)}: {_gb(before)} -> {_gb(after)}"
-        yield from (f"  {line}" for line in table([header, *rows]))
-        if kind.again:
-            yield f"  run again in the backward: {', '.join(kind.again)}"
-    yield from (f"note: {note}" for note in plan.notes)
-    now, default = plan.cut.saved_bytes, plan.default.saved_bytes
-    yield f"saved for backward: Inductor default {_gb(default)}, now {_gb(now)} ({now / default:.2f})"
-
-
-def _check_line(model: Model, outcome: Outcome) -> str:
-    """The prediction for a less deep model from the traced layers, against that from the whole of it, at as tight a plan."""
-    assert model.check is not None
-    whole, folded = model.check
-    deep, direct, few = model.region.search, Search(whole, free_choice(whole)), folded.search
-    share = (outcome.plan.cut.saved_bytes - deep.least) / (deep.most - deep.least)
-    capacity = direct.least + int(min(max(share, 0.0), 1.0) * (direct.most - direct.least))
-    want, got = finish(whole, direct.at(capacity).choice).swapped, folded.carry_out(few.at(capacity).choice)
-    return (
-        f"checked on {folded.stack.layers * folded.stack.group} layers traced whole, as tight a plan: saved "
-        f"{want.saved_bytes} bytes, reckoned {got.saved_bytes}; peak {want.peak_bytes}, reckoned {got.peak_bytes} "
-        f"({got.peak_bytes / want.peak_bytes - 1:+.2%})"
-    )
-
-
-def _which(layers: tuple[int, ...]) -> str:
-    if not layers:
-        return "outside of layers"
-    starts = [i for i in layers if i - 1 not in layers]
-    ends = [i for i in layers if i + 1 not in layers]
-    runs = (f"{a}" if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
-    return f"layers {', '.join(runs)} (x{len(layers)})"
-
-
-def _cells(row: SiteRow) -> tuple[str, ...]:
-    form = row.stored_as
-    shape = "x".join(map(str, row.shape))
-    return row.kind, row.module or "-", shape, row.dtype, form, _gb(row.bytes_before), _gb(row.bytes_after)
-
-
-def _peak_lines(outcome: Outcome) -> Iterator[str]:
-    yield "predicted peak of a step:"
-    yield from (f"  {line}" for line in table([(name, _gb(nbytes)) for name, nbytes in outcome.parts.items()]))
-    if isinstance(outcome.limit, PeakBudget):
-        largest = ", ".join(f"{what} {_gb(nbytes)}" for what, nbytes in outcome.plan.cut.largest_at_peak[:6])
-        yield f"  largest while forward and backward run, all layers together: {largest}"
-    yield f"  to allow for, with a margin of {MARGIN:.0%} for the prediction: {_gb(outcome.needs)}"
-    if outcome.failed is not None:
-        yield f"CAN'T BE MET: {outcome.failed}"
-
-
-def _one_gpu(limit: PeakBudget, cut: FoldedCut) -> dict[str, int]:
-    """What the peak is made of."""
-    gradients, saved, running = cut.at_peak
-    resident = limit.resident
-    return {
-        "parameters and inputs": resident.inputs,
-        "optimizer state": resident.optimizer_state,
-        "while forward and backward run: gradients that are there": gradients,
-        "  what is saved": saved,
-        "  what runs": running,
-        "while the optimizer steps: gradients": cut.footprint.gradients,
-        "  its scratch": resident.scratch,
-        "in all": resident.total + max(cut.peak_bytes, cut.footprint.gradients + resident.scratch),
-    }
-
-
-def _each_rank(limit: ShardedBudget, cut: FoldedCut) -> dict[str, int]:
-    sharded, peak = limit.sharded.parameters, limit.peak(cut)
-    return {
-        "sharded parameters": sharded,
-        "inputs": limit.inputs,
-        "optimizer state": limit.resident - sharded - limit.inputs,
-        "while forward and backward run: parameters that are whole": peak.parameters,
-        "  gradients, sharded or whole": peak.gradients,
-        "  the reduce-scatter's buffer": peak.buffer,
-        "  what is saved and what runs": peak.activations,
-        "while the optimizer steps: sharded gradients": sharded,
-        "  its scratch": limit.step - sharded,
-        "in all": limit.resident + max(peak.total, limit.step),
-    }
-
-
-def to_dict(model: Model, outcomes: list[Outcome]) -> dict[str, Any]:
-    """Plain data. Bytes; layers count from 0."""
-    return {"model": model.title, "outcomes": [_outcome_dict(o) for o in outcomes]}
-
-
-def _outcome_dict(outcome: Outcome) -> dict[str, Any]:
-    plan = outcome.plan
-    return {
-        "where": outcome.where,
-        "memory_budget": None if outcome.limit.nbytes == UNLIMITED else outcome.limit.nbytes,
-        "met": outcome.failed is None,
-        "why_not": None if outcome.failed is None else str(outcome.failed),
-        "needs": outcome.needs,
-        "peak": outcome.parts,
-        "saved_bytes": plan.cut.saved_bytes,
-        "saved_bytes_default": plan.default.saved_bytes,
-        "plan_hash": plan.plan.hash,
-        "kinds": [_kind_dict(kind) for kind in (*plan.kinds, plan.rest)],
-        "plan": plan.plan.to_dict(),
-    }
-
-
-def _kind_dict(kind: LayerKind) -> dict[str, Any]:
-    fields = ("kind", "module", "shape", "dtype", "form", "codec", "bytes_before", "bytes_after")
-    rows = [{name: getattr(row, name) for name in fields} for row in kind.rows]
-    return {"layers": kind.layers, "again": kind.again, "rows": rows}
-
-
-def _gb(nbytes: int) -> str:
-    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if nbytes >= unit:
-            return f"{nbytes / unit:.2f} {name}"
-    return f"{nbytes} B"
 
 
 def _peak_rss() -> int:
