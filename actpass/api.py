@@ -123,8 +123,7 @@ def audit(
         config = found[0].config if found else parse(None)
     else:
         config = parse(options)
-    inputs, kwargs = _arguments(batch)
-    return audit_model(_module(model, "audit"), inputs, kwargs, config, seeds, optimizer, loss)
+    return audit_model(_module(model, "audit"), _arguments(batch), config, seeds, optimizer, loss)
 
 
 def calibrate(

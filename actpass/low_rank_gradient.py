@@ -210,7 +210,7 @@ class LowRankGradient(torch.Tensor):
         if not self.is_factored:
             return self.dense().__reduce_ex__(protocol)
         b = self.basis
-        return _rebuilt, (self.coefficients, b.method, b.width, b.rank, b.key, b.draw, b.unbiased, b.state, self.left)
+        return _rebuilt, (self.coefficients, (b.method, b.width, b.rank, b.key, b.draw, b.unbiased, b.state), self.left)
 
     @classmethod
     @_not_compiled
@@ -226,18 +226,8 @@ class LowRankGradient(torch.Tensor):
         return _densely(func, args, kwargs)
 
 
-def _rebuilt(
-    coefficients: torch.Tensor,
-    method: str,
-    width: int,
-    rank: int,
-    key: torch.Tensor,
-    draw: int,
-    unbiased: bool,
-    state: Any,
-    left: bool,
-) -> LowRankGradient:
-    return LowRankGradient(coefficients, Basis(method, width, rank, key, draw, unbiased, state), left=left)
+def _rebuilt(coefficients: torch.Tensor, basis: tuple[Any, ...], left: bool) -> LowRankGradient:
+    return LowRankGradient(coefficients, Basis(*basis), left=left)
 
 
 torch.serialization.add_safe_globals([_rebuilt])  # a momentum that is one, in an optimizer's state

@@ -154,7 +154,7 @@ def explain(model: Any, batch: Mapping[str, Tensor], options: Mapping[str, Any])
 def audit(model: Any, batch: Mapping[str, Tensor], plan: ModelPlan) -> dict[str, float]:
     """1 - cosine of the gradient and of its sign, over all parameters together by their elements."""
     torch.compiler.reset()
-    found = audit_model(model, (), batch, parse({"plan": plan}), 1, None, loss_of).parameters
+    found = audit_model(model, ((), batch), parse({"plan": plan}), 1, None, loss_of).parameters
     count = sum(p.numel for p in found)
     return {
         "cosine": sum(p.numel * (1 - p.cosine) for p in found) / count,

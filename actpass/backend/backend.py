@@ -239,7 +239,9 @@ def _given_state(
     if extra.factors:
         fn = factors.with_coefficients(fn, extra.factors, len(plain.paths), config, copies=copies)
     if extra.sites:
-        fn = subspaces.with_subspaces(fn, extra.sites, config, device, copies=copies, written=plain.written)
+        fn = subspaces.WithSubspaces(
+            fn=fn, sites=extra.sites, config=config, device=device, copies=copies, written=plain.written
+        )
         return _with_subspaces(fn, region, config, device)
     return _with_seed(fn, region, config, device)
 

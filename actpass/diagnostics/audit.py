@@ -20,7 +20,7 @@ from actpass.ir.joint_graph import fold_indices
 from actpass.options.config import Config, exactly
 from actpass.reporting.report import table
 from actpass.runtime.step_counter import CLOCK
-from actpass.runtime.subspaces import STORE, Store, with_subspaces
+from actpass.runtime.subspaces import STORE, Store, WithSubspaces
 from actpass.torch_compat import compile_fx, dynamo, functorch_config
 
 Gradients = dict[str, torch.Tensor]
@@ -86,18 +86,17 @@ def _cells(folded: str, members: Sequence[ParameterAudit]) -> tuple[str, ...]:
 
 def audit_model(
     model: torch.nn.Module,
-    inputs: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    batch: tuple[tuple[Any, ...], Mapping[str, Any]],
     config: Config,
     seeds: int,
     optimizer: torch.optim.Optimizer | None,
     loss: Callable[[Any], torch.Tensor] | None,
 ) -> Audit:
-    """See `actpass.audit`."""
+    """See `actpass.audit`. batch: positional and keyword arguments of the model."""
     if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
         raise OptionError(f"seeds={seeds!r} is not usable. Allowed: an int >= 1.")
     model = getattr(model, "_orig_mod", model)
-    step = _Step(model, inputs, kwargs, loss or loss_of)
+    step = _Step(model, *batch, loss or loss_of)
     exact = step.compile(exactly(config))(0)
     direction = _Adam(model, optimizer) if optimizer is not None and optimizer.state else _sign
     sums = {name: _Sums.start(g) for name, g in exact.items()}
@@ -224,7 +223,7 @@ class _Step:
                 )[1]
             if extra.sites:
                 own = Store(STORE)  # those of the training run stay as they are
-                run = with_subspaces(fn, extra.sites, config, device, own, written=plain.written)
+                run = WithSubspaces(fn=fn, sites=extra.sites, config=config, device=device, store=own, written=plain.written)
                 return lambda *args: run(args, [round_keys(seed, device)] * 2, CLOCK.steps)
             return (lambda *args: fn(*args, round_keys(seed, device))) if config.needs_seed else fn
 

@@ -89,10 +89,12 @@ def draw_pareto(path: Path, step: Tradeoff) -> None:
         (by_error, _error_percent, "predicted relative error of the gradients, %"),
         (by_time, lambda p: _time_percent(p, step), "predicted extra time, % of a step's FLOPs"),
     ):
-        _points(axes, step.stock, of, "o-", _COLORS["Inductor"], "Inductor, activation_memory_budget 1.0, 0.9 … 0.0")
-        _points(axes, step.ours, of, "s-", _COLORS["actpass"], "actpass, within ten capacities of saved bytes")
+        _points(
+            axes, step.stock, of, "o-", color=_COLORS["Inductor"], label="Inductor, activation_memory_budget 1.0, 0.9 … 0.0"
+        )
+        _points(axes, step.ours, of, "s-", color=_COLORS["actpass"], label="actpass, within ten capacities of saved bytes")
         chosen = f"this plan: {step.chosen.saved_bytes / _MB:.1f} MB"
-        _points(axes, [step.chosen], of, "*", "black", chosen, markersize=15)
+        _points(axes, [step.chosen], of, "*", color="black", label=chosen, markersize=15)
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
         axes.set_ylim(bottom=0)
@@ -132,10 +134,9 @@ def draw_spectra(path: Path, rows: Sequence[SubspaceRow]) -> None:
     _write_numbers(path, ("subspace_of", "direction", "share_of_energy", "principal"), numbers)
 
 
-def _points(axes: Any, points: Sequence[Point], of: Any, style: str, color: str, label: str, markersize: int = 5) -> None:
-    along = [of(p) for p in points]
-    how = {"color": color, "label": label, "markersize": markersize, "linewidth": 1.4, "clip_on": False, "zorder": 3}
-    axes.plot(along, _mb(p.saved_bytes for p in points), style, **how)
+def _points(axes: Any, points: Sequence[Point], of: Any, style: str, **how: Any) -> None:
+    how = {"markersize": 5, "linewidth": 1.4, "clip_on": False, "zorder": 3, **how}
+    axes.plot([of(p) for p in points], _mb(p.saved_bytes for p in points), style, **how)
 
 
 def _error_percent(p: Point) -> float:

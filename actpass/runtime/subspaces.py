@@ -12,6 +12,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -185,59 +186,66 @@ STORE = Store()
 """Those of this process."""
 
 
-def with_subspaces(
-    fn: Callable[..., Any],
-    sites: Sequence[Site],
-    config: Config,
-    device: torch.device,
-    store: Store = STORE,
-    *,
-    copies: bool = False,
-    written: Sequence[bool] = (),
-) -> Callable[[tuple[Any, ...], Sequence[torch.Tensor], int], Any]:
+@dataclass(frozen=True, kw_only=True)
+class WithSubspaces:
     """``run(args, keys, step)`` for a compiled ``fn(*args, *keys, points, *states) -> (*outputs, *sketches)``. copies: whether
     ``fn`` keeps the memory of what it returns, as CUDA graphs do. written: of each argument, whether ``fn`` writes to it."""
-    count = most_points(sites)
-    fewest = torch.zeros(2, dtype=torch.float32, device=device)  # none would be a special case in every back end
 
-    def call(args: Sequence[Any], keys: Keys, points: torch.Tensor, held: Sequence[Subspace]) -> tuple[Any, Any]:
-        results = fn(*args, *keys, points, *(s.state for s in held))
+    fn: Callable[..., Any]
+    sites: Sequence[Site]
+    config: Config
+    device: torch.device
+    store: Store = STORE
+    copies: bool = False
+    written: Sequence[bool] = ()
+
+    def __call__(self, args: tuple[Any, ...], keys: Keys, step: int) -> Any:
+        if any(isinstance(a, FakeTensor) for a in args):  # DDP's graph splitting asks what comes out of a part
+            return self._call(args, keys, self._fewest, [self._empty(site) for site in self.sites])[0]
+        config, device = self.config, self.device
+        with as_written(device):
+            held = [_held(self.store, site, args[site.position], config.seed, device) for site in self.sites]
+        if not all(s.begun for s in held):
+            self._begin(args, keys, held)
+        due = [s for s in held if s.sketched is not None and s.step < step]
+        with as_written(device):
+            _move(due, ranks.summed([s.sketched for s in due if s.sketched is not None]))
+        shown = [config.sketches_at(s.method, step) or not s.moves for s in held]
+        points = self._points(step) if any(shown) else self._fewest
+        outputs, sketches = self._call(args, keys, points, held)
+        for subspace, sketched, show in zip(held, sketches, shown, strict=True):
+            if show:
+                subspace.note(step, sketched.clone() if self.copies else sketched)
+        return outputs
+
+    def _call(self, args: Sequence[Any], keys: Keys, points: torch.Tensor, held: Sequence[Subspace]) -> tuple[Any, Any]:
+        results = self.fn(*args, *keys, points, *(s.state for s in held))
         return results[: len(results) - len(held)], [y.detach() for y in results[len(results) - len(held) :]]
 
-    def begin(args: Sequence[Any], keys: Keys, held: Sequence[Subspace]) -> None:
+    def _begin(self, args: Sequence[Any], keys: Keys, held: Sequence[Subspace]) -> None:
         """Show the first batch to the subspaces that are new."""
         fresh = [not s.begun for s in held]
         devices = sorted({a.device.index for a in args if isinstance(a, torch.Tensor) and a.is_cuda})
         for i in range(_PASSES):
             with torch.random.fork_rng(devices), torch.autograd.graph.saved_tensors_hooks(_same, _same):
-                stand_ins = [_stand_in(a, written=w) for a, w in itertools.zip_longest(args, written, fillvalue=False)]
-                sketches = ranks.summed(call(stand_ins, keys, _points(config.seed, -1 - i, count, device), held)[1])
+                copies = [_scratch_copy(a, written=w) for a, w in itertools.zip_longest(args, self.written, fillvalue=False)]
+                sketches = ranks.summed(self._call(copies, keys, self._points(-1 - i), held)[1])
             for subspace, sketched, new in zip(held, sketches, fresh, strict=True):
                 if new:
-                    with as_written(device):
+                    with as_written(self.device):
                         subspace.move(sketched)
                     subspace.begun = True
 
-    def run(args: tuple[Any, ...], keys: Keys, step: int) -> Any:
-        if any(isinstance(a, FakeTensor) for a in args):  # DDP's graph splitting asks what comes out of a part
-            own = [Subspace(s.method, s.rank, torch.zeros(s.shape, dtype=torch.float32, device=device)) for s in sites]
-            return call(args, keys, fewest, own)[0]
-        with as_written(device):
-            held = [_held(store, site, args[site.position], config.seed, device) for site in sites]
-        if not all(s.begun for s in held):
-            begin(args, keys, held)
-        due = [s for s in held if s.sketched is not None and s.step < step]
-        with as_written(device):
-            _move(due, ranks.summed([s.sketched for s in due if s.sketched is not None]))
-        shown = [config.sketches_at(s.method, step) or not s.moves for s in held]
-        points = _points(config.seed, step, count, device) if any(shown) else fewest
-        outputs, sketches = call(args, keys, points, held)
-        for subspace, sketched, show in zip(held, sketches, shown, strict=True):
-            if show:
-                subspace.note(step, sketched.clone() if copies else sketched)
-        return outputs
+    def _points(self, step: int) -> torch.Tensor:
+        return _points(self.config.seed, step, most_points(self.sites), self.device)
 
-    return run
+    @cached_property
+    def _fewest(self) -> torch.Tensor:
+        """Two points: none would be a special case in every back end."""
+        return torch.zeros(2, dtype=torch.float32, device=self.device)
+
+    def _empty(self, site: Site) -> Subspace:
+        return Subspace(site.method, site.rank, torch.zeros(site.shape, dtype=torch.float32, device=self.device))
 
 
 def _same(x: torch.Tensor) -> torch.Tensor:
@@ -245,7 +253,7 @@ def _same(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def _stand_in(argument: Any, *, written: bool) -> Any:
+def _scratch_copy(argument: Any, *, written: bool) -> Any:
     """What a forward may overwrite in place of ``argument``: a copy, with its strides, of everything but parameters that it
     does not write to."""
     if not isinstance(argument, torch.Tensor) or (isinstance(argument, torch.nn.Parameter) and not written):
