@@ -55,8 +55,10 @@ from actpass.memory.footprint import MARGIN
 from actpass.memory.resident import Resident
 from actpass.options.config import memory_budget as bytes_of
 from actpass.options.config import parse
-from actpass.pipeline import Traced, finish, read
+from actpass.passes.base import RegionState
+from actpass.pipeline import carry_out, read
 from actpass.planner.budget import Choice, PeakBudget, Region, Search, free_choice
+from actpass.planner.plan_source import SearchedPlan
 from actpass.reporting.record import SiteRow
 from actpass.reporting.report import table
 from actpass.torch_compat import inductor_config
@@ -163,7 +165,7 @@ def trace(given: argparse.Namespace) -> Model:
     kinds = getattr(config, "layer_types", None)
     options = options_of(given)
 
-    def traced(depth: int) -> tuple[nn.Module, dict[str, torch.Tensor], Traced]:
+    def traced(depth: int) -> tuple[nn.Module, dict[str, torch.Tensor], RegionState]:
         """The model with ``depth`` layers, a batch, and its joint graph."""
         config.num_hidden_layers = depth
         if kinds:
@@ -300,7 +302,8 @@ def _check_line(model: Model, outcome: Outcome) -> str:
     deep, direct, few = model.region.search, Search(whole, free_choice(whole)), folded.search
     share = (outcome.plan.cut.saved_bytes - deep.least) / (deep.most - deep.least)
     capacity = direct.least + int(min(max(share, 0.0), 1.0) * (direct.most - direct.least))
-    want, got = finish(whole, direct.at(capacity).choice).swapped, folded.carry_out(few.at(capacity).choice)
+    want = carry_out(SearchedPlan(whole, direct.at(capacity).choice)).partitioned
+    got = folded.carry_out(few.at(capacity).choice)
     return (
         f"checked on {folded.stack.layers * folded.stack.group} layers traced whole, as tight a plan: saved "
         f"{want.saved_bytes} bytes, reckoned {got.saved_bytes}; peak {want.peak_bytes}, reckoned {got.peak_bytes} "

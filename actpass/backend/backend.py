@@ -22,8 +22,10 @@ from actpass.errors import ActpassError, ActpassWarning, BudgetError, GraphUnsup
 from actpass.ir.copying import copy_module
 from actpass.ir.graph_inputs import GraphInputs, arguments_of
 from actpass.ir.inline import inline_regions
+from actpass.ir.joint_graph import Joint
 from actpass.memory.resident import resident
 from actpass.options.config import Config, parse
+from actpass.passes.base import RegionState
 from actpass.pipeline import Compiled, compile_joint
 from actpass.plan import Plan
 from actpass.plan_file import ModelPlan
@@ -463,9 +465,10 @@ class Partitioner(CustomPartitionerFn):
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         try:
-            compiled = self._within_headroom(
-                lambda peak: compile_joint(gm, joint_inputs, self.config, self.inputs, kwargs, peak, self.decided)
-            )
+            static = frozenset(kwargs.get("static_lifetime_input_indices") or ())
+            joint = Joint(gm, self.inputs, kwargs["num_fwd_outputs"], static)
+            state = RegionState(joint=joint, joint_inputs=joint_inputs, kwargs=kwargs, config=self.config)
+            compiled = self._within_headroom(lambda peak: compile_joint(state, peak, self.decided))
         except ActpassError:
             raise
         except Exception as error:
