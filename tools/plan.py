@@ -45,7 +45,7 @@ from workloads import (
     workload_from_file,
 )
 
-from actpass.backend.backend import options_within
+from actpass.backend.inductor_options import options_within
 from actpass.diagnostics.explain import explain_model
 from actpass.errors import ActpassError, BudgetError
 from actpass.extrapolation.extrapolate import FoldedCut, FoldedPlan, FoldedRegion, LayerKind, ShardedBudget, Stack

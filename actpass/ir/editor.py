@@ -95,7 +95,7 @@ class GraphEditor:
         """Insert ``total + left.T @ right`` behind ``after`` and its operands, as an operator that changes nothing and that
         Inductor makes the one that writes in place of (`actpass.ir.products`). Returns the node of the sum."""
         meta, val = {k: v for k, v in left.meta.items() if k != "val"}, value(total)
-        factors = {"total": total, "left": left, "right": right}
+        factors: dict[str, Any] = {"total": total, "left": left, "right": right}
         added = torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
         with self.graph.inserting_after(max(after, total, left, right)):
             made = self.graph.call_function(auto_functionalized, (torch.ops.actpass.add_product_.default,), factors)
