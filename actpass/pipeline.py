@@ -1,55 +1,55 @@
 """The pipeline from a joint graph to a partitioned pair of graphs and a record of what was done.
 
-This is the only file that knows all rooms::
-
-    chunk     logits and loss -> pieces of rows               chunking
-    read      joint graph -> contractions, cuts               graph/, partition
-    budget    where to cut, what to store how -> Choice       budget, plan/ (or follow, where a plan is given)
-    choose    contractions, tensors that cross -> Plan        plan/
-    rewrite   Plan -> joint graph                             rewrite
-    factor    weight gradients -> their coefficients          factor
-    cut       upstream min-cut                                partition
-    decode    what crosses with other uses -> projections     decode
-    swap      what crosses -> low-bit codes                   saved, swap
-    verify    what must not have changed has not              verify
-    describe  cuts + plan -> Record                           report/
-"""
+`PASSES` is the whole of it: each takes a `RegionState` and returns the next (`actpass.passes.base`). Between them a plan is
+made: graphs are read, a `Planner` chooses where to cut and what to store how, by carrying choices out, and what was
+done is described (`actpass.reporting.record`)."""
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import fx
 
-from actpass.analysis.partitioned import Cut, Cuts
-from actpass.analysis.projection_sites import find_candidates, find_owners
+from actpass.analysis.partitioned import Cut, Setting
 from actpass.analysis.weight_gradients import find_contractions
-from actpass.codecs import LEARNED
-from actpass.errors import ActpassError, ActpassWarning, BudgetError, GraphUnsupported, LogitsReturned, PlanError
-from actpass.ir.copying import copy_module
+from actpass.errors import ActpassError, ActpassWarning, BudgetError, GraphUnsupported, PlanError
 from actpass.ir.fingerprint import fingerprint, plain_inputs
-from actpass.ir.graph_inputs import GraphInputs
-from actpass.ir.joint_graph import Joint, module_path, storage_root, value
-from actpass.ir.traversal import ancestors
-from actpass.options.config import Config
-from actpass.passes import verify
-from actpass.passes.chunked_loss import Chunked, chunk
-from actpass.passes.low_rank_gradients import factor_gradients
-from actpass.passes.partition import Setting, cut
-from actpass.passes.project_saved import decode_saved
-from actpass.passes.project_weight_gradients import Rewritten, rewrite, spell_flips, subspaces_of
-from actpass.passes.quantize_saved import swap
-from actpass.passes.save_written_inputs import save_what_is_read
-from actpass.plan import Factored, Plan, Storage, choose, choose_decoded
+from actpass.ir.joint_graph import Joint, module_path
+from actpass.passes.base import Pass, RegionState, Stage
+from actpass.passes.chunked_loss import ChunkedLoss
+from actpass.passes.low_rank_gradients import LowRankGradients
+from actpass.passes.merge_duplicates import MergeDuplicates
+from actpass.passes.partition import Partition, cut
+from actpass.passes.project_saved import ProjectSaved
+from actpass.passes.project_weight_gradients import ProjectWeightGradients
+from actpass.passes.quantize_saved import QuantizeSaved
+from actpass.passes.save_written_inputs import SaveWrittenInputs
+from actpass.passes.scatter_onto_sums import ScatterOntoSums
+from actpass.passes.spell_flips import SpellFlips
+from actpass.plan import Plan
 from actpass.plan.multi_region import Level
-from actpass.plan_file import ModelPlan
 from actpass.planner import apply_plan as follow
-from actpass.planner.budget import Choice, PeakBudget, Region, choose_cut
+from actpass.planner.budget import Choice, PeakBudget, Region
+from actpass.planner.plan_source import Planner, RegionPlan, Searching
 from actpass.reporting.record import Record, describe, describe_fallback
-from actpass.torch_compat import fusion_gate_growth, inductor_config, merge_duplicates
+from actpass.torch_compat import fusion_gate_growth, inductor_config
+
+PREPARE: tuple[Pass, ...] = (SpellFlips(), MergeDuplicates(), SaveWrittenInputs())
+"""Before anything is decided."""
+SPLIT_LOSS: tuple[Pass, ...] = (ChunkedLoss(), ScatterOntoSums())
+"""Before a plan is made."""
+CARRY_OUT: tuple[Pass, ...] = (ProjectWeightGradients(), LowRankGradients(), Partition(), ProjectSaved(), QuantizeSaved())
+"""What a plan asks for."""
+PASSES = (*PREPARE, *SPLIT_LOSS, *CARRY_OUT)
+
+
+def until(name: str) -> tuple[Pass, ...]:
+    """`PASSES` up to the one of that ``name``. What is left out of them is left as it is."""
+    names = [p.name for p in PASSES]
+    return PASSES[: names.index(name) + 1]
 
 
 @dataclass(frozen=True)
@@ -63,52 +63,76 @@ class Decided:
 
 @dataclass(frozen=True)
 class Compiled:
-    """The graphs to hand to Inductor, what was done, the cut that they are, every stage's graph by name, and the joint graph as
-    it came. decided: None if the region was left to Inductor."""
+    """The graphs to hand to Inductor, what was done, the cut that they are, what each pass made (the first stage is the joint
+    graph as it came), and the region before anything was decided. decided: None if the region was left to Inductor."""
 
-    forward: fx.GraphModule
-    backward: fx.GraphModule
     record: Record
     cut: Cut
-    stages: dict[str, fx.GraphModule]
-    traced: Traced
+    stages: tuple[Stage, ...]
+    traced: RegionState
     decided: Decided | None = None
 
+    @property
+    def forward(self) -> fx.GraphModule:
+        return self.cut.forward
 
-@dataclass(frozen=True)
-class Traced:
-    """A joint graph before anything is decided. default: Inductor's own cut of it."""
+    @property
+    def backward(self) -> fx.GraphModule:
+        return self.cut.backward
 
-    joint: Joint
-    joint_inputs: Sequence[object]
-    kwargs: Mapping[str, Any]
-    config: Config
-    default: Cut
+    @property
+    def seconds(self) -> dict[str, float]:
+        """That each pass took, by name."""
+        return {stage.name: stage.seconds for stage in self.stages}
+
+
+def run_pass(step: Pass, before: RegionState) -> RegionState:
+    """``before`` after ``step``, checked, with a stage more."""
+    start = time.perf_counter()
+    after = step.run(before)
+    known = before.graphs.values()
+    for gm in after.graphs.values():
+        if gm not in known:
+            gm.graph.lint()
+    step.check(before, after)
+    stage = Stage(step.name, after.graphs, time.perf_counter() - start)
+    return replace(after, stages=(*before.stages, stage))
+
+
+def run_passes(steps: Sequence[Pass], state: RegionState) -> RegionState:
+    """``state`` after all ``steps``. What serves something that may be given up is undone where the graph does not allow it and
+    the plan is not given."""
+    undone: dict[str, RegionState] = {}
+    for step in steps:
+        if step.serves is not None:
+            undone.setdefault(step.serves, state)
+        try:
+            state = run_pass(step, state)
+        except GraphUnsupported as error:
+            if step.serves is None or state.decides.is_given:
+                raise
+            off, back = f"the {step.serves} of this region are off: {error}", undone[step.serves]
+            state = replace(back, cut=back.cut or back.exact, off=(*state.off, off), stages=state.stages)
+    return state
 
 
 def compile_joint(
-    gm: fx.GraphModule,
-    joint_inputs: Sequence[object],
-    config: Config,
-    inputs: GraphInputs,
-    partition_kwargs: Mapping[str, Any],
-    peak: PeakBudget | None = None,
-    decided: Plan | None = None,
+    state: RegionState, peak: PeakBudget | None = None, decided: Plan | None = None, passes: Sequence[Pass] = PASSES
 ) -> Compiled:
-    """Partition ``gm`` as ``config`` asks. peak: the budget, if it is one of peak bytes. decided: the plan, if a search has
-    found it for the same graph.
+    """Partition the joint graph of ``state`` as its configuration asks, by those of `PASSES` that are in ``passes``. peak: the
+    budget, if it is one of peak bytes. decided: the plan, if a search has found it for the same graph.
 
     A graph that can't be read falls back to the stock cut, with a warning and the reason in the record. Raises for a mistake in
     the options, for a given plan that can't be followed, `BudgetError` where the stock cut does not fit a budget of peak bytes
     (but under ``fallback="warn"``), and whatever a bug of the pass raises: under ``fallback="warn"`` that falls back, too."""
-    traced, given = None, decided
+    traced, given, config = None, decided, state.config
     try:
-        joint = _prepare(gm, inputs, partition_kwargs)
+        prepared = run_passes([p for p in PREPARE if p in passes], replace(state, stages=(Stage("traced", state.graphs),)))
         if config.plan is not None:
-            given = _find(config.plan, joint)
-        default = cut(joint, joint_inputs, partition_kwargs, Setting(rebuild=False))
-        traced = Traced(joint, joint_inputs, partition_kwargs, config, default)
-        return _compile(traced, peak, given)
+            given = follow.find(config.plan, prepared.joint)
+        default = cut(prepared.joint, state.joint_inputs, state.kwargs, Setting(rebuild=False))
+        traced = replace(prepared, default=default, default_bytes=default.saved_bytes)
+        return _compile(traced, peak, Searching() if given is None else follow.Following(given), passes)
     except Exception as error:
         unreadable = isinstance(error, GraphUnsupported)
         if isinstance(error, PlanError) and decided is not None:
@@ -122,10 +146,11 @@ def compile_joint(
     return _left_to_inductor(traced, peak, reason)
 
 
-def _left_to_inductor(traced: Traced, peak: PeakBudget | None, reason: str) -> Compiled:
+def _left_to_inductor(traced: RegionState, peak: PeakBudget | None, reason: str) -> Compiled:
     """The region as Inductor cuts it. Raises `BudgetError` where that exceeds a budget of peak bytes, but under
     ``fallback="warn"``."""
     config, default = traced.config, traced.default
+    assert default is not None
     fits = peak is not None and peak.needs(default) <= peak.nbytes
     if peak is not None and not fits and config.fallback == "error":
         raise _does_not_fit(peak, default, reason)
@@ -135,7 +160,7 @@ def _left_to_inductor(traced: Traced, peak: PeakBudget | None, reason: str) -> C
     record = describe_fallback(traced.joint, default, config, reason)
     if peak is not None and fits:  # it has no choice, but counts in one plan over all parts of a step
         record = _under(peak, replace(record, levels=(Level(default.saved_bytes, 0, default.footprint),)))
-    return Compiled(default.forward, default.backward, record, default, {"joint": traced.joint.gm}, traced)
+    return Compiled(record, default, traced.stages, traced)
 
 
 def _does_not_fit(peak: PeakBudget, default: Cut, reason: str) -> BudgetError:
@@ -154,149 +179,62 @@ def _under(peak: PeakBudget, record: Record) -> Record:
     return replace(record, totals=totals)
 
 
-def _find(plan: ModelPlan, joint: Joint) -> Plan:
-    """As `follow.find`. What has no region for a graph with deferred logits may have one for that with whole ones."""
-    try:
-        return follow.find(plan, joint)
-    except PlanError as error:
-        if joint.inputs.deferred:
-            raise LogitsReturned(f"{error}") from error
-        raise
-
-
-def _prepare(gm: fx.GraphModule, inputs: GraphInputs, partition_kwargs: Mapping[str, Any]) -> Joint:
-    """A private copy of the joint graph without dead code and without duplicates (under autocast q, k and v each carry a
-    cast of one tensor), in which the backward reads no input that the forward writes to. As in the partitioner, what only the
-    forward needs is merged with nothing that gradients need: it would be saved for them."""
-    copy, _ = copy_module(gm)
-    spell_flips(copy)
-    copy.graph.eliminate_dead_code()
-    outputs: Any = copy.graph.output_node().args[0]
-    needed = ancestors(o for o in outputs[partition_kwargs["num_fwd_outputs"] :] if isinstance(o, fx.Node))
-    copy.graph = merge_duplicates(copy.graph, needed.__contains__)
-    static = frozenset(partition_kwargs.get("static_lifetime_input_indices") or ())
-    save_what_is_read(Joint(copy, inputs, partition_kwargs["num_fwd_outputs"], static))
-    return Joint(copy, inputs, partition_kwargs["num_fwd_outputs"], static)
-
-
 def read(
-    traced: Traced, default_bytes: int | None = None, given: Plan | None = None
-) -> tuple[Region, Chunked | None, str | None]:
-    """What a plan can be made for: the joint graph, with its loss in pieces if that pays (how, or why not), or if the ``given``
-    plan has it so. default_bytes: what Inductor's default saves, which the logits are weighed against, if it is not the traced
-    graph's own."""
-    joint, config, default = traced.joint, traced.config, traced.default
-    chunked, why_whole = None, None
-    if given.chunk_rows if given is not None else config.chunk_loss and config.memory_budget != 1.0:
-        rows = given.chunk_rows if given is not None else None if config.chunk_loss is True else config.chunk_loss
-        try:
-            chunked = chunk(joint, default.saved_bytes if default_bytes is None else default_bytes, rows)
-        except GraphUnsupported as error:
-            why_whole = str(error)
-    if joint.inputs.deferred and chunked is None and given is None:
-        raise LogitsReturned(why_whole or "they do not weigh")
-    if given is not None and given.chunk_rows and chunked is None:
-        raise PlanError(f"the plan forms the loss in pieces, which is not possible: {why_whole or 'no logits weigh'}.")
-    joint = chunked.joint if chunked is not None else joint
-    finding = find_contractions(joint)
-    region = Region(
-        joint, traced.joint_inputs, traced.kwargs, config, finding, default, chunked.rows if chunked is not None else 0
+    traced: RegionState, default_bytes: int | None = None, planner: Planner | None = None, passes: Sequence[Pass] = PASSES
+) -> tuple[Region, RegionState]:
+    """What a plan can be made for: the joint graph, with its loss in pieces if the ``planner`` (default: a search) asks for
+    that. default_bytes: what Inductor's default saves, which the logits are weighed against, if it is not the traced graph's
+    own."""
+    planner, config, default = planner or Searching(), traced.config, traced.default
+    assert default is not None
+    weighed = traced.default_bytes if default_bytes is None else default_bytes
+    state = replace(traced, default_bytes=weighed, loss_rows=planner.loss_rows(config))
+    state = run_passes([p for p in SPLIT_LOSS if p in passes], state)
+    planner.check_loss(state)
+    finding = find_contractions(state.joint)
+    rows = state.chunked.rows if state.chunked is not None else 0
+    return Region(state.joint, traced.joint_inputs, traced.kwargs, config, finding, default, rows), replace(
+        state, finding=finding
     )
-    return region, chunked, why_whole
 
 
-def _compile(traced: Traced, peak: PeakBudget | None, given: Plan | None) -> Compiled:
-    region, chunked, why_whole = read(traced, given=given)
-    whole, joint, config = traced.joint, region.joint, traced.config
-    if given is not None:
-        choice = follow.choose(region, given)
-        done = finish(region, choice, given)
-        choice = follow.check_budget(region, choice, done.swapped, done.plan.storages, peak)
-    else:
-        choice = choose_cut(region, lambda choice: finish(region, choice).swapped, peak)
-        done = finish(region, choice)
-    if done.off is not None:
-        warnings.warn(f"actpass: {done.off}", ActpassWarning, stacklevel=2)
-    cuts = Cuts(traced.default, choice.cut, done.final, done.swapped)
-    plan = replace(done.plan, graph=fingerprint(whole), inputs=plain_inputs(whole))
-    record = describe(whole, joint, region.finding, plan, cuts, done.rewritten, config, chunked, why_whole)
+def _compile(traced: RegionState, peak: PeakBudget | None, planner: Planner, passes: Sequence[Pass]) -> Compiled:
+    region, state = read(traced, planner=planner, passes=passes)
+
+    choice, done = planner.plan(region, lambda source: carry_out(source, state, passes), peak)
+    off = "; ".join(done.off)
+    if off:
+        warnings.warn(f"actpass: {off}", ActpassWarning, stacklevel=2)
+    plan = replace(done.plan, graph=fingerprint(traced.joint), inputs=plain_inputs(traced.joint))
+    record = describe(traced.joint, region.joint, replace(done, plan=plan))
     notes = (*done.notes, *([choice.note] if choice.note is not None else []))
     record = replace(record, notes=(*record.notes, *notes))
     if peak is not None:
         record = _under(peak, replace(record, levels=choice.levels, limited=choice.limited))
-    if done.off is not None:
-        record = replace(record, active=False, inactive_because=done.off)
-    forward, backward = done.swapped.forward, done.swapped.backward
-    stages = {"joint": joint.gm, "rewritten": done.joint.gm, "forward": forward, "backward": backward}
-    return Compiled(forward, backward, record, done.swapped, stages, traced, Decided(whole, region, choice))
+    if off:
+        record = replace(record, active=False, inactive_because=off)
+    return Compiled(record, done.partitioned, done.stages, traced, Decided(traced.joint, region, choice))
 
 
-@dataclass(frozen=True)
-class Finished:
-    """plan: what was chosen. joint, rewritten, final: after the contractions were rewritten. swapped: with what crosses in its
-    stored form. off: what could not be done, and why. notes: what the user should know of it."""
-
-    plan: Plan
-    joint: Joint
-    rewritten: Rewritten
-    final: Cut
-    swapped: Cut
-    off: str | None
-    notes: tuple[str, ...] = ()
+def carry_out(source: RegionPlan, state: RegionState | None = None, passes: Sequence[Pass] = CARRY_OUT) -> RegionState:
+    """The region of ``source`` after what it decides. state: what `read` returned with the region, if its stages and what is
+    told of its loss matter."""
+    region, choice = source.region, source.choice
+    if state is None:
+        given = {"joint": region.joint, "joint_inputs": region.joint_inputs, "kwargs": region.kwargs, "config": region.config}
+        state = RegionState(**given, default=region.default, finding=region.finding)
+    start = replace(state, source=source, setting=choice.setting, exact=choice.cut)
+    done = run_passes([p for p in CARRY_OUT if p in passes], start)
+    return replace(done, cut=done.cut or done.exact, plan=_whole(done.plan, region, choice.setting))
 
 
-def finish(region: Region, choice: Choice, given: Plan | None = None) -> Finished:
-    """Carry out what was chosen, the projections first. given: the plan, if it was not searched for."""
-    joint, finding, config = region.joint, region.finding, region.config
-    if given is not None:
-        candidates = find_candidates(joint, finding, choice.cut, follow.grouping(given))
-        plan = Plan(follow.decide(region, given, candidates))
-    else:
-        candidates = region.candidates(choice.cut)
-        profitable_only = config.profitable_only and not config.factors_gradients
-        plan = choose(candidates, config.treatment_of_any, profitable_only=profitable_only, ranks=choice.ranks)
-    changed, done, final, off, notes = joint, Rewritten(), choice.cut, None, ()
-    if plan.projections:
-        try:
-            changed, done, final, factored = _project(region, choice, plan, given)
-            plan = replace(plan, factored=factored)
-        except GraphUnsupported as error:
-            if given is not None:
-                raise
-            off, plan = f"the projections of this region are off: {error}", Plan()
-    try:
-        plan, final, done = _decode(region, changed, final, plan, done, given)
-        if joint.subspaces and len(joint.subspaces) != sum(d.method in LEARNED for d in plan.projections):
-            raise GraphUnsupported(f"{len(joint.subspaces)} subspaces arrived for {len(plan.projections)} projections")
-    except GraphUnsupported as error:
-        if given is not None:
-            raise
-        off = f"{off + '; ' if off else ''}the projections of this region are off: {error}"
-        changed, done, final, plan = joint, Rewritten(), choice.cut, Plan()
-    if given is not None and not joint.subspaces and any(d.method in LEARNED for d in plan.projections):
-        storages = ()  # which subspaces it will take is all that is asked; the graph that the forms are of comes with them
-    elif given is not None:
-        storages, notes = follow.forms(region, given, changed, final, plan.decisions)
-    else:
-        storages = region.storages(changed, replace(choice, cut=final))
-    try:
-        swapped = _swap(changed, final, storages)
-    except GraphUnsupported as error:
-        if given is not None:
-            raise
-        off = f"{off + '; ' if off else ''}the low-bit forms of this region are off: {error}"
-        storages, swapped = (), final
-    return Finished(_whole(plan, storages, region, choice.setting), changed, done, final, swapped, off, notes)
-
-
-def _whole(plan: Plan, storages: tuple[Storage, ...], region: Region, setting: Setting) -> Plan:
+def _whole(plan: Plan, region: Region, setting: Setting) -> Plan:
     """The decisions of ``plan`` with all else that was chosen."""
     again, keep = tuple(sorted(setting.again)), tuple(sorted(setting.keep))
     nodes = {n.name: n for n in region.joint.gm.graph.nodes}
     modules = tuple((name, module_path(nodes[name])) for name in sorted({*again, *keep}))
     return replace(
         plan,
-        storages=storages,
         again=again,
         keep=keep,
         modules=modules,
@@ -306,58 +244,3 @@ def _whole(plan: Plan, storages: tuple[Storage, ...], region: Region, setting: S
         least_shared_bytes=inductor_config.score_fusion_memory_threshold,
         peak_growth=fusion_gate_growth(),
     )
-
-
-def _project(
-    region: Region, choice: Choice, plan: Plan, given: Plan | None
-) -> tuple[Joint, Rewritten, Cut, tuple[Factored, ...]]:
-    """The joint graph with the planned weight gradients formed through projections, what was done, its cut, and the gradients
-    that stay in their factors."""
-    joint = region.joint
-    nodes = {n.name: n for n in joint.gm.graph.nodes}
-    roots = {d.site: storage_root(nodes[d.site]).name for d in plan.decisions}
-    changed = Joint(copy_module(joint.gm)[0], joint.inputs, joint.num_fwd_outputs, joint.static)
-    done = rewrite(changed, region.finding.contractions, plan)
-    verify.only_planned_gradients_changed(changed, plan, done)
-    factored: tuple[Factored, ...] = ()
-    if region.config.factors_gradients:
-        asked = None if given is None else {g.parameter for g in given.factored}
-        factored = factor_gradients(changed, done, lambda path: asked is None or path in asked)
-        changed = Joint(changed.gm, joint.inputs, joint.num_fwd_outputs, joint.static)
-    final = cut(changed, region.joint_inputs, region.kwargs, choice.setting)
-    verify.crosses_as_planned(final, choice.cut, plan, done, roots)
-    return changed, done, final, factored
-
-
-def _decode(
-    region: Region, joint: Joint, cut: Cut, plan: Plan, done: Rewritten, given: Plan | None
-) -> tuple[Plan, Cut, Rewritten]:
-    """``plan`` with the tensors that cross ``cut`` of ``joint`` as projections and are decoded, the cut with them, and what was
-    done in all."""
-    config = region.config
-    if not (given.decoded if given is not None else config.decodes):
-        return plan, cut, done
-    known = {n.name for n in region.joint.gm.graph.nodes}  # and not a projection that is stored for a weight gradient
-    tensors = [t for t in region.saved(joint, cut) if {t.node, t.root} <= known]
-    paths = {path: value(node).dim() for node, path in region.joint.parameter_path.items()}
-    owners = find_owners(region.joint, region.finding, cut, tensors, paths)
-    if given is not None:
-        decisions = follow.decide_decoded(given, tensors, owners)
-    else:
-        decisions = choose_decoded(tensors, owners, config.treatment_of_any, profitable_only=config.profitable_only)
-    plan = replace(plan, decisions=(*plan.decisions, *decisions))
-    if not plan.decoded:
-        return plan, cut, done
-    by_node = {t.node: t for t in tensors}
-    decoded, more = decode_saved(joint, cut, by_node, plan.decoded, subspaces_of(joint, plan))
-    verify.decoded_as_planned(cut, decoded, [by_node[d.site] for d in plan.decoded], more, joint.num_fwd_outputs)
-    return plan, decoded, Rewritten(done.inserted | more.inserted, {**done.payloads, **more.payloads}, done.sketches)
-
-
-def _swap(joint: Joint, cut: Cut, storages: tuple[Storage, ...]) -> Cut:
-    coded = [s for s in storages if s.coded]
-    if not coded:
-        return cut
-    swapped, inserted = swap(cut, coded, joint.num_fwd_outputs)
-    verify.stored_as_planned(cut, swapped, storages, inserted, joint.num_fwd_outputs)
-    return swapped

@@ -219,6 +219,12 @@ def rename(node: torch.fx.Node, name: str) -> None:
     node._rename(name)
 
 
+def keep_names(copy: torch.fx.Graph, graph: torch.fx.Graph) -> None:
+    """Let nodes that are inserted in ``copy`` get the names that they would get in ``graph``, of which it is a copy."""
+    names, like = copy._graph_namespace, graph._graph_namespace
+    names._used_names, names._base_count = set(like._used_names), dict(like._base_count)
+
+
 def plain_input_index(desc: Any) -> int | None:
     """The position in Dynamo's argument list that a joint-graph placeholder (or the gradient of it) stands for.
 

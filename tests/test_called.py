@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import actpass
 from actpass.diagnostics.explain import explain_model
-from actpass.passes.project_weight_gradients import call, splice
+from actpass.ir.editor import GraphEditor
 from actpass.torch_compat import FakeTensorMode, invoke_subgraph, run_and_get_code
 
 from . import models
@@ -179,21 +179,23 @@ def test_what_a_called_graph_returns_is_not_overwritten(alias: str):
         made = h @ h
         return (made, h.view(-1)) if alias == "of an argument" else (made, made.view(-1))
 
-    graph, inserted = fx.Graph(), set[fx.Node]()
+    graph = fx.Graph()
     x = graph.placeholder("x")
     with FakeTensorMode() as mode:
         x.meta["val"] = mode.from_tensor(torch.empty(64, 64))
-    h = splice(graph, torch.sin, [x], after=x, like=x, inserted=inserted)
-    graph.output(h)
+    graph.output(x)
     gm = fx.GraphModule(nn.Module(), graph)
-    results = call(gm, called, [h], after=h, like=h, inserted=inserted, traces={}, key="called")
+    editor = GraphEditor(gm)
+    x, output = editor.graph.nodes
+    h = editor.splice(torch.sin, [x], after=x, like=x)
+    results = editor.call(called, [h], after=h, like=h, key="called")
 
     def later(read: torch.Tensor) -> torch.Tensor:
         read = read @ read
         return torch.tanh(read) @ read + read
 
-    last = splice(graph, later, results[:1], after=results[-1], like=h, inserted=inserted)
-    graph.output_node().args = ((last, results[-1]),)
+    last = editor.splice(later, results[:1], after=results[-1], like=h)
+    output.args = ((last, results[-1]),)
     gm.recompile()
     value = torch.randn(64, 64) / 8
     with torch.no_grad():

@@ -15,11 +15,11 @@ from torch import fx, nn
 import actpass
 from actpass.analysis import linearity as uses
 from actpass.analysis.linearity import Uses
+from actpass.analysis.partitioned import Setting
 from actpass.backend.stack import in_one_piece
 from actpass.diagnostics.explain import explain_model
 from actpass.memory import liveness
 from actpass.passes import partition
-from actpass.passes.partition import Setting
 from actpass.planner import budget
 
 from . import models

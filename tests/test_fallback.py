@@ -11,6 +11,7 @@ from torch import nn
 
 import actpass
 from actpass.errors import GraphUnsupported
+from actpass.pipeline import PASSES, Pass
 from actpass.runtime import regions
 from actpass.torch_compat import compile_fx
 
@@ -23,22 +24,25 @@ STAGES = {
     "actpass.backend.backend.records.region_key": "auto",
     "actpass.backend.backend.ask": "pca",
     "actpass.backend.backend.with_eager_curve": "auto",
-    "actpass.pipeline._prepare": "auto",
     "actpass.pipeline.cut": "auto",
-    "actpass.pipeline.chunk": "auto",
     "actpass.pipeline.find_contractions": "auto",
-    "actpass.pipeline.choose_cut": "auto",
-    "actpass.pipeline.choose": "haar",
-    "actpass.pipeline.rewrite": "haar",
-    "actpass.pipeline.verify.only_planned_gradients_changed": "haar",
-    "actpass.pipeline.factor_gradients": "low_rank",
-    "actpass.pipeline.decode_saved": "prac",
-    "actpass.pipeline.swap": "int8",
-    "actpass.pipeline.verify.stored_as_planned": "int8",
+    "actpass.planner.plan_source.choose_cut": "auto",
+    "actpass.planner.plan_source.choose": "haar",
     "actpass.analysis.partitioned.timeline": "auto",
     "actpass.pipeline.describe": "auto",
 }
-"""Where a bug may be, and a method that goes there."""
+"""Where a bug may be beside the passes, and a method that goes there."""
+GOES_THROUGH = {
+    "project_weight_gradients": "haar",
+    "low_rank_gradients": "low_rank",
+    "partition": "haar",
+    "project_saved": "prac",
+}
+"""Passes that change nothing with int8."""
+for _pass in PASSES:
+    for _part in ("run", "check"):
+        _type = type(_pass)
+        STAGES[f"{_type.__module__}.{_type.__name__}.{_part}"] = GOES_THROUGH.get(_pass.name, "int8")
 
 
 def options_of(method: str, **more: Any) -> dict[str, Any]:
@@ -100,6 +104,23 @@ def test_under_warn_a_graph_that_inductor_fails_on_is_compiled_without_the_pass(
 
 def unreadable(*_: Any) -> Any:
     raise GraphUnsupported("it is odd")
+
+
+@pytest.mark.parametrize("part", ["run", "check"])
+@pytest.mark.parametrize("broken_pass", [p for p in PASSES if p.serves is not None], ids=lambda p: p.name)
+def test_what_a_graph_does_not_allow_is_given_up_and_the_rest_is_done(
+    broken_pass: Pass, part: str, monkeypatch: pytest.MonkeyPatch
+):
+    model, inputs = models.mlp()
+    _, exact = train(model, inputs, {"method": "exact"})
+    monkeypatch.setattr(type(broken_pass), part, unreadable)
+    says = f"the {broken_pass.serves} of this region are off: it is odd"
+    torch.compiler.reset()
+    regions.clear()
+    with pytest.warns(actpass.ActpassWarning, match=f"actpass: {says}$"):
+        _, gradients = train(model, inputs, options_of(GOES_THROUGH.get(broken_pass.name, "int8")))
+    assert_close(gradients, exact, 64 * EPS)
+    assert f"inactive, because {says}" in str(actpass.report(model))
 
 
 def test_a_graph_that_cant_be_read_is_left_to_inductor_with_the_reason(monkeypatch: pytest.MonkeyPatch):

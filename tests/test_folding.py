@@ -19,8 +19,9 @@ from actpass.extrapolation.extrapolate import FoldedRegion
 from actpass.extrapolation.layer_map import TRACED, Fold
 from actpass.extrapolation.layer_names import Stack
 from actpass.memory.resident import Resident
-from actpass.pipeline import finish, read
+from actpass.pipeline import carry_out, read
 from actpass.planner.budget import PeakBudget, Region, Search, free_choice
+from actpass.planner.plan_source import SearchedPlan
 
 LAYERS = 8
 TOOLS = Path(__file__).parent.parent / "tools"
@@ -88,7 +89,7 @@ def traced_both(name: str, options: dict[str, Any]) -> tuple[Region, FoldedRegio
         model, inputs = build(layers)
         (region,) = explain_model(model, (), inputs, {"smallest": 1024, **options}).regions
         traced.append(region.traced)
-    whole, _, _ = read(traced[0])
+    whole, _ = read(traced[0])
     return whole, FoldedRegion(traced[1], Stack(path, LAYERS))
 
 
@@ -97,7 +98,7 @@ def test_without_a_budget_all_is_the_same_to_the_byte(both: tuple[Region, Folded
     assert folded.default.saved_bytes == whole.default.saved_bytes
     assert folded.default.footprint == whole.default.footprint
     assert folded.step_flops == whole.step_flops
-    free, folded_free = finish(whole, free_choice(whole)).swapped, folded.carry_out(folded.free())
+    free, folded_free = carry_out(SearchedPlan(whole, free_choice(whole))).partitioned, folded.carry_out(folded.free())
     assert folded_free.saved_bytes == free.saved_bytes
     assert folded_free.footprint.backward == free.footprint.backward
     # the keys of stochastic rounding are drawn at once for all tensors, as many as there are: bytes, but other memory is reused
@@ -115,7 +116,7 @@ def test_without_a_budget_all_is_the_same_to_the_byte(both: tuple[Region, Folded
 def test_projections_too(options: dict[str, Any]):
     """Bases lie in no layer, or where the first of several layers that read one does."""
     whole, folded = traced_both("llama", options)
-    free, folded_free = finish(whole, free_choice(whole)).swapped, folded.carry_out(folded.free())
+    free, folded_free = carry_out(SearchedPlan(whole, free_choice(whole))).partitioned, folded.carry_out(folded.free())
     assert folded_free.saved_bytes == free.saved_bytes
     assert folded_free.footprint.gradients == free.footprint.gradients
     assert folded_free.peak_bytes == pytest.approx(free.peak_bytes, rel=PEAK["llama"])
@@ -129,16 +130,16 @@ def test_from_the_most_to_the_least_saved_bytes_forms_and_peaks_agree(both: tupl
     again = set()
     for capacity in (*capacities[:-1:12], capacities[-1]):
         want, got = direct.at(capacity), folded.search.at(capacity)
-        done, cut = finish(whole, want.choice), folded.carry_out(got.choice)
+        done, cut = carry_out(SearchedPlan(whole, want.choice)), folded.carry_out(got.choice)
         plan = folded.describe(got.choice).plan
         assert (got.stored, got.cost) == (want.stored, want.cost)
         assert Counter((s.codec, s.nbytes, s.stored_bytes) for s in plan.storages) == Counter(
             (s.codec, s.nbytes, s.stored_bytes) for s in done.plan.storages
         )
         assert len(plan.again) == len(done.plan.again)
-        assert cut.saved_bytes == done.swapped.saved_bytes
-        assert cut.footprint.gradients == done.swapped.footprint.gradients
-        assert cut.peak_bytes == pytest.approx(done.swapped.peak_bytes, rel=PEAK[build_of(folded)])
+        assert cut.saved_bytes == done.partitioned.saved_bytes
+        assert cut.footprint.gradients == done.partitioned.footprint.gradients
+        assert cut.peak_bytes == pytest.approx(done.partitioned.peak_bytes, rel=PEAK[build_of(folded)])
         again.add(len(plan.again))
     assert len(again) > 2
 

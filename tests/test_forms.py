@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import actpass
+from actpass.analysis.partitioned import Setting
 from actpass.diagnostics.explain import explain_model
 from actpass.memory.profiler import measure
-from actpass.passes.partition import Setting
 from actpass.plan import SCORE, SCORE_AGAIN
 from actpass.runtime.step_counter import CLOCK
 from actpass.torch_compat import functorch_config, invoke_subgraph

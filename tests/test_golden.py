@@ -10,17 +10,19 @@ from __future__ import annotations
 import json
 import platform
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from torch import fx
+from torch import fx, nn
 
 import actpass
 from actpass.diagnostics.explain import Explanation, explain_model
+from actpass.pipeline import PASSES, compile_joint, until
 
 from . import models
 
@@ -122,5 +124,85 @@ GRAPHS: dict[str, tuple[str, dict[str, Any]]] = {
 def test_graphs_of_every_stage_are_those_that_were_looked_at(name: str, update: bool):
     model, options = GRAPHS[name]
     (region,) = explained(model, options).regions
-    lines = [f"{stage}: {line}" for stage, gm in region.stages.items() for line in graph_lines(gm)]
+    stages = {stage.name: stage.graphs for stage in region.stages}
+    shown = {"joint": stages["scatter_onto_sums"]["joint"], "rewritten": stages["low_rank_gradients"]["joint"]}
+    shown |= {"forward": region.forward, "backward": region.backward}
+    lines = [f"{stage}: {line}" for stage, gm in shown.items() for line in graph_lines(gm)]
     Golden(FOLDER / "graphs.json", update).check(name, lines)
+
+
+class Toy(nn.Module):
+    """Two layers, the first one's output flipped, a sine taken twice, and a buffer that is read and then written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16, bias=False), nn.Linear(16, 4, bias=False)
+        self.register_buffer("least", torch.zeros(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x)
+        h = torch.where(h > self.least, h.sin() + h.sin().flip(-1), h)
+        self.least.add_(1)
+        return self.b(h).square().mean()
+
+
+class TiedToy(nn.Module):
+    """An embedding that is the head, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 4)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        logits = torch.tanh(self.embedding(tokens)) @ self.embedding.weight.t()
+        return nn.functional.cross_entropy(logits, tokens)
+
+
+def toy() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    return Toy(), {"x": torch.randn(32, 8)}
+
+
+def tied_toy() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    return TiedToy(), {"tokens": torch.arange(32) % 20}
+
+
+PROJECTED = {"method": "haar", "rank": 2, "profitable_only": False}
+TOYS_OF_PASSES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "chunked_loss": (tied_toy, {"chunk_loss": 16}),
+    "scatter_onto_sums": (tied_toy, {"chunk_loss": 16}),
+    "project_weight_gradients": (toy, PROJECTED),
+    "low_rank_gradients": (toy, {**PROJECTED, "gradients": "low_rank"}),
+    "partition": (toy, PROJECTED),
+    "project_saved": (toy, {"method": "prac", "rank": 4, "profitable_only": False}),
+}
+"""A toy that a pass changes, where another than a plain one does."""
+
+
+@pytest.mark.parametrize("name", [p.name for p in PASSES])
+def test_what_each_pass_makes_of_a_graph_is_what_was_looked_at(name: str, update: bool):
+    """The graphs before and after it; one that stays as it is would be no test."""
+    make, options = TOYS_OF_PASSES.get(name, (toy, {"method": "int8"}))
+    module, inputs = make()
+    (region,) = explain_model(module, (), inputs, {"smallest": 0, **options}).regions
+    (at,) = [i for i, stage in enumerate(region.stages) if stage.name == name]
+    before, after = (
+        [f"{kind}: {line}" for kind, gm in stage.graphs.items() for line in graph_lines(gm)]
+        for stage in region.stages[at - 1 : at + 1]
+    )
+    assert before != after
+    lines = [f"before {line}" for line in before] + [f"after {line}" for line in after]
+    Golden(FOLDER / "passes.json", update).check(name, lines)
+
+
+def test_passes_can_be_listed_filtered_timed_and_left_out():
+    module, inputs = toy()
+    (region,) = explain_model(module, (), inputs, {"smallest": 0}).regions
+    names = [p.name for p in PASSES]
+    assert [stage.name for stage in region.stages] == ["traced", *names]
+    assert all(region.seconds[name] > 0 for name in names)
+    start = replace(region.traced, joint=replace(region.traced.joint, gm=region.stages[0].graphs["joint"]), stages=())
+    short = compile_joint(start, passes=until("partition"))
+    assert [stage.name for stage in short.stages] == ["traced", *names[: names.index("partition") + 1]]
+    assert short.record.totals.saved_bytes > region.record.totals.saved_bytes

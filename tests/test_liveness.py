@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 import actpass
-from actpass.backend.backend import _inductor_options
+from actpass.backend.inductor_options import inductor_options
 from actpass.memory.footprint import MARGIN
 from actpass.memory.fusion import Fusion
 from actpass.memory.kernel import Kernel
@@ -257,22 +257,22 @@ GATED = [{}, {"memory_budget": 0.3}, {"memory_budget": "1GiB"}, {"method": "exac
 @pytest.mark.parametrize("options", GATED, ids=str)
 def test_the_gate_is_set_under_every_plan_unless_the_user_sets_it(options: dict[str, Any]):
     gib, share = FUSION_GATE
-    assert (share in _inductor_options(parse(options, None))) == HAS_GATE
-    assert share not in _inductor_options(parse({**options, "inductor": {gib: None}}, None))
+    assert (share in inductor_options(parse(options, None))) == HAS_GATE
+    assert share not in inductor_options(parse({**options, "inductor": {gib: None}}, None))
     if HAS_GATE:
         with inductor_config.patch({gib: 1.0}):
-            own = _inductor_options(parse(options, None))
+            own = inductor_options(parse(options, None))
         assert not {gib, share} & set(own)
         # What reuse holds would not be predicted beside any gate, but where nothing is coded.
         keeps = options == {"method": "exact"}
         assert own.get("allow_buffer_reuse", True) == keeps
-        assert _inductor_options(parse({**options, "inductor": {gib: 1.0}}, None)).get("allow_buffer_reuse", True) == keeps
+        assert inductor_options(parse({**options, "inductor": {gib: 1.0}}, None)).get("allow_buffer_reuse", True) == keeps
         asked = {gib: 1.0, "allow_buffer_reuse": True}
-        assert _inductor_options(parse({**options, "inductor": asked}, None)).items() >= asked.items()
+        assert inductor_options(parse({**options, "inductor": asked}, None)).items() >= asked.items()
 
 
 def test_inductor_alone_has_no_gate():
-    assert _inductor_options(parse(PLANS["inductor"], None)) == {}
+    assert inductor_options(parse(PLANS["inductor"], None)) == {}
 
 
 def test_a_plan_says_what_fusions_may_add_and_older_files_are_read():

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from actpass.analysis.partitioned import Setting
 from actpass.codecs import QUANTIZERS, errors
 from actpass.options.config import Treatment
-from actpass.passes.partition import Setting
 from actpass.passes.quantize_saved import layout_of
 from actpass.plan import SavedTensor
 from actpass.plan.knapsack import solve

@@ -24,7 +24,7 @@ from torch import nn
 
 import actpass
 from actpass.backend import backend
-from actpass.backend.backend import Partitioner
+from actpass.backend.partitioner import Partitioner
 from actpass.ir.graph_inputs import GraphInputs
 from actpass.options.config import parse
 from actpass.runtime import progress, regions

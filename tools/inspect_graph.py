@@ -6,6 +6,8 @@
     python tools/inspect_graph.py llama-60m --plot-peak peak.svg --plot-pareto pareto.svg    the same as pictures
     python tools/inspect_graph.py llama-mini --memory-budget 0.3 --save-plan plan.json      the plan as a file, to edit ...
     python tools/inspect_graph.py llama-mini --plan plan.json                 ... and what is then saved
+    python tools/inspect_graph.py llama-mini --pass quantize_saved            the graphs before and after one pass, or all
+    python tools/inspect_graph.py --list                                      the passes
     python tools/inspect_graph.py my_module:make_training_step --device cpu   any model: a function that returns
                                                                               (model, args, kwargs)
 
@@ -23,11 +25,13 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from arguments import add_option_arguments, options_from, positive_int, probability
+from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from workloads import (
     DTYPES,
@@ -44,9 +48,10 @@ from workloads import (
 
 from actpass.diagnostics.explain import Explanation, explain_model
 from actpass.errors import ActpassError
+from actpass.pipeline import PASSES
 from actpass.reporting.plots import check_path
 
-STAGES = ("joint", "rewritten", "forward", "backward")
+ALL = "all"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +81,8 @@ def main() -> int:
     if given.save_plan is not None:
         explained.report.plan.save(given.save_plan)
         print(f"wrote {given.save_plan}: plan {explained.report.plan_hash}")
+    if given.only is not None:
+        print("\n".join(pass_lines(explained, given.only)))
     if given.graphs is not None:
         for name, text in graph_files(explained):
             _write(given.graphs / name, text)
@@ -105,13 +112,29 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("meta", "cpu", "cuda"), default="meta")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
     parser.add_argument("--save-plan", type=Path, metavar="FILE", help="write the plan, to edit and to compile with")
-    parser.add_argument("--graphs", type=Path, metavar="DIR", help="write every region's graphs, a file a stage")
+    parser.add_argument(
+        "--graphs", type=Path, metavar="DIR", help="write every region's graphs, a file for each that a pass made"
+    )
+    parser.add_argument(
+        "--pass", dest="only", choices=(*(p.name for p in PASSES), ALL), help="print what it is given and makes"
+    )
+    parser.add_argument("--list", action=ListPasses, nargs=0, help="print the passes in their order, and stop")
     parser.add_argument("--plot-peak", type=Path, metavar="FILE", help="draw memory over a step (.svg or .png)")
     parser.add_argument(
         "--plot-pareto", type=Path, metavar="FILE", help="draw saved bytes against error and time (.svg or .png); takes longer"
     )
     add_option_arguments(parser)
     return parser
+
+
+class ListPasses(argparse.Action):
+    """Prints the passes: the first line of what each one's file says."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        for each in PASSES:
+            first_line, _, _ = (sys.modules[type(each).__module__].__doc__ or "").partition("\n")
+            print(f"{each.name:25} {first_line}")
+        parser.exit()
 
 
 def _explain_with_fallback(given: argparse.Namespace, options: Mapping[str, Any]) -> Explanation:
@@ -212,17 +235,34 @@ def _from_function(given: argparse.Namespace) -> Target:
     return Target(model, tuple(args), dict(kwargs), given.model)
 
 
-def graph_files(explained: Explanation) -> Iterator[tuple[str, str]]:
-    """(file name, text) of every stage of every region, in the order of the pipeline."""
+def pass_lines(explained: Explanation, only: str) -> Iterator[str]:
+    """The graphs before and after the pass ``only``, or each one, and how long it took."""
     for number, region in enumerate(explained.regions):
-        stages = {"forward": region.forward, "backward": region.backward, **region.stages}
-        order = [*STAGES, *(name for name in stages if name not in STAGES)]
-        for position, name in enumerate(order, start=1):
-            if name in stages:
-                gm = stages[name]
-                head = f"# region {number}, {name} graph, {len(gm.graph.nodes)} nodes\n"
-                text = gm.print_readable(print_output=False, include_stride=True, include_device=True)
-                yield f"region{number}_{position}_{name}.py.txt", head + text + "\n"
+        for before, after in pairwise(region.stages):
+            if only not in (after.name, ALL):
+                continue
+            changed = list(before.graphs.values()) != list(after.graphs.values())
+            says = "" if changed else ": nothing to do"
+            yield f"# region {number}, {after.name}, {after.seconds:.3f} s{says}"
+            for when, stage in (("before", before), ("after", after)) if changed else ():
+                for kind, gm in stage.graphs.items():
+                    yield f"# {when}: {kind} graph, {len(gm.graph.nodes)} nodes\n{_text(gm)}"
+
+
+def graph_files(explained: Explanation) -> Iterator[tuple[str, str]]:
+    """(file name, text) of what each pass made of every region, in their order."""
+    for number, region in enumerate(explained.regions):
+        known: list[fx.GraphModule] = []
+        for position, stage in enumerate(region.stages):
+            for kind, gm in stage.graphs.items():
+                if gm not in known:
+                    head = f"# region {number}, {kind} graph after {stage.name}, {len(gm.graph.nodes)} nodes\n"
+                    yield f"region{number}_{position:02}_{stage.name}_{kind}.py.txt", f"{head}{_text(gm)}\n"
+                    known.append(gm)
+
+
+def _text(gm: fx.GraphModule) -> str:
+    return gm.print_readable(print_output=False, include_stride=True, include_device=True)
 
 
 def _write(path: Path, text: str) -> None:

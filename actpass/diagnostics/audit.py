@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from actpass.backend.backend import ask, device_of, peak_budget, run_passes
+from actpass.backend.headroom import peak_budget
+from actpass.backend.partitioner import ask, run_passes
+from actpass.backend.state_inputs import RegionRequest
 from actpass.codecs.generator import round_keys, step_seed
 from actpass.diagnostics.interpreter import interpret, own_forward, own_gradients, untouched
 from actpass.errors import OptionError
-from actpass.ir.graph_inputs import GraphInputs
 from actpass.ir.inline import inline_regions
 from actpass.ir.joint_graph import fold_indices
 from actpass.options.config import Config, exactly
@@ -213,14 +214,11 @@ class _Step:
 
         def backend(gm: fx.GraphModule, example_inputs: list[Any], **more: Any) -> Any:
             gm = inline_regions(gm, example_inputs)[0]
-            device = device_of(example_inputs)
-            plain = GraphInputs.of(gm, example_inputs)
             with functorch_config.patch(enable_autograd_cache=False):
-                peak = peak_budget(config, example_inputs)
-                extra = replace(ask(gm, example_inputs, config, plain, device, peak), factors=())  # dense, to be compared
-                fn = run_passes(
-                    gm, example_inputs, config, plain, device, "", peak, compile_fx, extra, inner_compile=interpret
-                )[1]
+                request = RegionRequest.of(gm, example_inputs, config, peak=peak_budget(config, example_inputs))
+                extra = replace(ask(request), factors=())  # dense, to be compared
+                fn = run_passes(replace(request, extra=extra), compile_fx, inner_compile=interpret)[1]
+            device, plain = request.device, request.inputs
             if extra.sites:
                 own = Store(STORE)  # those of the training run stay as they are
                 run = WithSubspaces(fn=fn, sites=extra.sites, config=config, device=device, store=own, written=plain.written)

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from actpass.backend.backend import device_of, run_passes
+from actpass.backend.partitioner import run_passes
+from actpass.backend.state_inputs import RegionRequest
 from actpass.codecs import QUANTIZERS
 from actpass.codecs.generator import round_keys
 from actpass.diagnostics.interpreter import interpret, own_forward, own_gradients, untouched
 from actpass.errors import OptionError
-from actpass.ir.graph_inputs import GraphInputs
 from actpass.ir.inline import inline_regions
 from actpass.ir.joint_graph import Joint, module_path, plain_input_index
 from actpass.options.config import Config, exactly
@@ -51,14 +51,12 @@ def calibrate_model(
     def backend(gm: fx.GraphModule, example_inputs: list[Any], **_: Any) -> Any:
         gm = inline_regions(gm, example_inputs)[0]
         region = _Region(example_inputs, state)
-        device, plain = device_of(example_inputs), GraphInputs.of(gm, example_inputs)
+        request = RegionRequest.of(gm, example_inputs, config)
         with functorch_config.patch(enable_autograd_cache=False):
-            compiled, fn = run_passes(
-                gm, example_inputs, config, plain, device, "", None, compile_fx, inner_compile=region.inner_compile
-            )
+            compiled, fn = run_passes(request, compile_fx, inner_compile=region.inner_compile)
         region.compiled = compiled
         regions.append(region)
-        return (lambda *args: fn(*args, round_keys(0, device))) if config.needs_seed else fn
+        return (lambda *args: fn(*args, round_keys(0, request.device))) if config.needs_seed else fn
 
     model = getattr(model, "_orig_mod", model)
     with torch.enable_grad(), untouched(model), own_gradients(model):

@@ -11,7 +11,10 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from actpass.backend.backend import Extra, ask, device_of, no_code, noting_calls, peak_budget, run_passes
+from actpass.backend.backend import noting_calls
+from actpass.backend.headroom import peak_budget
+from actpass.backend.partitioner import ask, no_code, run_passes
+from actpass.backend.state_inputs import Extra, RegionRequest
 from actpass.diagnostics.interpreter import own_forward, untouched
 from actpass.diagnostics.pareto_sweep import tradeoff
 from actpass.errors import OptionError
@@ -72,22 +75,13 @@ def _analyse(gm: fx.GraphModule, example_inputs: list[Any], config: Config, expl
     gm, called = inline_regions(gm, example_inputs)
     plain = GraphInputs.of(gm, example_inputs)
     gm, example_inputs = _off_meta(gm, example_inputs)
-    device, peak = device_of(example_inputs), peak_budget(config, example_inputs)
+    peak = peak_budget(config, example_inputs)
+    request = RegionRequest.of(gm, example_inputs, config, inputs=plain, peak=peak)
     # what a region takes beside its inputs fixes its plan, and then there is no choice whose alternatives could be explored
-    extra = Extra() if explore else ask(gm, example_inputs, config, plain, device, peak)
+    extra = Extra() if explore else ask(request)
     with functorch_config.patch(enable_autograd_cache=False):
-        compiled, _ = run_passes(
-            gm,
-            example_inputs,
-            config,
-            plain,
-            device,
-            "",
-            extra.counted_in(peak),
-            compile_fx,
-            extra,
-            inner_compile=no_code,
-        )
+        request = replace(request, peak=extra.counted_in(peak), extra=extra)
+        compiled, _ = run_passes(request, compile_fx, inner_compile=no_code)
     if compiled is None:
         return None
     record = with_eager_curve(noting_calls(compiled.record, called), gm, example_inputs)

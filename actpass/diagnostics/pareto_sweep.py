@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import fx
 
-from actpass.analysis.partitioned import Cut
+from actpass.analysis.partitioned import Cut, Setting
 from actpass.analysis.rematerialization import Recomputation
 from actpass.analysis.saved_tensors import EARLY_GRADIENT
 from actpass.ir.op_cost import is_attention, is_matmul
-from actpass.passes.partition import Setting, cut
+from actpass.passes.partition import cut
 from actpass.pipeline import Decided
 from actpass.plan.pareto import Point, Tradeoff
 from actpass.planner.budget import Choice, Region, alternatives

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from actpass.backend.backend import options_within
+from actpass.backend.inductor_options import options_within
 from actpass.diagnostics.explain import explain_model
 from actpass.errors import BudgetError, OptionError
 from actpass.extrapolation.deep_plan import DeepPlan
@@ -21,8 +21,10 @@ from actpass.extrapolation.outcome import UNLIMITED, Outcome
 from actpass.extrapolation.sharded_budget import ShardedBudget
 from actpass.memory.resident import Resident
 from actpass.options.config import Config, parse
-from actpass.pipeline import Traced, finish, read
+from actpass.passes.base import RegionState
+from actpass.pipeline import carry_out, read
 from actpass.planner.budget import PeakBudget, Region, Search, free_choice
+from actpass.planner.plan_source import SearchedPlan
 from actpass.torch_compat import FakeTensorMode, inductor_config
 
 Made = tuple[nn.Module, Mapping[str, Any]]
@@ -130,7 +132,8 @@ class _DeepModel:
         deep, direct, few = self.region.search, Search(whole, free_choice(whole)), folded.search
         share = (outcome.plan.cut.saved_bytes - deep.least) / (deep.most - deep.least)
         capacity = direct.least + int(min(max(share, 0.0), 1.0) * (direct.most - direct.least))
-        want, got = finish(whole, direct.at(capacity).choice).swapped, folded.carry_out(few.at(capacity).choice)
+        want = carry_out(SearchedPlan(whole, direct.at(capacity).choice)).partitioned
+        got = folded.carry_out(few.at(capacity).choice)
         return (
             f"checked on {folded.stack.layers * folded.stack.group} layers traced whole, as tight a plan: saved "
             f"{want.saved_bytes} bytes, extrapolated {got.saved_bytes}; peak {want.peak_bytes}, extrapolated {got.peak_bytes} "
@@ -145,7 +148,9 @@ def _plan(model: _DeepModel, memory_budget: int | None) -> DeepPlan:
     return DeepPlan(model.parameters, outcomes, checks)
 
 
-def _traced(make: Callable[[int], Made], depth: int, options: Mapping[str, Any]) -> tuple[nn.Module, Mapping[str, Any], Traced]:
+def _traced(
+    make: Callable[[int], Made], depth: int, options: Mapping[str, Any]
+) -> tuple[nn.Module, Mapping[str, Any], RegionState]:
     """The model with ``depth`` layers, a batch, and its joint graph."""
     torch.compiler.reset()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):

@@ -15,19 +15,20 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from actpass.analysis.partitioned import Cut, Cuts
+from actpass.analysis.partitioned import Cut, Setting
 from actpass.codecs import errors
 from actpass.extrapolation.folded_graph import Block, FoldedCut
 from actpass.extrapolation.layer_map import MIDDLE, Fold
 from actpass.extrapolation.layer_names import Names, Stack
 from actpass.ir.joint_graph import module_path
 from actpass.options.config import Config
-from actpass.passes.partition import Setting
-from actpass.pipeline import Finished, Traced, finish, read
+from actpass.passes.base import RegionState
+from actpass.pipeline import carry_out, read
 from actpass.plan import Plan, SavedTensor
 from actpass.plan.policy import StoredBytes
 from actpass.plan.storage_options import Costs
 from actpass.planner.budget import Choice, Limit, Search, free_choice, sizes_in, within_peak
+from actpass.planner.plan_source import SearchedPlan
 from actpass.reporting.record import Record, SiteRow, describe
 
 
@@ -57,17 +58,18 @@ class FoldedRegion:
     """The joint graph of a model of `TRACED` layers, read as that of a deep one. Raises `GraphUnsupported` if the layers that
     are to stand for all others are not alike."""
 
-    def __init__(self, traced: Traced, stack: Stack) -> None:
+    def __init__(self, traced: RegionState, stack: Stack) -> None:
         self.stack, self.fold = stack, Fold(stack.layers)
         self.whole = traced.joint
         names = Names(self.whole.gm.graph, stack)
+        assert traced.default is not None
         default = Block(traced.default, traced.default, self.whole.num_fwd_outputs, stack, names)
         self.default = FoldedCut(self.fold, (default,) * stack.layers, default)
-        self.region, self.chunked, self.why_whole = read(traced, self.default.saved_bytes)
+        self.region, self._state = read(traced, self.default.saved_bytes)
         self.names = Names(self.region.joint.gm.graph, stack)
         self.place, self.middle = self.names.place, self.names.middle
         self._cuts: dict[Setting, tuple[Cut, Block, list[SavedTensor]]] = {}
-        self._finished: dict[Any, tuple[Choice, Finished, Block]] = {}
+        self._finished: dict[Any, tuple[Choice, RegionState, Block]] = {}
         self._carried: dict[tuple[int, ...], FoldedCut] = {}
         self._copied: dict[str, tuple[Cut, SavedTensor]] = {}
 
@@ -205,7 +207,7 @@ class FoldedRegion:
         setting = self.deep_setting(found.setting)
         return replace(found, setting=setting, cut=self.cut(setting))
 
-    def finished(self, choice: Choice) -> tuple[list[tuple[Choice, Finished, Block]], tuple[Choice, Finished, Block]]:
+    def finished(self, choice: Choice) -> tuple[list[tuple[Choice, RegionState, Block]], tuple[Choice, RegionState, Block]]:
         """``choice`` carried out: for each layer on the traced model with all layers like this one; and for the rest."""
         codecs = choice.codecs
         by_layer: dict[int | None, dict[str, str | None]] = {}
@@ -221,7 +223,7 @@ class FoldedRegion:
 
     def _finish(
         self, setting: Setting, own: Mapping[str, str | None] | None, deep: Mapping[str, str | None] | None
-    ) -> tuple[Choice, Finished, Block]:
+    ) -> tuple[Choice, RegionState, Block]:
         """own: forms of one layer. deep: of all; None: the method's own rule for all."""
         where, _, tensors = self._cut(setting)
         codecs: dict[str, str | None] | None = None
@@ -234,8 +236,8 @@ class FoldedRegion:
         key = setting, tuple(sorted(codecs.items())) if codecs is not None else None
         if key not in self._finished:
             choice = Choice(setting, where, codecs)
-            done = finish(self.region, choice)
-            self._finished[key] = choice, done, self._block(done.swapped, done.final)
+            done = carry_out(SearchedPlan(self.region, choice), self._state)
+            self._finished[key] = choice, done, self._block(done.cuts.swapped, done.cuts.final)
         return self._finished[key]
 
     def carry_out(self, choice: Choice) -> FoldedCut:
@@ -260,8 +262,8 @@ class FoldedRegion:
 
     def describe(self, choice: Choice) -> FoldedPlan:
         layers, rest = self.finished(choice)
-        different = {id(done): (chosen, done) for chosen, done, _ in (*layers, rest)}
-        records = {key: self._record(*found) for key, found in different.items()}
+        different = {id(done): done for _, done, _ in (*layers, rest)}
+        records = {key: describe(self.whole, self.region.joint, done) for key, done in different.items()}
         kinds: dict[Any, list[int]] = {}
         for layer, (chosen, done, _) in enumerate(layers):
             traced = self.fold.traced(layer)
@@ -271,12 +273,6 @@ class FoldedRegion:
         record = records[id(rest[1])]
         others = LayerKind((), self._rows(record, None), self._again(rest[0], None))
         return FoldedPlan(self._plan(layers, rest), self.carry_out(choice), self.default, found, others, record.notes)
-
-    def _record(self, choice: Choice, done: Finished) -> Record:
-        cuts = Cuts(self.region.default, choice.cut, done.final, done.swapped)
-        region = self.region
-        args = self.whole, region.joint, region.finding, done.plan, cuts, done.rewritten, region.config
-        return describe(*args, self.chunked, self.why_whole)
 
     def _rows(self, record: Record, layer: int | None) -> tuple[SiteRow, ...]:
         """The rows of one traced layer, without what tells it from others."""
@@ -293,7 +289,7 @@ class FoldedRegion:
         again = [nodes[name] for name in sorted(choice.setting.again) if self.place[name][0] == layer]
         return tuple(sorted(self.stack.place(module_path(n))[1] for n in again))
 
-    def _plan(self, layers: Sequence[tuple[Choice, Finished, Block]], rest: tuple[Choice, Finished, Block]) -> Plan:
+    def _plan(self, layers: Sequence[tuple[Choice, RegionState, Block]], rest: tuple[Choice, RegionState, Block]) -> Plan:
         """The plan of the deep model, with all its layers spelled out."""
         parts = [(None, rest), *enumerate(layers)]
         decisions, storages, again = [], [], []
@@ -315,10 +311,10 @@ class FoldedRegion:
             again += [name(n) for n in sorted(choice.setting.again) if self.place[n][0] == traced]
         return Plan(tuple(decisions), tuple(storages), tuple(again))
 
-    def _layer_in(self, done: Finished, name: str) -> int | None:
+    def _layer_in(self, done: RegionState, name: str) -> int | None:
         if name in self.place:
             return self.place[name][0]
-        node = next(n for n in done.final.forward.graph.nodes if n.name == name)
+        node = next(n for n in done.cuts.final.forward.graph.nodes if n.name == name)
         return self.stack.place(module_path(node))[0]
 
 

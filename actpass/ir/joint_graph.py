@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from actpass.ir.graph_inputs import GraphInputs, clean_path
+from actpass.ir.outputs import output_values
 from actpass.ir.products import is_sum_in_place
 from actpass.torch_compat import OpOverload, get_default_op_list, is_tangent_input, plain_input_index, size_hint
 
@@ -37,8 +37,7 @@ class Joint:
 
     @cached_property
     def outputs(self) -> list[fx.Node | None]:
-        (out,) = self.gm.graph.find_nodes(op="output")
-        return pytree.tree_leaves(out.args[0])
+        return output_values(self.gm.graph)
 
     @property
     def forward_outputs(self) -> list[fx.Node]:

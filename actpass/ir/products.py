@@ -37,20 +37,6 @@ def _(result: Tensor, sums: list[Tensor]) -> Tensor:
     return torch.empty_like(result)
 
 
-def insert_sum(graph: fx.Graph, total: fx.Node, left: fx.Node, right: fx.Node, after: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """Insert ``total + left.T @ right`` behind ``after`` as an operator that changes nothing, which Inductor makes the one that
-    writes in place of. Returns its node, and that of the sum."""
-    factors: dict[str, Any] = {"total": total, "left": left, "right": right}
-    with graph.inserting_after(after):
-        made = graph.call_function(auto_functionalized, (torch.ops.actpass.add_product_.default,), factors)
-    with graph.inserting_after(made):
-        added = graph.call_function(operator.getitem, (made, 1))
-    val = total.meta["val"]
-    added.meta["val"] = torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
-    made.meta["val"] = (None, added.meta["val"])
-    return made, added
-
-
 def products_of(node: fx.Node) -> list[fx.Node]:
     """What is multiplied from the left in the sum of ``node`` and of all that it adds to, the first product among them."""
     lefts: list[fx.Node] = []
@@ -63,5 +49,5 @@ def products_of(node: fx.Node) -> list[fx.Node]:
 
 
 def is_sum_in_place(node: fx.Node) -> bool:
-    """Whether ``node`` is what `insert_sum` returns first. The sum lies in the memory of its first input."""
+    """Whether ``node`` is what `actpass.ir.editor` inserts for a sum. The sum lies in the memory of its first input."""
     return node.target is auto_functionalized and node.args[0] is torch.ops.actpass.add_product_.default

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,13 +32,13 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from actpass.errors import GraphUnsupported
 from actpass.ir.copying import copy_module
+from actpass.ir.editor import GraphEditor
 from actpass.ir.joint_graph import CASTS, Joint, builtin_name, is_tangent, is_view, storage_root, tensor_bytes, value
 from actpass.ir.op_cost import is_attention, is_matmul
 from actpass.ir.op_queries import is_pointwise, is_reduction
-from actpass.ir.products import insert_sum, is_sum_in_place
+from actpass.ir.products import is_sum_in_place
 from actpass.ir.traversal import ancestors, descendants, reach
-from actpass.passes.project_weight_gradients import call, splice
-from actpass.passes.scatter_onto_sums import scatter_onto_sums
+from actpass.passes.base import Chunked, GraphPass, RegionState
 from actpass.torch_compat import invoke_subgraph
 
 aten = torch.ops.aten
@@ -67,33 +67,31 @@ _MOVES = (aten.neg.default, aten.sum.default, aten.sum.dim_IntList, aten.clone.d
 
 
 @dataclass(frozen=True)
-class Chunked:
-    """joint: with the head in pieces. logits_bytes: of the tensor that is no longer formed. pieces: how many. rows: of a piece,
-    the last may have fewer."""
+class ChunkedLoss(GraphPass):
+    """Leaves a loss whole whose head can't be taken apart, and one whose logits do not weigh against what Inductor's default
+    saves; why is in the state."""
 
-    joint: Joint
-    logits_bytes: int
-    pieces: int
-    rows: int
+    name: str = "chunked_loss"
 
-
-def chunk(joint: Joint, saved_bytes: int, rows: int | None = None) -> Chunked | None:
-    """``joint`` with its head in pieces of ``rows`` rows (None: as many as suit the device); None if it has no head whose
-    logits weigh. saved_bytes: what Inductor's default saves. Raises `GraphUnsupported` with the reason if such a head can't be
-    taken apart."""
-    head = _find_head(joint, saved_bytes)
-    if head is None:
-        return None
-    copy, mapping = copy_module(joint.gm)
-    changed = Joint(copy, joint.inputs, joint.num_fwd_outputs, joint.static)
-    region = _Region(changed, mapping[head])
-    sizes = _pieces(region.rows, rows or _rows_of_a_piece(value(region.hidden)))
-    region.split(sizes)
-    scatter_onto_sums(Joint(copy, joint.inputs, joint.num_fwd_outputs, joint.static))
-    copy.graph.eliminate_dead_code()
-    copy.graph.lint()
-    copy.recompile()
-    return Chunked(Joint(copy, joint.inputs, joint.num_fwd_outputs, joint.static), tensor_bytes(head), len(sizes), sizes[0])
+    def run(self, state: RegionState) -> RegionState:
+        if not state.loss_rows:
+            return state
+        head = _find_head(state.joint, state.default_bytes)
+        if head is None:
+            return state
+        copy, mapping = copy_module(state.joint.gm)
+        after = state.with_graph(copy)
+        try:
+            region = _Region(after.joint, mapping[head])
+            rows = _rows_of_a_piece(value(region.hidden)) if state.loss_rows is True else state.loss_rows
+            sizes = _pieces(region.rows, rows)
+            region.split(sizes)
+        except GraphUnsupported as error:
+            return replace(state, why_whole=str(error))
+        copy.graph.eliminate_dead_code()
+        copy.recompile()
+        chunked = Chunked(tensor_bytes(head), len(sizes), sizes[0])
+        return replace(state.with_graph(copy), chunked=chunked)
 
 
 def _find_head(joint: Joint, saved_bytes: int) -> fx.Node | None:
@@ -124,6 +122,7 @@ class _Region:
 
     def __init__(self, joint: Joint, head: fx.Node) -> None:
         self.joint, self.head, self.gm = joint, head, joint.gm
+        self.editor = GraphEditor(joint.gm)
         if not all(isinstance(s, int) for s in value(head).shape):
             raise GraphUnsupported("the number of rows is symbolic")
         self.rows, self.columns = value(head).shape
@@ -338,16 +337,12 @@ class _Region:
         totals: dict[fx.Node, fx.Node] = {n: self._zeros(n) for n in sums}
         parts: dict[fx.Node, list[fx.Node]] = {n: [] for n in leaving if n not in self.sums}
         results_of = list(dict.fromkeys(n for n in (*leaving, *factors) if n not in products and n not in flat))
-        traces: dict[Any, fx.GraphModule] = {}
-        inserted: set[fx.Node] = set()
         start = 0
         for size in sizes:
             pieces = [self._slice(flat[n], start, start + size) for n in self.row_inputs]
             inputs = [*pieces, *(arguments[n] for n in self.whole_inputs), *(totals[n] for n in sums)]
-            results = call(
-                self.gm, self._function(body, results_of, sums, size), inputs, after=self.last, like=self.head,
-                inserted=inserted, traces=traces, key=("head", size),
-            )  # fmt: skip
+            function = self._function(body, results_of, sums, size)
+            results = self.editor.call(function, inputs, after=self.last, like=self.head, key=("head", size))
             self.last = results[-1]
             made = dict(zip([*self.row_inputs, *results_of], [*pieces, *results], strict=True))
             for node in leaving:
@@ -393,8 +388,7 @@ class _Region:
 
         unit = {self.tangent: self._insert(one, [self.hidden], self.head)}
         for node in [n for n in self.gm.graph.nodes if n in above and n is not self.tangent]:
-            with self.gm.graph.inserting_after(self.last):
-                unit[node] = self.last = self.gm.graph.node_copy(node, lambda n: unit.get(n, n))
+            unit[node] = self.last = self.editor.copy_of(node, unit, after=self.last)
         return unit
 
     def _function(
@@ -427,17 +421,12 @@ class _Region:
         left, right = (made[f] for f in self._factors(product))
         if total is None:
             return self._insert(lambda a, b: torch.mm(a.t(), b), [left, right], self.head)
-        provenance = {k: v for k, v in left.meta.items() if k != "val"}
-        self.last, added = insert_sum(self.gm.graph, total, left, right, max(self.last, total, left, right))
-        for node in (self.last, added):
-            node.meta = {**provenance, **node.meta}
-        self.last = added
-        return added
+        self.last = self.editor.add_product(total, left, right, self.last)
+        return self.last
 
     def _insert(self, function: Callable[..., Any], arguments: Sequence[fx.Node], like: fx.Node) -> fx.Node:
-        inserted: set[fx.Node] = set()
-        made = splice(self.gm.graph, function, arguments, after=self.last, like=like, inserted=inserted)
-        self.last = max(self.last, *inserted)
+        made = self.editor.splice(function, arguments, after=self.last, like=like)
+        self.last = max(self.last, self.editor.latest)
         return made
 
     def _flatten(self, node: fx.Node, argument: fx.Node) -> fx.Node:

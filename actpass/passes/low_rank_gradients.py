@@ -7,18 +7,21 @@ its way. In the compiled region its coefficients come back as the gradient of an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from actpass.codecs import LEARNED
 from actpass.errors import GraphUnsupported
-from actpass.ir.joint_graph import CASTS, Joint, size_hint, value
-from actpass.passes.project_weight_gradients import Rewritten, splice
+from actpass.ir.copying import copy_module
+from actpass.ir.editor import GraphEditor
+from actpass.ir.joint_graph import CASTS, size_hint, value
+from actpass.ir.outputs import output_values, set_output_values
+from actpass.ir.traversal import ancestors
+from actpass.passes.base import RegionState
 from actpass.plan import Decision, Factored
 
 aten = torch.ops.aten
@@ -43,29 +46,56 @@ class _Found:
         return basis, self.left, self.swapped, self.dtypes
 
 
-def factor_gradients(joint: Joint, done: Rewritten, wanted: Callable[[str], bool]) -> tuple[Factored, ...]:
-    """The weight gradients of the rewritten ``joint`` that can stay in factors. wanted: path -> whether it shall. Where the
-    inputs that get the coefficients have arrived, the graph returns these in place of the gradients."""
-    found = [(p, g, f) for p, g, f in _candidates(joint, done) if wanted(joint.parameter_path[p])]
-    plan = tuple(_factored(joint.parameter_path[p], p, f) for p, _, f in found)
-    if joint.coefficients:
-        if len(joint.coefficients) != len(plan):
+@dataclass(frozen=True)
+class LowRankGradients:
+    """Where the inputs that get the coefficients have arrived, the graph returns these in place of the gradients."""
+
+    name: str = "low_rank_gradients"
+    serves: str | None = "projections"
+
+    def run(self, state: RegionState) -> RegionState:
+        if not (state.plan.projections and state.config.factors_gradients):
+            return state
+        state = _on_a_copy(state) if state.joint.coefficients else state
+        joint, paths = state.joint, state.joint.parameter_path
+        found = [(primal, f) for primal, f in _candidates(state) if state.decides.is_factored(paths[primal])]
+        factored = tuple(_factored(paths[primal], primal, f) for primal, f in found)
+        state = replace(state, plan=replace(state.plan, factored=factored))
+        if not joint.coefficients:
+            return state
+        if len(joint.coefficients) != len(factored):
             raise GraphUnsupported(
-                f"places for {len(joint.coefficients)} low-rank gradients arrived, and there are {len(plan)}"
+                f"places for {len(joint.coefficients)} low-rank gradients arrived, and there are {len(factored)}"
             )
-        _return(joint, [(p, f) for p, _, f in found], plan, done)
-    return plan
+        inserted = _return(state, found)
+        return replace(state.with_graph(joint.gm), inserted=inserted)
+
+    def check(self, before: RegionState, after: RegionState) -> None:
+        """Forward outputs but the sketches read no inserted node."""
+        own = (o for o in after.joint.forward_outputs if o not in after.sketches)
+        if ancestors(own).intersection(after.inserted):
+            raise AssertionError("low-rank gradients reached an output of the forward")
 
 
-def _candidates(joint: Joint, done: Rewritten) -> Iterator[tuple[fx.Node, fx.Node, _Found]]:
+def _on_a_copy(state: RegionState) -> RegionState:
+    gm, now = copy_module(state.joint.gm, same_names=True)
+    return replace(
+        state.with_graph(gm),
+        inserted=frozenset(now[n] for n in state.inserted),
+        sketches=frozenset(now[n] for n in state.sketches),
+        lifts={now[n]: (now[f], contraction, decision) for n, (f, contraction, decision) in state.lifts.items()},
+    )
+
+
+def _candidates(state: RegionState) -> Iterator[tuple[fx.Node, _Found]]:
     known: dict[fx.Node, _Found | None] = {}
-    for node in joint.gm.graph.nodes:
-        known[node] = _coefficients(node, done, known)
-    for primal, gradient in joint.gradients:
-        if primal in joint.parameter_path:
+    for node in state.joint.gm.graph.nodes:
+        known[node] = _coefficients(node, state, known)
+    for primal, gradient in state.joint.gradients:
+        if primal in state.joint.parameter_path:
             found = known[gradient]
             if found is not None and value(primal).dim() in (2, 3):
-                yield primal, gradient, found
+                yield primal, found
 
 
 _MOST_TERMS = 64
@@ -75,10 +105,10 @@ _MOVES = (aten.permute.default, aten.t.default, aten.transpose.int)
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
-def _coefficients(node: fx.Node, done: Rewritten, known: Mapping[fx.Node, _Found | None]) -> _Found | None:
+def _coefficients(node: fx.Node, state: RegionState, known: Mapping[fx.Node, _Found | None]) -> _Found | None:
     """The coefficients of a gradient, if ``node`` is one. known: what was found of all nodes before it."""
-    if node in done.lifts:
-        factor, contraction, decision = done.lifts[node]
+    if node in state.lifts:
+        factor, contraction, decision = state.lifts[node]
         return _Found((factor,), decision, contraction.left)
     if node.target is aten.add.Tensor and node.kwargs.get("alpha", 1) == 1:
         a, b = (known[n] if isinstance(n, fx.Node) else None for n in node.args)
@@ -123,11 +153,12 @@ def _factored(path: str, primal: fx.Node, found: _Found) -> Factored:
     return Factored(path, found.decision.site, left, shape)
 
 
-def _return(joint: Joint, found: Sequence[tuple[fx.Node, _Found]], plan: Sequence[Factored], done: Rewritten) -> None:
-    (output,) = joint.gm.graph.find_nodes(op="output")
-    leaves, spec = pytree.tree_flatten(output.args[0])
+def _return(state: RegionState, found: Sequence[tuple[fx.Node, _Found]]) -> frozenset[fx.Node]:
+    """Return coefficients in place of gradients, in place. Returns all that passes have inserted."""
+    joint, editor = state.joint, GraphEditor(state.joint.gm)
+    values = output_values(editor.graph)
     places = {p: joint.num_fwd_outputs + i for i, p in enumerate(joint.primals)}
-    for (primal, coefficients), factored, place in zip(found, plan, joint.coefficients, strict=True):
+    for (primal, coefficients), factored, place in zip(found, state.plan.factored, joint.coefficients, strict=True):
         if tuple(value(place).shape) != factored.shape:
             raise GraphUnsupported(f"a place of {tuple(value(place).shape)} arrived for coefficients of {factored.shape}")
 
@@ -141,10 +172,8 @@ def _return(joint: Joint, found: Sequence[tuple[fx.Node, _Found]], plan: Sequenc
             return whole.contiguous()
 
         last = max(coefficients.nodes)
-        leaves[places[primal]] = None
-        node = splice(joint.gm.graph, collect, coefficients.nodes, after=last, like=last, inserted=done.inserted)
-        leaves[places[place]] = node
-    output.args = (pytree.tree_unflatten(leaves, spec),)
-    joint.gm.graph.eliminate_dead_code()
-    joint.gm.graph.lint()
-    done.inserted = {n for n in done.inserted if n.graph is joint.gm.graph and not n._erased}
+        values[places[primal]] = None
+        values[places[place]] = editor.splice(collect, coefficients.nodes, after=last, like=last)
+    set_output_values(editor.graph, values)
+    editor.clean()
+    return frozenset(n for n in (*state.inserted, *editor.inserted) if not n._erased)

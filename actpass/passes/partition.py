@@ -5,19 +5,23 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy
 
-from actpass.analysis.partitioned import Cut, Saved
+from actpass.analysis.partitioned import Cut, Saved, Setting
+from actpass.codecs import LEARNED
+from actpass.errors import GraphUnsupported
 from actpass.ir.copying import copy_module
+from actpass.ir.editor import GraphEditor
 from actpass.ir.joint_graph import CASTS, Joint, builtin_name, is_tangent, is_view, storage_root, tensor_bytes
 from actpass.ir.op_cost import is_attention, is_matmul
+from actpass.ir.outputs import output_values, set_output_values
 from actpass.ir.products import is_sum_in_place, products_of
+from actpass.passes.base import RegionState
 from actpass.torch_compat import (
     REGION_BUDGET,
     CustomKnapsackSolver,
@@ -26,26 +30,44 @@ from actpass.torch_compat import (
     min_cut_rematerialization_partition,
 )
 
+_SLACK, _SLACK_BYTES = 0.05, 16384
+"""What may cross beyond the exact cut where the forward also takes sketches: a mask in place of the bits that it is made of."""
 
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """How to cut.
 
-    rebuild: lift upstream's rule that a value which a backward matmul materialises is never recomputed. The rule is the
-    only reason why weight-gradient operands (norm outputs, activation products) are saved; without it they are rebuilt from
-    a neighbour by pointwise operators: no extra matmul, no attention, exact. And lift the rule that a value is not recomputed
-    whose readers lie on both sides of a matmul ("used far apart"): with dropout in front of an adapter the input of a layer is
-    read by the layer and, behind it, by the dropout, and no norm or activation function would be rebuilt (2.13 and 2.15).
-    again: forward nodes (matmuls, fused attentions) that the backward may run again, where that saves bytes. keep: nodes that
-    are stored, whatever the bytes. stock: upstream's own ``activation_memory_budget``; None: the user's. part: whether the
-    graph stands for a part of a deeper one in which something runs again: upstream cuts all of that in another way.
-    """
+@dataclass(frozen=True)
+class Partition:
+    """Upstream's min-cut of the joint graph as it was rewritten; the exact cut, if it was not."""
 
-    rebuild: bool
-    again: frozenset[str] = frozenset()
-    keep: frozenset[str] = frozenset()
-    stock: float | None = None
-    part: bool = False
+    name: str = "partition"
+    serves: str | None = "projections"
+
+    def run(self, state: RegionState) -> RegionState:
+        if not state.plan.projections:
+            return replace(state, cut=state.exact)
+        return replace(state, cut=cut(state.joint, state.joint_inputs, state.kwargs, state.setting))
+
+    def check(self, before: RegionState, after: RegionState) -> None:
+        """Of every projected site exactly what the plan says crosses.
+
+        ``project_in="forward"``: z crosses and x does not. ``"backward"``: z does not cross. And together no more bytes cross
+        than in the exact cut, but for the bases and the seed."""
+        now, exact, plan = after.cuts.swapped, after.cuts.exact, after.plan
+        crossing = {s.name for s in now.saved} | now.roots
+        nodes = {n.name: n for n in after.joint.gm.graph.nodes}
+        for d in plan.contracted:
+            z, x = after.payloads[d], storage_root(nodes[d.site]).name if d.site in nodes else d.site
+            if d.project_in == "backward" and z in crossing:
+                raise GraphUnsupported(f"the payload of {d.site} crosses, but the plan projects it in the backward")
+            if d.project_in == "forward" and (x in crossing or z not in crossing):
+                raise GraphUnsupported(
+                    f"the plan stores the payload of {d.site}, but {'x' if x in crossing else 'nothing'} crosses"
+                )
+        own = {n.name for n in after.inserted} - set(after.payloads.values())
+        state = sum(s.nbytes for s in now.saved if s.root in own or s.root in now.seeds)
+        learned = any(d.method in LEARNED for d in plan.projections)
+        slack = max(_SLACK * exact.saved_bytes, _SLACK_BYTES) if learned else 0  # sketches move upstream's choices a little
+        if plan.projections and now.saved_bytes - state > exact.saved_bytes + slack:
+            raise GraphUnsupported(f"{now.saved_bytes} bytes cross, more than the {exact.saved_bytes} of the exact cut")
 
 
 _LEAST_BUDGET = 1e-9
@@ -95,7 +117,7 @@ def cut(
     if joint.subspaces:  # they stay between steps, as parameters do: a basis that both passes read is made of them again
         stay = joint.static.union(i for i, primal in enumerate(joint.primals) if primal in joint.subspaces)
         partition_kwargs = {**partition_kwargs, "static_lifetime_input_indices": sorted(stay)}
-    _put_behind_sums(gm.graph, joint.num_fwd_outputs)
+    _put_behind_sums(GraphEditor(gm), joint.num_fwd_outputs)
     with _region_budget(gm, setting, patch), functorch_config.patch(patch):
         forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **partition_kwargs)
     _take_from_behind(forward)
@@ -118,22 +140,20 @@ def cut(
     )
 
 
-def _put_behind_sums(graph: fx.Graph, num_fwd_outputs: int) -> None:
+def _put_behind_sums(editor: GraphEditor, num_fwd_outputs: int) -> None:
     """Let the first result of the forward need the gradients that are formed early with the loss
     (`actpass.passes.chunked_loss`), where they are no larger than the gradients of the logits that they are formed of. Upstream
     bans from the backward only what a result needs, and counts twice the bytes of what the backward only scales: it would save
     the gradients of all logits, and never free a piece of them."""
-    ends = [n for n in graph.nodes if is_sum_in_place(n) and n.meta.get("recompute") == CheckpointPolicy.MUST_SAVE]
+    ends = [n for n in editor.graph.nodes if is_sum_in_place(n) and n.meta.get("recompute") == CheckpointPolicy.MUST_SAVE]
     sums = [u for n in ends if _weighs_no_more(n) for u in n.users]
     if not sums:
         return
-    output = graph.output_node()
-    outputs: Any = output.args[0]
+    outputs = output_values(editor.graph)
     first = next(i for i, o in enumerate(outputs[:num_fwd_outputs]) if isinstance(o, fx.Node) and o.op == "call_function")
-    with graph.inserting_before(output):
-        put = graph.call_function(torch.ops.actpass.behind.default, (outputs[first], sums))
-    put.meta = dict(outputs[first].meta)
-    output.args = (type(outputs)([*outputs[:first], put, *outputs[first + 1 :]]),)
+    args, meta, last = (outputs[first], sums), dict(outputs[first].meta), editor.graph.output_node().prev
+    outputs[first] = editor.insert("call_function", torch.ops.actpass.behind.default, args, meta, after=last)
+    set_output_values(editor.graph, outputs)
 
 
 def _weighs_no_more(end: fx.Node) -> bool:
@@ -200,8 +220,7 @@ def _recompute_parameter_casts(joint: Joint) -> None:
 
 
 def _saved(forward: fx.GraphModule, num_fwd_outputs: int, seeds: Sequence[str]) -> tuple[Saved, ...]:
-    (out,) = forward.graph.find_nodes(op="output")
-    outputs = pytree.tree_leaves(out.args[0])
+    outputs = output_values(forward.graph)
     visible = {storage_root(o) for o in outputs[:num_fwd_outputs] if isinstance(o, fx.Node)}
     counted: set[fx.Node] = set()
     saved: list[Saved] = []
@@ -230,14 +249,12 @@ def _is_realised(root: fx.Node) -> bool:
 
 def returned(forward: fx.GraphModule, outputs: int) -> set[fx.Node]:
     """The storages that are made for the first ``outputs`` results of ``forward``, which the caller gets."""
-    (out,) = forward.graph.find_nodes(op="output")
-    roots = {storage_root(o) for o in pytree.tree_leaves(out.args[0])[:outputs] if isinstance(o, fx.Node)}
+    roots = {storage_root(o) for o in output_values(forward.graph)[:outputs] if isinstance(o, fx.Node)}
     return {r for r in roots if r.op == "call_function"}
 
 
 def _passed_bytes(backward: fx.GraphModule, joint: Joint, arrives: Mapping[str, str]) -> int:
-    (out,) = backward.graph.find_nodes(op="output")
-    pairs = zip(joint.primals, pytree.tree_leaves(out.args[0]), strict=False)
+    pairs = zip(joint.primals, output_values(backward.graph), strict=False)
     roots = {p: storage_root(o) for p, o in pairs if isinstance(o, fx.Node)}
     stay = {r for p, r in roots.items() if p not in joint.computed_inputs}
     passed = {r for r in roots.values() if r.op == "call_function" or r.name in arrives} - stay
@@ -245,7 +262,6 @@ def _passed_bytes(backward: fx.GraphModule, joint: Joint, arrives: Mapping[str, 
 
 
 def _kept_input_bytes(forward: fx.GraphModule, joint: Joint) -> int:
-    (out,) = forward.graph.find_nodes(op="output")
-    outputs = pytree.tree_leaves(out.args[0])
+    outputs = output_values(forward.graph)
     names = {storage_root(n).name for n in outputs[joint.num_fwd_outputs :] if isinstance(n, fx.Node)}
     return sum(tensor_bytes(n) for n in joint.computed_inputs if n.name in names)

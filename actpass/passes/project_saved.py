@@ -7,96 +7,105 @@ backward gets the subspace (an input of the region, never a saved copy) and draw
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
 from actpass.analysis.partitioned import Cut
-from actpass.codecs import decode
-from actpass.ir.copying import copy_module
-from actpass.ir.joint_graph import Joint, value
+from actpass.codecs import LEARNED, decode
+from actpass.errors import GraphUnsupported
+from actpass.ir.joint_graph import value
 from actpass.ir.op_cost import OF_A_BASIS
-from actpass.passes.project_weight_gradients import Rewritten, learned_basis, returned, sketch_of, splice
-from actpass.passes.quantize_saved import receive, return_payloads, saved_code, views
-from actpass.plan import Decision, SavedTensor
+from actpass.passes.base import RegionState
+from actpass.passes.bases import Bases, Sketches, subspaces_of
+from actpass.passes.boundary import Boundary, check_outputs
+from actpass.plan import Decision
 from actpass.torch_compat import rename
 
 _OWN = "actpass_"
 """What the names of inserted nodes begin with: a name that both passes have would pass for something that is run again."""
 
 
-def decode_saved(
-    joint: Joint,
-    cut: Cut,
-    tensors: Mapping[str, SavedTensor],
-    decisions: Sequence[Decision],
-    states: Mapping[Decision, fx.Node],
-) -> tuple[Cut, Rewritten]:
-    """``cut`` with every tensor of ``decisions`` as its projection, and what was done. tensors: what crosses, by its node.
-    states: the subspaces that arrived in ``joint``; without them zeros stand for the bases."""
-    done = Rewritten()
-    forward, to_forward = copy_module(cut.forward)
-    backward, to_backward = copy_module(cut.backward)
-    before = {old.name: new for old, new in to_forward.items()}
-    behind = {old.name: new for old, new in to_backward.items()}
-    first = Joint(forward, joint.inputs, joint.num_fwd_outputs)
-    stand_ins = returned(first)
-    payloads: dict[str, tuple[fx.Node, ...]] = {}
-    new: dict[str, list[fx.Node]] = {}
-    bases: tuple[dict[Any, fx.Node], dict[Any, fx.Node]] = ({}, {})
-    for number, decision in enumerate(decisions, 1):  # each with random numbers of its own: two may be multiplied
-        x, tensor = before[decision.site], tensors[decision.site]
-        state = before[states[decision].name] if decision in states else None
-        seed = first.seed if state is None else first.learned_seed
-        basis = learned_basis(forward.graph, bases[0], decision, value(x).dtype, state, seed, done, x, number)
-        z = splice(forward.graph, torch.matmul, [x, basis], after=x, like=x, inserted=done.inserted)
+@dataclass(frozen=True)
+class ProjectSaved:
+    """Where the subspaces have not arrived yet, zeros stand for the bases."""
+
+    name: str = "project_saved"
+    serves: str | None = "projections"
+
+    def run(self, state: RegionState) -> RegionState:
+        decisions, tensors = state.decides.decide_decoded(state)
+        plan = replace(state.plan, decisions=(*state.plan.decisions, *decisions))
+        state = replace(state, plan=plan, decoded={d.site: tensors[d.site] for d in plan.decoded})
+        if not plan.decoded:
+            return state
+        storing = _Storing(state)
+        payloads = {d: storing.store(d, number) for number, d in enumerate(plan.decoded, 1)}
+        return replace(
+            state,
+            cut=storing.close(),
+            payloads={**state.payloads, **payloads},
+            inserted=state.inserted | storing.inserted,
+            sketches=state.sketches | storing.sketches.taken,
+        )
+
+    def check(self, before: RegionState, after: RegionState) -> None:
+        """The forward's own outputs but the sketches are the same nodes and read no inserted one; of the decoded tensors none
+        crosses, and each one's projection does; every subspace that arrived has a projection."""
+        plan, cut, subspaces = after.plan, after.partitioned, after.joint.subspaces
+        if plan.decoded:
+            check_outputs(before.partitioned, cut, after.inserted, after.sketches, after.count)
+            crossing = {s.holder for s in cut.saved} | {s.name for s in cut.saved}
+            left = [node for node, t in after.decoded.items() if crossing.intersection((node, *t.crossing))]
+            if left or not {after.payloads[d] for d in plan.decoded} <= crossing:
+                raise GraphUnsupported(f"{left[0] if left else 'nothing'} crosses, where a projection should")
+        if subspaces and len(subspaces) != sum(d.method in LEARNED for d in plan.projections):
+            raise GraphUnsupported(f"{len(subspaces)} subspaces arrived for {len(plan.projections)} projections")
+
+
+class _Storing:
+    def __init__(self, state: RegionState) -> None:
+        self.tensors, self.boundary = state.decoded, Boundary(state.partitioned, state.count)
+        self.forward = state.with_graph(self.boundary.forward.module).joint
+        self.subspaces = subspaces_of(state.joint, state.plan)
+        self.bases = Bases(self.boundary.forward), Bases(self.boundary.backward)
+        self.sketches = Sketches(self.boundary.forward, self.forward)
+
+    def store(self, decision: Decision, number: int) -> str:
+        """Let the projection of a tensor cross in its place; returns its name. number: of its random numbers, which no
+        other tensor has: two may be multiplied."""
+        boundary, tensor = self.boundary, self.tensors[decision.site]
+        x, behind = boundary.before[decision.site], boundary.behind
+        state = boundary.before[self.subspaces[decision].name] if decision in self.subspaces else None
+        seed = self.forward.seed if state is None else self.forward.learned_seed
+        basis = self.bases[0].learned(decision, value(x).dtype, (state, seed), x, number)
+        z = boundary.forward.splice(torch.matmul, [x, basis], after=x, like=x)
         rename(z, f"{_OWN}z")  # no name that another node has in the backward
-        if state is not None:
-            sketch_of(first, decision, stand_ins[state], x, z, state, False, done)
-        crosses = behind[tensor.crossing[0]]
-        (arrived,) = receive(backward.graph, crosses, [z])
+        self.sketches.take(decision, x, z, state, False)
         passed = [n for n in (state, seed) if n is not None and n.name not in behind]  # a forward passes its inputs on, once
-        behind |= dict(zip((n.name for n in passed), receive(backward.graph, crosses, passed), strict=True))
-        draw = None if state is None else behind[state.name], None if seed is None else behind[seed.name]
-        shown = [(behind[name], before[name]) for name in tensor.crossing]
-        _rebuild(backward.graph, bases[1], decision, number, x, draw, arrived, shown, done)
-        payloads |= {name: (z, *passed) if name == tensor.crossing[0] else () for name in tensor.crossing}
-        new[tensor.crossing[0]] = [z, *(n for n in passed if n is seed)]
-        done.payloads[decision] = z.name
-    for node in done.inserted:
-        if not node.name.startswith(_OWN):
-            rename(node, f"{_OWN}{node.name}")
-    return_payloads(forward.graph, joint.num_fwd_outputs, payloads)
-    for module in (forward, backward):
-        module.graph.lint()
-        module.recompile()
-    crossing = tuple(c for s in cut.saved for c in (map(saved_code, new.get(s.name, ())) if s.name in payloads else [s]))
-    arrives = {k: v for k, v in cut.arrives.items() if k not in payloads} | {n.name: n.name for ns in new.values() for n in ns}
-    return replace(cut, forward=forward, backward=backward, saved=crossing, arrives=arrives), done
+        arrived, *others = boundary.send(tensor.crossing, [z, *passed], free=state)
+        behind |= {n.name: new for n, new in zip(passed, others, strict=True)}
+        drawn_from = None if state is None else behind[state.name], None if seed is None else behind[seed.name]
+        self._rebuild(decision, x, drawn_from, arrived, number)
+        return z.name
 
+    def _rebuild(
+        self, decision: Decision, x: fx.Node, drawn_from: tuple[fx.Node | None, fx.Node | None], z: fx.Node, number: int
+    ) -> None:
+        """Form x_hat in the backward, in front of its first use."""
+        crossing, editor = self.tensors[decision.site].crossing, self.boundary.backward
+        reader = self.boundary.first_reader(crossing)
+        basis = self.bases[1].learned(decision, value(x).dtype, drawn_from, reader.prev, number)
+        # the product that rebuilds x is no matmul of the model
+        x_hat = editor.splice(decode, [z, basis], after=reader.prev, like=reader, marks={OF_A_BASIS: True})
+        self.boundary.show(crossing, x, x_hat)
 
-def _rebuild(
-    graph: fx.Graph,
-    bases: dict[Any, fx.Node],
-    decision: Decision,
-    number: int,
-    x: fx.Node,
-    drawn_from: tuple[fx.Node | None, fx.Node | None],
-    z: fx.Node,
-    shown: Sequence[tuple[fx.Node, fx.Node]],
-    done: Rewritten,
-) -> None:
-    """Form x_hat in the backward's ``graph``, and put it where ``x`` was read. number: of its random numbers. drawn_from: the
-    subspace and the seed of the basis. shown: (input of the backward to replace, the view of ``x`` that it is)."""
-    reader = min(user for placeholder, _ in shown for user in placeholder.users)
-    basis = learned_basis(graph, bases, decision, value(x).dtype, *drawn_from, done, reader.prev, number)
-    before = set(done.inserted)
-    x_hat = splice(graph, decode, [z, basis], after=reader.prev, like=reader, inserted=done.inserted)
-    for node in done.inserted - before:
-        node.meta[OF_A_BASIS] = True  # the product that rebuilds x is no matmul of the model
-    for placeholder, view in shown:
-        placeholder.replace_all_uses_with(views(graph, view, x, x_hat, done.inserted))
-        graph.erase_node(placeholder)
+    @property
+    def inserted(self) -> frozenset[fx.Node]:
+        return frozenset(self.boundary.forward.inserted | self.boundary.backward.inserted)
+
+    def close(self) -> Cut:
+        self.boundary.forward.name_inserted(_OWN)
+        self.boundary.backward.name_inserted(_OWN)
+        return self.boundary.close()

@@ -7,7 +7,6 @@ nothing that is inserted here.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,14 +14,13 @@ import torch
 from torch import fx
 
 from actpass.analysis.linearity import consumers
-from actpass.analysis.partitioned import Cut, Saved
 from actpass.codecs import QUANTIZERS, Groups
 from actpass.codecs.generator import rounding_keys, rounding_noise
 from actpass.errors import GraphUnsupported
-from actpass.ir.copying import copy_module
-from actpass.ir.joint_graph import tensor_bytes, value
+from actpass.ir.joint_graph import value
 from actpass.ir.op_queries import is_pointwise, is_reduced_by_row
-from actpass.passes.project_weight_gradients import call, splice
+from actpass.passes.base import RegionState
+from actpass.passes.boundary import Boundary, check_outputs
 from actpass.plan import Storage
 from actpass.torch_compat import size_hint
 
@@ -60,141 +58,116 @@ def layout_of(tensor: torch.Tensor, codec: str, group: int | None) -> Layout | N
     return Layout(order, shape, groups, quantizer.payload_bytes(count, groups.group))
 
 
-def swap(cut: Cut, storages: Sequence[Storage], num_fwd_outputs: int) -> tuple[Cut, set[fx.Node]]:
-    """``cut`` with every tensor of ``storages`` in its low-bit form, and the nodes that were inserted. The graphs of ``cut``
-    stay as they are."""
-    forward, to_forward = copy_module(cut.forward)
-    backward, to_backward = copy_module(cut.backward)
-    before = {old.name: new for old, new in to_forward.items()}
-    behind = {old.name: new for old, new in to_backward.items()}
-    inserted: set[fx.Node] = set()
-    payloads: dict[str, tuple[fx.Node, ...]] = {}
-    received: list[fx.Node] = []
-    traces: dict[Any, fx.GraphModule] = {}
-    keys = _keys(forward.graph, before.get(cut.seeds[0]) if cut.seeds else None, storages, inserted)
-    for storage in storages:
-        x = before[storage.node]
+@dataclass(frozen=True)
+class QuantizeSaved:
+    name: str = "quantize_saved"
+    serves: str | None = "low-bit forms"
+
+    def run(self, state: RegionState) -> RegionState:
+        cut = state.partitioned
+        storages, notes = state.decides.decide_storages(state)
+        state = replace(state, plan=replace(state.plan, storages=storages), notes=(*state.notes, *notes), uncoded=cut)
+        if not state.plan.coded:
+            return state
+        coding = _Coding(Boundary(cut, state.count))
+        keys = coding.keys(cut.seeds[0] if cut.seeds else None, state.plan.coded)
+        for storage in state.plan.coded:
+            coding.store(storage, keys.get(storage))
+        inserted = state.inserted | coding.boundary.forward.inserted
+        return replace(state, cut=coding.boundary.close(), inserted=inserted)
+
+    def check(self, before: RegionState, after: RegionState) -> None:
+        """The forward's own outputs read no inserted node and are the same nodes; no coded memory crosses as it was; and what
+        crosses has the bytes that the plan says."""
+        if not after.plan.coded:
+            return
+        cut, coded_cut, storages = before.partitioned, after.partitioned, after.plan.storages
+        check_outputs(cut, coded_cut, after.inserted, frozenset(), after.count)
+        coded = {s.root for s in storages if s.coded}
+        left = {s.root for s in storages if not s.coded}
+        both = {s.root for s in coded_cut.saved} & (coded - left)
+        if both:
+            raise AssertionError(f"{min(both)} still crosses, beside its codes")
+        planned = sum(s.stored_bytes for s in storages) + sum(s.nbytes for s in cut.saved if s.root in cut.seeds)
+        if coded_cut.saved_bytes != planned:
+            raise AssertionError(f"{coded_cut.saved_bytes} bytes cross, not the {planned} that the plan says")
+
+
+@dataclass(frozen=True)
+class _Coding:
+    boundary: Boundary
+
+    def keys(self, seed: str | None, storages: tuple[Storage, ...]) -> dict[Storage, fx.Node]:
+        """The key of the random numbers for each tensor that is rounded stochastically. seed: the node of the step's."""
+        drawn = [s for s in storages if s.rounding == "stochastic"]
+        if not drawn:
+            return {}
+        node = self.boundary.before.get(seed) if seed is not None else None
+        if node is None:
+            raise GraphUnsupported("the step's seed did not arrive in the forward graph")
+
+        def draw(seed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return rounding_keys(seed, len(drawn)).unbind()
+
+        return dict(zip(drawn, self.boundary.forward.splice(draw, [node], after=node, like=node), strict=True))
+
+    def store(self, storage: Storage, key: fx.Node | None) -> None:
+        x = self.boundary.before[storage.node]
         layout = layout_of(value(x), storage.codec, storage.group)
         if layout is None:
             raise GraphUnsupported(f"{storage.node} can't be divided into groups at symbolic sizes")
-        codes = _encode(forward, x, keys.get(storage), layout, storage, inserted, traces)
-        arrived = receive(backward.graph, behind[storage.crossing[0]], codes)
-        received += arrived
-        shown = [(behind[name], before[name]) for name in storage.crossing]
-        _decode(backward, x, shown, arrived, layout, storage, inserted, traces)
-        payloads |= {name: codes if name == storage.crossing[0] else () for name in storage.crossing}
-    return_payloads(forward.graph, num_fwd_outputs, payloads)
-    for module in (forward, backward):
-        module.graph.lint()
-        module.recompile()
-    saved = tuple(new for s in cut.saved for new in (map(saved_code, payloads[s.name]) if s.name in payloads else [s]))
-    arrives = {k: v for k, v in cut.arrives.items() if k not in payloads} | {n.name: n.name for n in received}
-    return replace(cut, forward=forward, backward=backward, saved=saved, arrives=arrives), inserted
+        codes = self._encode(x, key, layout, storage)
+        arrived = self.boundary.send(storage.crossing, codes)
+        self.boundary.show(storage.crossing, x, self._decode(x, arrived, layout, storage))
 
+    def _encode(self, x: fx.Node, key: fx.Node | None, layout: Layout, storage: Storage) -> tuple[fx.Node, ...]:
+        """Encode where ``x`` is made, by a function that all tensors of one size share: not fused with what comes later, which
+        would keep ``x`` alive until then."""
+        codec, editor = QUANTIZERS[storage.codec], self.boundary.forward
 
-def saved_code(code: fx.Node) -> Saved:
-    return Saved(code.name, code.name, code.name, tensor_bytes(code), user_visible=False)
+        def flatten(x: torch.Tensor) -> torch.Tensor:
+            groups = layout.seen_from(x).groups
+            return x.permute(layout.order).reshape(-1 if groups.padding else groups.shape)
 
+        def encode(x: torch.Tensor, *key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            groups = layout.seen_from(x).groups
+            noise = rounding_noise(key[0], groups.rows, groups.columns) if key else None
+            return codec.encode(x if is_flat else flatten(x), groups, noise, rotate=storage.rotate)
 
-def _keys(graph: fx.Graph, seed: fx.Node | None, storages: Sequence[Storage], inserted: set[fx.Node]) -> dict[Storage, fx.Node]:
-    """The key of the random numbers for each tensor that is rounded stochastically."""
-    drawn = [s for s in storages if s.rounding == "stochastic"]
-    if not drawn:
-        return {}
-    if seed is None:
-        raise GraphUnsupported("the step's seed did not arrive in the forward graph")
+        # A view of a tensor in any other order would make Inductor copy what it has not yet decided to keep in that order.
+        # Strides are of the key: a part of a wider tensor has gaps between its rows, and is copied where another is viewed.
+        is_flat, arrangement = layout.order == tuple(range(len(layout.order))), f"{layout} {tuple(value(x).stride())}"
+        if is_flat:
+            x = editor.splice(flatten, [x], after=x, like=x, key=("flatten", arrangement))
+        arguments = [x] if key is None else [x, key]
+        signature = ("encode", is_flat or arrangement, *_signature(x, layout, storage))
+        return editor.call(encode, arguments, after=x, like=x, key=signature)
 
-    def draw(seed: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return rounding_keys(seed, len(drawn)).unbind()
+    def _decode(self, x: fx.Node, codes: list[fx.Node], layout: Layout, storage: Storage) -> fx.Node:
+        """Decode in front of the first use: inside the kernel that uses it, or where several kernels or a library's read it,
+        once."""
+        codec, dtype, editor = QUANTIZERS[storage.codec], value(x).dtype, self.boundary.backward
 
-    keys = splice(graph, draw, [seed], after=seed, like=seed, inserted=inserted)
-    return dict(zip(drawn, keys, strict=True))
+        def decode(codes: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor]:
+            seen = layout.seen_from(codes)
+            shape = seen.shape if seen.groups.padding else seen.groups.shape
+            return (codec.decode(codes, scale, seen.groups, shape, dtype, rotate=storage.rotate),)
 
+        def unflatten(x: torch.Tensor) -> torch.Tensor:
+            return x.reshape(layout.seen_from(x).shape).permute(layout.inverse)
 
-def _encode(
-    module: fx.GraphModule,
-    x: fx.Node,
-    key: fx.Node | None,
-    layout: Layout,
-    storage: Storage,
-    inserted: set[fx.Node],
-    traces: dict[Any, fx.GraphModule],
-) -> tuple[fx.Node, ...]:
-    """Encode where ``x`` is made, by a function that all tensors of one size share: not fused with what comes later, which
-    would keep ``x`` alive until then."""
-    codec = QUANTIZERS[storage.codec]
-
-    def flatten(x: torch.Tensor) -> torch.Tensor:
-        groups = layout.seen_from(x).groups
-        return x.permute(layout.order).reshape(-1 if groups.padding else groups.shape)
-
-    def encode(x: torch.Tensor, *key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        groups = layout.seen_from(x).groups
-        noise = rounding_noise(key[0], groups.rows, groups.columns) if key else None
-        return codec.encode(x if is_flat else flatten(x), groups, noise, rotate=storage.rotate)
-
-    # A view of a tensor in any other order would make Inductor copy what it has not yet decided to keep in that order.
-    # Strides are of the key: a part of a wider tensor has gaps between its rows, and is copied where another is viewed.
-    is_flat, arrangement = layout.order == tuple(range(len(layout.order))), f"{layout} {tuple(value(x).stride())}"
-    if is_flat:
-        key_ = ("flatten", arrangement)
-        x = splice(module.graph, flatten, [x], after=x, like=x, inserted=inserted, traces=traces, key=key_)
-    arguments = [x] if key is None else [x, key]
-    signature = ("encode", is_flat or arrangement, *_signature(x, layout, storage))
-    return call(module, encode, arguments, after=x, like=x, inserted=inserted, traces=traces, key=signature)
+        first = self.boundary.first_reader(storage.crossing)
+        where: dict[str, Any] = {"after": first.prev, "like": first}
+        key = ("decode", *_signature(x, layout, storage), layout.groups.padding and layout.shape)
+        inline = all(_is_read_by_one_kernel(self.boundary.behind[name]) for name in storage.crossing)
+        (flat,) = (editor.splice if inline else editor.call)(decode, codes, key=key, **where)
+        return editor.splice(unflatten, [flat], key=("unflatten", str(layout)), **where)
 
 
 def _signature(x: fx.Node, layout: Layout, storage: Storage) -> tuple[Any, ...]:
     """All that the traced codec of a tensor depends on."""
     val = value(x)
     return (storage.codec, storage.rounding, storage.rotate, str(layout.groups), val.dtype, val.device)
-
-
-def receive(graph: fx.Graph, first: fx.Node, codes: Sequence[fx.Node]) -> list[fx.Node]:
-    """Inputs of the backward for ``codes``, where the tensor ``first`` arrived."""
-    arrived = []
-    for code in codes:
-        with graph.inserting_before(first):
-            node = graph.placeholder(code.name)
-        node.meta = {k: v for k, v in first.meta.items() if k not in ("val", "tensor_meta")}
-        node.meta["val"] = value(code)
-        arrived.append(node)
-    return arrived
-
-
-def _decode(
-    module: fx.GraphModule,
-    x: fx.Node,
-    shown: Sequence[tuple[fx.Node, fx.Node]],
-    codes: Sequence[fx.Node],
-    layout: Layout,
-    storage: Storage,
-    inserted: set[fx.Node],
-    traces: dict[Any, fx.GraphModule],
-) -> None:
-    """Decode in front of the first use: inside the kernel that uses it, or where several kernels or a library's read it, once.
-    shown: (input of the backward to replace, the view of ``x`` that it is)."""
-    codec, dtype = QUANTIZERS[storage.codec], value(x).dtype
-
-    def decode(codes: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor]:
-        seen = layout.seen_from(codes)
-        shape = seen.shape if seen.groups.padding else seen.groups.shape
-        return (codec.decode(codes, scale, seen.groups, shape, dtype, rotate=storage.rotate),)
-
-    def unflatten(x: torch.Tensor) -> torch.Tensor:
-        return x.reshape(layout.seen_from(x).shape).permute(layout.inverse)
-
-    first = min(user for placeholder, _ in shown for user in placeholder.users)
-    where: dict[str, Any] = {"after": first.prev, "like": first, "inserted": inserted, "traces": traces}
-    key = ("decode", *_signature(x, layout, storage), layout.groups.padding and layout.shape)
-    if all(_is_read_by_one_kernel(placeholder) for placeholder, _ in shown):
-        (flat,) = splice(module.graph, decode, codes, key=key, **where)
-    else:
-        (flat,) = call(module, decode, codes, key=key, **where)
-    decoded = splice(module.graph, unflatten, [flat], key=("unflatten", str(layout)), **where)
-    for placeholder, view in shown:
-        placeholder.replace_all_uses_with(views(module.graph, view, x, decoded, inserted))
-        module.graph.erase_node(placeholder)
 
 
 def _is_read_by_one_kernel(tensor: fx.Node) -> bool:
@@ -212,33 +185,3 @@ def _is_read_by_one_kernel(tensor: fx.Node) -> bool:
                 seen.add(user)
                 todo.append(user)
     return True
-
-
-def views(graph: fx.Graph, view: fx.Node, x: fx.Node, new: fx.Node, inserted: set[fx.Node]) -> fx.Node:
-    """The chain of views that leads from ``x`` to ``view``, again from ``new``."""
-    chain = []
-    while view is not x:
-        chain.append(view)
-        view = view.all_input_nodes[0]
-    environment = {x: new}
-    for node in reversed(chain):
-        with graph.inserting_after(new):
-            new = graph.node_copy(node, lambda n: environment[n])
-        environment[node] = new
-        inserted.add(new)
-    return new
-
-
-def return_payloads(graph: fx.Graph, num_fwd_outputs: int, payloads: dict[str, tuple[fx.Node, ...]]) -> None:
-    """Let the forward return codes where it returned the tensors."""
-    (out,) = graph.find_nodes(op="output")
-    outputs = list(out.args[0])
-    descriptions = list(out.meta.get("desc") or [None] * len(outputs))
-    new, described = outputs[:num_fwd_outputs], descriptions[:num_fwd_outputs]
-    for node, description in zip(outputs[num_fwd_outputs:], descriptions[num_fwd_outputs:], strict=True):
-        mine = payloads.get(node.name, (node,)) if isinstance(node, fx.Node) else (node,)
-        new.extend(mine)
-        described.extend(description for _ in mine)
-    out.args = (type(out.args[0])(new),)
-    if "desc" in out.meta:
-        out.meta["desc"] = described

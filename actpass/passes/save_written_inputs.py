@@ -9,6 +9,7 @@ gradient of another function, silently (torch 2.13 and 2.15, run; 2.15 excludes 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,10 +17,26 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from actpass.errors import GraphUnsupported
+from actpass.ir.copying import copy_module
+from actpass.ir.editor import GraphEditor
 from actpass.ir.joint_graph import Joint, is_view, value
+from actpass.ir.outputs import output_descriptions
+from actpass.passes.base import GraphPass, RegionState
 from actpass.torch_compat import plain_input_index, written_input
 
 aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class SaveWrittenInputs(GraphPass):
+    name: str = "save_written_inputs"
+
+    def run(self, state: RegionState) -> RegionState:
+        if not _written(state.joint, _updates(state.joint)):
+            return state
+        state = state.with_graph(copy_module(state.joint.gm, same_names=True)[0])
+        save_what_is_read(state.joint)
+        return state.with_graph(state.joint.gm)
 
 
 def save_what_is_read(joint: Joint) -> frozenset[fx.Node]:
@@ -38,13 +55,12 @@ def save_what_is_read(joint: Joint) -> frozenset[fx.Node]:
     for primal in _written(joint, updates):
         readers = {u for shown in _shown(primal) for u in shown.users if u.op == "call_function" and not is_view(u)}
         if needed & readers.difference(updates):
-            made[primal] = _copy(joint.gm.graph, primal, updates)
+            made[primal] = _copy(GraphEditor(joint.gm), primal, updates)
     required = _sources([*joint.forward_outputs, *updates])
     for primal, copy in made.items():
         if copy not in required:
             _require(joint, primal, copy, updates)
     if made:
-        joint.gm.graph.lint()
         joint.gm.recompile()
     return frozenset(made.values())
 
@@ -58,7 +74,7 @@ def _updates(joint: Joint) -> list[fx.Node]:
 def _written(joint: Joint, updates: list[fx.Node]) -> list[fx.Node]:
     """The primals whose memory holds another value when the backward runs."""
     in_graph: set[Any] = {n.args[0] for n in updates}  # pyright: ignore[reportUnhashable]
-    by_caller = {written_input(desc) for desc in _descriptions(joint)} - {None}
+    by_caller = {written_input(desc) for desc in output_descriptions(joint.gm.graph)} - {None}
     return [p for p in joint.primals if p in in_graph or plain_input_index(p.meta.get("desc")) in by_caller]
 
 
@@ -82,7 +98,7 @@ def _sources(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _copy(graph: fx.Graph, primal: fx.Node, updates: list[fx.Node]) -> fx.Node:
+def _copy(editor: GraphEditor, primal: fx.Node, updates: list[fx.Node]) -> fx.Node:
     """The copy of ``primal``, in the place of all that reads it but what writes into it, and the output."""
     val = value(primal)
     with torch.no_grad():
@@ -93,18 +109,13 @@ def _copy(graph: fx.Graph, primal: fx.Node, updates: list[fx.Node]) -> fx.Node:
             f"the forward writes to {primal.name}, which shows a part of a larger memory, and the backward needs what was there"
         )
     readers = [u for u in primal.users if u.op == "call_function" and u not in updates]
-    with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
-        copy = graph.call_function(aten.clone.default, (primal,))
     kept = {k: v for k, v in min(readers).meta.items() if k not in ("val", "tensor_meta", "desc")}
-    copy.meta = {**kept, "val": copied, "partitioner_tag": "must_be_in_forward", "recompute": CheckpointPolicy.MUST_SAVE}
+    meta = {**kept, "val": copied, "partitioner_tag": "must_be_in_forward", "recompute": CheckpointPolicy.MUST_SAVE}
+    last = editor.graph.find_nodes(op="placeholder")[-1]
+    copy = editor.insert("call_function", aten.clone.default, (primal,), meta, after=last)
     for reader in readers:
         reader.replace_input_with(primal, copy)
     return copy
-
-
-def _descriptions(joint: Joint) -> list[Any]:
-    (output,) = joint.gm.graph.find_nodes(op="output")
-    return list(output.meta.get("desc") or ())
 
 
 def _require(joint: Joint, primal: fx.Node, copy: fx.Node, updates: list[fx.Node]) -> None:
@@ -114,12 +125,11 @@ def _require(joint: Joint, primal: fx.Node, copy: fx.Node, updates: list[fx.Node
     if reader is not None:
         new = reader.args[1]
     else:
-        (reader,) = joint.gm.graph.find_nodes(op="output")
+        reader = joint.gm.graph.output_node()
         index = plain_input_index(primal.meta.get("desc"))
-        described = zip(joint.outputs, _descriptions(joint), strict=True)
+        described = zip(joint.outputs, output_descriptions(joint.gm.graph), strict=True)
         new = next(o for o, desc in described if desc is not None and written_input(desc) == index)
     assert isinstance(new, fx.Node)
-    with joint.gm.graph.inserting_before(reader):
-        over = joint.gm.graph.call_function(aten.copy.default, (copy, new))
-    over.meta = {**{k: v for k, v in new.meta.items() if k != "recompute"}, "val": value(new).clone()}
+    meta = {**{k: v for k, v in new.meta.items() if k != "recompute"}, "val": value(new).clone()}
+    over = GraphEditor(joint.gm).insert("call_function", aten.copy.default, (copy, new), meta, after=reader.prev)
     reader.replace_input_with(new, over)

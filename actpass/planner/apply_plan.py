@@ -10,26 +10,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import fx
 
-from actpass.analysis.partitioned import Cut
+from actpass.analysis.partitioned import Cut, Setting
+from actpass.analysis.projection_sites import find_candidates
 from actpass.analysis.saved_tensors import EARLY_GRADIENT
 from actpass.analysis.weight_gradients import Contraction
 from actpass.codecs import LEARNED
-from actpass.errors import BudgetError, PlanError
+from actpass.errors import BudgetError, LogitsReturned, PlanError
 from actpass.ir.fingerprint import fingerprint, plain_inputs
 from actpass.ir.joint_graph import Joint, storage_root
 from actpass.ir.op_cost import is_attention, is_matmul
 from actpass.ir.op_queries import is_reduction
-from actpass.options.config import Treatment
-from actpass.passes.partition import Setting
+from actpass.options.config import Config, Treatment
+from actpass.passes.base import RegionState
 from actpass.plan import EXPONENTIAL, KEEP, SCORE, SCORE_AGAIN, Candidate, Decision, Plan, SavedTensor, Storage
 from actpass.plan.multi_region import Level
 from actpass.plan.policy import store
 from actpass.plan_file import ModelPlan
 from actpass.planner.budget import Choice, PeakBudget, Region, sizes_in
+from actpass.planner.plan_source import CarryOut, decodable
 
 _SAFE = {SCORE: (KEEP, "int16"), SCORE_AGAIN: (KEEP, "int16", "int8")}
 """Forms that a query or key may have unless the entry is ``named``: see `actpass.plan.policy.SCORE_CODECS`."""
@@ -37,8 +39,69 @@ _SHOWN = 8
 """Names that an error lists at most."""
 
 
+@dataclass(frozen=True)
+class Following:
+    """A plan that is given."""
+
+    given: Plan
+    is_given: bool = True
+
+    def loss_rows(self, config: Config) -> int | bool:
+        return self.given.chunk_rows
+
+    def check_loss(self, state: RegionState) -> None:
+        if self.given.chunk_rows and state.chunked is None:
+            why = state.why_whole or "no logits weigh"
+            raise PlanError(f"the plan forms the loss in pieces, which is not possible: {why}.")
+
+    def plan(self, region: Region, carry_out: CarryOut, peak: PeakBudget | None) -> tuple[Choice, RegionState]:
+        choice = choose(region, self.given)
+        done = carry_out(GivenPlan(region, choice, self.given))
+        return check_budget(region, choice, done.partitioned, done.plan.storages, peak), done
+
+
+@dataclass(frozen=True)
+class GivenPlan:
+    """What ``given`` says of ``region``, checked against the graph."""
+
+    region: Region
+    choice: Choice
+    given: Plan
+    is_given: bool = True
+
+    def decide_gradients(self) -> tuple[Decision, ...]:
+        region = self.region
+        candidates = find_candidates(region.joint, region.finding, self.choice.cut, grouping(self.given))
+        return decide(region, self.given, candidates)
+
+    def is_factored(self, parameter: str) -> bool:
+        return parameter in {g.parameter for g in self.given.factored}
+
+    def decide_decoded(self, state: RegionState) -> tuple[tuple[Decision, ...], Mapping[str, SavedTensor]]:
+        if not self.given.decoded:
+            return (), {}
+        tensors, owners = decodable(self.region, state)
+        return decide_decoded(self.given, list(tensors.values()), owners), tensors
+
+    def decide_storages(self, state: RegionState) -> tuple[tuple[Storage, ...], tuple[str, ...]]:
+        """None while it is only asked which subspaces the region will take: the graph that forms are of comes with them."""
+        if not state.joint.subspaces and any(d.method in LEARNED for d in state.plan.projections):
+            return (), ()
+        return forms(self.region, self.given, state.joint, state.partitioned, state.plan.decisions)
+
+
 def find(plan: ModelPlan, joint: Joint) -> Plan:
-    """The region of ``plan`` that is for this joint graph. Raises `PlanError` if there is none."""
+    """The region of ``plan`` that is for this joint graph. Raises `PlanError` if there is none, and `LogitsReturned` if the
+    logits of ``joint`` are deferred: what has no region for them may have one for whole ones."""
+    try:
+        return _find(plan, joint)
+    except PlanError as error:
+        if joint.inputs.deferred:
+            raise LogitsReturned(f"{error}") from error
+        raise
+
+
+def _find(plan: ModelPlan, joint: Joint) -> Plan:
     graph = fingerprint(joint)
     found = [r for r in plan.regions if r.graph == graph]
     if len({r.hash for r in found}) > 1:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar
 
-from actpass.analysis.partitioned import Cut
+from actpass.analysis.partitioned import Cut, Setting
 from actpass.analysis.projection_sites import find_candidates
 from actpass.analysis.rematerialization import Recomputation
 from actpass.analysis.saved_tensors import EARLY_GRADIENT, find_saved
@@ -30,7 +30,7 @@ from actpass.ir.joint_graph import Joint, module_path, tensor_bytes, value
 from actpass.memory.footprint import MARGIN, Footprint, step_peak
 from actpass.memory.resident import Resident
 from actpass.options.config import Config
-from actpass.passes.partition import Setting, cut
+from actpass.passes.partition import cut
 from actpass.passes.quantize_saved import layout_of
 from actpass.plan import Candidate, SavedTensor, Storage, choose_storage, noise, rank_sites
 from actpass.plan.knapsack import Option, least_bytes, solve

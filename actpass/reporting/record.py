@@ -22,8 +22,7 @@ from actpass.ir.op_queries import is_reduction
 from actpass.memory.footprint import Footprint
 from actpass.memory.memory_curve import Curve, Curves, Held
 from actpass.options.config import Config, matches
-from actpass.passes.chunked_loss import Chunked
-from actpass.passes.project_weight_gradients import Rewritten
+from actpass.passes.base import RegionState
 from actpass.plan import KEPT, Decision, Plan, Storage
 from actpass.plan.multi_region import Level
 from actpass.plan.pareto import Point, Tradeoff
@@ -175,19 +174,10 @@ def _tradeoff_from(data: dict[str, Any] | None) -> Tradeoff | None:
     return Tradeoff(**{**data, **points, "chosen": Point(**data["chosen"])})
 
 
-def describe(
-    whole: Joint,
-    joint: Joint,
-    finding: Finding,
-    plan: Plan,
-    cuts: Cuts,
-    done: Rewritten,
-    config: Config,
-    chunked: Chunked | None = None,
-    why_whole: str | None = None,
-) -> Record:
+def describe(whole: Joint, joint: Joint, done: RegionState) -> Record:
     """The record of a region that was compiled by plan. whole: the joint graph that Inductor's default was cut from. joint:
-    the one that was planned, perhaps with its loss in pieces. why_whole: why it is not."""
+    the one that was planned, perhaps with its loss in pieces. done: what became of it."""
+    plan, cuts, finding, config = done.plan, done.cuts, done.finding, done.config
     now = {n.name: n for n in joint.gm.graph.nodes}
     nodes = {**{n.name: n for n in whole.gm.graph.nodes}, **now}
     root_of = {d.site: storage_root(nodes[d.site]).name for d in plan.decisions}
@@ -202,7 +192,7 @@ def describe(
         rows[root] = replace(_row(nodes[root], before.get(root, 0), stored.get(root, 0), uses), form=form, reason=reason)
     for decision in plan.decisions:
         root = root_of[decision.site]
-        rows[root] = _with_decision(rows[root], decision, done, stored, config)
+        rows[root] = _with_decision(rows[root], decision, done, stored)
     payloads = {z: root_of[d.site] for d, z in done.payloads.items()}
     for saved in cuts.final.saved:
         if saved.root not in nodes and saved.root not in payloads:
@@ -220,7 +210,7 @@ def describe(
         plan_hash=plan.hash,
         left_alone=finding.left_alone,
         notes=(
-            *_loss_notes(joint, chunked, why_whole),
+            *_loss_notes(done),
             *_notes(plan, rows.values(), cuts, config, finding, joint.inputs.deferred),
         ),
         parameters=_parameters(joint),
@@ -369,7 +359,8 @@ def _with_storage(row: SiteRow, s: Storage) -> SiteRow:
     )
 
 
-def _with_decision(row: SiteRow, d: Decision, done: Rewritten, after: dict[str, int], config: Config) -> SiteRow:
+def _with_decision(row: SiteRow, d: Decision, done: RegionState, after: dict[str, int]) -> SiteRow:
+    config = done.config
     if d.matmuls:
         kind = "linear input" if row.kind == "pointwise" else row.kind
         row = replace(row, parameters=row.parameters + d.parameters, kind=kind)
@@ -439,13 +430,14 @@ def _totals(default: Cut, final: Cut) -> Totals:
     )
 
 
-def _loss_notes(joint: Joint, chunked: Chunked | None, why_whole: str | None) -> Iterator[str]:
+def _loss_notes(done: RegionState) -> Iterator[str]:
+    chunked = done.chunked
     if chunked is not None:
         yield f"the loss is formed in {chunked.pieces} pieces; {chunked.logits_bytes} bytes of logits never exist at once"
-    if joint.inputs.deferred:
+    if done.joint.inputs.deferred:
         yield "the logits are returned deferred: they are computed when they are first read"
-    if why_whole is not None:
-        yield f"the loss is formed whole: {why_whole}"
+    if done.why_whole is not None:
+        yield f"the loss is formed whole: {done.why_whole}"
 
 
 def _notes(plan: Plan, sites: Iterable[SiteRow], cuts: Cuts, config: Config, finding: Finding, deferred: int) -> Iterable[str]:
