@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from actpass.codecs import LEARNED
 from actpass.errors import GraphUnsupported
-from actpass.ir.joint_graph import CASTS, Joint, size_hint, value
+from actpass.ir.joint_graph import Joint, rule_of, size_hint, value
 from actpass.passes.project_weight_gradients import Rewritten, splice
 from actpass.plan import Decision, Factored
 
@@ -70,9 +70,6 @@ def _candidates(joint: Joint, done: Rewritten) -> Iterator[tuple[fx.Node, fx.Nod
 
 _MOST_TERMS = 64
 """Of a sum that stays in factors. A weight that is used in more places has a dense gradient."""
-_SAME = (aten.clone.default, aten.alias.default)
-_MOVES = (aten.permute.default, aten.t.default, aten.transpose.int)
-_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 def _coefficients(node: fx.Node, done: Rewritten, known: Mapping[fx.Node, _Found | None]) -> _Found | None:
@@ -85,17 +82,18 @@ def _coefficients(node: fx.Node, done: Rewritten, known: Mapping[fx.Node, _Found
         if a is None or b is None or a.way != b.way or len(a.nodes) + len(b.nodes) > _MOST_TERMS:
             return None
         return replace(a, nodes=(*a.nodes, *b.nodes))
-    if node.target not in (*CASTS, *_SAME, *_MOVES, *_VIEWS):
+    row = rule_of(node)
+    if not row.cast and row.moves not in ("copy", "permute", "reshape"):
         return None
     source = node.all_input_nodes[0]
     inner = known[source]
-    if inner is None or node.target in _SAME:
+    if inner is None or row.moves == "copy":
         return inner
-    if node.target in CASTS:
+    if row.cast:
         if value(node).device != value(source).device:
             return None
         return replace(inner, dtypes=(*inner.dtypes, value(node).dtype))
-    if node.target in _MOVES:
+    if row.moves == "permute":
         dims = value(source).dim()
         order = _order(node, dims)
         if order == tuple(range(dims)):

@@ -20,9 +20,8 @@ from actpass.analysis.weight_gradients import Contraction
 from actpass.codecs import LEARNED, PROJECTIONS, LearnedProjection, contract, encode
 from actpass.codecs.projections.learned import sketch, state_shape
 from actpass.errors import GraphUnsupported
-from actpass.ir.joint_graph import Joint, is_view, value
+from actpass.ir.joint_graph import Joint, is_view, rule_of, value
 from actpass.ir.op_cost import OF_A_BASIS
-from actpass.ir.op_queries import MATMULS
 from actpass.plan import Decision, Plan
 from actpass.torch_compat import FakeTensorMode, detect_fake_mode, invoke_subgraph, select_decomp_table
 
@@ -238,9 +237,11 @@ def _replace(
     joint: Joint, matmul: fx.Node, z: fx.Node, basis: fx.Node, contraction: Contraction, decision: Decision, done: Rewritten
 ) -> None:
     """Put the factored gradient where ``matmul`` was."""
-    i, j = MATMULS[matmul.target]
+    row = rule_of(matmul).matmul
+    assert row is not None
+    i, j = row.factors
     dy = matmul.args[j if contraction.left else i]
-    has_addend = i == 1
+    has_addend = row.addend is not None
     unadorned = torch.ops.aten.mm.default if value(z).dim() == 2 else torch.ops.aten.bmm.default
     product: Any = unadorned if has_addend else matmul.target
     others = matmul.args[:1] if has_addend else matmul.args[2:]

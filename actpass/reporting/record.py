@@ -16,9 +16,10 @@ from actpass.analysis.partitioned import Cut, Cuts, Saved
 from actpass.analysis.weight_gradients import Finding
 from actpass.codecs import ALL_PROJECTIONS, LEARNED
 from actpass.ir.fingerprint import fingerprint, plain_inputs
-from actpass.ir.joint_graph import Joint, module_path, source_line, storage_root, tensor_bytes
-from actpass.ir.op_cost import ATTENTION, count_matmuls, is_attention, is_matmul
-from actpass.ir.op_queries import is_reduction
+from actpass.ir.joint_graph import Joint, module_path, rule_of, source_line, storage_root, tensor_bytes
+from actpass.ir.op_cost import count_matmuls
+from actpass.ir.op_queries import is_attention, is_matmul, is_reduction
+from actpass.ir.op_rules import RULES
 from actpass.memory.footprint import Footprint
 from actpass.memory.memory_curve import Curve, Curves, Held
 from actpass.options.config import Config, matches
@@ -29,8 +30,6 @@ from actpass.plan.multi_region import Level
 from actpass.plan.pareto import Point, Tradeoff
 from actpass.reporting.peak_breakdown import curves_of
 from actpass.torch_compat import Sizes, size_hint
-
-aten = torch.ops.aten
 
 SCHEMA_VERSION = 7
 
@@ -315,9 +314,7 @@ def _row(node: fx.Node, bytes_before: int, bytes_after: int, uses: tuple[Use, ..
     )
 
 
-_ATTENTION = frozenset(map(str, ATTENTION))
-_STREAM = {aten.embedding.default, aten.add.Tensor, aten.add.Scalar}
-_OF_SUMS = {aten.rsqrt.default, aten.log.default, aten.cumsum.default}
+_ATTENTION = frozenset(str(operator) for operator, row in RULES.items() if row.attention is not None)
 
 
 def _kind(node: fx.Node, uses: tuple[Use, ...]) -> str:
@@ -327,11 +324,7 @@ def _kind(node: fx.Node, uses: tuple[Use, ...]) -> str:
         return "matmul output"
     if any(u.kind == "contraction" for u in uses):
         return "linear input"
-    if node.target in _STREAM:
-        return "residual stream"
-    if is_reduction(node) or node.target in _OF_SUMS:
-        return "statistics"
-    return "pointwise"
+    return "statistics" if is_reduction(node) else rule_of(node).told_as or "pointwise"
 
 
 def _form(joint: Joint, node: fx.Node, kept: bool, uses: tuple[Use, ...], cut: Cut) -> tuple[str, str]:
