@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._functorch.partitioners import get_default_op_list
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
+import actpass
 from actpass.ir.op_cost import attention_flops, matmul_flops
 from actpass.ir.op_rules import RULES, UNKNOWN, OpRule, rule
 
@@ -490,3 +491,22 @@ def test_factorizations_are_unbounded_by_their_name():
     assert rule(aten.linalg_inv_ex.default).domain == "unbounded"
     assert rule(aten._linalg_det.default).domain == "unbounded"
     assert aten.linalg_inv_ex(torch.zeros(2, 2))[1] > 0
+
+
+class Sorted(nn.Module):
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.between = nn.Linear(64, 96), nn.Linear(96, 32), between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.between(self.a(x))).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("between", "name"), [(lambda x: x.cummax(-1).values, "cummax"), (torch.sin, None)], ids=["cummax", "sin"]
+)
+def test_an_operator_without_a_row_is_told_where_it_is_in_the_way(between: Callable[[Tensor], Tensor], name: str | None):
+    report = actpass.explain(Sorted(between), torch.randn(128, 64), options={"smallest": 0})
+    notes = [note for note in report.regions[0].notes if "no rule for" in note]
+    assert len(notes) == (name is not None)
+    assert name is None or f"aten.{name}.default" in notes[0]

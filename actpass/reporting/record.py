@@ -4,6 +4,7 @@ on a cache hit, when neither the pass nor the partitioner runs."""
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -16,7 +17,7 @@ from actpass.analysis.partitioned import Cut, Cuts, Saved
 from actpass.analysis.weight_gradients import Finding
 from actpass.codecs import ALL_PROJECTIONS, LEARNED
 from actpass.ir.fingerprint import fingerprint, plain_inputs
-from actpass.ir.joint_graph import Joint, module_path, rule_of, source_line, storage_root, tensor_bytes
+from actpass.ir.joint_graph import Joint, builtin_name, module_path, rule_of, source_line, storage_root, tensor_bytes
 from actpass.ir.op_cost import count_matmuls
 from actpass.ir.op_queries import is_attention, is_matmul, is_reduction
 from actpass.ir.op_rules import RULES
@@ -221,6 +222,7 @@ def describe(
         notes=(
             *_loss_notes(joint, chunked, why_whole),
             *_notes(plan, rows.values(), cuts, config, finding, joint.inputs.deferred),
+            *_missing_rules(joint, rows.values()),
         ),
         parameters=_parameters(joint),
         whole=joint.inputs.whole,
@@ -471,6 +473,22 @@ def _notes(plan: Plan, sites: Iterable[SiteRow], cuts: Cuts, config: Config, fin
         yield (
             f"{cuts.final.kept_input_bytes} bytes of activations that another region computed are read by this region's "
             "backward, too; as inputs they are not counted above"
+        )
+
+
+def _missing_rules(joint: Joint, sites: Iterable[SiteRow]) -> Iterator[str]:
+    """A note on torch's own operators that no analysis knows, where they make or read what is saved in floating point."""
+    made = {n.name: n.all_input_nodes[0] if n.target is operator.getitem else n for n in joint.gm.graph.nodes}
+    calls = (n for n in made.values() if builtin_name(n) and not rule_of(n).known)
+    unknown = {str(n.target) for n in calls if torch.Tag.nondeterministic_seeded not in n.target.tags}
+    saved = [s for s in sites if s.form in ("keep", "quantize") and "float" in s.dtype]
+    beside = {str(made[s.name].target) for s in saved if s.name in made}
+    beside |= {u.op for s in saved for u in s.uses if u.kind == "nonlinear"}
+    names = sorted(unknown & beside)
+    if names:
+        yield (
+            f"no rule for {', '.join(names)} (actpass/ir/op_rules.py): what is read there is stored as for a nonlinear "
+            "operator, and what comes out of it is not run again"
         )
 
 
