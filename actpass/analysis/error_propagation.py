@@ -8,60 +8,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from actpass.analysis.linearity import SCORES_OF, consumers
-from actpass.analysis.rematerialization import EXPONENTIALS
-from actpass.ir.joint_graph import CASTS, builtin_name, is_view, value
-from actpass.ir.op_cost import ATTENTION, is_matmul
-from actpass.ir.op_queries import is_pointwise
+from actpass.analysis.linearity import consumers
+from actpass.ir.joint_graph import is_view, rule_of, value
+from actpass.ir.op_queries import is_cast, is_matmul, is_pointwise
 from actpass.plan import SCORE, SCORE_AGAIN, Role
 from actpass.torch_compat import OpOverload, size_hint
 
 aten = torch.ops.aten
 
-_KEEPS_ZERO = {
-    aten.mul.Tensor,
-    aten.mul.Scalar,
-    aten.neg.default,
-    aten.abs.default,
-    aten.pow.Tensor_Scalar,
-    aten.clone.default,
-    aten.add.Scalar,
-}
-_UNBOUNDED = {
-    aten.reciprocal.default,
-    aten.rsqrt.default,
-    aten.sqrt.default,
-    aten.log.default,
-    aten.log2.default,
-    aten.log10.default,
-    aten.log1p.default,
-    aten.asin.default,
-    aten.acos.default,
-    aten.atanh.default,
-    aten.acosh.default,
-    aten.erfinv.default,
-    aten.tan.default,
-    aten.lgamma.default,
-    aten.digamma.default,
-}
-_CLAMPS = {
-    aten.sub.Tensor,
-    aten.clamp.default,
-    aten.clamp_min.default,
-    aten.clamp_max.default,
-    aten.relu.default,
-    aten.maximum.default,
-    aten.minimum.default,
-}
-_KEEPS_WHAT_IS_FRAGILE = _KEEPS_ZERO | _CLAMPS | CASTS
-_STEPS = {
-    aten.eq.Tensor,
-    aten.ne.Tensor,
-    aten.floor.default,
-    aten.ceil.default,
-    aten.round.default,
-    aten.trunc.default,
-}
+_PASSES_A_ZERO = ("keeps_zero", "offset", "clamps")
 _TORCH_NAMESPACES = ("aten", "prims")
 
 Read = tuple[str | None, Role, fx.Node | None]
@@ -87,13 +42,13 @@ class Readers:
             passed = [user for user in node.users if is_pointwise(user)]
             if any(self._attends(user, node) for user in node.users) or not self._attended.isdisjoint(passed):
                 self._attended.add(node)
-            if any(user.target in _STEPS for user in passed) or not self._stepped.isdisjoint(passed):
+            if any(map(_is_step, passed)) or not self._stepped.isdisjoint(passed):
                 self._stepped.add(node)
 
     def _exponentiates(self, user: fx.Node, node: fx.Node) -> bool:
         if _is_square(user, node) and all(_is_negated(u) for u in user.users):
             return False
-        if user.target in EXPONENTIALS and not all(_adds_number(u) for u in user.users):
+        if rule_of(user).exponential and not all(_adds_number(u) for u in user.users):
             return True
         return user in self.exponentiated and _is_floating(user) and (is_pointwise(user) or is_view(user))
 
@@ -130,7 +85,7 @@ class Readers:
         if tensor is None:
             return None
         if tensor in self._stepped:
-            return next(str(n.target) for n in _pointwise_below(tensor) if n.target in _STEPS)
+            return next(str(n.target) for n in _pointwise_below(tensor) if _is_step(n))
         todo = [tensor]
         seen = set(todo)
         while todo:
@@ -138,7 +93,7 @@ class Readers:
             for user in node.users:
                 if _is_fragile(user, node):
                     return str(user.target)
-                passes = user.target in _KEEPS_WHAT_IS_FRAGILE or _adds_number(user) or is_view(user)
+                passes = rule_of(user).domain in _PASSES_A_ZERO or is_cast(user) or _adds_number(user) or is_view(user)
                 if passes and user not in seen:
                     seen.add(user)
                     todo.append(user)
@@ -147,13 +102,14 @@ class Readers:
 
 def _places(user: fx.Node) -> tuple[tuple[int, ...], tuple[int, ...], int | None]:
     """Where ``user`` takes q and k, v, and a logsumexp, if it is a fused attention's backward."""
-    return SCORES_OF.get(_name(user), ((), (), None))
+    row = rule_of(user).attention
+    if row is None or not row.is_backward:
+        return (), (), None
+    return (row.query, row.key), (row.value,), row.logsumexp
 
 
-def _name(node: fx.Node) -> str:
-    """That of a fused attention, without namespace and overload; empty for any other operator."""
-    target: Any = node.target
-    return getattr(target, "_opname", str(target)) if target in ATTENTION else ""
+def _is_step(node: fx.Node) -> bool:
+    return rule_of(node).domain == "step"
 
 
 def _softmax_is_formed_again(scores: fx.Node, learned: set[str]) -> bool:
@@ -186,16 +142,14 @@ def foreign_users(tensor: fx.Node | None) -> set[str]:
 
 
 def _is_fragile(user: fx.Node, node: fx.Node) -> bool:
-    target = user.target
-    if target in _UNBOUNDED or target in _STEPS or builtin_name(user).startswith(("linalg_", "_linalg")):
+    row = rule_of(user)
+    if row.domain in ("unbounded", "step"):
         return True
-    if target is aten.div.Tensor:
-        return user.args[1] is node
-    if target is aten.pow.Tensor_Scalar:
+    if row.divisor is not None:
+        return user.args[row.divisor] is node
+    if user.target is aten.pow.Tensor_Scalar:
         return not _is_whole(user.args[1])
-    if target not in CASTS:
-        return False
-    return not value(user).dtype.is_floating_point
+    return row.cast and not value(user).dtype.is_floating_point
 
 
 def _is_whole(exponent: object) -> bool:

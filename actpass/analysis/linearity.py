@@ -9,60 +9,18 @@ unbiased gradient (arXiv 2605.01255: compression is safe on linear operators and
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import fx
 
-from actpass.ir.joint_graph import CASTS, builtin_name, is_view, value
-from actpass.ir.op_queries import WRITES
-
-aten = torch.ops.aten
+from actpass.ir.joint_graph import is_view, rule_of, value
+from actpass.ir.op_queries import is_cast
 
 UseKind = Literal["contraction", "linear", "nonlinear"]
-
-_KEEPS_DEGREE = CASTS | {
-    aten.clone.default,
-    aten.neg.default,
-    aten.sum.dim_IntList,
-    aten.sum.default,
-    aten.mean.dim,
-    aten.mean.default,
-    aten.cat.default,
-    aten.slice_scatter.default,
-    aten.select_scatter.default,
-    aten.constant_pad_nd.default,
-    aten.index.Tensor,
-    aten.gather.default,
-    aten.embedding_dense_backward.default,
-    aten.mul.Scalar,
-    aten.div.Scalar,
-}
-_ADDS = {aten.add.Tensor, aten.sub.Tensor}
-_MULTIPLIES = {aten.mul.Tensor, aten.mm.default, aten.bmm.default, aten.dot.default, aten.mv.default}
-_LINEAR_ARGUMENTS = {
-    "_scaled_dot_product_flash_attention_for_cpu_backward": (3, 4),
-    "_scaled_dot_product_flash_attention_backward": (3, 4),
-    "_scaled_dot_product_efficient_attention_backward": (3, 5),
-    "_scaled_dot_product_cudnn_attention_backward": (3, 4),
-    "_flash_attention_backward": (3, 4),
-    "_efficient_attention_backward": (3, 5),
-}
-"""Fused attention backward -> positions of `v` and `out`. They enter as dS = P * (dO v^T - rowsum(dO * out)) only, and dO, the
-first argument, enters linearly, so the gradient has the degrees of dO and of the higher of both together."""
-SCORES_OF = {
-    "_scaled_dot_product_flash_attention_for_cpu_backward": ((1, 2), (3,), 5),
-    "_scaled_dot_product_flash_attention_backward": ((1, 2), (3,), 5),
-    "_scaled_dot_product_efficient_attention_backward": ((1, 2), (3,), 6),
-    "_scaled_dot_product_cudnn_attention_backward": ((1, 2), (3,), 5),
-    "_flash_attention_backward": ((1, 2), (3,), 5),
-    "_efficient_attention_backward": ((1, 2), (3,), 10),
-    "flex_attention_backward": ((0, 1), (2,), 4),
-}
-"""Fused attention backward -> positions of q and k, of v, and of the logsumexp of their scores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +82,7 @@ def consumers(tensor: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
     while todo:
         node = todo.pop(0)
         for user in node.users:
-            if is_view(user) or user.target in CASTS:
+            if is_view(user) or is_cast(user):
                 todo.append(user)
             elif user.op != "output":
                 found.append((user, node))
@@ -144,29 +102,19 @@ def _degree(node: fx.Node, degree_one: Mapping[fx.Node, int]) -> tuple[int, int]
             return _union(map(of, argument))
         return 0
 
-    target: Any = node.target
     args = node.args
-    if target in CASTS and not value(node).dtype.is_floating_point:
+    if is_cast(node) and not value(node).dtype.is_floating_point:
         return 0, reached
-    if is_view(node) or target in _ADDS or target in _KEEPS_DEGREE:
+    if is_view(node) or node.target is operator.getitem:
         return of(args), 0
-    if target is aten.where.self:
-        return of(args[1:3]), of(args[0])
-    if target in _MULTIPLIES:
-        return of(args[:2]), of(args[0]) & of(args[1])
-    if target is aten.div.Tensor:
-        return of(args[0]), of(args[1])
-    if target is operator.getitem:
-        return of(args[0]), 0
-    places = WRITES.get(target)
-    if places is not None:
-        return _union(of(args[i]) for i in places), _union(of(a) for i, a in enumerate(args) if i not in places)
-    places = _LINEAR_ARGUMENTS.get(builtin_name(node))
-    if places is not None:
-        others = _union(of(a) for i, a in enumerate(args) if i not in (0, *places))
-        first, factors = of(args[0]), _union(of(args[i]) for i in places)
-        return first | factors, others | (first & factors)
-    return 0, reached
+    groups = rule_of(node).linear
+    if not groups:
+        return 0, reached
+    factors = [_union(of(args[i]) for i in group if i < len(args)) for group in groups]
+    higher = _union(of(a) for i, a in enumerate(args) if not any(i in group for group in groups))
+    for a, b in itertools.combinations(factors, 2):
+        higher |= a & b
+    return _union(factors), higher
 
 
 def _union(sets: Iterable[int]) -> int:

@@ -3,7 +3,6 @@ which all of a model's paths meet, the natural places to start from."""
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -13,15 +12,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from actpass.ir.joint_graph import Joint, is_view, may_run_again, tensor_bytes, value
-from actpass.ir.op_cost import ATTENTION_BACKWARD, is_attention, is_matmul, matmul_flops
-from actpass.ir.op_queries import is_pointwise, is_reduction
+from actpass.ir.joint_graph import Joint, is_view, rule_of, tensor_bytes, value
+from actpass.ir.op_cost import attention_flops, matmul_flops
+from actpass.ir.op_queries import is_attention, is_matmul, is_pointwise, is_reduction
 from actpass.torch_compat import OpOverload, size_hint
 
 aten = torch.ops.aten
-
-EXPONENTIALS = {aten.exp.default, aten.exp2.default, aten.expm1.default, aten.cosh.default, aten.sinh.default, aten.pow.Scalar}
-_MOVES = {aten.cat.default, aten.slice_scatter.default, aten.constant_pad_nd.default}
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,7 @@ class Recomputation:
             node, width = todo.pop()
             if node.meta.get("recompute") is not None:  # the user's checkpointing decides what runs again
                 continue
-            if not may_run_again(node):
+            if not rule_of(node).recomputable:
                 widest = max(width, widest or 0)
                 continue
             for a in node.all_input_nodes:
@@ -113,8 +109,7 @@ class Recomputation:
                     return None
                 found[current] = None
                 continue
-            moves = is_pointwise(current) or current.target in _MOVES or current.target is operator.getitem
-            if current.target in EXPONENTIALS or not moves:
+            if not rule_of(current).reruns and current.target is not operator.getitem:
                 return None
             new = [a for a in current.all_input_nodes if a not in seen]
             seen.update(new)
@@ -159,7 +154,7 @@ class Recomputation:
                     below.add(node)
             elif is_pointwise(node) or is_view(node):
                 below.add(node)
-                exponentiated |= node.target in EXPONENTIALS
+                exponentiated |= rule_of(node).exponential
         return (scores, *reductions) if exponentiated else ()
 
     @cached_property
@@ -168,17 +163,6 @@ class Recomputation:
 
     def flops(self, nodes: Collection[fx.Node]) -> int:
         return sum(matmul_flops(n) + attention_flops(n) for n in nodes)
-
-
-def attention_flops(node: fx.Node) -> int:
-    """FLOPs of a fused attention's two products, or its backward's five; masks are not counted as savings. 0 for any other."""
-    if not is_attention(node):
-        return 0
-    is_backward = node.target in ATTENTION_BACKWARD
-    tensors = [a for a in node.args if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), torch.Tensor)]
-    q, k = (value(n) for n in tensors[int(is_backward) :][:2])
-    rows = math.prod(size_hint(s) for s in q.shape)
-    return (10 if is_backward else 4) * rows * size_hint(k.shape[-2])
 
 
 def _is_repeatable(node: fx.Node) -> bool:

@@ -16,9 +16,8 @@ from actpass.analysis.error_propagation import Read, Readers, foreign_users
 from actpass.analysis.linearity import consumers
 from actpass.analysis.partitioned import Cut, Saved
 from actpass.analysis.rematerialization import Recomputation, attention_behind
-from actpass.ir.joint_graph import Joint, module_path, storage_root, tensor_bytes, value
-from actpass.ir.op_cost import is_attention, is_matmul
-from actpass.ir.op_queries import is_pointwise, is_reduction
+from actpass.ir.joint_graph import Joint, module_path, rule_of, storage_root, tensor_bytes, value
+from actpass.ir.op_queries import is_attention, is_matmul, is_pointwise, is_reduction
 from actpass.ir.products import is_sum_in_place
 from actpass.plan import EXPONENTIAL, SCORE_AGAIN, Role, SavedTensor
 from actpass.torch_compat import invoke_subgraph, size_hint
@@ -26,7 +25,6 @@ from actpass.torch_compat import invoke_subgraph, size_hint
 aten = torch.ops.aten
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_BOUNDED = {aten.exp.default, aten.sigmoid.default, aten.tanh.default}
 _HUGE = 1e8
 """Numbers in a model's code beyond this are masks."""
 EARLY_GRADIENT = "a gradient, formed in the forward with the loss"
@@ -85,7 +83,7 @@ class _Reading:
         for node in self.forward.values():
             literal = any(_is_huge(a) for a in pytree.tree_leaves((node.args, dict(node.kwargs))))
             tainted = literal or any(a.name in reached for a in node.all_input_nodes)
-            if tainted and node.target not in _BOUNDED and not is_attention(node) and not is_reduction(node):
+            if tainted and not rule_of(node).bounded and not is_attention(node) and not is_reduction(node):
                 reached.add(node.name)
         return reached
 
@@ -203,7 +201,7 @@ class _Reading:
         todo, seen = [node], {node}
         while todo:
             current = todo.pop()
-            if current.target in (aten.where.self, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+            if rule_of(current).chooses:
                 filled = [a for a in current.all_input_nodes[1:] if a.name not in self.learned]
                 if not all(map(_is_constant, filled)):
                     return True
@@ -211,7 +209,8 @@ class _Reading:
             added = [a for a in current.all_input_nodes if a.name not in self.learned]
             if current.target in (aten.add.Tensor, aten.sub.Tensor) and added and any(self.scores.behind(a) for a in sources):
                 return True
-            if current.target in (aten.addmm.default, aten.baddbmm.default) and current.args[0] in added:
+            product = rule_of(current).matmul
+            if product is not None and product.addend is not None and current.args[product.addend] in added:
                 return True
             if is_pointwise(current) and current.target is not aten.exp.default:  # exp(-inf) is an ordinary zero
                 new = [a for a in sources if a not in seen]
@@ -277,7 +276,7 @@ _Rerun = tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]]
 
 def _is_constant(node: fx.Node) -> bool:
     """Whether ``node`` is one number written in the code; a huge one makes a mask of all that it reaches (`_infinite`)."""
-    return node.target in (aten.full.default, aten.scalar_tensor.default)
+    return rule_of(node).fill is not None
 
 
 def _is_huge(argument: object) -> bool:

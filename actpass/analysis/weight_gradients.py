@@ -21,35 +21,13 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from actpass.ir.joint_graph import CASTS, Joint, module_path, storage_root, value
-from actpass.ir.op_queries import GROUPED, MATMULS
+from actpass.ir.joint_graph import Joint, module_path, rule_of, storage_root, value
+from actpass.ir.op_queries import factors_of, is_matmul
 from actpass.torch_compat import size_hint
 
 aten = torch.ops.aten
 
 _RECOMPUTED = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
-_ADDEND = {aten.addmm.default, aten.baddbmm.default}
-"""Their first argument is added to the product: one more contribution to the same gradient."""
-
-_MOVES = CASTS | {
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.permute.default,
-    aten.t.default,
-    aten.transpose.int,
-    aten.squeeze.dim,
-    aten.squeeze.default,
-    aten.squeeze.dims,
-    aten.unsqueeze.default,
-    aten.clone.default,
-    aten.alias.default,
-    aten.cat.default,
-    aten.slice_scatter.default,
-    aten.select_scatter.default,
-    aten.constant_pad_nd.default,
-}
-"""Operators that only move or cast numbers: a gradient passes through them unchanged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +107,7 @@ def _walk_up(gradient: fx.Node) -> tuple[list[fx.Node], set[fx.Node]]:
     while todo:
         node = todo.pop()
         sources = _moved(node)
-        if sources is None or node.target in _ADDEND:
+        if sources is None or _adds(node):
             ends[node] = None
         if sources is not None and node not in walked:
             walked.add(node)
@@ -141,9 +119,10 @@ def _moved(node: fx.Node) -> list[fx.Node] | None:
     """The inputs whose numbers ``node`` only moves, casts or adds; None if it does anything else."""
     if node.op != "call_function":
         return None
-    if node.target in _MOVES:
+    row = rule_of(node)
+    if row.moves is not None or row.cast:
         return node.all_input_nodes
-    if node.target in _ADDEND:
+    if _adds(node):
         return [node.all_input_nodes[0]] if not node.kwargs else None
     if node.target is aten.add.Tensor and node.kwargs.get("alpha", 1) == 1:
         return node.all_input_nodes if len(node.all_input_nodes) == 2 else None
@@ -152,24 +131,22 @@ def _moved(node: fx.Node) -> list[fx.Node] | None:
     return None
 
 
+def _adds(node: fx.Node) -> bool:
+    """Whether something is added to the product that ``node`` is: one more contribution to the same gradient."""
+    row = rule_of(node).matmul
+    return row is not None and row.addend is not None
+
+
 def _sums_batches(node: fx.Node) -> bool:
     """Whether a sum only adds the batches of one bmm: a weight that was broadcast over a batch."""
     source = node.all_input_nodes[0]
     return source.target is aten.bmm.default and list(node.args[1]) == [0]  # pyright: ignore[reportArgumentType]
 
 
-def _factors(node: fx.Node) -> tuple[fx.Node, fx.Node]:
-    i, j = MATMULS[node.target]
-    a, b = node.args[i], node.args[j]
-    assert isinstance(a, fx.Node)
-    assert isinstance(b, fx.Node)
-    return a, b
-
-
 def _looks_like_contraction(joint: Joint, node: fx.Node) -> bool:
-    if node.target not in MATMULS:
+    if not is_matmul(node):
         return False
-    a, b = _factors(node)
+    a, b = factors_of(node)
     return (a in joint.backward) != (b in joint.backward) and (a in joint.activations or b in joint.activations)
 
 
@@ -185,11 +162,11 @@ def _unusable(joint: Joint, node: fx.Node, on_walk: set[fx.Node]) -> str | None:
     reader = _other_reader(joint, node, on_walk)
     if reader is not None:
         return f"its result is also read by {reader}, not only by a weight gradient"
-    if node.target in _ADDEND and node.kwargs:
+    if _adds(node) and node.kwargs:
         return "scales its product or its addend (alpha, beta)"
     if not _plain_shapes(node):
         return "factors of this grouped matmul are not both two-dimensional"
-    x = _factors(node)[1 if _factors(node)[0] in joint.backward else 0]
+    x = factors_of(node)[1 if factors_of(node)[0] in joint.backward else 0]
     if not value(x).is_floating_point():
         return f"x is {value(x).dtype}, not a floating-point tensor"
     if any(n.meta.get("recompute") in _RECOMPUTED for n in (x, storage_root(x))):
@@ -212,7 +189,7 @@ def _other_reader(joint: Joint, matmul: fx.Node, on_walk: set[fx.Node]) -> str |
             if user.op == "output":
                 if node not in parameters:
                     return "an output that is no weight gradient"
-            elif user not in on_walk or node not in (_moved(user) or ()) or (user.target in _ADDEND and node in _factors(user)):
+            elif user not in on_walk or node not in (_moved(user) or ()) or (_adds(user) and node in factors_of(user)):
                 return _op_name(user)
             elif user not in seen:
                 seen.add(user)
@@ -221,25 +198,25 @@ def _other_reader(joint: Joint, matmul: fx.Node, on_walk: set[fx.Node]) -> str |
 
 
 def _plain_shapes(node: fx.Node) -> bool:
-    a, b = _factors(node)
-    if node.target in (aten.bmm.default, aten.baddbmm.default):
-        return value(a).dim() == value(b).dim() == 3
-    return value(a).dim() == value(b).dim() == 2
+    a, b = factors_of(node)
+    row = rule_of(node).matmul
+    return value(a).dim() == value(b).dim() == (3 if row is not None and row.batched else 2)
 
 
 def _width(joint: Joint, node: fx.Node) -> Any:
-    a, b = _factors(node)
+    a, b = factors_of(node)
     return value(a).shape[-2] if b in joint.backward else value(b).shape[-1]
 
 
 def _contraction(joint: Joint, leaf: _Leaf) -> Contraction:
-    a, b = _factors(leaf.node)
+    a, b = factors_of(leaf.node)
     left = b in joint.backward
     x, dy = (a, b) if left else (b, a)
     val, dw = value(x), value(leaf.node)
     groups = size_hint(dw.shape[0]) if dw.dim() == 3 else 1
     tokens = size_hint(val.shape[-1] if left else val.shape[-2])
-    grouped = leaf.node.target is GROUPED
+    row = rule_of(leaf.node).matmul
+    grouped = row is not None and row.grouped
     return Contraction(
         node=leaf.node.name,
         x=x.name,

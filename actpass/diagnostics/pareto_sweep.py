@@ -7,7 +7,7 @@ from torch import fx
 from actpass.analysis.partitioned import Cut, Setting
 from actpass.analysis.rematerialization import Recomputation
 from actpass.analysis.saved_tensors import EARLY_GRADIENT
-from actpass.ir.op_cost import is_attention, is_matmul
+from actpass.ir.op_queries import is_attention, is_matmul
 from actpass.passes.partition import cut
 from actpass.pipeline import Decided
 from actpass.plan.pareto import Point, Tradeoff

@@ -12,14 +12,10 @@ import torch
 from torch import fx
 
 from actpass.ir.graph_inputs import GraphInputs, clean_path
+from actpass.ir.op_rules import UNKNOWN, OpRule, rule
 from actpass.ir.outputs import output_values
 from actpass.ir.products import is_sum_in_place
-from actpass.torch_compat import OpOverload, get_default_op_list, is_tangent_input, plain_input_index, size_hint
-
-aten = torch.ops.aten
-prims = torch.ops.prims
-
-CASTS = frozenset({prims.convert_element_type.default, aten._to_copy.default})
+from actpass.torch_compat import OpOverload, is_tangent_input, plain_input_index, size_hint
 
 
 @dataclass(frozen=True)
@@ -152,10 +148,9 @@ def builtin_name(node: fx.Node) -> str:
     return target._opname if own else ""  # pyright: ignore[reportPrivateUsage]
 
 
-_OP_TYPES = get_default_op_list()
-
-
-_LIST_VIEWS = {aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int}
+def rule_of(node: fx.Node) -> OpRule:
+    """What is known of the operator that ``node`` calls."""
+    return rule(node.target) if node.op == "call_function" else UNKNOWN
 
 
 def is_view(node: fx.Node) -> bool:
@@ -165,13 +160,8 @@ def is_view(node: fx.Node) -> bool:
         return False
     if node.target is operator.getitem:
         source = node.all_input_nodes[0]
-        return source.target in _LIST_VIEWS or is_sum_in_place(source)
-    return node.target in _LIST_VIEWS or _OP_TYPES.is_view(node)
-
-
-def may_run_again(node: fx.Node) -> bool:
-    """Whether upstream's partitioner lets the backward run ``node`` again without being told to: by its own table."""
-    return _OP_TYPES.is_recomputable(node)
+        return rule_of(source).pieces or is_sum_in_place(source)
+    return rule_of(node).view
 
 
 def storage_root(node: fx.Node) -> fx.Node:

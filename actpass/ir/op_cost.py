@@ -3,43 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import fx
 
-from actpass.ir.joint_graph import value
-from actpass.ir.op_queries import MATMULS
+from actpass.ir.joint_graph import rule_of, value
+from actpass.ir.op_queries import factors_of, is_attention, is_matmul
 from actpass.torch_compat import size_hint
-
-_NAMES = (
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_fused_attention_overrideable",
-)
-
-
-def _overloads(names: Iterable[str]) -> frozenset[Any]:
-    """torch's own operators of these names, as far as this version has them."""
-    packets = (getattr(torch.ops.aten, name, None) for name in names)
-    return frozenset(p.default for p in packets if p is not None)
-
-
-_FORWARD = (*_NAMES, "_flash_attention_forward", "_efficient_attention_forward", "_cudnn_attention_forward")
-_BACKWARD = (
-    *(f"{name}_backward" for name in _NAMES),
-    "_flash_attention_backward",
-    "_efficient_attention_backward",
-    "_cudnn_attention_backward",
-)
-ATTENTION_BACKWARD = _overloads(_BACKWARD) | {torch.ops.higher_order.flex_attention_backward}
-ATTENTION = _overloads(_FORWARD) | {torch.ops.higher_order.flex_attention} | ATTENTION_BACKWARD
-"""Fused attention, forward and backward: operators, not names, which anyone may give to an operator of their own. A new one is
-one name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,20 +38,20 @@ def count_matmuls(forward: fx.Graph, backward: fx.Graph) -> MatmulCount:
     )
 
 
-def is_matmul(node: fx.Node) -> bool:
-    return node.target in MATMULS
-
-
-def is_attention(node: fx.Node) -> bool:
-    """Whether ``node`` is a fused attention operator (not one of the tensors that come out of it)."""
-    return node.target in ATTENTION
-
-
 def matmul_flops(node: fx.Node) -> int:
     """2 x the multiply-adds of a matmul node; 0 for any other. A grouped matmul touches each token once."""
-    if node.target not in MATMULS:
+    if not is_matmul(node):
         return 0
-    i, j = MATMULS[node.target]
-    a, b = (value(node.args[k]) for k in (i, j))  # pyright: ignore[reportArgumentType]
+    a, b = map(value, factors_of(node))
     rows = math.prod(size_hint(s) for s in a.shape)
     return 2 * rows * size_hint(b.shape[-1])
+
+
+def attention_flops(node: fx.Node) -> int:
+    """FLOPs of a fused attention's two products, or its backward's five; masks are not counted as savings. 0 for any other."""
+    row = rule_of(node).attention
+    if row is None:
+        return 0
+    q, k = (value(node.args[i]) for i in (row.query, row.key))  # pyright: ignore[reportArgumentType]
+    rows = math.prod(size_hint(s) for s in q.shape)
+    return (10 if row.is_backward else 4) * rows * size_hint(k.shape[-2])

@@ -1,51 +1,42 @@
-"""What kind of work an operator does, as far as a fusing compiler cares."""
+"""What kind of work a node does, as far as a fusing compiler cares: by the row of its operator (`actpass.ir.op_rules`)."""
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
-from actpass.ir.joint_graph import CASTS, builtin_name, is_view
+from actpass.ir.joint_graph import is_view, rule_of
 
-aten = torch.ops.aten
 
-MATMULS: dict[object, tuple[int, int]] = {
-    aten.mm.default: (0, 1),
-    aten.bmm.default: (0, 1),
-    aten.addmm.default: (1, 2),
-    aten.baddbmm.default: (1, 2),
-}
-"""Operator -> positions of its two factors. A new weight-gradient operator is one row."""
-GROUPED = getattr(getattr(aten, "_grouped_mm", None), "default", None)
-"""Batched experts in one kernel: rows of x are sorted by expert, the third argument says where each expert ends."""
-if GROUPED is not None:
-    MATMULS[GROUPED] = (0, 1)
-
-_REDUCTIONS = (
-    "sum",
-    "mean",
-    "amax",
-    "amin",
-    "var",
-    "var_mean",
-    "std",
-    "logsumexp",
-    "linalg_vector_norm",
-    "max",
-    "min",
-    "prod",
-    "any",
-)
+def is_cast(node: fx.Node) -> bool:
+    return rule_of(node).cast
 
 
 def is_pointwise(node: fx.Node) -> bool:
     """Whether each element of ``node`` depends on one element of each input; views, casts and copies among them."""
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.pointwise in tags or is_view(node) or node.target in CASTS or node.target is aten.clone.default
+    return rule_of(node).pointwise or is_view(node)
 
 
 def is_reduction(node: fx.Node) -> bool:
-    return builtin_name(node) in _REDUCTIONS
+    return rule_of(node).reduction
+
+
+def is_matmul(node: fx.Node) -> bool:
+    return rule_of(node).matmul is not None
+
+
+def is_attention(node: fx.Node) -> bool:
+    """Whether ``node`` is a fused attention operator (not one of the tensors that come out of it)."""
+    return rule_of(node).attention is not None
+
+
+def factors_of(matmul: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The two that ``matmul`` multiplies."""
+    row = rule_of(matmul).matmul
+    assert row is not None
+    a, b = (matmul.args[i] for i in row.factors)
+    assert isinstance(a, fx.Node)
+    assert isinstance(b, fx.Node)
+    return a, b
 
 
 def is_reduced_by_row(node: fx.Node) -> bool:
@@ -55,14 +46,3 @@ def is_reduced_by_row(node: fx.Node) -> bool:
     dims = node.args[1] if len(node.args) > 1 else None
     last = node.all_input_nodes[0].meta["val"].dim() - 1
     return not isinstance(dims, list | tuple) or any(d in (-1, last) for d in dims)
-
-
-WRITES = {
-    aten.index_put.default: (0, 2),
-    aten._unsafe_index_put.default: (0, 2),
-    aten._unsafe_masked_index_put_accumulate.default: (0, 3),
-    aten.scatter_add.default: (0, 3),
-    aten.scatter.src: (0, 3),
-    aten.index_add.default: (0, 3),
-}
-"""What writes values at places -> positions of what is written to and of the values."""

@@ -28,8 +28,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from actpass.ir.joint_graph import CASTS, is_view, storage_root, tensor_bytes, value
-from actpass.ir.op_queries import WRITES, is_pointwise, is_reduced_by_row, is_reduction
+from actpass.ir.joint_graph import is_view, rule_of, storage_root, tensor_bytes, value
+from actpass.ir.op_queries import is_cast, is_pointwise, is_reduced_by_row, is_reduction
 from actpass.memory.fusion import Fusion, is_on_cpu
 from actpass.memory.kernel import Kernel
 from actpass.torch_compat import (
@@ -41,44 +41,12 @@ from actpass.torch_compat import (
 )
 
 aten = torch.ops.aten
-prims = torch.ops.prims
 
 _READS_AGAIN, _READS, _LENGTH = 4, 8, 30
 _LENGTH_WITH_CHOICES = 8
 """A loop that reads or computes more than this is written to memory: if it is read more than once, or in any case."""
-_HEAVY = {
-    aten.exp.default,
-    aten.log.default,
-    aten.log10.default,
-    aten.log1p.default,
-    aten.log2.default,
-    aten.sigmoid.default,
-    aten.tanh.default,
-}
 _RESIDENT = ("primals_", "arg", "fwd_rng_state", "bwd_rng_state", "tangents")
 """Inputs whose names begin so are resident to Inductor."""
-_LOOPS = {
-    aten.where.self,
-    aten.full.default,
-    aten.full_like.default,
-    aten.empty.memory_format,
-    aten.scalar_tensor.default,
-    aten.cat.default,
-    aten.embedding.default,
-    aten.index.Tensor,
-    aten.gather.default,
-    aten.constant_pad_nd.default,
-    aten.slice_scatter.default,
-    aten.select_scatter.default,
-    aten.arange.start_step,
-    prims.iota.default,
-}
-"""Operators that are neither pointwise nor reductions, and loops all the same."""
-_SCATTERS: dict[Any, int] = {
-    op: WRITES[op][1]
-    for op in (aten.index_put.default, aten._unsafe_index_put.default, aten._unsafe_masked_index_put_accumulate.default)
-}
-"""Loops over the values that they write at indices (the gradient of an embedding) -> position of the values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,7 +313,7 @@ class _Reading:
         """Whether ``user`` reads ``node`` from memory: it is no loop, and does more than to write into a copy of it."""
         if self._is_loop(user):
             return False
-        copied = user.args[0] if user.target in WRITES else None
+        copied = user.args[0] if rule_of(user).writes else None
         return any(storage_root(a) is node for a in user.all_input_nodes if a is not copied) or user.op == "output"
 
     def _kernels(self) -> list[Kernel]:
@@ -381,8 +349,9 @@ class _Reading:
         if not self._is_loop(node):
             return None
         taken = 0
-        if _scatters(node):
-            values = node.args[_SCATTERS[node.target]]
+        writes = rule_of(node).writes
+        if writes is not None and _scatters(node):
+            values = node.args[writes[1]]
             node = values if isinstance(values, fx.Node) else node
         elif is_reduction(node) and node.all_input_nodes:
             source = node.all_input_nodes[0]
@@ -447,7 +416,7 @@ def _believed(tensor: fx.Node, reader: fx.Node | None) -> int:
     todo = [tensor]
     while todo:
         for user in todo.pop().users:
-            if is_view(user) or user.target in CASTS or user.target is aten.clone.default:
+            if is_view(user) or is_cast(user) or user.target is aten.clone.default:
                 todo.append(user)
                 if user.target in (aten.view.default, aten._unsafe_view.default, aten.clone.default):
                     most = max(most, size_hint(value(user).numel()))
@@ -478,13 +447,13 @@ def _is_loop(node: fx.Node) -> bool:
         return False
     if node.target is operator.getitem:
         return is_reduction(node.all_input_nodes[0])
-    return is_pointwise(node) or is_reduction(node) or node.target in _LOOPS or _scatters(node)
+    return is_pointwise(node) or is_reduction(node) or rule_of(node).realised == "loop" or _scatters(node)
 
 
 def _scatters(node: fx.Node) -> bool:
     """Whether ``node`` is a loop over values that it writes at indices. What has no atomic sum, and all of them where runs must
     repeat, are operators of eager mode."""
-    if node.target not in _SCATTERS or torch.are_deterministic_algorithms_enabled():
+    if rule_of(node).realised != "scatter" or torch.are_deterministic_algorithms_enabled():
         return False
     return not needs_fallback_due_to_atomic_add_limitations(value(node).dtype)
 
@@ -496,7 +465,7 @@ def _elements(node: fx.Node) -> int:
 
 def _is_heavy(node: fx.Node) -> bool:
     """Whether Inductor writes what ``node`` computes to memory rather than compute it twice: on a CPU only."""
-    return node.target in _HEAVY and value(node).device.type == "cpu"
+    return rule_of(node).realised == "heavy" and value(node).device.type == "cpu"
 
 
 def _product_in(node: fx.Node, users: Mapping[fx.Node, list[fx.Node]]) -> fx.Node | None:

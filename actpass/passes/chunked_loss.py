@@ -33,9 +33,8 @@ from torch.utils.checkpoint import CheckpointPolicy
 from actpass.errors import GraphUnsupported
 from actpass.ir.copying import copy_module
 from actpass.ir.editor import GraphEditor
-from actpass.ir.joint_graph import CASTS, Joint, builtin_name, is_tangent, is_view, storage_root, tensor_bytes, value
-from actpass.ir.op_cost import is_attention, is_matmul
-from actpass.ir.op_queries import is_pointwise, is_reduction
+from actpass.ir.joint_graph import Joint, builtin_name, is_tangent, is_view, rule_of, storage_root, tensor_bytes, value
+from actpass.ir.op_queries import is_attention, is_matmul, is_pointwise, is_reduction
 from actpass.ir.products import is_sum_in_place
 from actpass.ir.traversal import ancestors, descendants, reach
 from actpass.passes.base import Chunked, GraphPass, RegionState
@@ -50,20 +49,6 @@ _ROWS_PER_FEATURE_ELSEWHERE = 4
 with 4 N rows that is a fifth. A CPU is faster with pieces that its cache holds."""
 LEAST_SHARE = 8
 """Logits below this fraction (one in eight) of what Inductor's default saves are not worth it."""
-_RESHAPES = (
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.unsqueeze.default,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-)
-_ALONG_ROW = (aten.gather.default, aten.scatter.value, aten.scatter.src, aten.scatter_add.default)
-_BEST = {aten.argmax.default: 1, aten.argmin.default: 1, aten.max.dim: 1, aten.min.dim: 1, aten.topk.default: 2}
-"""What picks the best of a row, and which argument is the axis."""
-_PRODUCTS = (aten.mul.Tensor, aten.mul.Scalar, aten.mm.default, aten.bmm.default)
-_MOVES = (aten.neg.default, aten.sum.default, aten.sum.dim_IntList, aten.clone.default, aten.div.Scalar, aten.gather.default)
 
 
 @dataclass(frozen=True)
@@ -135,7 +120,7 @@ class _Region:
         below = descendants(self.wide)
         above = ancestors(self.wide)
         inside = self.wide | (below & above) | {u for n in self.wide for u in n.users}
-        inside |= {u for n in inside if n.target in _BEST for u in n.users if u.target is operator.getitem}
+        inside |= {u for n in inside if rule_of(n).best for u in n.users if u.target is operator.getitem}
         self.below = below
         self.inside = [n for n in self.gm.graph.nodes if n in inside]
         self.tangent, self.tangible = self._tangent()
@@ -252,7 +237,8 @@ class _Region:
         known = _is_known(env)
         if node in self.sums:
             return self._run_sum(node, env, known)
-        if target in _BEST:
+        row = rule_of(node)
+        if row.best:
             return self._run_best(node, env, known)
         if target is operator.getitem:
             return env[given[0]][given[1]] if known else None
@@ -260,7 +246,7 @@ class _Region:
         if target in (aten.mm.default, aten.addmm.default):
             *bias, left, right = given
             args = [*(self._operand(b, node, env) for b in bias), self._rows_of(left, env), self._whole(right, env)]
-        elif target in _RESHAPES:
+        elif row.moves == "reshape":
             x = self._rows_of(given[0], env)
             return x.reshape(rows, *trail) if known else None
         elif target is aten.full.default:
@@ -275,7 +261,7 @@ class _Region:
             if not isinstance(axes, list | tuple) or any(d % within < self._lead(source) for d in axes):
                 raise GraphUnsupported(f"{node.name} reduces over the rows before the gradients are formed")
             args = [x, [d % within - self._lead(source) + 1 for d in axes], *given[2:]]
-        elif target in _ALONG_ROW:
+        elif row.axis is not None:
             x, axis, *rest = given
             if axis % value(node).dim() < lead:
                 raise GraphUnsupported(f"{node.name} picks from other rows")
@@ -310,8 +296,9 @@ class _Region:
 
     def _run_best(self, node: fx.Node, env: dict[fx.Node, Any], known: bool) -> Any:
         target: Any = node.target
-        source, at = node.args[0], _BEST[target]
+        source, at = node.args[0], rule_of(node).axis
         assert isinstance(source, fx.Node)
+        assert at is not None
         axis: Any = node.args[at] if len(node.args) > at else None if at == 1 else -1
         if axis is None or axis % value(source).dim() < self._lead(source):
             raise GraphUnsupported(f"{node.name} looks for the best among other rows")
@@ -495,21 +482,21 @@ def _transposed(node: Any) -> fx.Node | None:
 def _is_homogeneous(node: fx.Node, tangible: set[fx.Node]) -> bool:
     """Whether ``node``, whose operands in ``tangible`` are multiples of the tangent and whose others do not depend on it, is a
     multiple of it as well."""
-    dependent = [a in tangible if isinstance(a, fx.Node) else False for a in node.args]
-    target = node.target
-    if target in _PRODUCTS:
-        return sum(dependent) == 1
-    if target is aten.div.Tensor:
-        return dependent[0] and not dependent[1]
-    if target in (aten.add.Tensor, aten.sub.Tensor):
-        return all(dependent)
-    if target is aten.where.self:
-        return not dependent[0] and all(d or _is_zero(a) for d, a in zip(dependent[1:], node.args[1:], strict=True))
-    if target in (aten.scatter.src, aten.scatter_add.default):
-        return dependent[-1] and (dependent[0] or _is_zero(node.args[0]))
-    if target is torch.ops.prims.fma.default:
-        return dependent[2] and sum(dependent[:2]) == 1
-    return target in _MOVES or target in CASTS or is_view(node)
+    row = rule_of(node)
+    if row.cast or is_view(node):
+        return True
+
+    def depends(argument: Any) -> bool:
+        return isinstance(argument, fx.Node) and argument in tangible
+
+    args = node.args
+    if node.target is torch.ops.prims.fma.default:
+        return depends(args[2]) and depends(args[0]) + depends(args[1]) == 1
+    groups = [[args[i] for i in group if i < len(args)] for group in row.linear]
+    if row.moves == "join" or any(depends(a) for i, a in enumerate(args) if not any(i in group for group in row.linear)):
+        return False
+    reached = [group for group in groups if any(map(depends, group))]
+    return len(reached) == 1 and all(depends(a) or _is_zero(a) for a in reached[0])
 
 
 def _is_known(env: Mapping[fx.Node, Any]) -> bool:
@@ -539,6 +526,5 @@ def _evaluated(constant: fx.Node, known: dict[fx.Node, torch.Tensor]) -> torch.T
 def _is_zero(node: Any) -> bool:
     if not isinstance(node, fx.Node):
         return bool(node == 0)
-    if node.target is aten.full.default:
-        return bool(node.args[1] == 0)
-    return node.target is aten.scalar_tensor.default and bool(node.args[0] == 0)
+    number = rule_of(node).fill
+    return number is not None and bool(node.args[number] == 0)

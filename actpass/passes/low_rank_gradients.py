@@ -18,7 +18,7 @@ from actpass.codecs import LEARNED
 from actpass.errors import GraphUnsupported
 from actpass.ir.copying import copy_module
 from actpass.ir.editor import GraphEditor
-from actpass.ir.joint_graph import CASTS, size_hint, value
+from actpass.ir.joint_graph import rule_of, size_hint, value
 from actpass.ir.outputs import output_values, set_output_values
 from actpass.ir.traversal import ancestors
 from actpass.passes.base import RegionState
@@ -100,9 +100,6 @@ def _candidates(state: RegionState) -> Iterator[tuple[fx.Node, _Found]]:
 
 _MOST_TERMS = 64
 """Of a sum that stays in factors. A weight that is used in more places has a dense gradient."""
-_SAME = (aten.clone.default, aten.alias.default)
-_MOVES = (aten.permute.default, aten.t.default, aten.transpose.int)
-_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 def _coefficients(node: fx.Node, state: RegionState, known: Mapping[fx.Node, _Found | None]) -> _Found | None:
@@ -115,17 +112,18 @@ def _coefficients(node: fx.Node, state: RegionState, known: Mapping[fx.Node, _Fo
         if a is None or b is None or a.way != b.way or len(a.nodes) + len(b.nodes) > _MOST_TERMS:
             return None
         return replace(a, nodes=(*a.nodes, *b.nodes))
-    if node.target not in (*CASTS, *_SAME, *_MOVES, *_VIEWS):
+    row = rule_of(node)
+    if not row.cast and row.moves not in ("copy", "permute", "reshape"):
         return None
     source = node.all_input_nodes[0]
     inner = known[source]
-    if inner is None or node.target in _SAME:
+    if inner is None or row.moves == "copy":
         return inner
-    if node.target in CASTS:
+    if row.cast:
         if value(node).device != value(source).device:
             return None
         return replace(inner, dtypes=(*inner.dtypes, value(node).dtype))
-    if node.target in _MOVES:
+    if row.moves == "permute":
         dims = value(source).dim()
         order = _order(node, dims)
         if order == tuple(range(dims)):

@@ -17,8 +17,8 @@ from actpass.codecs import LEARNED
 from actpass.errors import GraphUnsupported
 from actpass.ir.copying import copy_module
 from actpass.ir.editor import GraphEditor
-from actpass.ir.joint_graph import CASTS, Joint, builtin_name, is_tangent, is_view, storage_root, tensor_bytes
-from actpass.ir.op_cost import is_attention, is_matmul
+from actpass.ir.joint_graph import Joint, builtin_name, is_tangent, is_view, storage_root, tensor_bytes
+from actpass.ir.op_queries import is_attention, is_cast, is_matmul
 from actpass.ir.outputs import output_values, set_output_values
 from actpass.ir.products import is_sum_in_place, products_of
 from actpass.passes.base import RegionState
@@ -212,10 +212,10 @@ def _recompute_parameter_casts(joint: Joint) -> None:
     """Under autocast every weight's half-precision copy would be saved; it is a cast of a tensor that stays."""
     stays = set(joint.parameter_path)
     for node in joint.gm.graph.nodes:
-        movable = node.target in CASTS or is_view(node)
+        movable = is_cast(node) or is_view(node)
         if movable and node.all_input_nodes and all(a in stays for a in node.all_input_nodes):
             stays.add(node)
-            if node.target in CASTS:
+            if is_cast(node):
                 node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
 
 

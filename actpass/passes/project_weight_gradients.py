@@ -14,8 +14,7 @@ from actpass.codecs import LEARNED, contract, encode
 from actpass.errors import GraphUnsupported
 from actpass.ir.copying import copy_module
 from actpass.ir.editor import GraphEditor
-from actpass.ir.joint_graph import Joint, value
-from actpass.ir.op_queries import MATMULS
+from actpass.ir.joint_graph import Joint, rule_of, value
 from actpass.ir.traversal import ancestors
 from actpass.passes.base import RegionState
 from actpass.passes.bases import Bases, Sketches, subspaces_of
@@ -100,9 +99,11 @@ class _Projecting:
     def _replace(self, contraction: Contraction, z: fx.Node, basis: fx.Node, decision: Decision) -> None:
         """Put the factored gradient where the contraction's matmul was."""
         matmul = self.nodes[contraction.node]
-        i, j = MATMULS[matmul.target]
+        row = rule_of(matmul).matmul
+        assert row is not None
+        i, j = row.factors
         dy = matmul.args[j if contraction.left else i]
-        has_addend = i == 1
+        has_addend = row.addend is not None
         unadorned = torch.ops.aten.mm.default if value(z).dim() == 2 else torch.ops.aten.bmm.default
         product: Any = unadorned if has_addend else matmul.target
         others = matmul.args[:1] if has_addend else matmul.args[2:]

@@ -22,8 +22,7 @@ from actpass.codecs import LEARNED
 from actpass.errors import BudgetError, LogitsReturned, PlanError
 from actpass.ir.fingerprint import fingerprint, plain_inputs
 from actpass.ir.joint_graph import Joint, storage_root
-from actpass.ir.op_cost import is_attention, is_matmul
-from actpass.ir.op_queries import is_reduction
+from actpass.ir.op_queries import is_attention, is_matmul, is_reduction
 from actpass.options.config import Config, Treatment
 from actpass.passes.base import RegionState
 from actpass.plan import EXPONENTIAL, KEEP, SCORE, SCORE_AGAIN, Candidate, Decision, Plan, SavedTensor, Storage

@@ -4,6 +4,7 @@ on a cache hit, when neither the pass nor the partitioner runs."""
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -16,9 +17,10 @@ from actpass.analysis.partitioned import Cut, Cuts, Saved
 from actpass.analysis.weight_gradients import Finding
 from actpass.codecs import ALL_PROJECTIONS, LEARNED
 from actpass.ir.fingerprint import fingerprint, plain_inputs
-from actpass.ir.joint_graph import Joint, module_path, source_line, storage_root, tensor_bytes
-from actpass.ir.op_cost import ATTENTION, count_matmuls, is_attention, is_matmul
-from actpass.ir.op_queries import is_reduction
+from actpass.ir.joint_graph import Joint, builtin_name, module_path, rule_of, source_line, storage_root, tensor_bytes
+from actpass.ir.op_cost import count_matmuls
+from actpass.ir.op_queries import is_attention, is_matmul, is_reduction
+from actpass.ir.op_rules import RULES
 from actpass.memory.footprint import Footprint
 from actpass.memory.memory_curve import Curve, Curves, Held
 from actpass.options.config import Config, matches
@@ -28,8 +30,6 @@ from actpass.plan.multi_region import Level
 from actpass.plan.pareto import Point, Tradeoff
 from actpass.reporting.peak_breakdown import curves_of
 from actpass.torch_compat import Sizes, size_hint
-
-aten = torch.ops.aten
 
 SCHEMA_VERSION = 7
 
@@ -212,6 +212,7 @@ def describe(whole: Joint, joint: Joint, done: RegionState) -> Record:
         notes=(
             *_loss_notes(done),
             *_notes(plan, rows.values(), cuts, config, finding, joint.inputs.deferred),
+            *_missing_rules(joint, rows.values()),
         ),
         parameters=_parameters(joint),
         whole=joint.inputs.whole,
@@ -305,9 +306,7 @@ def _row(node: fx.Node, bytes_before: int, bytes_after: int, uses: tuple[Use, ..
     )
 
 
-_ATTENTION = frozenset(map(str, ATTENTION))
-_STREAM = {aten.embedding.default, aten.add.Tensor, aten.add.Scalar}
-_OF_SUMS = {aten.rsqrt.default, aten.log.default, aten.cumsum.default}
+_ATTENTION = frozenset(str(operator) for operator, row in RULES.items() if row.attention is not None)
 
 
 def _kind(node: fx.Node, uses: tuple[Use, ...]) -> str:
@@ -317,11 +316,7 @@ def _kind(node: fx.Node, uses: tuple[Use, ...]) -> str:
         return "matmul output"
     if any(u.kind == "contraction" for u in uses):
         return "linear input"
-    if node.target in _STREAM:
-        return "residual stream"
-    if is_reduction(node) or node.target in _OF_SUMS:
-        return "statistics"
-    return "pointwise"
+    return "statistics" if is_reduction(node) else rule_of(node).told_as or "pointwise"
 
 
 def _form(joint: Joint, node: fx.Node, kept: bool, uses: tuple[Use, ...], cut: Cut) -> tuple[str, str]:
@@ -470,6 +465,22 @@ def _notes(plan: Plan, sites: Iterable[SiteRow], cuts: Cuts, config: Config, fin
         yield (
             f"{cuts.final.kept_input_bytes} bytes of activations that another region computed are read by this region's "
             "backward, too; as inputs they are not counted above"
+        )
+
+
+def _missing_rules(joint: Joint, sites: Iterable[SiteRow]) -> Iterator[str]:
+    """A note on torch's own operators that no analysis knows, where they make or read what is saved in floating point."""
+    made = {n.name: n.all_input_nodes[0] if n.target is operator.getitem else n for n in joint.gm.graph.nodes}
+    calls = (n for n in made.values() if builtin_name(n) and not rule_of(n).known)
+    unknown = {str(n.target) for n in calls if torch.Tag.nondeterministic_seeded not in n.target.tags}
+    saved = [s for s in sites if s.form in ("keep", "quantize") and "float" in s.dtype]
+    beside = {str(made[s.name].target) for s in saved if s.name in made}
+    beside |= {u.op for s in saved for u in s.uses if u.kind == "nonlinear"}
+    names = sorted(unknown & beside)
+    if names:
+        yield (
+            f"no rule for {', '.join(names)} (actpass/ir/op_rules.py): what is read there is stored as for a nonlinear "
+            "operator, and what comes out of it is not run again"
         )
 
 
