@@ -1,5 +1,5 @@
-"""Every low-bit form, and one that is added by the documented recipe (one class, one entry in `QUANTIZERS`), works as a method,
-as an override, under a budget and in a plan file."""
+"""Every low-bit form, and one that is added by the documented recipe (one registered class), works as a method, as an
+override, under a budget and in a plan file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from torch import nn
 import actpass
 from actpass import codecs
 from actpass.codecs.quantizers.integer import Integer
-from actpass.options import config
 from actpass.reporting import Report
 
 
@@ -34,11 +33,11 @@ NAMES = (*codecs.QUANTIZERS, "int8_wide")
 
 
 @pytest.fixture(params=NAMES)
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    if request.param not in codecs.QUANTIZERS:
-        monkeypatch.setitem(codecs.QUANTIZERS, request.param, Wide(8, 255, 128))
-        monkeypatch.setattr(config, "METHODS", (*config.METHODS, request.param))
-    return request.param
+def form(request: pytest.FixtureRequest) -> Iterator[str]:
+    with codecs.QUANTIZERS.temporary():
+        if request.param not in codecs.QUANTIZERS:
+            codecs.register_codec(Wide(8, 255, 128))
+        yield request.param
 
 
 class Layers(nn.Module):

@@ -24,7 +24,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from actpass.analysis.partitioned import Cut, Cuts, Saved
-from actpass.codecs import errors
+from actpass.codecs import QUANTIZERS
 from actpass.errors import BudgetError, GraphUnsupported
 from actpass.extrapolation.fsdp import Moment, Optimizer, RankPeak, Sharded, Unit
 from actpass.extrapolation.layer_map import MIDDLE, TRACED, Fold
@@ -36,9 +36,9 @@ from actpass.memory.liveness import read as read_kernels
 from actpass.options.config import Config
 from actpass.passes.partition import Setting, returned
 from actpass.pipeline import Finished, Traced, finish, read
-from actpass.plan import Plan, SavedTensor
-from actpass.plan.policy import StoredBytes
+from actpass.plan import CodecSet, Plan, SavedTensor
 from actpass.plan.storage_options import Costs
+from actpass.plan.store import StoredBytes
 from actpass.planner.budget import Choice, Limit, Search, free_choice, sizes_in, within_peak
 from actpass.reporting.record import Record, SiteRow, describe
 from actpass.torch_compat import invoke_subgraph
@@ -429,7 +429,7 @@ class FoldedRegion:
     # ------------------------------------------------------------------------------------------- what a search asks for
 
     def costs(self, cut: FoldedSetting, tensors: Sequence[SavedTensor]) -> Costs:
-        return Costs(self.step_flops, sum(t.elements for t in tensors), errors())
+        return Costs(self.step_flops, sum(t.elements for t in tensors), CodecSet(QUANTIZERS))
 
     @cached_property
     def step_flops(self) -> int:
