@@ -90,7 +90,7 @@ def measure(given: argparse.Namespace) -> list[dict[str, Any]]:
         rows.append(
             {
                 "group": name, "tensors": len(nodes), "gap": statistics.fmean(gaps), "gaps": gaps,
-                "share": sum(elements[n] for n in nodes) / sum(elements[n] for n in factor) * errors_of_forms()[given.form],
+                "share": sum(elements[n] for n in nodes) / sum(elements[n] for n in factor) * QUANTIZERS[given.form].error,
                 "cosine": compared["cosine"], "sign": compared["sign"],
                 "calibrated": sum(error_in(factor[n][0], given.form) * factor[n][1] for n in nodes),
             }

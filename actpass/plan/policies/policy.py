@@ -33,7 +33,7 @@ class Facts:
 
     def keep(self, t: SavedTensor, reason: str = KEPT) -> Storage:
         """``t`` as it is."""
-        return keep(t, reason)
+        return keep(t, t.obstacle or reason)
 
     def quantize(self, t: SavedTensor, codec: str) -> Storage:
         """``t`` in ``codec``, or what is possible and safe in its place; the reason says why."""
