@@ -5,8 +5,6 @@ from __future__ import annotations
 import traceback
 from pathlib import Path
 
-import torch
-
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -25,6 +23,16 @@ class BudgetError(ActpassError, ValueError):
     def __init__(self, message: str, least: float | int | None = None) -> None:
         super().__init__(message)
         self.least = least
+
+
+class RegistryError(ActpassError, KeyError):
+    """A codec, projection, policy or optimizer has an unknown name, or one that is taken."""
+
+    __str__ = Exception.__str__  # and not KeyError's, which quotes the message
+
+
+class PluginError(ActpassError, ImportError):
+    """Another package's codec, projection, policy or optimizer can't be loaded."""
 
 
 class PlanError(ActpassError, ValueError):
@@ -50,6 +58,8 @@ class InternalError(ActpassError, RuntimeError):
     @classmethod
     def of(cls, cause: Exception) -> InternalError:
         """The error for a ``cause`` that was raised in this package."""
+        import torch  # not at the top: `actpass.plan` runs without it
+
         frames = [f for f in traceback.extract_tb(cause.__traceback__) if Path(f.filename).is_relative_to(_PACKAGE)]
         at = f" at actpass/{Path(frames[-1].filename).relative_to(_PACKAGE).as_posix()}:{frames[-1].lineno}" if frames else ""
         return cls(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import actpass
-from actpass.codecs import errors as gaussian_errors
+from actpass.codecs import QUANTIZERS
 from actpass.diagnostics.calibrate import _Gradients, _rounded, _sample
 from actpass.diagnostics.explain import explain_model
 from actpass.ir.joint_graph import module_path
@@ -114,8 +114,8 @@ def test_a_budget_weighs_by_it():
         return {b: sum(costs.error_of_form(t, "int8") for t in tensors if b in module_of(region, t.node)) for b in BLOCKS}
 
     one, other = errors(BLOCKS[0]), errors(BLOCKS[1])
-    assert one[BLOCKS[0]] == pytest.approx(gaussian_errors()["int8"], rel=0.3)
-    assert other[BLOCKS[1]] == pytest.approx(gaussian_errors()["int8"], rel=0.3)
+    assert one[BLOCKS[0]] == pytest.approx(QUANTIZERS["int8"].error, rel=0.3)
+    assert other[BLOCKS[1]] == pytest.approx(QUANTIZERS["int8"].error, rel=0.3)
     assert one[BLOCKS[1]] == one[BLOCKS[2]] == other[BLOCKS[0]] == 0.0
 
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from actpass.codecs import LEARNED
 from actpass.codecs.generator import round_keys, step_seed
-from actpass.codecs.projections.learned import first_state, inclusion_probabilities, moved, nudged, resized, sketch, state_shape
+from actpass.codecs.projections.learned import first_state, moved, nudged, resized, sketch, state_shape
 from actpass.codecs.projections.orthonormal import orthonormal
+from actpass.codecs.projections.sampled import inclusion_probabilities
 
 N, R, TOKENS, SEEDS = 96, 24, 1536, 256
 ENERGIES = torch.arange(1, N + 1, dtype=torch.float64) ** -2.0

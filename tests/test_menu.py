@@ -10,16 +10,19 @@ import pytest
 import torch
 
 from actpass.analysis.partitioned import Setting
-from actpass.codecs import QUANTIZERS, errors
+from actpass.codecs import QUANTIZERS
 from actpass.options.config import Treatment
 from actpass.passes.quantize_saved import layout_of
-from actpass.plan import SavedTensor
+from actpass.plan import CodecSet, SavedTensor
 from actpass.plan.knapsack import solve
+from actpass.plan.plan import AGAIN
 from actpass.plan.sensitivity import Sensitivity
-from actpass.plan.storage_options import AGAIN, WIDTHS, Costs, bytes_in, menus
+from actpass.plan.storage_options import Costs, bytes_in, menus
 from actpass.planner.budget import Choice, Search
 
 T, N = 64, 32
+CODECS = CodecSet(QUANTIZERS)
+WIDTHS = CODECS.offered
 ATTENTION = ("flash",)
 
 
@@ -44,7 +47,7 @@ def stored(t: SavedTensor, codec: str, group: int | None) -> int:
 
 
 def menus_of(tensors: list[SavedTensor], *, again: bool = True, treatment: Treatment | None = None, step_flops: int = 10**9):
-    costs = Costs(step_flops, sum(t.elements for t in tensors), errors())
+    costs = Costs(step_flops, sum(t.elements for t in tensors), CODECS)
     return menus(tensors, lambda _: treatment or Treatment(), stored, costs, again=again)
 
 
@@ -61,7 +64,7 @@ def search_of(tensors: list[SavedTensor], *, step_flops: int, inputs: int = 0) -
         cut=crossing,
         tensors=lambda cut: cut,
         sizes=lambda _: stored,
-        costs=lambda cut, found: Costs(step_flops, sum(t.elements for t in found), errors()),
+        costs=lambda cut, found: Costs(step_flops, sum(t.elements for t in found), CODECS),
     )
     free = Setting(rebuild=True)
     return Search(region, Choice(free, crossing(free), None))  # type: ignore[arg-type]
@@ -114,7 +117,7 @@ def test_what_feeds_an_attention_is_run_again_only_with_it():
 
 def test_queries_and_keys_may_take_16_bits_where_attention_is_run_again():
     stored_once = [replace(t, again=()) if t.role == "score" else t for t in attention()]
-    costs = Costs(10**9, 5 * T * N, errors())
+    costs = Costs(10**9, 5 * T * N, CODECS)
     (menu,) = menus(stored_once, lambda _: Treatment(), stored, costs, again=True, coarsest="int16")
     assert not any({"int8", "int4"} & set(forms) for forms in menu.forms), menu.forms
     assert any(
@@ -140,7 +143,7 @@ def test_a_tensor_that_weighs_more_in_the_gradient_keeps_more_bits():
     """Of two alike, at half of their bytes."""
     tensors = [tensor("a", again=()), tensor("b", again=())]
     costs = Costs(
-        10**12, 2 * T * N, errors(), {name: Sensitivity("", name, (), factor) for name, factor in (("a", 0.9), ("b", 1e-4))}
+        10**12, 2 * T * N, CODECS, {name: Sensitivity("", name, (), factor) for name, factor in (("a", 0.9), ("b", 1e-4))}
     )
     found = menus(tensors, lambda _: Treatment(), stored, costs, again=False)
     solution = solve([m.options for m in found], stored(tensors[0], "int8", None) + stored(tensors[1], "int4", None))
@@ -165,7 +168,7 @@ def test_no_form_is_coarser_than_one_that_fits_everywhere():
     """Time speaks for fewer bits: they take fewer bytes to write and read."""
     tensors = [tensor(name, again=()) for name in "abcd"]
     search = search_of(tensors, step_flops=10**7)
-    sizes = {w: bytes_in(w, tensors, lambda _: Treatment(), stored) for w in WIDTHS}
+    sizes = {w: bytes_in(w, tensors, lambda _: Treatment(), stored, CODECS) for w in WIDTHS}
     for width, nbytes in sizes.items():
         finer = {None, *WIDTHS[: WIDTHS.index(width) + 1]}
         for capacity in (nbytes, nbytes + 1, int(1.2 * nbytes)):
@@ -179,7 +182,7 @@ def test_where_running_again_frees_nothing_one_width_for_everything_is_found():
     tensors = [tensor(name, again_flops=1) for name in "abcd"]
     search = search_of(tensors, step_flops=10**7, inputs=tensors[0].nbytes)
     for width in WIDTHS:
-        nbytes = bytes_in(width, tensors, lambda _: Treatment(), stored)
+        nbytes = bytes_in(width, tensors, lambda _: Treatment(), stored, CODECS)
         found = search.at(nbytes)
         assert found.stored <= nbytes
         assert set((found.choice.codecs or {}).values()) == {width}
@@ -188,5 +191,5 @@ def test_where_running_again_frees_nothing_one_width_for_everything_is_found():
 def test_the_bytes_of_one_width_count_queries_and_keys_in_it():
     tensors = [tensor("x"), *attention()]
     for width in ("int16", "int8"):
-        assert bytes_in(width, tensors, lambda _: Treatment(), stored) == 5 * stored(tensors[0], width, None)
-    assert bytes_in("int8", tensors, lambda _: Treatment("exact"), stored) == 5 * tensors[0].nbytes
+        assert bytes_in(width, tensors, lambda _: Treatment(), stored, CODECS) == 5 * stored(tensors[0], width, None)
+    assert bytes_in("int8", tensors, lambda _: Treatment("exact"), stored, CODECS) == 5 * tensors[0].nbytes

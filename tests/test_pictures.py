@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import actpass
-from actpass.codecs import errors
+from actpass.codecs import QUANTIZERS
 from actpass.memory.footprint import Footprint, step_peak
 from actpass.memory.memory_curve import POINTS, Curve, step_curve, thin
 from actpass.memory.profiler import measure
@@ -329,7 +329,10 @@ def test_error_of_a_plan_is_the_sum_of_its_forms():
     found = [(kinds[s["root"]], s["codec"]) for s in storages]
     assert found.count(("attention", "int8")) == 2
     more = [SHARE_IN_A_CONTRACTION if codec == "int4" else factors.get((kind, codec), 1.0) for kind, codec in found]
-    weights = [{"keep": 0.0, **errors()}[s["codec"]] * factor * s["nbytes"] for s, factor in zip(storages, more, strict=True)]
+    weights = [
+        (QUANTIZERS[s["codec"]].error if s["codec"] != "keep" else 0.0) * factor * s["nbytes"]
+        for s, factor in zip(storages, more, strict=True)
+    ]
     assert region.tradeoff.chosen.error == pytest.approx(sum(weights) / sum(s["nbytes"] for s in storages))
 
 

@@ -36,11 +36,7 @@ ROW_FORMS = (
 )
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "torch": torch.optim.AdamW,
-    "adamw": optim.AdamW,
-    "compact": optim.CompActAdamW,
-    "oasis": optim.OasisAdamW,
-    "lazy": optim.LazySubspaceAdamW,
-    "adapm": optim.AdaPM,
+    **optim.OPTIMIZERS,
 }
 FP8_PASS = {
     "quant_type": "torch.float8_e5m2", "size_in_mb": 0.0, "use_scaling": True,

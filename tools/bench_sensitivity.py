@@ -30,7 +30,7 @@ from torch import Tensor, fx
 
 import actpass
 from actpass.backend.backend import compile_region
-from actpass.codecs import errors as errors_of_forms
+from actpass.codecs import QUANTIZERS
 from actpass.diagnostics.audit import audit_model, loss_of
 from actpass.diagnostics.interpreter import interpret
 from actpass.ir.joint_graph import fold_indices
@@ -90,7 +90,7 @@ def measure(given: argparse.Namespace) -> list[dict[str, Any]]:
         rows.append(
             {
                 "group": name, "tensors": len(nodes), "gap": statistics.fmean(gaps), "gaps": gaps,
-                "share": sum(elements[n] for n in nodes) / sum(elements[n] for n in factor) * errors_of_forms()[given.form],
+                "share": sum(elements[n] for n in nodes) / sum(elements[n] for n in factor) * QUANTIZERS[given.form].error,
                 "cosine": compared["cosine"], "sign": compared["sign"],
                 "calibrated": sum(error_in(factor[n][0], given.form) * factor[n][1] for n in nodes),
             }
@@ -101,7 +101,7 @@ def measure(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 def error_in(errors: Mapping[str, float], form: str) -> float:
     """Squared relative error of a tensor; of a form that was not measured, from that in 4 bits."""
-    return errors[form] if form in errors else errors["int4"] * errors_of_forms()[form] / errors_of_forms()["int4"]
+    return errors[form] if form in errors else errors["int4"] * QUANTIZERS[form].error / QUANTIZERS["int4"].error
 
 
 def warmed(given: argparse.Namespace, text: Text) -> Callable[[], Any]:

@@ -26,11 +26,10 @@ from actpass.ir.joint_graph import Joint, module_path, plain_input_index
 from actpass.options.config import Config, exactly
 from actpass.passes.quantize_saved import layout_of
 from actpass.pipeline import Compiled
-from actpass.plan import SCORE
+from actpass.plan import SCORE, SCORE_AGAIN, CodecSet
 from actpass.plan.sensitivity import Calibration, Sensitivity
 from actpass.torch_compat import compile_fx, dynamo, functorch_config
 
-FORMS = ("int16", "int8", "int4")
 _SAMPLE = 2**16
 """Coordinates of each gradient that are compared: memory of one set of gradients is enough."""
 
@@ -101,14 +100,14 @@ class _Region:
             return
         region, cut = self.compiled.decided.region, self.compiled.cut
         names = [n.name for n in gm.graph.find_nodes(op="placeholder")]
-        made = {n.name: n for n in cut.forward.graph.nodes}
+        made, codecs = {n.name: n for n in cut.forward.graph.nodes}, CodecSet(QUANTIZERS)
         exact = _Gradients.of(_run(gm, args), region.joint, self.inputs, self.state)
         for t in region.saved(region.joint, cut):
             at = [names.index(name) for name in t.crossing if name in names]
             if t.obstacle is not None or not at:
                 continue
-            form = "int16" if SCORE in t.kinds else "int8"
-            errors = {f: _rounded(args, at, f)[1] for f in FORMS if f != form}
+            form = codecs.coarsest_safe_for(SCORE if SCORE in t.kinds else SCORE_AGAIN)
+            errors = {f: _rounded(args, at, f)[1] for f in codecs.offered if f != form}
             changed, errors[form] = _rounded(args, at, form)
             if errors[form] > 0:
                 factor = exact.error(_run(gm, changed)) / errors[form]

@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from actpass.analysis.partitioned import Cut, Setting
-from actpass.codecs import errors
+from actpass.codecs import QUANTIZERS
 from actpass.extrapolation.folded_graph import Block, FoldedCut
 from actpass.extrapolation.layer_map import MIDDLE, Fold
 from actpass.extrapolation.layer_names import Names, Stack
@@ -24,9 +24,9 @@ from actpass.ir.joint_graph import module_path
 from actpass.options.config import Config
 from actpass.passes.base import RegionState
 from actpass.pipeline import carry_out, read
-from actpass.plan import Plan, SavedTensor
-from actpass.plan.policy import StoredBytes
+from actpass.plan import CodecSet, Plan, SavedTensor
 from actpass.plan.storage_options import Costs
+from actpass.plan.store import StoredBytes
 from actpass.planner.budget import Choice, Limit, Search, free_choice, sizes_in, within_peak
 from actpass.planner.plan_source import SearchedPlan
 from actpass.reporting.record import Record, SiteRow, describe
@@ -110,7 +110,7 @@ class FoldedRegion:
     # ------------------------------------------------------------------------------------------- what a search asks for
 
     def costs(self, cut: FoldedSetting, tensors: Sequence[SavedTensor]) -> Costs:
-        return Costs(self.step_flops, sum(t.elements for t in tensors), errors())
+        return Costs(self.step_flops, sum(t.elements for t in tensors), CodecSet(QUANTIZERS))
 
     @cached_property
     def step_flops(self) -> int:

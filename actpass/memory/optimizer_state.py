@@ -1,7 +1,8 @@
 """The optimizers of this process, as far as they are known: those that were given (`actpass.set_optimizer`), and those that
 were seen to step. torch says nothing when one is made, so before its first step an optimizer that was not given is unknown.
 
-What a first step will add to an optimizer's state is known in closed form, by its class; no code of it is run.
+What a first step will add to an optimizer's state is known in closed form: by its class, or as its class says itself in a
+method ``state_bytes(group, parameter)``.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 def state_to_come(optimizer: torch.optim.Optimizer) -> int:
     """Bytes that the first step of ``optimizer`` will add for the parameters that have no state yet and want a gradient."""
-    form = next((_FORMS[name] for name in map(_name, type(optimizer).__mro__) if name in _FORMS), _adam)
+    form = _form_of(optimizer)
     if form is _lbfgs:  # its first parameter has the state of all
         groups = optimizer.param_groups
         whole = sum(form(optimizer, g, local(p)) for g in groups for p in g["params"] if p.requires_grad)
@@ -93,6 +94,13 @@ def state_to_come(optimizer: torch.optim.Optimizer) -> int:
         for p in group["params"]
         if p.requires_grad and p not in optimizer.state
     )
+
+
+def _form_of(optimizer: torch.optim.Optimizer) -> Form:
+    own = getattr(optimizer, "state_bytes", None)
+    if own is not None:
+        return lambda _, group, p: own(group, p)
+    return next((_FORMS[name] for name in map(_name, type(optimizer).__mro__) if name in _FORMS), _adam)
 
 
 def assumed_state(parameters: Iterable[torch.Tensor]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
@@ -34,6 +34,8 @@ class ComposedOptimizer(torch.optim.Optimizer):
     """
 
     takes_low_rank_gradients = True
+    for_low_rank: ClassVar[bool] = False
+    """Whether it is for low-rank gradients alone: for dense ones it is AdamW."""
 
     def __init__(
         self, params: Iterable[Any], transforms: Sequence[Transform], *, lr: float, weight_decay: float = 0.0, **options: Any
@@ -138,7 +140,7 @@ class ComposedOptimizer(torch.optim.Optimizer):
         if before is None and "basis_draw" in state:  # loaded
             key = round_keys(state["basis_draw"], parameter.device)
             rank, unbiased = state["basis_rank"], bool(state["basis_unbiased"])
-            method = int(state["basis_method"]).to_bytes(16, "big").strip(b"\0").decode()
+            method = _name_of(int(state["basis_method"]))
             subspace = state.get("basis_subspace")
             if subspace is not None and basis.state is not None and torch.equal(subspace, basis.state):
                 subspace = basis.state
@@ -149,13 +151,22 @@ class ComposedOptimizer(torch.optim.Optimizer):
         """What the basis can be made of again, in numbers, which is all that torch loads."""
         basis = gradient.basis
         state["basis_width"], state["basis_left"] = basis.width, gradient.left
-        state["basis_draw"], state["basis_method"] = basis.draw, int.from_bytes(basis.method.encode(), "big")
+        state["basis_draw"], state["basis_method"] = basis.draw, _number_of(basis.method)
         state["basis_rank"], state["basis_unbiased"] = basis.rank, basis.unbiased
         if basis.state is not None:
             state["basis_subspace"] = basis.state
         else:
             state.pop("basis_subspace", None)
         self._bases[parameter] = basis
+
+
+def _number_of(name: str) -> int:
+    """A name as a number: torch loads strings in an optimizer's state as something else, and flattens only numbers."""
+    return int.from_bytes(name.encode(), "big")
+
+
+def _name_of(number: int) -> str:
+    return number.to_bytes(-(-number.bit_length() // 8), "big").decode()
 
 
 def _side(gradient: torch.Tensor) -> tuple[int, bool] | None:

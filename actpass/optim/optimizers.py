@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from actpass.optim.chain import ComposedOptimizer
+from actpass.optim.registry import register_optimizer
 from actpass.optim.transforms import (
     Adam,
     CarryMoments,
@@ -36,6 +37,7 @@ class _AdamWith(ComposedOptimizer):
         super().__init__(params, chain, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, **options)
 
 
+@register_optimizer("adamw")
 class AdamW(_AdamWith):
     """Adam with decoupled weight decay (I. Loshchilov, F. Hutter, 2019, arXiv 1711.05101), by coefficients where a gradient is
     in factors. Equals `torch.optim.AdamW` on dense gradients."""
@@ -53,6 +55,7 @@ class AdamW(_AdamWith):
         super().__init__(params, lr, betas, eps, weight_decay)
 
 
+@register_optimizer("compact")
 class CompActAdamW(ComposedOptimizer):
     """Y. Shamshoum et al., "CompAct", NAACL 2025, arXiv 2410.15352, algorithm 3: Adam on the coefficients, W -= lr alpha P N.
 
@@ -61,6 +64,8 @@ class CompActAdamW(ComposedOptimizer):
     fine-tuning.
     Dense gradients get AdamW's update, without alpha.
     """
+
+    for_low_rank = True
 
     def __init__(
         self,
@@ -75,6 +80,7 @@ class CompActAdamW(ComposedOptimizer):
         super().__init__(params, chain, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, alpha=alpha)
 
 
+@register_optimizer("oasis")
 class OasisAdamW(_AdamWith):
     """S. Choudhary, S. Saxena, D. Roy, "OASIS", 2026, arXiv 2604.09406: Adam in a subspace that moves, moments carried along.
 
@@ -83,6 +89,7 @@ class OasisAdamW(_AdamWith):
     of one tensor of the parameter's size (`ErrorFeedback`).
     """
 
+    for_low_rank = True
     moments = ErrorFeedback(CarryMoments())
 
     def __init__(
@@ -97,6 +104,7 @@ class OasisAdamW(_AdamWith):
         super().__init__(params, lr, betas, eps, weight_decay, error_feedback=error_feedback)
 
 
+@register_optimizer("lazy")
 class LazySubspaceAdamW(_AdamWith):
     """Li et al., "Optimal low-rank stochastic gradient estimation", 2026, arXiv 2603.20632: K steps on B in W + B V^T, lift,
     redraw V.
@@ -107,9 +115,11 @@ class LazySubspaceAdamW(_AdamWith):
     anew with each V.
     """
 
+    for_low_rank = True
     moments = ResetMoments()
 
 
+@register_optimizer("adapm")
 class AdaPM(ComposedOptimizer):
     """Y. Zhang, Y. Liu, C. Fang, "AdaPM", 2025, arXiv 2510.09103: partial momentum, by kind of block (`PartialMomentum`).
 

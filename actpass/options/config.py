@@ -16,6 +16,7 @@ import torch
 from actpass.codecs import ALL_PROJECTIONS, LEARNED, PROJECTIONS, QUANTIZERS
 from actpass.codecs.projections.learned import state_shape
 from actpass.errors import BudgetError, OptionError, PlanError
+from actpass.plan.policies import POLICIES
 from actpass.plan.sensitivity import Calibration
 from actpass.plan_file import ModelPlan
 
@@ -28,19 +29,24 @@ ROUNDINGS = (AUTO, "stochastic", "nearest")
 COMPLEMENTS = (AUTO, "fresh", "frozen")
 GRADIENTS = ("dense", "low_rank")
 FALLBACKS = ("error", "warn")
-METHODS = (AUTO, "exact", *ALL_PROJECTIONS, *QUANTIZERS)
 KEEP = "keep"
+EXACT = "exact"
 DEFAULT_RANK = 0.25
 DEFAULT = "default"
 AUTO_PROJECTION = "haar"
 """What ``method="auto"`` projects with when it is given a rank: the least variance of all without statistics."""
 
 
+def methods() -> tuple[str, ...]:
+    """Everything that ``method`` may be: a policy, a projection or a codec."""
+    return (*(name for name, policy in POLICIES.items() if not policy.needs_codec), *ALL_PROJECTIONS, *QUANTIZERS)
+
+
 @dataclass(frozen=True, slots=True)
 class Treatment:
     """What is wanted for a layer.
 
-    method: one of `METHODS`. rank: an int R in [1, N], or a float in (0, 1], a fraction of the width N (at least 1
+    method: one of `methods`. rank: an int R in [1, N], or a float in (0, 1], a fraction of the width N (at least 1
     direction), or `BUDGET`. nonlinear_rank: of a learned projection, the rank at which tensors with other uses than weight
     gradients are stored and decoded; None: they are not; `DEFAULT`: the method's own. scale: ``unbiased`` (E[P P^T] = I) or
     ``none`` (E[P^T P] = I, for an optimizer in the subspace). quantize: with a projection, the low-bit form of all that is
@@ -66,9 +72,16 @@ class Treatment:
         return self.method if self.method in ALL_PROJECTIONS else None
 
     @property
+    def policy(self) -> str:
+        """Who says in which form saved tensors are stored."""
+        return self.method if self.method in POLICIES else EXACT if self.codec is None else "uniform"
+
+    @property
     def codec(self) -> str | None:
         """In which form saved tensors are stored; None: as they are, ``auto``: the policy chooses."""
-        return self.method if self.method == AUTO or self.method in QUANTIZERS else self.quantize
+        if self.method in POLICIES and self.method != EXACT:
+            return AUTO
+        return self.method if self.method in QUANTIZERS else self.quantize
 
     @property
     def ranks_from_budget(self) -> bool:
@@ -218,6 +231,11 @@ class Config:
         return any(t.decodes for t in (self.treatment, *(t for _, t in self.overrides)))
 
     @property
+    def recomputes(self) -> bool:
+        """Whether a policy may have something run again without a budget."""
+        return any(POLICIES[t.policy].recomputes for t in (self.treatment, *(t for _, t in self.overrides)))
+
+    @property
     def stores_exactly(self) -> bool:
         """Whether all that is stored is stored as it is."""
         if self.plan is not None:
@@ -344,7 +362,7 @@ def _known(what: str, given: Mapping[str, Any], allowed: tuple[str, ...]) -> Non
 
 def _treatment(given: Mapping[str, Any], base: Treatment, where: str) -> Treatment:
     _known(f"option{where}", given, _TREATMENT)
-    method = _one_of("method", given.get("method", base.method), METHODS, where)
+    method = _one_of("method", given.get("method", base.method), methods(), where)
     quantize = given.get("quantize", base.quantize)
     if quantize is not None:
         quantize = _one_of("quantize", quantize, tuple(QUANTIZERS), where)
@@ -380,10 +398,11 @@ def _treatment(given: Mapping[str, Any], base: Treatment, where: str) -> Treatme
 
 
 def _check_rank_from_budget(method: str, scale: str, where: str) -> None:
-    if method in LEARNED and method != "prac":
+    if method in ALL_PROJECTIONS and not ALL_PROJECTIONS[method].known_variance:
+        known = ", ".join(name for name, p in ALL_PROJECTIONS.items() if p.known_variance)
         raise OptionError(
-            f"rank={BUDGET!r}{where} goes with projections whose error is a known function of their rank (prac, "
-            f"{', '.join(PROJECTIONS)}); that of {method} is the data's. Give {method} a rank: a float in (0, 1], or an int."
+            f"rank={BUDGET!r}{where} goes with projections whose error is a known function of their rank ({known}); that of "
+            f"{method} is the data's. Give {method} a rank: a float in (0, 1], or an int."
         )
     if method == AUTO:
         raise OptionError(

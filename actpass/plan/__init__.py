@@ -1,5 +1,6 @@
 """Sites + options -> Plan. Plain data: no FX, and no torch at run time."""
 
+from actpass.plan.codec_set import CodecSet
 from actpass.plan.plan import (
     EXPONENTIAL,
     KEEP,
@@ -14,18 +15,23 @@ from actpass.plan.plan import (
     SavedTensor,
     Storage,
 )
-from actpass.plan.policy import KEPT, choose, choose_decoded, choose_storage, noise, rank_sites
+from actpass.plan.policies import POLICIES, Facts, Policy, choose_storage, register_policy
+from actpass.plan.policy import KEPT, choose, choose_decoded, noise, rank_sites
 
 __all__ = [
     "EXPONENTIAL",
     "KEEP",
     "KEPT",
+    "POLICIES",
     "SCORE",
     "SCORE_AGAIN",
     "Candidate",
+    "CodecSet",
     "Decision",
     "Factored",
+    "Facts",
     "Plan",
+    "Policy",
     "Predicted",
     "Role",
     "SavedTensor",
@@ -35,4 +41,5 @@ __all__ = [
     "choose_storage",
     "noise",
     "rank_sites",
+    "register_policy",
 ]

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 SCHEMA_VERSION = 6
 KEEP = "keep"
+AGAIN = "again"
+"""Not stored: the backward runs what it came from again."""
 SCORE = "score"
 """The kind of a query or key: a fused attention's backward exponentiates their product, less a statistic of the exact one."""
 SCORE_AGAIN = "score formed again"

@@ -1,38 +1,17 @@
-"""A policy is one function (facts, wishes) -> part of a Plan."""
+"""Which tensors are projected, and at which rank: (facts, wishes) -> decisions of a Plan."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Protocol
+from typing import Protocol
 
-from actpass.plan.plan import EXPONENTIAL, KEEP, SCORE, SCORE_AGAIN, Candidate, Decision, Plan, SavedTensor, Storage
+from actpass.plan.plan import EXPONENTIAL, SCORE, SCORE_AGAIN, Candidate, Decision, Plan, SavedTensor
 from actpass.plan.rank_allocation import RankSite
 
 KEPT = "kept exact, as asked"
-SAVES_LITTLE = "exact: beside the others it would save next to nothing"
 AUTO = "auto"
-
-AUTO_CODECS = {"contraction": "int4"}
-"""Without a budget: the form of a tensor all of whose uses are here; any other takes 8 bits. 4 bits where the error ends in
-one weight's gradient; where it goes on into all gradients below, 4 bits cost up to 0.7 % of the loss, even unbiased, and 8
-nothing (tools/results/loss-*.json)."""
-FINEST = "int16"
-SCORE_CODECS = {SCORE: FINEST, SCORE_AGAIN: "int8"}
-"""The form of a query or key where a coarser one is asked for, unless an override names the module. The backward forms exp(q
-k - logsumexp) with the logsumexp of the exact ones: where scores are large (200 on a small pretrained Llama) an error of 8
-bits makes rows sum to 8 in place of 1 and a gradient wrong by its own size, 4 bits by 10^30 times. Where attention is run
-again from what was stored, rows sum to one, and 8 bits are as good as anywhere."""
-
-
-SMALL, FEW = 1 / 32, 0.04
-"""What ``auto`` leaves exact without a budget: tensors no larger than the first share of the largest that has a form, as long
-as all of them together are no more than the second share of what is stored. An error does not shrink with its tensor: 4 bits in
-the 8-wide products of adapters, 3.6 % of what is stored, put gradients of their second factors wrong by 0.15."""
-
-StoredBytes = Callable[[SavedTensor, str, int | None], int | None]
-"""(tensor, codec, group size) -> bytes; None if it can't be divided into groups."""
+"""The codec of a tensor whose form the policy chooses."""
 
 
 class Wish(Protocol):
@@ -40,6 +19,8 @@ class Wish(Protocol):
 
     @property
     def projection(self) -> str | None: ...
+    @property
+    def policy(self) -> str: ...
     @property
     def codec(self) -> str | None: ...
     @property
@@ -208,7 +189,7 @@ def choose_decoded(
     the parameter that its subspace belongs to, where its last axis is one of features.
 
     What is in the way of fewer bits is in the way here; queries, keys, values and outputs of fused attention stay (the paper's
-    choice, see `SCORE_CODECS`), and what only weight gradients read is contracted or nothing.
+    choice, see `CodecSet`), and what only weight gradients read is contracted or nothing.
     """
     wishes = [(t, wish_for(t.paths)) for t in tensors if t.obstacle is None and t.kinds and t.kinds != ("contraction",)]
     asked = [(t, wish) for t, wish in wishes if wish.decodes]
@@ -242,87 +223,3 @@ def _decoded(t: SavedTensor, owner: str | None, wish: Wish, profitable_only: boo
         extra_flops=4 * t.elements * rank,
         linear=t.linear,
     )
-
-
-def choose_storage(
-    tensors: Iterable[SavedTensor],
-    wish_for: Callable[[tuple[str, ...]], Wish],
-    stored_bytes: StoredBytes,
-    codecs: Mapping[str, str | None] | None = None,
-) -> tuple[Storage, ...]:
-    """The form in which everything that crosses is stored: as wished, where that is possible and smaller.
-
-    codecs: by node, what a budget chose for the tensors that ``auto`` decides; None: there is no budget.
-    """
-
-    def chosen(t: SavedTensor, wish: Wish) -> str | None:
-        if wish.codec != AUTO:
-            return wish.codec
-        return _auto_codec(t) if codecs is None else codecs.get(t.node)
-
-    tensors = list(tensors)
-    small = _small(tensors, wish_for) if codecs is None else frozenset[str]()
-
-    def form(t: SavedTensor, wish: Wish) -> Storage:
-        kept = store(t, wish, stored_bytes, None if t.node in small else chosen(t, wish))
-        return replace(kept, reason=SAVES_LITTLE) if t.node in small else kept
-
-    return tuple(form(t, wish_for(t.paths)) for t in tensors)
-
-
-def _small(tensors: Sequence[SavedTensor], wish_for: Callable[[tuple[str, ...]], Wish]) -> frozenset[str]:
-    """Of what ``auto`` decides, what would save next to nothing in any form, the smallest first, those of one size together."""
-    asked = [t for t in tensors if t.obstacle is None and wish_for(t.paths).codec == AUTO]
-    most = SMALL * max((t.nbytes for t in asked), default=0)
-    left = FEW * sum(t.nbytes for t in tensors)
-    found: set[str] = set()
-    for nbytes in sorted({t.nbytes for t in asked if t.nbytes <= most}):
-        alike = [t.node for t in asked if t.nbytes == nbytes]
-        left -= nbytes * len(alike)
-        if left < 0:
-            break
-        found.update(alike)
-    return frozenset(found)
-
-
-def store(t: SavedTensor, wish: Wish, stored_bytes: StoredBytes, codec: str | None) -> Storage:
-    """``t`` in ``codec`` (None: as it is), or what is possible and safe in its place."""
-
-    where: dict[str, Any] = {"module": t.paths[0] if t.paths else "", "shape": t.shape, "dtype": t.dtype}
-
-    def keep(reason: str) -> Storage:
-        return Storage(t.node, t.crossing, t.root, KEEP, reason, t.nbytes, t.nbytes, **where)
-
-    if t.obstacle is not None:
-        return keep(t.obstacle)
-    if EXPONENTIAL in t.kinds and wish.codec is not None and not wish.named:
-        return keep("exponentiated in the backward, where its error becomes a factor; an override may ask for a form")
-    if codec in (None, KEEP):
-        return keep("exact, and within the budget" if wish.codec == AUTO else KEPT)
-    if not wish.named and codec != FINEST:
-        codec = next((form for kind, form in SCORE_CODECS.items() if kind in t.kinds), codec)
-    rounding = wish.rounding if wish.rounding != AUTO else "stochastic" if t.linear else "nearest"
-    size = stored_bytes(t, codec, wish.group)
-    if size is None:
-        return keep("can't be divided into groups at symbolic sizes")
-    if size >= t.nbytes:
-        return keep(f"would take {size} bytes in {codec}")
-    return Storage(
-        t.node,
-        t.crossing,
-        t.root,
-        codec,
-        f"uses: {', '.join(t.kinds)}",
-        t.nbytes,
-        size,
-        unbiased=t.linear and rounding == "stochastic",
-        group=wish.group,
-        rounding=rounding,
-        rotate=wish.rotate,
-        named=wish.named,
-        **where,
-    )
-
-
-def _auto_codec(t: SavedTensor) -> str:
-    return "int4" if all(AUTO_CODECS.get(k) == "int4" for k in t.kinds) else "int8"

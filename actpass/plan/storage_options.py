@@ -7,16 +7,16 @@ share of the step's FLOPs, error as the noise that it adds to the gradient, at t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from actpass.plan.codec_set import CodecSet
 from actpass.plan.knapsack import Option
-from actpass.plan.plan import KEEP, SCORE, SCORE_AGAIN, SavedTensor
-from actpass.plan.policy import AUTO, StoredBytes, Wish, store
+from actpass.plan.plan import AGAIN, KEEP, SCORE, SCORE_AGAIN, SavedTensor
+from actpass.plan.policies import POLICIES
+from actpass.plan.policy import AUTO, WishFor
 from actpass.plan.sensitivity import Sensitivity
-
-AGAIN = "again"
-"""Not stored: the backward runs what it came from again."""
+from actpass.plan.store import StoredBytes, store
 
 UNIT = 10**9
 """Costs are integers: billionths of a step."""
@@ -33,23 +33,18 @@ CANCELLING = 30.0
 """What an error of a value or an output of fused attention weighs beside exact scores: the gradient of a score is a difference
 of products with both, small where a query looks at all keys alike. Measured early in training (llama-60m, 20 steps, 8 bits:
 gradients of queries and keys wrong by five times their size, 30 times the share of these tensors in Adam's direction)."""
-WIDTHS = ("int16", "int8", "int4")
-"""What a budget chooses from beside exact, the finest first."""
-
-_BYTES_OF_A_FACTOR = {"int16": 2.1, "int8": 1.1, "int4": 1.1}
-"""Of an element of a query or a key that is stored in place of scores, by the coarsest form allowed: 8 bits at least."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """step_flops: of one step. elements: of all tensors that are stored. errors: by codec, the squared relative error of a
-    Gaussian tensor. measured: by tensor, its errors and what they do to the gradients; where it was not measured, its errors
-    are those of a Gaussian tensor, and the squared relative error of the gradients for that of the tensor is its share of
-    ``elements``, times `SHARE_IN_A_CONTRACTION` or `CANCELLING`."""
+    """step_flops: of one step. elements: of all tensors that are stored. codecs: all that there are. measured: by tensor, its
+    errors and what they do to the gradients; where it was not measured, its errors are those of a Gaussian tensor, and the
+    squared relative error of the gradients for that of the tensor is its share of ``elements``, times `SHARE_IN_A_CONTRACTION`
+    or `CANCELLING`."""
 
     step_flops: int
     elements: int
-    errors: Mapping[str, float]
+    codecs: CodecSet
     measured: Mapping[str, Sensitivity] = field(default_factory=dict)
 
     def of_time(self, flops: float) -> int:
@@ -67,12 +62,12 @@ class Costs:
         """The squared relative error that it adds to the gradients."""
         if codec == KEEP:
             return 0.0
-        known = self.measured.get(t.node)
+        gaussian, known = self.codecs.by_name[codec].error, self.measured.get(t.node)
         if known is not None and SCORE_AGAIN not in t.kinds:  # measured with the statistic of the exact scores
-            return dict(known.errors).get(codec, self.errors[codec]) * known.factor
+            return dict(known.errors).get(codec, gaussian) * known.factor
         share = SHARE_IN_A_CONTRACTION if t.kinds == ("contraction",) else 1.0
         share *= CANCELLING if t.role in ("value", "output") else 1.0
-        return self.errors[codec] * share * t.elements / max(self.elements, 1)
+        return gaussian * share * t.elements / max(self.elements, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,71 +86,71 @@ _Choice = tuple[Option, tuple[str, ...], tuple[str, ...]]
 
 def menus(
     tensors: Sequence[SavedTensor],
-    wish_for: Callable[[tuple[str, ...]], Wish],
+    wish_for: WishFor,
     stored_bytes: StoredBytes,
     costs: Costs,
     *,
     again: bool,
-    coarsest: str = WIDTHS[-1],
+    coarsest: str | None = None,
 ) -> list[Menu]:
-    """again: whether the backward may run anything again. coarsest: of `WIDTHS`, where ``auto`` decides.
+    """again: whether the backward may run anything again. coarsest: of the codecs that are offered, where a policy decides.
 
-    The tensors of one fused attention are on one menu. With the logsumexp of the exact queries and keys only 16 bits are safe
-    for these (`SCORE_CODECS`), and 8 for ``v`` and the output, whose products must cancel row by row; if the attention is run
-    again from what is stored, all is consistent, and 8 bits and recomputed queries and keys are.
+    The tensors of one fused attention are on one menu. With the logsumexp of the exact queries and keys only what is
+    `safe_for_scores` is safe for these, and 8 bits for ``v`` and the output, whose products must cancel row by row; if the
+    attention is run again from what is stored, all is consistent, and 8 bits and recomputed queries and keys are.
     """
     groups: dict[str, list[SavedTensor]] = {}
     for t in tensors:
         groups.setdefault(t.attention or f"/{t.node}", []).append(t)
+    codecs = costs.codecs if coarsest is None else costs.codecs.no_coarser_than(coarsest)
 
-    def forms(t: SavedTensor, *, inexact: bool) -> Iterable[_Choice]:
-        for codec in _codecs(t, wish_for(t.paths), coarsest):
-            s = store(t, wish_for(t.paths), stored_bytes, codec)
-            yield Option(s.stored_bytes, costs.of_form(t, s.codec, s.stored_bytes)), (s.codec,), ()
-        if again and inexact and t.again:
-            yield Option(0, costs.of_time(t.again_flops)), (AGAIN,), t.again
-        if again and inexact and t.of_factors:
-            nbytes = round(t.factors * _BYTES_OF_A_FACTOR[coarsest])
-            yield Option(nbytes, costs.of_time(t.of_factors_flops)), (AGAIN,), t.of_factors
+    def options(t: SavedTensor) -> tuple[str, ...]:
+        wish = wish_for(t.paths)
+        return POLICIES[wish.policy].options(t, wish, codecs)
+
+    def stored(t: SavedTensor, codec: str) -> _Choice:
+        s = store(t, wish_for(t.paths), stored_bytes, codec, costs.codecs)
+        return Option(s.stored_bytes, costs.of_form(t, s.codec, s.stored_bytes)), (s.codec,), ()
+
+    def forms(t: SavedTensor, *, inexact: bool) -> list[_Choice]:
+        allowed = options(t)
+        found = [stored(t, codec) for codec in allowed if codec != AGAIN]
+        if AGAIN in allowed and again and inexact and t.again:
+            found.append((Option(0, costs.of_time(t.again_flops)), (AGAIN,), t.again))
+        if AGAIN in allowed and again and inexact and t.of_factors:
+            nbytes = round(t.factors * codecs.bytes_of_a_factor)
+            found.append((Option(nbytes, costs.of_time(t.of_factors_flops)), (AGAIN,), t.of_factors))
+        return found if found or again else [stored(t, KEEP)]
 
     found = []
     for members in groups.values():
         choices = _product(forms(t, inexact=t.role not in ("score", "output")) for t in members)
         output = next((t for t in members if t.role == "output"), None)
-        if output is not None and again and output.again:
+        if output is not None and again and output.again and AGAIN in options(output):
             others = [replace(t, kinds=_consistent(t.kinds), role=None) for t in members if t is not output]
             rerun = Option(0, costs.of_time(output.again_flops))
             at = members.index(output)
             for option, chosen, run in _product(forms(t, inexact=True) for t in others):
                 whole = (*chosen[:at], AGAIN, *chosen[at:])
                 choices.append((_plus(option, rerun), whole, (*output.again, *run)))
-        choices = _undominated(choices)
-        options, chosen_forms, runs = zip(*choices, strict=True)
-        found.append(Menu(tuple(members), options, chosen_forms, runs))
+        choices = _undominated(choices) or _product([stored(t, KEEP)] for t in members)
+        options_of, chosen_forms, runs = zip(*choices, strict=True)
+        found.append(Menu(tuple(members), options_of, chosen_forms, runs))
     return found
 
 
-def bytes_in(
-    codec: str, tensors: Sequence[SavedTensor], wish_for: Callable[[tuple[str, ...]], Wish], stored_bytes: StoredBytes
-) -> int:
-    """Of ``tensors`` if all that ``auto`` decides takes one width, queries and keys like the rest."""
+def bytes_in(codec: str, tensors: Sequence[SavedTensor], wish_for: WishFor, stored_bytes: StoredBytes, codecs: CodecSet) -> int:
+    """Of ``tensors`` if all that a policy decides takes one codec, queries and keys like the rest."""
     total = 0
     for t in tensors:
         wish = wish_for(t.paths)
         alike = replace(t, kinds=_consistent(t.kinds), role=None)
-        total += store(alike, wish, stored_bytes, codec if wish.codec == AUTO else wish.codec).stored_bytes
+        total += store(alike, wish, stored_bytes, codec if wish.codec == AUTO else wish.codec, codecs).stored_bytes
     return total
 
 
 def _consistent(kinds: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(SCORE_AGAIN if k == SCORE else k for k in kinds)
-
-
-def _codecs(t: SavedTensor, wish: Wish, coarsest: str) -> tuple[str | None, ...]:
-    if wish.codec != AUTO:
-        return (wish.codec,)
-    safe = WIDTHS if t.role is None and SCORE_AGAIN not in t.kinds else WIDTHS[:-1]
-    return (None, *(w for w in safe if WIDTHS.index(w) <= WIDTHS.index(coarsest)))
 
 
 def _plus(a: Option, b: Option) -> Option:

@@ -156,7 +156,7 @@ _DECISION: dict[str, Check] = {
     "site": _text,
     "matmuls": _distinct,
     "parameters": _tuple_of(_text),
-    "method": _one_of(EXACT, *ALL_PROJECTIONS),
+    "method": lambda where, value: _one_of(EXACT, *ALL_PROJECTIONS)(where, value),
     "reason": _text,
     "width": _integer(),
     "rank": _optional(_integer(1)),

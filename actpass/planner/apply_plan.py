@@ -18,22 +18,20 @@ from actpass.analysis.partitioned import Cut, Setting
 from actpass.analysis.projection_sites import find_candidates
 from actpass.analysis.saved_tensors import EARLY_GRADIENT
 from actpass.analysis.weight_gradients import Contraction
-from actpass.codecs import LEARNED
+from actpass.codecs import LEARNED, QUANTIZERS
 from actpass.errors import BudgetError, LogitsReturned, PlanError
 from actpass.ir.fingerprint import fingerprint, plain_inputs
 from actpass.ir.joint_graph import Joint, storage_root
 from actpass.ir.op_queries import is_attention, is_matmul, is_reduction
 from actpass.options.config import Config, Treatment
 from actpass.passes.base import RegionState
-from actpass.plan import EXPONENTIAL, KEEP, SCORE, SCORE_AGAIN, Candidate, Decision, Plan, SavedTensor, Storage
+from actpass.plan import EXPONENTIAL, KEEP, SCORE, SCORE_AGAIN, Candidate, CodecSet, Decision, Plan, SavedTensor, Storage
 from actpass.plan.multi_region import Level
-from actpass.plan.policy import store
+from actpass.plan.store import store
 from actpass.plan_file import ModelPlan
 from actpass.planner.budget import Choice, PeakBudget, Region, sizes_in
 from actpass.planner.plan_source import CarryOut, decodable
 
-_SAFE = {SCORE: (KEEP, "int16"), SCORE_AGAIN: (KEEP, "int16", "int8")}
-"""Forms that a query or key may have unless the entry is ``named``: see `actpass.plan.policy.SCORE_CODECS`."""
 _SHOWN = 8
 """Names that an error lists at most."""
 
@@ -303,16 +301,16 @@ def forms(
     `PlanError` for a form that is not possible."""
     tensors = region.saved(joint, cut)
     entries = {s.node: s for s in plan.storages}
-    sizes = sizes_in(cut)
+    sizes, codecs = sizes_in(cut), CodecSet(QUANTIZERS)
 
     def form(t: SavedTensor) -> Storage:
         entry = entries.get(t.node)
         if entry is None or not entry.coded:
             reason = t.obstacle or ("kept, as the plan says" if entry is not None else "kept: the plan does not name it")
-            return replace(store(t, Treatment("exact"), sizes, None), reason=reason)
+            return replace(store(t, Treatment("exact"), sizes, None, codecs), reason=reason)
         wish = Treatment(entry.codec, group=entry.group, rounding=entry.rounding, rotate=entry.rotate, named=True)
-        _check_form(t, entry)
-        stored = store(t, wish, sizes, entry.codec)
+        _check_form(t, entry, codecs)
+        stored = store(t, wish, sizes, entry.codec, codecs)
         if not stored.coded:
             raise PlanError(
                 f"the plan stores {_tensor(t)} in {entry.codec}, which {stored.reason}. Allowed: keep, or fewer bits."
@@ -329,7 +327,7 @@ def _tensor(t: SavedTensor) -> str:
     return f"{t.node!r} ({t.paths[0] or 'no module'}, {'x'.join(map(str, t.shape))} {t.dtype})"
 
 
-def _check_form(t: SavedTensor, entry: Storage) -> None:
+def _check_form(t: SavedTensor, entry: Storage, codecs: CodecSet) -> None:
     def refuse(why: str, allowed: str) -> PlanError:
         return PlanError(f"the plan stores {_tensor(t)} in {entry.codec}, which is not possible: {why}. Allowed: {allowed}.")
 
@@ -339,12 +337,13 @@ def _check_form(t: SavedTensor, entry: Storage) -> None:
         return
     if EXPONENTIAL in t.kinds:
         raise refuse("its error becomes a factor, the backward exponentiates it", f'{KEEP}, or any form with "named": true')
-    for kind, safe in _SAFE.items():
-        if kind in t.kinds and entry.codec not in safe:
+    for kind in t.kinds:
+        safe = codecs.safe_for(kind)
+        if safe is not None and entry.codec not in safe:
             raise refuse(
                 "it is a query or key of fused attention, whose backward exponentiates their product"
                 + (" with the logsumexp of the exact ones" if kind == SCORE else ""),
-                f'{", ".join(safe)}, or any form with "named": true',
+                f'{", ".join((KEEP, *safe))}, or any form with "named": true',
             )
 
 

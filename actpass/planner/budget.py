@@ -24,7 +24,7 @@ from actpass.analysis.projection_sites import find_candidates
 from actpass.analysis.rematerialization import Recomputation
 from actpass.analysis.saved_tensors import EARLY_GRADIENT, find_saved
 from actpass.analysis.weight_gradients import Finding
-from actpass.codecs import errors
+from actpass.codecs import QUANTIZERS
 from actpass.errors import BudgetError
 from actpass.ir.joint_graph import Joint, module_path, tensor_bytes, value
 from actpass.memory.footprint import MARGIN, Footprint, step_peak
@@ -32,25 +32,17 @@ from actpass.memory.resident import Resident
 from actpass.options.config import Config
 from actpass.passes.partition import cut
 from actpass.passes.quantize_saved import layout_of
-from actpass.plan import Candidate, SavedTensor, Storage, choose_storage, noise, rank_sites
+from actpass.plan import Candidate, CodecSet, SavedTensor, Storage, choose_storage, noise, rank_sites
 from actpass.plan.knapsack import Option, least_bytes, solve
 from actpass.plan.multi_region import Level, needs
-from actpass.plan.plan import KEEP
-from actpass.plan.policy import StoredBytes, WishFor
+from actpass.plan.plan import AGAIN, KEEP
+from actpass.plan.policies import wanted_again
+from actpass.plan.policy import WishFor
 from actpass.plan.rank_allocation import RankSite, bytes_at, choose_ranks
 from actpass.plan.rank_allocation import least_bytes as least_bytes_of_ranks
 from actpass.plan.sensitivity import Sensitivity
-from actpass.plan.storage_options import (
-    AGAIN,
-    NOISE_PER_STEP,
-    SHARE_IN_A_CONTRACTION,
-    UNIT,
-    WIDTHS,
-    Costs,
-    Menu,
-    bytes_in,
-    menus,
-)
+from actpass.plan.storage_options import NOISE_PER_STEP, SHARE_IN_A_CONTRACTION, UNIT, Costs, Menu, bytes_in, menus
+from actpass.plan.store import StoredBytes
 from actpass.torch_compat import Sizes, size_hint
 
 _STEP = 0.92
@@ -197,7 +189,7 @@ class Region:
 
     def costs(self, cut: Cut, tensors: Sequence[SavedTensor]) -> Costs:
         """What forms of ``tensors``, which cross ``cut``, are weighed by."""
-        return Costs(self.step_flops, sum(t.elements for t in tensors), errors(), self._measured(cut, tensors))
+        return Costs(self.step_flops, sum(t.elements for t in tensors), CodecSet(QUANTIZERS), self._measured(cut, tensors))
 
     def _measured(self, cut: Cut, tensors: Sequence[SavedTensor]) -> dict[str, Sensitivity]:
         """By node, what a calibration says of ``tensors``. Only how they compare: all together weigh their share of all
@@ -218,7 +210,7 @@ class Region:
     def storages(self, joint: Joint, choice: Choice) -> tuple[Storage, ...]:
         """In which form everything that crosses is stored."""
         tensors = self.saved(joint, choice.cut)
-        return choose_storage(tensors, self.config.treatment_of_any, sizes_in(choice.cut), choice.codecs)
+        return choose_storage(tensors, self.config.treatment_of_any, sizes_in(choice.cut), CodecSet(QUANTIZERS), choice.codecs)
 
 
 def sizes_in(cut: Cut) -> StoredBytes:
@@ -243,13 +235,25 @@ def choose_cut(region: Region, cut_of: Callable[[Choice], Cut], peak: PeakBudget
         return Choice(Setting(rebuild=False), region.default, {})
     free = free_choice(region)
     if budget is None:
-        return free
+        return _with_recomputation(region, free)
     if not region.config.ranks_from_budget:
         return _within(Search(region, free), cut_of, peak)
     search = _Ranks(region, free, cut_of)
     choice = _within(search, search.cut_of, peak)
     notes = [n for n in (search.note(choice), choice.note) if n is not None]
     return replace(choice, note="; ".join(notes) or None)
+
+
+def _with_recomputation(region: Region, free: Choice) -> Choice:
+    """``free``, or the cut that runs again what the policies want to be."""
+    wish_for = region.config.treatment_of_any
+    tensors = region.tensors(free.cut) if region.config.recomputes else []
+    again = wanted_again(tensors, wish_for, sizes_in(free.cut), CodecSet(QUANTIZERS))
+    if not again:
+        return free
+    names = frozenset(name for t in again for name in t.again or t.of_factors)
+    setting = Setting(free.setting.rebuild, names, free.setting.keep - {t.root for t in again})
+    return Choice(setting, region.cut(setting), None)
 
 
 def _within(search: Search[Region] | _Ranks, cut_of: Callable[[Choice], Cut], peak: PeakBudget | None) -> Choice:
@@ -380,10 +384,15 @@ class _Crossing:
     ) -> None:
         self.setting, self.cut, self.tensors = setting, cut, tensors
         self._wish_for, self._sizes, self._costs = wish_for, sizes, costs
-        self._menus: dict[tuple[str, bool], list[Menu]] = {}
+        self._menus: dict[tuple[str | None, bool], list[Menu]] = {}
         self._bytes: dict[str, int] = {}
 
-    def menus(self, coarsest: str, *, again: bool) -> list[Menu]:
+    @property
+    def widths(self) -> tuple[str, ...]:
+        """The codecs that are offered, the finest first."""
+        return self._costs.codecs.offered
+
+    def menus(self, coarsest: str | None, *, again: bool) -> list[Menu]:
         key = coarsest, again
         if key not in self._menus:
             self._menus[key] = menus(self.tensors, self._wish_for, self._sizes, self._costs, again=again, coarsest=coarsest)
@@ -391,7 +400,7 @@ class _Crossing:
 
     def bytes_in(self, width: str) -> int:
         if width not in self._bytes:
-            self._bytes[width] = bytes_in(width, self.tensors, self._wish_for, self._sizes)
+            self._bytes[width] = bytes_in(width, self.tensors, self._wish_for, self._sizes, self._costs.codecs)
         return self._bytes[width]
 
 
@@ -419,7 +428,7 @@ class Search(Generic[R]):
 
     @property
     def _options(self) -> list[tuple[Option, ...]]:
-        return [m.options for m in self._base.menus(WIDTHS[-1], again=True)]
+        return [m.options for m in self._base.menus(None, again=True)]
 
     @property
     def least(self) -> int:
@@ -442,9 +451,10 @@ class Search(Generic[R]):
         Where everything fits in one width, nothing takes a coarser one, if that can be met with queries and keys in forms that
         are safe: an error is weighed against time, and one tensor in 8 bits where 16 do for all is a worse gradient.
         """
-        widest = next((i for i, w in enumerate(WIDTHS) if self._base.bytes_in(w) <= capacity), len(WIDTHS) - 1)
+        widths = self._base.widths
+        widest = next((i for i, w in enumerate(widths) if self._base.bytes_in(w) <= capacity), len(widths) - 1)
         found: list[_Found] = []
-        for coarsest in WIDTHS[widest:]:
+        for coarsest in widths[widest:]:
             found.append(self._at(capacity, coarsest))
             if found[-1].stored <= capacity:
                 return found[-1]

@@ -22,6 +22,7 @@ from torch import fx
 
 from actpass.ir.graph_inputs import GraphInputs
 from actpass.options.config import Config
+from actpass.registry import foreign_sources
 from actpass.reporting import Record
 from actpass.torch_compat import functorch_config, records_dir, returns_to_a_graph_break
 
@@ -47,6 +48,7 @@ def region_key(gm: fx.GraphModule, example_inputs: Sequence[Any], inputs: GraphI
         repr(peak),
         torch.__version__,
         source_hash(),
+        foreign_sources(),
         repr([(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]),
         repr((torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())),
         repr((functorch_config.activation_memory_budget, functorch_config.ban_recompute_materialized_backward)),

@@ -18,7 +18,6 @@ METHODS = (
     *("auto", "exact", "int8", "int4", "int2", "fp8", "fp8_e5m2"),
     *("gaussian", "rademacher", "sparse", "haar", "srht", "pca", "prac", "oasis", "sampled"),
 )
-OPTIMIZERS = ("adamw", "compact", "oasis", "lazy", "adapm")
 
 
 @dataclass(frozen=True, slots=True)

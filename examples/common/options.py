@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from .backend import BACKENDS, METHODS, OPTIMIZERS
+from actpass.optim import OPTIMIZERS
+
+from .backend import BACKENDS, METHODS
 
 Group = argparse._ArgumentGroup
 
@@ -65,9 +67,8 @@ def add_training_options(group: Group) -> None:
     add("--lr", type=number(0), metavar="X", help="AdamW's peak learning rate (by the model)")
     add(
         "--optimizer",
-        choices=OPTIMIZERS,
-        help="adamw: torch's; compact, oasis, lazy, adapm: actpass.optim's CompActAdamW, OasisAdamW, LazySubspaceAdamW, AdaPM "
-        "(adamw)",
+        choices=tuple(OPTIMIZERS),
+        help="adamw: torch's; all others: those of actpass.optim, by their names in its registry (adamw)",
     )
     add("--warmup", type=number(0, 1), metavar="X", help="fraction of the steps (0.1)")
     add("--weight-decay", type=number(0), metavar="X", help="of matrices, not of norms (0.1)")

@@ -9,6 +9,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from actpass.optim import OPTIMIZERS
+
 from . import UsageError
 from .backend import Backend, parse_override
 from .data import BYTES, STDLIB
@@ -106,7 +108,7 @@ def find_problem(settings: Settings) -> str | None:
     given = [name for name in COMPRESSION if getattr(settings, name)]
     if given and settings.backend != "actcomp":
         return f"--{given[0].replace('_', '-')} goes with --backend actcomp"
-    if settings.optimizer in ("compact", "oasis", "lazy") and settings.gradients != "low_rank":
+    if getattr(OPTIMIZERS[settings.optimizer], "for_low_rank", False) and settings.gradients != "low_rank":
         return f"--optimizer {settings.optimizer} goes with --gradients low_rank"
     if (settings.save_every or settings.resume) and not settings.save:
         return "--save-every and --resume need --save DIR"

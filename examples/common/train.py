@@ -117,12 +117,9 @@ def make_optimizer(name: str, groups: list[dict[str, object]], lr: float) -> Opt
     """AdamW, or one of `actpass.optim`."""
     if name == "adamw":
         return AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
-    from actpass import optim
+    from actpass.optim import OPTIMIZERS
 
-    kinds = {
-        "compact": optim.CompActAdamW, "oasis": optim.OasisAdamW, "lazy": optim.LazySubspaceAdamW, "adapm": optim.AdaPM,
-    }  # fmt: skip
-    return kinds[name](groups, lr=lr, betas=(0.9, 0.95))
+    return OPTIMIZERS[name](groups, lr=lr, betas=(0.9, 0.95))
 
 
 def _parameter_groups(module: nn.Module, config: TrainConfig) -> list[dict[str, object]]:

@@ -12,8 +12,10 @@ import torch
 
 from actpass.codecs.generator import normals, stream
 from actpass.codecs.projections.projection import SeededProjection
+from actpass.codecs.registry import register_projection
 
 
+@register_projection
 class Gaussian(SeededProjection):
     """P_ij ~ N(0, 1/R) independent. Bias 0. Relative variance (N + 1) / R."""
 

@@ -14,8 +14,10 @@ import torch
 from actpass.codecs.generator import normals, stream
 from actpass.codecs.projections.orthonormal import orthonormal
 from actpass.codecs.projections.projection import SeededProjection
+from actpass.codecs.registry import register_projection
 
 
+@register_projection
 class Haar(SeededProjection):
     """P = sqrt(N / R) Q with Q (N, R) orthonormal. Bias 0. Relative variance N / R - 1: none at full rank.
 

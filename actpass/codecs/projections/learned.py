@@ -19,8 +19,7 @@ from typing import ClassVar
 
 import torch
 
-from actpass.codecs.generator import bits32, normals, stream
-from actpass.codecs.projections.orthonormal import orthonormal
+from actpass.codecs.generator import normals, stream
 
 SPARE = 8
 """Directions beyond the rank that are iterated, too: the last ones that count converge with the gap behind the spare ones
@@ -29,7 +28,8 @@ HALF_WAY = 0.5
 """A step size between a sketch of one batch and those before it. A batch's best subspace is not the best of others: all the way
 to each, the last one captures less of held-out batches (llama-mini, N/16 directions, worst tensor: 0.977 of the best, half-way
 0.984)."""
-_RIDGE = 1e-6
+RIDGE = 1e-6
+"""The least share of the leading energy that counts as one."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class LearnedProjection(ABC):
     """How far a basis moves to what a sketch says, after its first moves; 1: all the way."""
     points: ClassVar[int] = 2048
     """Tokens that a sketch samples at least."""
+    known_variance: ClassVar[bool] = False
+    """Whether `relative_variance` is a known function of the rank, by which a budget may choose the rank."""
 
     def columns(self, width: int, rank: int) -> int:
         """K, the columns of the state."""
@@ -82,6 +84,10 @@ class LearnedProjection(ABC):
         """What is drawn for a basis, if anything is: the same for all sites of a shape and a ``sequence``."""
         return None
 
+    def last_row(self, energies_K: torch.Tensor, rank: int) -> torch.Tensor:
+        """What else the state keeps, (K,): of the energies along its directions."""
+        return torch.zeros_like(energies_K)
+
     @abstractmethod
     def draw(self, state: torch.Tensor, noise: torch.Tensor | None, rank: int) -> torch.Tensor:
         """The basis (N, R) in float32."""
@@ -92,138 +98,9 @@ class LearnedProjection(ABC):
         return tail
 
 
-class Pca(LearnedProjection):
-    """P = Q, the leading R right singular directions of x. Biased: what lies beyond them is lost.
-
-    x ~ x Q Q^T (Eckart-Young: no projection of rank R loses less of x). Loses 1 - captured energy. The iteration is
-    this project's choice.
-    """
-
-    name = "pca"
-    unbiased = False
-    step_size = HALF_WAY
-
-    def draw(self, state: torch.Tensor, noise: torch.Tensor | None, rank: int) -> torch.Tensor:
-        return state[:-1, :rank]
-
-
-class Prac(LearnedProjection):
-    """P = [Q1, sqrt(k) Q2]: r1 principal directions and r2 random ones of their complement, k = (N - r1) / r2.
-
-    Source: Li, Zhang, Fang, "PRAC", ICML 2026, arXiv 2602.23111: x ~ x Q1 Q1^T + k x Q2 Q2^T. Unbiased with the complement
-    drawn from the step's key, as here by default with dense gradients: E[Q2 Q2^T] = (I - Q1 Q1^T) r2 / (N - r1). Relative
-    variance (k - 1) tail, tail the energy beyond Q1. With ``complement="frozen"``, the paper's, Q2 stays until the next
-    refresh, and the gradients between two are biased. The paper's ranks are r1 = r2 = 0.3 N for inputs of linear layers (rank
-    0.6, the default), and 0.2 N for those of norms and activation functions (``nonlinear_rank`` 0.4), which are decoded,
-    x_hat = z P^T, and whose gradients are biased. This project's choice: r1 is half of the rank, rounded down, and
-    ``nonlinear_rank`` holds for all that crosses with other uses than weight gradients, fused attention's tensors excepted.
-    """
-
-    name = "prac"
-    unbiased = True
-    draws = True
-    step_size = HALF_WAY
-    default_rank = 0.6
-    default_nonlinear_rank = 0.4
-
-    def principal(self, rank: int) -> int:
-        return rank // 2
-
-    def leading(self, rank: int) -> int:
-        return 0  # with a forward that reads z twice the cut saves the basis, too, in place of drawing it again
-
-    def noise(self, key: torch.Tensor, width: int, rank: int, sequence: int = 0) -> torch.Tensor | None:
-        random = rank - self.principal(rank)
-        return normals(key, stream(_own(width, sequence), 40), width * random).view(width, random)
-
-    def draw(self, state: torch.Tensor, noise: torch.Tensor | None, rank: int) -> torch.Tensor:
-        assert noise is not None
-        width, principal = state.shape[0] - 1, self.principal(rank)
-        leading_NR = state[:-1, :principal]
-        left = width - principal
-        beyond_NR = noise - leading_NR @ (leading_NR.t() @ noise)
-        for _ in range(2 if 2 * (rank - principal) > left else 1):  # a matrix that is nearly square there is badly conditioned
-            beyond_NR = orthonormal(beyond_NR - leading_NR @ (leading_NR.t() @ beyond_NR), within=left)
-        scale = (left / (rank - principal)) ** 0.5
-        return torch.cat([leading_NR, beyond_NR * scale], 1)
-
-    def relative_variance(self, width: int, rank: int, tail: float = 1.0) -> float:
-        principal = self.principal(rank)
-        return ((width - principal) / (rank - principal) - 1.0) * tail
-
-
-class Oasis(LearnedProjection):
-    """P = Q, moved a little at every step. Biased, as `pca`.
-
-    Source: Choudhary, Saxena, Roy, "OASIS", 2026, arXiv 2604.09406: an Oja update of an orthonormal basis with a step size
-    of its own, re-orthonormalised. This project's choice: Oja's direction is preconditioned by the Gram matrix in the
-    subspace, Q <- orth((1 - eta) Q + eta Y (Q^T Y)^-1), so that one eta serves all directions (plain Oja moves a direction of
-    a thousandth of the leading energy a thousand times slower), and eta = 1 is the block power step of `pca`.
-    """
-
-    name = "oasis"
-    unbiased = False
-    refresh_interval = 1
-    step_size = 0.2
-    points = 512
-
-    def draw(self, state: torch.Tensor, noise: torch.Tensor | None, rank: int) -> torch.Tensor:
-        return state[:-1, :rank]
-
-
-class Sampled(LearnedProjection):
-    """R of N orthonormal directions, drawn with probabilities pi_i and weighted 1 / sqrt(pi_i).
-
-    Source: Li et al., "Optimal low-rank stochastic gradient estimation", 2026, arXiv 2603.20632, the law with known
-    covariance: pi_i = min(1, c sqrt(sigma_i)), sum pi = R: leading directions surely, the tail by the root of its energy.
-    Unbiased: E[P P^T] = sum q_i q_i^T. Relative variance sum (1 / pi_i - 1) sigma_i / sum sigma_i. The state has
-    all N directions and pi. This project's choice: sigma is the energy of x along a direction, and the draw
-    is systematic sampling (W. Madow, 1949): one uniform number, always R directions. Drawn at each step, or with low-rank
-    gradients once between two refreshes (``complement``), which is the paper's: V stays for K steps.
-    """
-
-    name = "sampled"
-    unbiased = True
-    draws = True
-
-    def columns(self, width: int, rank: int) -> int:
-        return width
-
-    def leading(self, rank: int) -> int:
-        return 0
-
-    def noise(self, key: torch.Tensor, width: int, rank: int, sequence: int = 0) -> torch.Tensor | None:
-        return bits32(key, stream(_own(width, sequence), 41), 1).to(torch.float64) * 2.0**-32
-
-    def draw(self, state: torch.Tensor, noise: torch.Tensor | None, rank: int) -> torch.Tensor:
-        assert noise is not None
-        width = state.shape[1]
-        directions_NN, probabilities_N = state[:-1], state[-1]
-        points_R = torch.arange(rank, device=state.device, dtype=torch.float64) + noise
-        below_NR = torch.cumsum(probabilities_N.double(), 0).unsqueeze(1) <= points_R.unsqueeze(0)
-        chosen_R = below_NR.sum(0).clamp(max=width - 1)
-        return directions_NN[:, chosen_R] * probabilities_N[chosen_R] ** -0.5
-
-    def relative_variance(self, width: int, rank: int, tail: float = 1.0) -> float:
-        """Of a flat spectrum, the worst."""
-        return (width / rank - 1.0) * tail
-
-
-def _own(width: int, sequence: int) -> int:
+def with_sequence(width: int, sequence: int) -> int:
     """A number for a width and a sequence that no other pair has: widths are below 2^32."""
     return width + (sequence << 32)
-
-
-def inclusion_probabilities(energies_N: torch.Tensor, rank: int) -> torch.Tensor:
-    """pi = min(1, c sqrt(energy)) with sum ``rank``, for energies in falling order; float64. No direction is left out for good:
-    an energy counts as at least a millionth of the mean, which keeps the estimate unbiased where a sketch saw nothing."""
-    energies_N = energies_N.double()
-    floor = max(float(energies_N.mean()) * _RIDGE, torch.finfo(torch.float64).tiny)
-    root_N = energies_N.clamp_min(floor).sqrt()
-    left_N = root_N.flip(0).cumsum(0).flip(0)
-    surely = int((root_N[:rank] * torch.arange(rank, 0, -1, device=root_N.device) > left_N[:rank]).sum())
-    share_N = root_N[surely:] * ((rank - surely) / left_N[surely]) if surely < rank else torch.zeros_like(root_N[surely:])
-    return torch.cat([torch.ones(surely, dtype=torch.float64, device=root_N.device), share_N])
 
 
 def sketch(
@@ -271,7 +148,7 @@ def moved(
     energies_K, rotation_KK = torch.linalg.eigh((gram_KK + gram_KK.t()) / 2)
     energies_K, rotation_KK = energies_K.flip(0).clamp_min(0), rotation_KK.flip(1)
     basis_NK, product_NK = basis_NK @ rotation_KK, product_NK @ rotation_KK
-    seen_K = energies_K > _RIDGE * energies_K[0]
+    seen_K = energies_K > RIDGE * energies_K[0]
     stepped_NK = (1 - size) * basis_NK + size * product_NK / torch.where(seen_K, energies_K, 1.0)
     basis_NK = _upright(torch.where(seen_K, stepped_NK, basis_NK))
     return _state(method, basis_NK, energies_K, rank), Spectrum(energies_K / energy)
@@ -293,7 +170,7 @@ def nudged(
     gram_KK = (basis_NK.mT @ product_NK).double()
     gram_KK = (gram_KK + gram_KK.mT) / 2
     unit_KK = torch.eye(gram_KK.shape[-1], dtype=torch.float64, device=states.device)
-    ridge = _RIDGE * gram_KK.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
+    ridge = RIDGE * gram_KK.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
     seen = torch.isfinite(ridge) & (ridge > 0)
     gram_KK = torch.where(seen, gram_KK + ridge * unit_KK, unit_KK)
     factor_KK, failed = torch.linalg.cholesky_ex(gram_KK)
@@ -338,15 +215,10 @@ def state_shape(method: LearnedProjection, width: int, rank: int) -> tuple[int, 
 
 
 def _state(method: LearnedProjection, basis_NK: torch.Tensor, energies_K: torch.Tensor, rank: int) -> torch.Tensor:
-    last_K = inclusion_probabilities(energies_K, rank) if isinstance(method, Sampled) else torch.zeros_like(energies_K)
-    return torch.cat([basis_NK, last_K.unsqueeze(0)]).float()
+    return torch.cat([basis_NK, method.last_row(energies_K, rank).unsqueeze(0)]).float()
 
 
 def _upright(columns_NK: torch.Tensor) -> torch.Tensor:
     """Orthonormal in float64, by QR: between two steps, where a K x K factor in float32 is no saving."""
     q_NK, r_KK = torch.linalg.qr(columns_NK)
     return q_NK * torch.where(r_KK.diagonal() < 0, -1.0, 1.0)
-
-
-LEARNED: dict[str, LearnedProjection] = {p.name: p for p in (Pca(), Prac(), Oasis(), Sampled())}
-"""Learned projections by the name that ``options={"method": ...}`` takes."""

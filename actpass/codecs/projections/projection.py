@@ -21,6 +21,8 @@ class SeededProjection(ABC):
     """
 
     name: ClassVar[str]
+    known_variance: ClassVar[bool] = True
+    """See `LearnedProjection`."""
 
     @abstractmethod
     def draw(self, key: torch.Tensor, width: int, rank: int) -> torch.Tensor:

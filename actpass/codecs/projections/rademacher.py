@@ -10,8 +10,10 @@ import torch
 
 from actpass.codecs.generator import signs, stream
 from actpass.codecs.projections.projection import SeededProjection
+from actpass.codecs.registry import register_projection
 
 
+@register_projection
 class Rademacher(SeededProjection):
     """P_ij = +-1 / sqrt(R) with equal odds. Bias 0. Relative variance (N - 1) / R: the least of all independent entries."""
 

@@ -10,10 +10,12 @@ import torch
 
 from actpass.codecs.generator import bits32, stream
 from actpass.codecs.projections.projection import SeededProjection
+from actpass.codecs.registry import register_projection
 
 _SIXTH = round(2**32 / 6)
 
 
+@register_projection
 class Sparse(SeededProjection):
     """P_ij = sqrt(3 / R) * {+1, 0, -1} with odds 1/6, 2/3, 1/6. Bias 0. Relative variance (N + 1) / R.
 

@@ -12,8 +12,10 @@ import torch
 from actpass.codecs.generator import permutation, signs, stream
 from actpass.codecs.hadamard import entries
 from actpass.codecs.projections.projection import SeededProjection
+from actpass.codecs.registry import register_projection
 
 
+@register_projection
 class Srht(SeededProjection):
     """P = sqrt(N / R) D H S: random signs D, orthogonal H (N, N), R columns S drawn without replacement.
 

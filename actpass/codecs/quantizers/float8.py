@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from actpass.codecs.quantizers.quantizer import Quantizer
+from actpass.codecs.registry import register_codec
 
 _EXPONENT_BITS = 0x7F800000
 
@@ -51,3 +52,7 @@ class Float8(Quantizer):
 
     def unpack(self, payload: torch.Tensor) -> torch.Tensor:
         return payload.to(torch.float32).unsqueeze(0)
+
+
+register_codec(Float8("fp8", torch.float8_e4m3fn, 64))
+register_codec(Float8("fp8_e5m2", torch.float8_e5m2, 64))

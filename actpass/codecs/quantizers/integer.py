@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from actpass.codecs.quantizers.quantizer import Quantizer
+from actpass.codecs.registry import register_codec
 
 _ERROR = {16: 8e-10, 8: 4.4e-5, 4: 1.1e-2, 2: 0.2}
 _LARGEST = 2.7
@@ -35,6 +36,18 @@ class Integer(Quantizer):
         if self.bits in _ERROR:
             return _ERROR[self.bits]
         return (2 * _LARGEST / (self.levels - 1)) ** 2 / 12
+
+    @property
+    def in_budgets(self) -> bool:
+        return self.bits >= 4
+
+    @property
+    def safe_for_scores(self) -> bool:
+        return self.bits >= 16
+
+    @property
+    def safe_for_recomputed_scores(self) -> bool:
+        return self.bits >= 8
 
     @property
     def largest(self) -> float:
@@ -69,3 +82,7 @@ class Integer(Quantizer):
         """What a one in each piece of a byte is worth, (K, 1, ...), float32."""
         shifts = torch.arange(self.pieces, dtype=torch.int64, device=device) * self.bits
         return (1 << shifts).to(torch.float32).view(self.pieces, *(1 for _ in range(dims - 1)))
+
+
+for _codec in (Integer(16, 65535, 64), Integer(8, 255, 64), Integer(4, 15, 32), Integer(2, 4, 32)):
+    register_codec(_codec)

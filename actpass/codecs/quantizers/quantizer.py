@@ -42,6 +42,22 @@ class Quantizer(ABC):
     group: int
 
     @property
+    def in_budgets(self) -> bool:
+        """Whether a memory budget may choose it by itself, and a calibration measures it."""
+        return False
+
+    @property
+    def safe_for_scores(self) -> bool:
+        """Whether queries and keys of fused attention may take it beside the statistic of the exact ones. The backward
+        exponentiates their product: an error becomes a factor."""
+        return False
+
+    @property
+    def safe_for_recomputed_scores(self) -> bool:
+        """As `safe_for_scores`, where attention is run again from what was stored, and for its values and outputs."""
+        return False
+
+    @property
     @abstractmethod
     def name(self) -> str: ...
 

@@ -1,0 +1,7 @@
+"""Policies, one a file: in which form each tensor that crosses is stored."""
+
+from actpass.plan.policies import auto, exact, uniform  # noqa: F401
+from actpass.plan.policies.choose import choose_storage, wanted_again
+from actpass.plan.policies.policy import POLICIES, Facts, Policy, register_policy
+
+__all__ = ["POLICIES", "Facts", "Policy", "choose_storage", "register_policy", "wanted_again"]

@@ -1,0 +1,87 @@
+"""What a policy is: it says in which form each tensor that crosses from forward to backward is stored, or that it is not."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar, TypeVar
+
+from actpass.plan.codec_set import CodecSet
+from actpass.plan.plan import AGAIN, SavedTensor, Storage
+from actpass.plan.policy import KEPT, Wish, WishFor
+from actpass.plan.store import StoredBytes, keep, store
+from actpass.registry import Registry, instance_of
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a policy decides from.
+
+    tensors: those that it decides, in graph order. everything: all that crosses, other policies' tensors among them. wish_for:
+    the user's options for a tensor, by its ``paths``. stored_bytes: see `StoredBytes`. codecs: all that there are.
+    may_recompute: whether tensors may be run again in the backward; once it is settled what is, the policy is asked a second
+    time for what crosses then.
+    """
+
+    tensors: tuple[SavedTensor, ...]
+    everything: tuple[SavedTensor, ...]
+    wish_for: WishFor
+    stored_bytes: StoredBytes
+    codecs: CodecSet
+    may_recompute: bool = False
+
+    def keep(self, t: SavedTensor, reason: str = KEPT) -> Storage:
+        """``t`` as it is."""
+        return keep(t, t.obstacle or reason)
+
+    def quantize(self, t: SavedTensor, codec: str) -> Storage:
+        """``t`` in ``codec``, or what is possible and safe in its place; the reason says why."""
+        return store(t, self.wish_for(t.paths), self.stored_bytes, codec, self.codecs)
+
+    def can_recompute(self, t: SavedTensor) -> bool:
+        """Whether the backward may run again what ``t`` comes from. A query or key only together with its attention."""
+        return self.may_recompute and bool(t.again or t.of_factors)
+
+    def recompute(self, t: SavedTensor) -> Storage:
+        """``t`` not stored. Raises `ValueError` if it `can_recompute` not."""
+        if not self.can_recompute(t):
+            raise ValueError(f"{t.node} can't be run again. Ask `can_recompute` first.")
+        return replace(keep(t, "run again"), codec=AGAIN, stored_bytes=0)
+
+
+class Policy(ABC):
+    """Both methods say the same, without a memory budget and with one.
+
+    name: what ``options={"method": ...}`` takes. needs_codec: whether the user names a codec beside it. recomputes: whether
+    `decide` may ask for recomputation, which takes a cut more.
+    """
+
+    name: ClassVar[str]
+    needs_codec: ClassVar[bool] = False
+    recomputes: ClassVar[bool] = False
+
+    @abstractmethod
+    def decide(self, facts: Facts) -> tuple[Storage, ...]:
+        """Without a budget: one form for each of ``facts.tensors``, in their order."""
+
+    @abstractmethod
+    def options(self, t: SavedTensor, wish: Wish, codecs: CodecSet) -> tuple[str, ...]:
+        """With a budget: the forms of ``t`` that it may choose from, by what they take and cost: `KEEP`, codecs, and `AGAIN`,
+        which counts where ``t`` can be run again. codecs: those ``offered`` are no coarser than all need to be."""
+
+
+POLICIES: Registry[Policy] = Registry("policy", "actpass.policies")
+P = TypeVar("P", bound=Policy | type[Policy])
+
+
+def register_policy(name: str) -> Callable[[P], P]:
+    """A decorator that adds a `Policy`, or a class of them that is made without arguments, under ``name``."""
+
+    def add(policy: P) -> P:
+        found: Policy = instance_of(policy)
+        type(found).name = name
+        POLICIES.register(name, found)
+        return policy
+
+    return add

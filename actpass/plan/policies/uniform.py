@@ -1,0 +1,21 @@
+"""One codec for everything."""
+
+from __future__ import annotations
+
+from actpass.plan.codec_set import CodecSet
+from actpass.plan.plan import AGAIN, KEEP, SavedTensor, Storage
+from actpass.plan.policies.policy import Facts, Policy, register_policy
+from actpass.plan.policy import Wish
+
+
+@register_policy("uniform")
+class Uniform(Policy):
+    """Everything that can take the codec that the user names does. A budget is met by running again beside it."""
+
+    needs_codec = True
+
+    def decide(self, facts: Facts) -> tuple[Storage, ...]:
+        return tuple(facts.quantize(t, facts.wish_for(t.paths).codec or KEEP) for t in facts.tensors)
+
+    def options(self, t: SavedTensor, wish: Wish, codecs: CodecSet) -> tuple[str, ...]:
+        return wish.codec or KEEP, AGAIN

@@ -1,0 +1,1 @@
+"""What another package adds to actpass: one file for each thing, and an entry point that names it."""

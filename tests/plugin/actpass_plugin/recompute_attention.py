@@ -1,0 +1,23 @@
+"""A policy: recompute attention first."""
+
+from __future__ import annotations
+
+from actpass.plan import CodecSet, Facts, Policy, SavedTensor, Storage, register_policy
+from actpass.plan.plan import AGAIN, KEEP
+from actpass.plan.policy import Wish
+
+
+@register_policy("recompute_attention")
+class RecomputeAttention(Policy):
+    """The backward runs every fused attention again. All else stays as it is; a budget gives it fewer bits or
+    runs it again."""
+
+    recomputes = True
+
+    def decide(self, facts: Facts) -> tuple[Storage, ...]:
+        return tuple(
+            facts.recompute(t) if t.role == "output" and facts.can_recompute(t) else facts.keep(t) for t in facts.tensors
+        )
+
+    def options(self, t: SavedTensor, wish: Wish, codecs: CodecSet) -> tuple[str, ...]:
+        return (AGAIN,) if t.role == "output" and t.again else (KEEP, *codecs.offered_for(t), AGAIN)
