@@ -493,7 +493,11 @@ def _is_homogeneous(node: fx.Node, tangible: set[fx.Node]) -> bool:
     if node.target is torch.ops.prims.fma.default:
         return depends(args[2]) and depends(args[0]) + depends(args[1]) == 1
     groups = [[args[i] for i in group if i < len(args)] for group in row.linear]
-    if row.moves == "join" or any(depends(a) for i, a in enumerate(args) if not any(i in group for group in row.linear)):
+    if (
+        row.moves == "join"
+        or row.attention
+        or any(depends(a) for i, a in enumerate(args) if not any(i in group for group in row.linear))
+    ):
         return False
     reached = [group for group in groups if any(map(depends, group))]
     return len(reached) == 1 and all(depends(a) or _is_zero(a) for a in reached[0])
