@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from actpass.analysis.partitioned import Cut, Saved, Setting
 from actpass.codecs import errors
@@ -30,6 +29,7 @@ from actpass.extrapolation.fsdp import Moment, Optimizer, RankPeak, Sharded, Uni
 from actpass.extrapolation.layer_map import MIDDLE, TRACED, Fold
 from actpass.extrapolation.unroll import Key, Layered, Unrolled, unroll
 from actpass.ir.joint_graph import module_path, tensor_bytes
+from actpass.ir.outputs import output_values
 from actpass.memory.footprint import MARGIN, Footprint, step_peak
 from actpass.memory.liveness import Timeline
 from actpass.memory.liveness import read as read_kernels
@@ -157,8 +157,7 @@ class Block:
 
     @cached_property
     def backward(self) -> Layered:
-        (out,) = self.cut.forward.graph.find_nodes(op="output")
-        crossing = [n for n in pytree.tree_leaves(out.args[0])[self.outputs :] if isinstance(n, fx.Node)]
+        crossing = [n for n in output_values(self.cut.forward.graph)[self.outputs :] if isinstance(n, fx.Node)]
         inputs = self.cut.backward.graph.find_nodes(op="placeholder")
         arrived = {n: self.forward.place[source] for n, source in zip(inputs, crossing, strict=False)}
         places = self._places(self.cut.backward.graph, self.before.backward.graph, arrived)
