@@ -50,7 +50,7 @@ class Taken:
 def take_logits(gm: fx.GraphModule, example_inputs: Sequence[Any], inputs: GraphInputs) -> Taken | None:
     """``gm`` without the logits that it returns and forms a loss from; None if it returns none. Raises `GraphUnsupported` with
     the reason if they can't be deferred."""
-    (output,) = gm.graph.find_nodes(op="output")
+    output = gm.graph.output_node()
     reader = _Reader(gm, example_inputs, inputs)
     outputs: list[int | Way] = []
     returned: list[Any] = []
@@ -75,8 +75,7 @@ def take_logits(gm: fx.GraphModule, example_inputs: Sequence[Any], inputs: Graph
 def _returning(gm: fx.GraphModule, returned: Sequence[fx.Node]) -> fx.GraphModule:
     """A clone of Dynamo's graph ``gm`` with other results."""
     clone, mapping = copy_module(gm)
-    (output,) = clone.graph.find_nodes(op="output")
-    output.args = (tuple(fx.map_arg(list(returned), lambda n: mapping[n])),)
+    clone.graph.output_node().args = (tuple(fx.map_arg(list(returned), lambda n: mapping[n])),)
     clone.recompile()
     return clone
 
@@ -107,8 +106,7 @@ class _Reader:
         self.passed = {n for n, computed in zip(self.placeholders, inputs.computed, strict=True) if computed}
         data = {n for n, path in zip(self.placeholders, inputs.paths, strict=True) if path is None}
         self.computed = descendants(data) - data
-        (output,) = gm.graph.find_nodes(op="output")
-        losses = {n for n in output.all_input_nodes if _is_loss(n)}
+        losses = {n for n in gm.graph.output_node().all_input_nodes if _is_loss(n)}
         self.of_losses = ancestors(losses)
 
     # ------------------------------------------------------------------------------------------------------------ finding

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from actpass.analysis.partitioned import Cut, Saved
 from actpass.extrapolation.fsdp import Moment
@@ -17,6 +16,7 @@ from actpass.extrapolation.layer_map import Fold
 from actpass.extrapolation.layer_names import Names, Stack
 from actpass.extrapolation.unroll import Key, Layered, Unrolled, unroll
 from actpass.ir.joint_graph import tensor_bytes
+from actpass.ir.outputs import output_values
 from actpass.memory.footprint import Footprint, step_peak
 from actpass.memory.liveness import Timeline
 from actpass.memory.liveness import read as read_kernels
@@ -37,8 +37,7 @@ class Block:
 
     @cached_property
     def backward(self) -> Layered:
-        (out,) = self.cut.forward.graph.find_nodes(op="output")
-        crossing = [n for n in pytree.tree_leaves(out.args[0])[self.outputs :] if isinstance(n, fx.Node)]
+        crossing = [n for n in output_values(self.cut.forward.graph)[self.outputs :] if isinstance(n, fx.Node)]
         inputs = self.cut.backward.graph.find_nodes(op="placeholder")
         arrived = {n: self.forward.place[source] for n, source in zip(inputs, crossing, strict=False)}
         places = self._places(self.cut.backward.graph, self.before.backward.graph, arrived)

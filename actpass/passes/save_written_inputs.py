@@ -8,7 +8,6 @@ gradient of another function, silently (torch 2.13 and 2.15, run; 2.15 excludes 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from actpass.ir.copying import copy_module
 from actpass.ir.editor import GraphEditor
 from actpass.ir.joint_graph import Joint, is_view, value
 from actpass.ir.outputs import output_descriptions
+from actpass.ir.traversal import ancestors
 from actpass.passes.base import GraphPass, RegionState
 from actpass.torch_compat import plain_input_index, written_input
 
@@ -50,13 +50,13 @@ def save_what_is_read(joint: Joint) -> frozenset[fx.Node]:
     read through a view which a copy does not have.
     """
     updates = _updates(joint)
-    needed = _sources([*joint.backward, *(g for _, g in joint.gradients)])
+    needed = ancestors([*joint.backward, *(g for _, g in joint.gradients)])
     made: dict[fx.Node, fx.Node] = {}
     for primal in _written(joint, updates):
         readers = {u for shown in _shown(primal) for u in shown.users if u.op == "call_function" and not is_view(u)}
         if needed & readers.difference(updates):
             made[primal] = _copy(GraphEditor(joint.gm), primal, updates)
-    required = _sources([*joint.forward_outputs, *updates])
+    required = ancestors([*joint.forward_outputs, *updates])
     for primal, copy in made.items():
         if copy not in required:
             _require(joint, primal, copy, updates)
@@ -83,18 +83,6 @@ def _shown(primal: fx.Node) -> list[fx.Node]:
     found = [primal]
     for node in found:
         found.extend(u for u in node.users if is_view(u))
-    return found
-
-
-def _sources(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """``nodes`` and all that they are computed from."""
-    found: set[fx.Node] = set()
-    todo = list(nodes)
-    while todo:
-        node = todo.pop()
-        if node not in found:
-            found.add(node)
-            todo.extend(node.all_input_nodes)
     return found
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from actpass.analysis.partitioned import Cut
 from actpass.analysis.saved_tensors import EARLY_GRADIENT
 from actpass.ir.joint_graph import Joint, is_tangent, module_path, storage_root, tensor_bytes
+from actpass.ir.outputs import output_values
 from actpass.memory.memory_curve import Curve, Curves, Held, thin
 from actpass.plan import Plan
 from actpass.torch_compat import invoke_subgraph
@@ -87,9 +87,8 @@ class _Words:
     @cached_property
     def gradients(self) -> dict[fx.Node, str]:
         """What the backward returns for a parameter -> the parameter's path."""
-        (out,) = self.cut.backward.graph.find_nodes(op="output")
         path = self.joint.parameter_path
-        pairs = zip(self.joint.primals, pytree.tree_leaves(out.args[0]), strict=False)
+        pairs = zip(self.joint.primals, output_values(self.cut.backward.graph), strict=False)
         return {storage_root(o): path[p] for p, o in pairs if p in path and isinstance(o, fx.Node)}
 
     @cached_property
@@ -105,8 +104,7 @@ class _Words:
     @cached_property
     def returned(self) -> list[Held]:
         """What the caller holds while the backward runs."""
-        (out,) = self.cut.forward.graph.find_nodes(op="output")
-        outputs = pytree.tree_leaves(out.args[0])[: self.joint.num_fwd_outputs]
+        outputs = output_values(self.cut.forward.graph)[: self.joint.num_fwd_outputs]
         roots = dict.fromkeys(storage_root(o) for o in outputs if isinstance(o, fx.Node))
         made = [n for n in roots if n.op == "call_function"]
         return [Held(f"returned {self.kind_of(n)}", _module(n), tensor_bytes(n)) for n in made]
