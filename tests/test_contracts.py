@@ -41,7 +41,7 @@ class Layers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.second = (nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64)) for _ in range(2))
+        self.first, self.second = nn.Linear(64, 128), nn.Linear(128, 64)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.gelu(self.second(F.gelu(self.first(x)))).square().mean()
@@ -102,11 +102,10 @@ def test_a_codec_works_wherever_codecs_do(codec: str, tmp_path: Path):
     whole = explained(method=codec)
     assert forms_of(whole) == {codec}
     tight = math.ceil(100 * whole.totals.saved_bytes / whole.totals.saved_bytes_default) / 100
-    for budget in (tight, 0.9):  # where something is run again, or rebuilt, the rest may do as it is
-        assert forms_of(explained(method=codec, memory_budget=budget)) <= {codec}
+    # where something is run again, or rebuilt, the rest may do as it is
+    assert forms_of(explained(method=codec, memory_budget=tight, calibration=calibration())) <= {codec}
     assert forms_of(explained(method="exact", overrides={"*": codec})) == {codec}
     assert forms_of(explained(memory_budget=0.9, overrides={"*": codec})) <= {codec}
-    assert forms_of(explained(method=codec, memory_budget=tight, calibration=calibration())) <= {codec}
     again = followed(whole, tmp_path)
     assert forms_of(again) == {codec}
     assert again.plan.hash == whole.plan.hash
@@ -127,7 +126,6 @@ def test_a_projection_works_wherever_projections_do(projection: str, tmp_path: P
         del how["nonlinear_rank"]
     whole = explained(**how)
     assert methods_of(whole) == {projection}
-    assert methods_of(explained(**how, memory_budget=0.9)) == {projection}
     assert methods_of(explained(**how, memory_budget=0.9, calibration=calibration())) == {projection}
     overridden = explained(method="exact", profitable_only=False, overrides={"*": {"method": projection, "rank": 0.25}})
     assert methods_of(overridden) == {projection}
