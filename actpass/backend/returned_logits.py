@@ -50,7 +50,7 @@ class Taken:
 def take_logits(gm: fx.GraphModule, example_inputs: Sequence[Any], inputs: GraphInputs) -> Taken | None:
     """``gm`` without the logits that it returns and forms a loss from; None if it returns none. Raises `GraphUnsupported` with
     the reason if they can't be deferred."""
-    output = gm.graph.output_node()
+    results: Any = gm.graph.output_node().args[0]
     reader = _Reader(gm, example_inputs, inputs)
     outputs: list[int | Way] = []
     returned: list[Any] = []
@@ -60,7 +60,7 @@ def take_logits(gm: fx.GraphModule, example_inputs: Sequence[Any], inputs: Graph
             returned.append(result)
         return returned.index(result)
 
-    for result in output.args[0]:
+    for result in results:
         found = reader.find(result)
         if found is None:
             outputs.append(position(result))
