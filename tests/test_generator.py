@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from actpass.codecs.generator import bits32, normals, permutation, round_keys, signs, step_seed
@@ -91,6 +92,7 @@ def test_permutation_is_one_and_moves():
     assert not torch.equal(p, permutation(key(1), 3, 1000))
 
 
+@pytest.mark.codegen
 def test_generator_is_bit_identical_under_inductor():
     def draw(k: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return bits32(k, 1, 4096), signs(k, 2, 4096), normals(k, 3, 4096)
@@ -99,6 +101,7 @@ def test_generator_is_bit_identical_under_inductor():
         assert torch.equal(got, want)
 
 
+@pytest.mark.slow
 def test_generator_is_the_same_in_another_process():
     code = (
         "import torch; from actpass.codecs.generator import bits32, round_keys, step_seed;"

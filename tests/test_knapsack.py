@@ -95,6 +95,7 @@ def test_the_bound_holds_where_the_search_is_cut_short(monkeypatch: pytest.Monke
     assert short.bound <= exact.cost <= short.cost <= 1.05 * exact.cost
 
 
+@pytest.mark.slow
 def test_the_same_in_processes_with_other_hash_seeds():
     code = "from tests.test_knapsack import large; from actpass.plan.knapsack import solve; print(solve(large(300), 10**9 * 3))"
     out = {

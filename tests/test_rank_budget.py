@@ -95,6 +95,7 @@ def test_ranks_differ_by_layer_and_meet_a_fraction_of_the_saved_bytes(method: st
             assert len(set(found.values())) == 3
 
 
+@pytest.mark.codegen
 def test_what_is_saved_is_what_the_report_says_and_within_the_budget():
     """Compiled by Inductor, measured by allocation events."""
     model, inputs = factored()
@@ -280,6 +281,7 @@ def llama() -> models.Made:
     return model, inputs
 
 
+@pytest.mark.architectures
 def test_the_output_of_attention_that_is_not_fused():
     options = ranked(0.0)
     least = least_of(options, llama)
@@ -289,6 +291,7 @@ def test_the_output_of_attention_that_is_not_fused():
     assert "no bytes to gain" in rows(report)["model.layers.0.mlp.down_proj.weight"].reason
 
 
+@pytest.mark.slow
 def test_the_same_plan_in_processes_with_other_hash_seeds():
     code = (
         "from tests.test_rank_budget import explain, llama, ranked;"

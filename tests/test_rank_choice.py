@@ -206,6 +206,7 @@ def test_a_thousand_sites_take_a_moment():
     assert bytes_at(sites, ranks) > 0.999 * between(sites, 0.3)
 
 
+@pytest.mark.slow
 def test_the_same_in_processes_with_other_hash_seeds():
     code = "from tests.test_rank_choice import *; s = large(200); print(choose_ranks(s, between(s, 0.2)))"
     out = {
