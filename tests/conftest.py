@@ -21,8 +21,7 @@ import torch
 from torch._inductor.graph import GraphLowering
 
 from actpass.backend import backend
-from actpass.runtime import regions
-from actpass.runtime.step_counter import CLOCK
+from actpass.runtime import state
 from actpass.torch_compat import compile_fx, functorch_config
 
 from .helpers import interpret
@@ -59,8 +58,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _fresh() -> None:
     torch.compiler.reset()
-    regions.clear()
-    CLOCK.steps, CLOCK.drawn = 0, False
+    state.reset()
     torch.manual_seed(0)
 
 

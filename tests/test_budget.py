@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from typing import Any, cast
 
@@ -20,7 +17,7 @@ from actpass.memory.profiler import measure
 from actpass.memory.resident import resident
 
 from . import models
-from .helpers import EPS, assert_close, eager_actcomp, step
+from .helpers import EPS, assert_close, eager_actcomp, in_processes, step
 from .test_liveness import llama
 
 SMALL = {"smallest": 0}
@@ -282,18 +279,9 @@ def test_the_same_plan_in_processes_with_other_hash_seeds():
         "import actpass; from tests.test_liveness import llama; model, inputs = llama();"
         "print([actpass.explain(model, options={'memory_budget': b}, **inputs).plan_hash for b in (0.3, '30MB')])"
     )
-    out = [
-        subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.splitlines()[-1]
-        for seed in ("1", "2")
-    ]
-    assert out[0] == out[1]
-    assert len(set(eval(out[0]))) == 2
+    first, second = in_processes(code)
+    assert first == second
+    assert len(set(eval(first))) == 2
 
 
 FUSED = (models.mlp, models.transformer, models.llama, models.gpt2, models.bert, models.qwen3)

@@ -1,6 +1,6 @@
 """The guardrail, which runs before all others: what a plan may not change is bit-equal.
 
-tools/check_exactness.py does the same with larger models, more dtypes, methods and ranks, and prints by how much anything differs.
+tools/check_exactness.py does so with larger models, more dtypes, methods and ranks, and prints by how much anything differs.
 """
 
 from __future__ import annotations

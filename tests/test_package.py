@@ -66,9 +66,9 @@ def test_import_graph_has_no_cycle():
 
 
 STAGES = [
-    "errors", "_format", "torch_compat", "codecs", "low_rank_gradient", "ir", "memory", "plan", "analysis", "plan_file", "options",
-    "passes", "planner", "reporting", "pipeline", "runtime", "backend", "optim", "extrapolation", "diagnostics", "distributed",
-    "api", "integrations",
+    "errors", "_format", "torch_compat", "codecs", "low_rank_gradient", "ir", "memory", "plan", "analysis", "plan_file",
+    "options", "passes", "planner", "reporting", "pipeline", "runtime", "backend", "optim", "extrapolation", "diagnostics",
+    "distributed", "api", "integrations",
 ]  # fmt: skip
 """What lies in the package, from below: each imports only from those before it. See docs/architecture.md."""
 

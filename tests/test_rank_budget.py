@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -18,7 +15,7 @@ from actpass.memory.profiler import measure
 from actpass.reporting import Report, SiteRow
 
 from . import models
-from .helpers import assert_equal, eager_actcomp, step
+from .helpers import assert_equal, eager_actcomp, in_processes, step
 
 TOKENS = 256
 FLOAT = 4
@@ -297,18 +294,9 @@ def test_the_same_plan_in_processes_with_other_hash_seeds():
         "from tests.test_rank_budget import explain, llama, ranked;"
         "print([explain(ranked(b, 'srht')).plan_hash for b in (0.4, 0.2)])"
     )
-    out = [
-        subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.splitlines()[-1]
-        for seed in ("1", "2")
-    ]
-    assert out[0] == out[1]
-    assert len(set(eval(out[0]))) == 2
+    first, second = in_processes(code)
+    assert first == second
+    assert len(set(eval(first))) == 2
 
 
 def test_the_energy_that_learned_subspaces_miss_weighs_their_ranks():
