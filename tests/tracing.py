@@ -17,7 +17,6 @@ from actpass.ir.copying import copy_module
 from actpass.ir.graph_inputs import GraphInputs
 from actpass.memory.resident import storages
 from actpass.options.config import Config, parse
-from actpass.passes.partition import Setting, cut
 from actpass.pipeline import Compiled, compile_joint
 from actpass.torch_compat import CustomPartitionerFn, compile_fx, dynamo, functorch_config, inductor_config
 
@@ -111,8 +110,5 @@ def traced(name: str) -> JointGraph:
 
 def stock(joint: JointGraph) -> tuple[fx.GraphModule, fx.GraphModule]:
     """The joint graph as Inductor cuts it by itself."""
-    done = joint.compiled(method="exact", memory_budget=1.0)
-    assert done.decided is not None
-    region = done.decided.region
-    default = cut(region.joint, region.joint_inputs, region.kwargs, Setting(rebuild=False))
+    default = joint.compiled(method="exact", memory_budget=1.0).traced.default
     return default.forward, default.backward
