@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:  # a cold cache each session: no test passes on an older session's graphs
     _cache = tempfile.mkdtemp(prefix="actpass-tests-")
@@ -17,16 +18,21 @@ if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:  # a cold cache each session: no
 
 import pytest
 import torch
+from torch._inductor.graph import GraphLowering
 
 from actpass.backend import backend
-from actpass.runtime import regions
-from actpass.runtime.step_counter import CLOCK
+from actpass.runtime import state
 from actpass.torch_compat import compile_fx, functorch_config
 
 from .helpers import interpret
 
+TIERS = ("codegen", "architectures", "distributed", "gpu", "slow")
+"""Markers of what the fast tier leaves out. See CONTRIBUTING.md."""
+_RUNS_INDUCTOR = {"codegen", "distributed", "gpu", "slow"}
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="all tiers: also what is marked " + ", ".join(TIERS))
     parser.addoption("--update-golden", action="store_true", help="write tests/golden anew; read the diff, then commit it")
 
 
@@ -37,12 +43,40 @@ def pytest_configure(config: pytest.Config) -> None:
     logging.getLogger("torch.__trace").propagate = True
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the guardrail first, and leave out the slower tiers, if no tier (``-m``), no test by its name and not all is asked
+    for."""
+    items.sort(key=lambda item: item.path.name != "test_exactness.py")
+    named = any("::" in argument for argument in config.args)
+    if config.getoption("--all") or config.option.markexpr or named:
+        return
+    fast = [item for item in items if not any(item.get_closest_marker(tier) for tier in TIERS)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(fast)])
+    items[:] = fast
+
+
 @pytest.fixture(autouse=True)
 def _fresh() -> None:
     torch.compiler.reset()
-    regions.clear()
-    CLOCK.steps, CLOCK.drawn = 0, False
+    state.reset()
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _as_marked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A test that has Inductor generate code belongs to a tier that says so."""
+    if any(request.node.get_closest_marker(tier) for tier in _RUNS_INDUCTOR):
+        yield
+        return
+    generated: list[str] = []
+
+    def refused(*_: Any, **__: Any) -> Any:
+        generated.append("code")
+        raise RuntimeError("this test has Inductor generate code: mark it with codegen")
+
+    monkeypatch.setattr(GraphLowering, "compile_to_module", refused)
+    yield
+    assert not generated, "this test has Inductor generate code: mark it with codegen"
 
 
 @pytest.fixture

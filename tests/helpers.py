@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,20 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
 def projected(report: Report) -> set[str]:
     """Paths of the parameters whose gradient is formed through a projection, all regions."""
     return {p for region in report.regions for d in region.plan["decisions"] if d["rank"] for p in d["parameters"]}
+
+
+def in_processes(code: str) -> list[str]:
+    """The last line that ``code`` prints, in two processes whose hashes have other seeds."""
+    return [
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.splitlines()[-1]
+        for seed in ("1", "2")
+    ]
 
 
 def once(factory: pytest.TempPathFactory, name: str, fill: Callable[[Path], object]) -> Path:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from typing import Any, cast
 
@@ -20,7 +17,7 @@ from actpass.memory.profiler import measure
 from actpass.memory.resident import resident
 
 from . import models
-from .helpers import EPS, assert_close, eager_actcomp, step
+from .helpers import EPS, assert_close, eager_actcomp, in_processes, step
 from .test_liveness import llama
 
 SMALL = {"smallest": 0}
@@ -127,6 +124,7 @@ def taken_by_blocks(budget: int, steps: int) -> list[int]:
     return taken
 
 
+@pytest.mark.codegen
 def test_blocks_that_are_compiled_one_by_one_share_a_budget():
     """Four need more together than one foresees: the first step says how much, and at that none is exceeded (but by what
     compiling takes, in the first step)."""
@@ -141,6 +139,7 @@ def test_blocks_that_are_compiled_one_by_one_share_a_budget():
     assert max(tight) <= budget < min(roomy)
 
 
+@pytest.mark.codegen
 @pytest.mark.short_tier
 @pytest.mark.parametrize("build", [llama, broken])
 def test_no_budget_is_exceeded_and_a_larger_one_gives_a_peak_no_smaller(build: Any):
@@ -168,6 +167,7 @@ def test_a_larger_fraction_never_saves_less():
     assert saved[0] < saved[-1]
 
 
+@pytest.mark.codegen
 def test_what_parts_hand_to_one_another_counts_once():
     """A budget that has no room for them twice."""
     budget = 23_000_000
@@ -200,6 +200,7 @@ def test_parts_are_listed_in_the_order_in_which_they_run():
     assert regions.regions_of(model) == [part for part, _ in parts]
 
 
+@pytest.mark.codegen
 def test_only_parts_whose_plan_changed_are_compiled_again():
     """With room for all, every part is compiled twice: at its least peak, and as it is; and at its least budget none is, for
     which the first plan is the last."""
@@ -234,6 +235,7 @@ def _no_global_budget():
     actpass.set_memory_budget(None)
 
 
+@pytest.mark.codegen
 @pytest.mark.usefixtures("_no_global_budget")
 def test_a_global_budget_serves_whoever_names_none_and_a_new_one_compiles_again():
     model, inputs = models.transformer()
@@ -258,6 +260,7 @@ def test_a_global_budget_serves_whoever_names_none_and_a_new_one_compiles_again(
     assert saved() <= 0.2
 
 
+@pytest.mark.codegen
 @pytest.mark.usefixtures("_no_global_budget")
 def test_a_budget_for_what_is_compiled_inside():
     model, inputs = models.transformer()
@@ -270,29 +273,22 @@ def test_a_budget_for_what_is_compiled_inside():
     assert len(actpass.report(model).regions) == 1
 
 
+@pytest.mark.slow
 def test_the_same_plan_in_processes_with_other_hash_seeds():
     code = (
         "import actpass; from tests.test_liveness import llama; model, inputs = llama();"
         "print([actpass.explain(model, options={'memory_budget': b}, **inputs).plan_hash for b in (0.3, '30MB')])"
     )
-    out = [
-        subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.splitlines()[-1]
-        for seed in ("1", "2")
-    ]
-    assert out[0] == out[1]
-    assert len(set(eval(out[0]))) == 2
+    first, second = in_processes(code)
+    assert first == second
+    assert len(set(eval(first))) == 2
 
 
 FUSED = (models.mlp, models.transformer, models.llama, models.gpt2, models.bert, models.qwen3)
 UNFUSED = (models.unfused, models.unfused_masked)
 
 
+@pytest.mark.architectures
 @pytest.mark.parametrize(
     ("build", "autocast"),
     [*((b, False) for b in (*FUSED, *UNFUSED)), *((b, True) for b in (models.transformer, models.llama, *UNFUSED))],
@@ -338,6 +334,7 @@ def test_dropout_is_not_drawn_again():
     assert actpass.report(model).totals.extra_matmuls > 0
 
 
+@pytest.mark.codegen
 @pytest.mark.parametrize("where", ["scores", "hidden"])
 def test_dropout_is_the_same_in_a_backward_that_runs_things_again(where: str):
     """Compiled by Inductor, which makes seeds of it. The loss is quadratic in the last weight, so <w, dw> is twice the loss; a

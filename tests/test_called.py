@@ -156,6 +156,7 @@ def loss_of_regions(mark: Callable[..., Any], x: torch.Tensor, w: torch.Tensor, 
     return (torch.tanh(h) @ v + h).square().mean()
 
 
+@pytest.mark.codegen
 def test_gradients_of_compiled_regions_are_eagers_and_nothing_is_overwritten():
     tensors = [torch.randn(64, 64) * scale for scale in (1.0, 0.1, 1.0)]
     eager = [t.clone().requires_grad_() for t in tensors]
@@ -218,6 +219,7 @@ class Chunky(nn.Module):
         return nn.functional.cross_entropy(self.head(h).flatten(0, 1), y.flatten())
 
 
+@pytest.mark.codegen
 def test_codes_and_pieces_of_the_loss_are_the_same_bits_without_buffer_reuse():
     """tools/check_buffer_reuse.py does so for all forms and random models."""
     results, codes = [], []

@@ -111,6 +111,7 @@ def test_tied_weights_and_biases(tied: bool, bias: bool):
     compare(Head(flat, tied, bias), 300 * EPS)
 
 
+@pytest.mark.codegen
 def test_an_embedding_that_is_the_head_adds_its_gradient_to_that_of_the_head():
     """Compiled, no more of the weight's size is allocated than the head's gradient: no zeros, no gradient of the embedding
     alone, no sum of both."""
@@ -276,6 +277,7 @@ def test_the_budget_of_one_is_inductors_own():
     assert "pieces" not in notes(model)
 
 
+@pytest.mark.codegen
 @pytest.mark.short_tier
 def test_compiled_it_needs_less_memory():
     """By Inductor: logits of 2.4 MB, in pieces of 240 kB."""
@@ -289,6 +291,7 @@ def test_compiled_it_needs_less_memory():
     assert peak[True] < 0.5 * peak[False]
 
 
+@pytest.mark.codegen
 def test_the_heads_gradient_is_added_up_in_place():
     torch.manual_seed(0)
     model = Head(flat)
@@ -300,6 +303,7 @@ def test_the_heads_gradient_is_added_up_in_place():
     assert not any("extern_kernels.addmm(" in source.partition("add_product_")[2] for source in sources)
 
 
+@pytest.mark.codegen
 def test_a_piece_makes_the_constants_that_it_reads():
     """A table of the words, given from outside, would make Inductor write what the labels select as large as the logits."""
     torch.manual_seed(0)

@@ -66,6 +66,7 @@ def test_projection_draws_another_basis_each_step_and_width(method: str):
     assert not torch.equal(basis(method, 0, 64, 16), basis(method, 0, 65, 16)[:64])
 
 
+@pytest.mark.codegen
 @methods
 def test_projection_is_the_same_under_inductor(method: str):
     def draw(key: torch.Tensor) -> torch.Tensor:

@@ -132,6 +132,7 @@ def test_payloads_are_coded_too():
     assert max(error(got[n], exact[n]) for n in exact) < 0.7
 
 
+@pytest.mark.codegen
 @pytest.mark.parametrize("quantize", [None, "int8"])
 def test_reported_bytes_are_alive_between_forward_and_backward(quantize: str | None):
     """Compiled by Inductor, measured by allocation events."""
@@ -149,6 +150,7 @@ def test_reported_bytes_are_alive_between_forward_and_backward(quantize: str | N
     assert alive.kept_bytes - alive.result.untyped_storage().nbytes() == actpass.report(model).saved_bytes
 
 
+@pytest.mark.codegen
 def test_compiled_and_interpreted_gradients_agree():
     model, inputs = models.transformer(layers=1)
     options = {**SMALL, "method": "prac", "rank": 0.5}
@@ -218,6 +220,7 @@ def test_attention_weights_are_no_features():
     assert not any(s.decoded for s in rows)
 
 
+@pytest.mark.codegen
 def test_dynamic_batches_share_one_graph():
     model, inputs = models.transformer(layers=1)
     x = inputs["x"]

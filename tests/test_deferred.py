@@ -440,6 +440,7 @@ def test_the_option_is_checked():
         eager_actcomp({"defer_logits": 1})
 
 
+@pytest.mark.codegen
 @pytest.mark.short_tier
 def test_compiled_it_costs_one_hidden_state():
     """By Inductor; the second time from its caches. Logits of 2.4 MB, a hidden state of 115 kB."""

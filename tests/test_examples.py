@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY = ["--hidden-size", "16", "--intermediate-size", "24", "--layers", "1", "--heads", "2"]
 SHORT = [
@@ -81,6 +82,7 @@ def test_a_seed_among_several_is_the_seed_alone(finetune: Finetune, data: str):
     assert first["final_train_loss"] != second["final_train_loss"]
 
 
+@pytest.mark.architectures
 def test_a_checkpoint_brings_weights_and_tokenizer(finetune: Finetune, data: str, tmp_path: Path):
     from transformers import BertConfig, BertModel, BertTokenizerFast
 

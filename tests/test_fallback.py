@@ -168,6 +168,7 @@ def test_under_warn_a_budget_of_bytes_that_is_not_held_is_said(monkeypatch: pyte
     assert "its memory_budget is not held" in str(actpass.report(model))
 
 
+@pytest.mark.codegen
 def test_a_region_that_was_left_to_inductor_says_so_when_the_cache_has_it_too(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("actpass.pipeline.find_contractions", unreadable)
     for says in ("left a region to Inductor alone, because it is odd", "a region is not as asked, because it is odd"):

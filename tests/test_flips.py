@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 
@@ -32,6 +33,7 @@ def test_one_side_of_a_flip_is_stored():
     assert len(set(stored.values())) == 1, stored
 
 
+@pytest.mark.codegen
 def test_flips_are_compiled_bit_for_bit():
     expected, x = Flipped(0, 2), torch.randn(4, 16, 64)
     model, stock = copy.deepcopy(expected), copy.deepcopy(expected)

@@ -93,6 +93,7 @@ def traced_both(name: str, options: dict[str, Any]) -> tuple[Region, FoldedRegio
     return whole, FoldedRegion(traced[1], Stack(path, LAYERS))
 
 
+@pytest.mark.architectures
 def test_without_a_budget_all_is_the_same_to_the_byte(both: tuple[Region, FoldedRegion]):
     whole, folded = both
     assert folded.default.saved_bytes == whole.default.saved_bytes
@@ -105,6 +106,7 @@ def test_without_a_budget_all_is_the_same_to_the_byte(both: tuple[Region, Folded
     assert folded_free.footprint.forward == pytest.approx(free.footprint.forward, rel=0.02)
 
 
+@pytest.mark.architectures
 @pytest.mark.parametrize(
     "options",
     [
@@ -122,6 +124,7 @@ def test_projections_too(options: dict[str, Any]):
     assert folded_free.peak_bytes == pytest.approx(free.peak_bytes, rel=PEAK["llama"])
 
 
+@pytest.mark.architectures
 def test_from_the_most_to_the_least_saved_bytes_forms_and_peaks_agree(both: tuple[Region, FoldedRegion]):
     whole, folded = both
     direct = Search(whole, free_choice(whole))
@@ -144,6 +147,7 @@ def test_from_the_most_to_the_least_saved_bytes_forms_and_peaks_agree(both: tupl
     assert len(again) > 2
 
 
+@pytest.mark.architectures
 def test_a_budget_is_met_and_one_that_can_not_be_is_told_the_least_that_can(both: tuple[Region, FoldedRegion]):
     _, folded = both
     with pytest.raises(BudgetError, match="can't be met") as raised:
@@ -159,6 +163,7 @@ def test_a_budget_is_met_and_one_that_can_not_be_is_told_the_least_that_can(both
     assert saved[0] < saved[1]
 
 
+@pytest.mark.architectures
 def test_kinds_of_layers_cover_each_layer_once_and_their_bytes_add_up(both: tuple[Region, FoldedRegion]):
     _, folded = both
     search = folded.search
@@ -169,6 +174,7 @@ def test_kinds_of_layers_cover_each_layer_once_and_their_bytes_add_up(both: tupl
     assert plan.plan.hash == folded.describe(search.at((search.most + search.least) // 2).choice).plan.hash
 
 
+@pytest.mark.architectures
 def test_layers_that_are_not_alike_are_refused():
     torch.compiler.reset()
     model, inputs = llama(TRACED)
@@ -196,6 +202,7 @@ def test_every_layer_is_stood_for_by_one_of_the_traced_and_sees_its_neighbours()
     assert Fold(80).seen_from(None, 2) == tuple(range(2, 78))
 
 
+@pytest.mark.slow
 def test_the_tool_says_the_least_that_can_for_one_gpu_and_for_each_rank(tmp_path: Path):
     config: dict[str, Any] = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 512, "hidden_size": 64,

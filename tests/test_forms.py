@@ -47,6 +47,7 @@ def coded(model: nn.Module) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------ invariants
 
 
+@pytest.mark.architectures
 @pytest.mark.parametrize("name", models.HUGGING_FACE)
 def test_int8_keeps_the_loss_and_nearly_the_gradients_of_every_architecture(name: str):
     model, inputs = models.HUGGING_FACE[name]()
@@ -146,6 +147,7 @@ def test_tensors_of_one_size_share_the_code_that_encodes_them():
 # ---------------------------------------------------------------------------------------------------------- left alone
 
 
+@pytest.mark.architectures
 def test_statistics_integers_and_small_tensors_stay_as_they_are():
     model, inputs = models.llama()
     step(torch.compile(model, backend=eager_actcomp({"method": "int4", "smallest": 1 << 40})), model, inputs)
@@ -353,6 +355,7 @@ def test_repeated_layers_round_by_different_numbers():
 # ---------------------------------------------------------------------------------------------------------------- graphs
 
 
+@pytest.mark.architectures
 def test_views_of_one_memory_are_stored_once():
     """GPT-2's q, k and v are pieces of one matmul's output."""
     model, inputs = models.gpt2()
@@ -466,6 +469,7 @@ def test_memory_budget_chooses_the_least_that_fits(monkeypatch: pytest.MonkeyPat
     assert ratio == sorted(ratio, reverse=True)
 
 
+@pytest.mark.codegen
 @pytest.mark.parametrize("method", ["auto", "int2"])
 def test_reported_bytes_are_alive_between_forward_and_backward(method: str):
     """Compiled by Inductor, measured by allocation events."""
@@ -557,6 +561,7 @@ def test_of_attention_that_is_not_fused_the_weights_are_stored_and_not_the_score
     assert_close(grads, want, 0.1)
 
 
+@pytest.mark.codegen
 def test_inductor_compiles_payloads_whose_sizes_are_products_of_a_dynamic_one():
     """Batch x length rows go into a decoder, which is a graph of its own: nothing that it is given has either alone."""
 

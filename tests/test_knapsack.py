@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
 import random
-import subprocess
-import sys
 import time
 
 import pytest
@@ -14,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actpass.plan.knapsack import Option, least_bytes, solve
+
+from .helpers import in_processes
 
 options = st.builds(Option, st.integers(0, 40), st.integers(0, 40))
 menus_of = st.lists(st.lists(options, min_size=1, max_size=4), min_size=0, max_size=6)
@@ -95,15 +94,11 @@ def test_the_bound_holds_where_the_search_is_cut_short(monkeypatch: pytest.Monke
     assert short.bound <= exact.cost <= short.cost <= 1.05 * exact.cost
 
 
+@pytest.mark.slow
 def test_the_same_in_processes_with_other_hash_seeds():
     code = "from tests.test_knapsack import large; from actpass.plan.knapsack import solve; print(solve(large(300), 10**9 * 3))"
-    out = {
-        subprocess.run(
-            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert len(out) == 1
+    first, second = in_processes(code)
+    assert first == second
 
 
 def test_a_menu_without_options():

@@ -20,6 +20,7 @@ from actpass.integrations.lightning import ActpassCallback  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("no_codegen"),
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::UserWarning:lightning"),
 ]
 

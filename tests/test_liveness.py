@@ -163,6 +163,8 @@ CASES += [(bert, "auto"), (llama_without_groups, "again"), (classifier, "again")
 CASES += [(wide_head, "exact"), (tied_head, "exact"), (bert, "exact")]
 
 
+@pytest.mark.architectures
+@pytest.mark.codegen
 @pytest.mark.short_tier
 @pytest.mark.parametrize(("build", "plan"), CASES, ids=lambda x: getattr(x, "__name__", x))
 def test_predicted_peak_is_within_the_margin_of_the_measured(build: Any, plan: str):
@@ -203,6 +205,7 @@ class GatedLayers(nn.Module):
         return x.square().mean()
 
 
+@pytest.mark.codegen
 @pytest.mark.skipif(TORCH_2_11, reason="which loops are fused was not read there")
 def test_sums_over_all_layers_keep_what_they_sum():
     torch.manual_seed(0)
@@ -282,6 +285,7 @@ def test_a_plan_says_what_fusions_may_add_and_older_files_are_read():
     assert region("", data).peak_growth is None
 
 
+@pytest.mark.architectures
 def test_peak_counts_what_is_returned():
     model, inputs = llama()
     options = {"method": "exact", "chunk_loss": False}

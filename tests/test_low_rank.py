@@ -73,6 +73,7 @@ def gradients_of(name: str, **options: Any) -> tuple[nn.Module, dict[str, torch.
     return model, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.architectures
 @pytest.mark.parametrize(
     ("name", "method"),
     [("net", "gaussian"), ("net", "prac"), ("net", "oasis"), ("transformer", "haar"), ("llama", "oasis"), ("gpt2", "haar")],
@@ -151,6 +152,7 @@ def test_the_report_says_which_gradients_stay_in_factors_and_which_are_dense():
     assert dense.startswith("the gradients of both.weight are projected but dense: ")
 
 
+@pytest.mark.codegen
 def test_the_dense_gradient_never_exists():
     """Compiled by Inductor, measured by allocation events: a step of a wide layer on few tokens is nearly all gradients."""
 
@@ -444,6 +446,7 @@ class Shared(nn.Module):
         return nn.functional.linear(x, self.a + self.b).square().mean()
 
 
+@pytest.mark.codegen
 @pytest.mark.parametrize("real", [False, True])
 def test_two_weights_with_one_gradient_have_a_copy_each(real: bool):
     torch.manual_seed(0)

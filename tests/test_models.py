@@ -41,6 +41,7 @@ def exact(name: str) -> tuple[torch.Tensor, Grads]:
     return run(name, method="exact")[1:]
 
 
+@pytest.mark.architectures
 @pytest.mark.short_tier
 @pytest.mark.parametrize("name", NAMES)
 def test_exact_gives_the_gradients_of_the_model(name: str) -> None:
@@ -51,6 +52,7 @@ def test_exact_gives_the_gradients_of_the_model(name: str) -> None:
     assert_close(grads, want, EXACT)
 
 
+@pytest.mark.architectures
 @pytest.mark.parametrize("name", NAMES)
 def test_srht_at_full_rank_gives_the_exact_gradients(name: str) -> None:
     want_loss, want = exact(name)
@@ -60,6 +62,7 @@ def test_srht_at_full_rank_gives_the_exact_gradients(name: str) -> None:
     assert_close(grads, want, FULL_RANK)
 
 
+@pytest.mark.architectures
 @pytest.mark.parametrize("name", NAMES)
 def test_haar_changes_the_projected_gradients_and_nothing_else(name: str) -> None:
     want_loss, want = exact(name)

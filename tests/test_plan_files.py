@@ -432,6 +432,8 @@ for options in sys.argv[1:]:
 """
 
 
+@pytest.mark.codegen
+@pytest.mark.slow
 def test_second_process_hits_the_cache_under_the_same_plan_and_an_edited_one_misses(tmp_path: Path):
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "TORCHINDUCTOR_VEC_ISA_OK": "1"}
 

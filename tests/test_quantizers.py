@@ -197,6 +197,7 @@ def test_groups_follow_the_shape(shape: tuple[int, ...], group: int, expected: t
     assert (groups.shape, groups.group, groups.axis) == expected
 
 
+@pytest.mark.codegen
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_inductor_fuses_both_ways_without_a_full_size_intermediate(name: str):
     """Forward: of all that is as large as x, only x and silu(x), which are returned, are allocated. Backward: the result.

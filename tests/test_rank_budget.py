@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -18,7 +15,7 @@ from actpass.memory.profiler import measure
 from actpass.reporting import Report, SiteRow
 
 from . import models
-from .helpers import assert_equal, eager_actcomp, step
+from .helpers import assert_equal, eager_actcomp, in_processes, step
 
 TOKENS = 256
 FLOAT = 4
@@ -95,6 +92,7 @@ def test_ranks_differ_by_layer_and_meet_a_fraction_of_the_saved_bytes(method: st
             assert len(set(found.values())) == 3
 
 
+@pytest.mark.codegen
 def test_what_is_saved_is_what_the_report_says_and_within_the_budget():
     """Compiled by Inductor, measured by allocation events."""
     model, inputs = factored()
@@ -280,6 +278,7 @@ def llama() -> models.Made:
     return model, inputs
 
 
+@pytest.mark.architectures
 def test_the_output_of_attention_that_is_not_fused():
     options = ranked(0.0)
     least = least_of(options, llama)
@@ -289,23 +288,15 @@ def test_the_output_of_attention_that_is_not_fused():
     assert "no bytes to gain" in rows(report)["model.layers.0.mlp.down_proj.weight"].reason
 
 
+@pytest.mark.slow
 def test_the_same_plan_in_processes_with_other_hash_seeds():
     code = (
         "from tests.test_rank_budget import explain, llama, ranked;"
         "print([explain(ranked(b, 'srht')).plan_hash for b in (0.4, 0.2)])"
     )
-    out = [
-        subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.splitlines()[-1]
-        for seed in ("1", "2")
-    ]
-    assert out[0] == out[1]
-    assert len(set(eval(out[0]))) == 2
+    first, second = in_processes(code)
+    assert first == second
+    assert len(set(eval(first))) == 2
 
 
 def test_the_energy_that_learned_subspaces_miss_weighs_their_ranks():

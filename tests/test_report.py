@@ -33,6 +33,8 @@ def bert() -> models.Made:
     return LossOnly(model), inputs
 
 
+@pytest.mark.architectures
+@pytest.mark.codegen
 @pytest.mark.short_tier
 @pytest.mark.parametrize("build", [models.mlp, models.transformer, bert], ids=lambda f: f.__name__)
 def test_report_saved_bytes_are_what_is_alive_between_forward_and_backward(build):
@@ -97,6 +99,7 @@ def test_report_survives_json():
     assert tuple(Record.from_dict(r) for r in data["regions"]) == report.regions
 
 
+@pytest.mark.architectures
 def test_report_totals_are_the_sums_of_their_sites():
     model, inputs = models.llama()
     explained = actpass.explain(model, options={"method": "haar", "rank": 0.25, "profitable_only": False}, **inputs)
@@ -110,6 +113,7 @@ def test_report_totals_are_the_sums_of_their_sites():
     assert region.totals.extra_matmuls == region.totals.extra_attention == 0
 
 
+@pytest.mark.architectures
 def test_report_folds_identical_layers():
     model, inputs = models.llama()
     text = str(actpass.explain(model, options={"method": "haar"}, **inputs))
@@ -125,6 +129,7 @@ def test_report_names_the_override_that_decided_nothing():
     assert "override 'no_such_layer' decided no site" in text
 
 
+@pytest.mark.architectures
 def test_explain_works_without_memory_on_the_meta_device():
     model, inputs = models.llama()
     on_meta = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}

@@ -86,6 +86,7 @@ def storages(tensors: list[Any]) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}.values())
 
 
+@pytest.mark.distributed
 def test_two_processes_allocate_what_is_reckoned(tmp_path: Path):
     torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=WORLD)
     model, _ = odd()

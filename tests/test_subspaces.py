@@ -243,6 +243,7 @@ def test_one_graph_of_several_modules_has_a_subspace_for_each():
     assert not torch.equal(found["blocks.0.k.weight"], found["blocks.2.k.weight"])
 
 
+@pytest.mark.codegen
 def test_a_refresh_compiles_nothing():
     """By Inductor: the step with a sketch and the one without are one graph."""
     model, inputs = models.transformer(layers=1)
@@ -543,6 +544,7 @@ def test_subspaces_that_are_new_begin_and_others_stay():
     assert subspaces(model)["v.weight"].moves == 3
 
 
+@pytest.mark.architectures
 @pytest.mark.parametrize("method", ["prac", "sampled"])
 def test_the_plan_of_a_run_can_be_followed(method: str):
     model, inputs = models.llama(1)

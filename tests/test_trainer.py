@@ -19,7 +19,7 @@ from actpass.runtime.step_counter import CLOCK
 from . import models
 from .helpers import EPS, Grads, assert_equal, projected
 
-pytestmark = pytest.mark.usefixtures("no_codegen")
+pytestmark = [pytest.mark.usefixtures("no_codegen"), pytest.mark.architectures]
 
 STEPS = 3
 # A loss of three steps: some 100 operators each that round by EPS / 2, twice sqrt(300) / 2.

@@ -153,6 +153,7 @@ def test_clipping_scales_the_gradients_to_the_norm() -> None:
     assert_close(grads_of(model), {n: g * 0.01 / (norm + 1e-6) for n, g in grads.items()}, 22 * EPS)
 
 
+@pytest.mark.codegen
 @pytest.mark.parametrize(("kind", "options"), [("interpreted", HAAR), ("interpreted", CROSSING), ("inductor", QUICK)])
 def test_pending_backward_uses_the_seed_of_its_own_forward(kind: str, options: dict[str, Any]) -> None:
     model, _ = models.mlp()
@@ -362,6 +363,7 @@ def test_checkpointed_layers_stay_exact_and_say_so() -> None:
     assert "inside activation checkpointing" in str(report)
 
 
+@pytest.mark.architectures
 def test_hugging_face_checkpointing_stays_exact() -> None:
     model, inputs = models.llama(layers=1)
     _, want = step(model, model, inputs)
@@ -427,6 +429,7 @@ def reached(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return seen
 
 
+@pytest.mark.codegen
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
 def test_mode_reaches_inductor(mode: str, reached: dict[str, Any]) -> None:
     model, inputs = models.mlp()
@@ -436,6 +439,7 @@ def test_mode_reaches_inductor(mode: str, reached: dict[str, Any]) -> None:
     assert list_mode_options(mode).items() <= reached.items()
 
 
+@pytest.mark.codegen
 def test_inductor_options_reach_inductor_and_win_over_the_mode(reached: dict[str, Any]) -> None:
     model, inputs = models.mlp()
     options = {**HAAR, "mode": "max-autotune", "inductor": {"max_autotune": False, "epilogue_fusion": False}}
@@ -445,6 +449,7 @@ def test_inductor_options_reach_inductor_and_win_over_the_mode(reached: dict[str
     assert (reached["max_autotune"], reached["epilogue_fusion"]) == (False, False)
 
 
+@pytest.mark.codegen
 def test_reduce_overhead_trains() -> None:
     model, inputs = models.mlp()
     _, want = step(model, model, inputs)
@@ -452,6 +457,7 @@ def test_reduce_overhead_trains() -> None:
     assert_close(got, want, EXACT)
 
 
+@pytest.mark.codegen
 def test_retained_graph_error_names_the_remedy_and_the_remedy_works() -> None:
     model, inputs = models.mlp()
 
@@ -495,6 +501,8 @@ for rank in map(int, sys.argv[1:]):
 """
 
 
+@pytest.mark.codegen
+@pytest.mark.slow
 @pytest.mark.short_tier
 def test_second_process_hits_the_cache_with_its_report_and_another_option_misses(tmp_path: Path) -> None:
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_VEC_ISA_OK": "1"}
@@ -586,6 +594,7 @@ def test_progress_is_a_line_for_each_stage_of_each_region(options: dict[str, Any
     assert lines == 2 * ["region: planning", "region: planned in T s; Inductor compiles it", "region: compiled, T s in all"]
 
 
+@pytest.mark.slow
 def test_progress_goes_to_standard_error_where_nothing_else_is_set_up():
     script = "import actpass; actpass.show_progress(); actpass.show_progress(); from actpass import progress; "
     script += "list(map(lambda _: None, [progress.compiling().__enter__()]))"

@@ -107,6 +107,7 @@ def test_backward_reads_what_the_forward_read(build: type[_Updated], options: di
     assert error(model.state, expected.state) < 1e-6
 
 
+@pytest.mark.codegen
 @pytest.mark.short_tier
 def test_compiled_backward_reads_what_the_forward_read():
     """Inductor keeps the copy apart from the input."""

@@ -60,6 +60,11 @@ _hook: Any = None
 _told: set[type] = set()
 
 
+def clear() -> None:
+    """Forget which optimizers were told."""
+    _told.clear()
+
+
 def _before_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """torch's own go by operators, which see the dense gradient one parameter at a time. Others may read memory themselves, as
     kernels of a library do, or compile their step, and Dynamo can't trace a tensor of a kind of its own."""

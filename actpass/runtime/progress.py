@@ -14,6 +14,12 @@ _now = (0, 0.0)
 """The region that is being compiled, and since when."""
 
 
+def clear() -> None:
+    """Count regions from 1 again."""
+    global _numbers, _now
+    _numbers, _now = itertools.count(1), (0, 0.0)
+
+
 def show_progress() -> None:
     """Say on standard error what is planned and compiled, and how long it took: the first step takes minutes, in which nothing
     else is seen. It sets the level of the logger ``actpass`` to INFO, and gives it a handler if there is none yet."""

@@ -132,9 +132,9 @@ def register(region: Region) -> None:
 
 def clear() -> None:
     """Forget all regions (`torch.compiler.reset()` forgets the compiled code, not what we know of it)."""
-    global _last
+    global _last, _calls
     _regions.clear()
-    _last = None
+    _last, _calls = None, 0
     steps.clear()
     optimizers.clear()
     _seen.clear()
