@@ -69,7 +69,7 @@ def swap(cut: Cut, storages: Sequence[Storage], num_fwd_outputs: int) -> tuple[C
     behind = {old.name: new for old, new in to_backward.items()}
     inserted: set[fx.Node] = set()
     payloads: dict[str, tuple[fx.Node, ...]] = {}
-    received: list[fx.Node] = []
+    received: dict[str, str] = {}
     traces: dict[Any, fx.GraphModule] = {}
     keys = _keys(forward.graph, before.get(cut.seeds[0]) if cut.seeds else None, storages, inserted)
     for storage in storages:
@@ -79,7 +79,7 @@ def swap(cut: Cut, storages: Sequence[Storage], num_fwd_outputs: int) -> tuple[C
             raise GraphUnsupported(f"{storage.node} can't be divided into groups at symbolic sizes")
         codes = _encode(forward, x, keys.get(storage), layout, storage, inserted, traces)
         arrived = receive(backward.graph, behind[storage.crossing[0]], codes)
-        received += arrived
+        received |= {new.name: code.name for new, code in zip(arrived, codes, strict=True)}
         shown = [(behind[name], before[name]) for name in storage.crossing]
         _decode(backward, x, shown, arrived, layout, storage, inserted, traces)
         payloads |= {name: codes if name == storage.crossing[0] else () for name in storage.crossing}
@@ -88,7 +88,7 @@ def swap(cut: Cut, storages: Sequence[Storage], num_fwd_outputs: int) -> tuple[C
         module.graph.lint()
         module.recompile()
     saved = tuple(new for s in cut.saved for new in (map(saved_code, payloads[s.name]) if s.name in payloads else [s]))
-    arrives = {k: v for k, v in cut.arrives.items() if k not in payloads} | {n.name: n.name for n in received}
+    arrives = {k: v for k, v in cut.arrives.items() if k not in payloads} | received
     return replace(cut, forward=forward, backward=backward, saved=saved, arrives=arrives), inserted
 
 

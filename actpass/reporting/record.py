@@ -20,7 +20,7 @@ from actpass.ir.joint_graph import Joint, module_path, source_line, storage_root
 from actpass.ir.op_cost import ATTENTION, count_matmuls, is_attention, is_matmul
 from actpass.ir.op_queries import is_reduction
 from actpass.memory.footprint import Footprint
-from actpass.memory.memory_curve import Curve, Curves, Held
+from actpass.memory.memory_curve import Curve, Curves, Held, Lifetime, Lifetimes
 from actpass.options.config import Config, matches
 from actpass.passes.chunked_loss import Chunked
 from actpass.passes.project_weight_gradients import Rewritten
@@ -32,7 +32,7 @@ from actpass.torch_compat import Sizes, size_hint
 
 aten = torch.ops.aten
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +165,8 @@ def _curves_from(data: dict[str, Any] | None) -> Curves | None:
         found[name] = Curve(**{**d, "forward": tuple(d["forward"]), "backward": tuple(d["backward"])}) if d else None
     for name in ("at_forward_peak", "at_backward_peak"):
         found[name] = tuple(Held(**h) for h in data[name])
+    lives = data["lifetimes"]
+    found["lifetimes"] = Lifetimes(**{**lives, "tensors": tuple(Lifetime(**t) for t in lives["tensors"])})
     return Curves(**found)
 
 
