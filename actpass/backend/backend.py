@@ -30,6 +30,7 @@ from actpass.plan_file import ModelPlan
 from actpass.planner.budget import Headroom, PeakBudget
 from actpass.reporting.eager_estimate import with_eager_curve
 from actpass.reporting.record import Record, describe_unknown
+from actpass.reporting.structured_trace import trace
 from actpass.runtime import low_rank_binding as factors
 from actpass.runtime import plan_agreement as ranks
 from actpass.runtime import progress, regions, subspaces
@@ -221,6 +222,7 @@ def _compile_region(
         record = _with_arguments(record, config, [path for path, _ in arguments])
     positions = positions or tuple(i for _, i in arguments)
     named = tuple((path, tuple(example_inputs[i].shape)) for path, i in arguments)
+    trace(record)
     region = regions.Region(record, config, positions, current_frame(), code=code, shapes=shapes, peak=peak, arguments=named)
     regions.register(region)
     return _given_state(fn, region, extra, plain, device)

@@ -16,7 +16,8 @@ _REST = "smaller tensors, and what kernels need beside their results"
 
 
 def snapshot(regions: Sequence[Curves]) -> dict[str, Any]:
-    """The allocations and frees of a step that runs ``regions``, above parameters, inputs and optimizer state. The frames of an allocation say the tensor, its operator and module, and the pass and region.
+    """The allocations and frees of a step that runs ``regions``, above parameters, inputs and optimizer state. The frames of an
+    allocation say the tensor, its operator and module, and the pass and region.
 
     What is too small to be listed is one allocation, sized anew for each point of the curve, so that the total never differs
     from it.

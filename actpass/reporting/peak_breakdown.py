@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -60,7 +61,7 @@ def _lifetimes(words: _Words) -> Lifetimes:
         return between + life.end if life.end is not None else None if life.node in stays else end
 
     def add(node: fx.Node, held: Held, start: int, last: int | None) -> None:
-        op = str(node.target) if node.op == "call_function" else ""
+        op = _operator(node)
         found.append(Lifetime(what=held.what, module=held.module, op=op, nbytes=held.nbytes, start=start, end=last))
 
     for life in forward.lives:
@@ -85,6 +86,13 @@ def _lifetimes(words: _Words) -> Lifetimes:
         least_bytes=least,
         tensors=tuple(found),
     )
+
+
+def _operator(node: fx.Node) -> str:
+    """The operator that makes ``node``, as torch writes it; empty for an input."""
+    while node.target is operator.getitem:
+        node = node.all_input_nodes[0]
+    return str(node.target) if node.op == "call_function" else ""
 
 
 def _highest(timeline: Timeline) -> int:

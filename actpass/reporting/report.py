@@ -130,8 +130,8 @@ class Report:
         1/4096 of a region's peak are one allocation together. Bytes are above parameters, inputs and optimizer state; the
         highest total is the report's ``peak_bytes``. Raises `ReportError` as `plot_peak` does.
         """
-        with _new(path).open("wb") as file:
-            pickle.dump(snapshot(self._curves("save_memory_snapshot")), file)
+        data = pickle.dumps(snapshot(self._curves("save_memory_snapshot")))
+        _new(path).write_bytes(data)
 
     def plot_peak(self, path: str | Path) -> None:
         """Draw the predicted live bytes over a step, forward and then backward, in eager mode, under Inductor's default and

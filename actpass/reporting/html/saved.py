@@ -135,7 +135,8 @@ def tensor_table(sites: Sequence[SiteRow], title: str) -> Markup:
     """The plan against Inductor: a row for each tensor, or for all that are alike in repeated layers; the largest first."""
     rows = sorted(folded(sites), key=lambda item: -max(item[0].bytes_before, item[0].bytes_after) * item[1])
     header = (
-        "tensor", "how many", "module", "shape", "dtype", "form", "weight gradient", "Inductor", "plan", "unbiased", "why", "line"
+        "tensor", "how many", "module", "shape", "dtype", "form", "weight gradient", "Inductor", "plan", "unbiased", "why",
+        "line",
     )  # fmt: skip
     before, after = sum(s.bytes_before for s in sites), sum(s.bytes_after for s in sites)
     total = ("all together", f"{len(sites)}", "", "", "", "", "", bytes_cell(before), bytes_cell(after), "", "", "")
@@ -148,7 +149,7 @@ def _cells(row: SiteRow, count: int) -> tuple[Markup | str, ...]:
         row.kind,
         element("td", f"{count}", class_="number", data_value=count),
         code_cell(fold_indices(row.module) if count > 1 else row.module),
-        code_cell(" × ".join(map(str, row.shape))),
+        code_cell("x".join(map(str, row.shape))),
         row.dtype,
         element("td", element("i", class_=f"key {FORMS[row.form][0]}"), row.stored_as, class_="form"),
         how if row.parameters else "-",

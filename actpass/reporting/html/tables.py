@@ -10,9 +10,14 @@ from actpass.reporting.html.markup import Child, Markup, element, join
 
 def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[Child]], total: Sequence[Child] | None = None) -> Markup:
     """A cell is text, or what `cell` makes. total: a last row that stays last."""
-    head = [element("th", element("button", name, type="button"), scope="col") for name in header]
+    cells = [[_cell(content) for content in row] for row in rows]
+    numbers = [cell.startswith('<td class="number"') for cell in cells[0]] if cells else [False] * len(header)
+    head = [
+        element("th", element("button", name, type="button"), scope="col", class_="number" if number else None)
+        for name, number in zip(header, numbers, strict=True)
+    ]
     foot = element("tfoot", element("tr", *map(_cell, total))) if total is not None else None
-    body = element("tbody", *(element("tr", *map(_cell, row)) for row in rows))
+    body = element("tbody", *(element("tr", *row) for row in cells))
     inner = element("table", element("caption", caption), element("thead", element("tr", *head)), body, foot)
     return element("div", inner, class_="scroll", tabindex="0", role="region", aria_label=caption)
 

@@ -25,8 +25,8 @@ def tradeoff_section(step: Tradeoff) -> Markup:
         "What other budgets would give",
         "budgets",
         paragraphs(
-            "Predicted bytes saved for backward, against what they cost: the relative error of the gradients, and the time that "
-            "a step takes longer. Lower and further to the left is better.",
+            "Predicted bytes saved for backward, against what they cost: the relative error of the gradients, and the time "
+            "that is added to a step. Lower and further to the left is better.",
             *([early] if step.early_bytes else []),
         ),
         element(
