@@ -49,6 +49,7 @@ from torch._inductor.utils import (
     needs_fallback_due_to_atomic_add_limitations,  # whether a sum at indices is a loop
     run_and_get_code,  # tests read the generated code
 )
+from torch._logging._internal import trace_structured  # artifacts that tlparse shows
 from torch._ops import HigherOrderOperator, OpOverload  # an operator's namespace tells torch's own from a user's
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _make_graph_module as make_graph_module  # Python code only where it is run
@@ -134,6 +135,7 @@ __all__ = [
     "tag_activation_checkpoint",
     "take_out_of_buckets",
     "torch_is_tested",
+    "trace_structured",
     "went_through_inductor",
     "written_input",
 ]

@@ -95,7 +95,7 @@ def test_report_survives_json():
     step(torch.compile(model, backend=eager_actcomp(method="haar")), model, inputs)
     report = actpass.report(model)
     data = json.loads(json.dumps(report.to_dict()))
-    assert data["schema_version"] == 7
+    assert data["schema_version"] == 8
     assert tuple(Record.from_dict(r) for r in data["regions"]) == report.regions
 
 

@@ -27,6 +27,7 @@ from actpass.ir.inline import inline_regions
 from actpass.options.config import Config, parse
 from actpass.reporting.eager_estimate import with_eager_curve
 from actpass.reporting.record import Record, describe_unknown
+from actpass.reporting.structured_trace import trace
 from actpass.runtime import plan_agreement as ranks
 from actpass.runtime import progress, regions, subspaces
 from actpass.runtime import record_cache as records
@@ -207,6 +208,7 @@ def _compile_region(
         record = _with_arguments(record, config, [path for path, _ in arguments])
     positions = positions or tuple(i for _, i in arguments)
     named = tuple((path, tuple(example_inputs[i].shape)) for path, i in arguments)
+    trace(record)
     region = regions.Region(record, config, positions, current_frame(), code=code, shapes=shapes, peak=peak, arguments=named)
     regions.register(region)
     return given_state(fn, region, replace(request, extra=extra))

@@ -50,14 +50,26 @@ _RESIDENT = ("primals_", "arg", "fwd_rng_state", "bwd_rng_state", "tangents")
 
 
 @dataclass(frozen=True, slots=True)
+class Life:
+    """The steps at which a tensor is in memory: from ``start`` until before ``end``; ``end`` None: it stays."""
+
+    node: str
+    nbytes: int
+    start: int
+    end: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Timeline:
     """Live bytes while each kernel runs, in order. at: the kernel's first node. live: at the peak, (node, bytes), largest
-    first. kept: bytes that stay when the graph is done."""
+    first. kept: bytes that stay when the graph is done. lives: of every tensor; memory that a later one gets belongs to the
+    earlier one until then. At each step they add up to its level, less what a kernel needs beside its results."""
 
     levels: tuple[int, ...]
     at: tuple[str, ...]
     live: tuple[tuple[str, int], ...]
     kept: int
+    lives: tuple[Life, ...]
 
     @property
     def peak(self) -> int:
@@ -183,11 +195,13 @@ class Program:
         levels = self._steps(order, {n: self.bytes[n] for n in self.freed}, {k: k.needs for k in order}, freed)
         self._count_zeros(levels, order, zeroed)
         limit = max(steps, default=0)
-        free: dict[tuple[torch.dtype, int], list[int]] = defaultdict(list)
+        free: dict[tuple[torch.dtype, int], list[tuple[int, Any]]] = defaultdict(list)
         passed: set[Any] = set()
+        ends_at = {node: i + 1 for i, dead in enumerate(freed) for node in dead}
         for i, kernel in enumerate(order):
             taken = self._taken(kernel, deaths[i])
             passed |= set(taken.values())
+            ends_at |= dict.fromkeys(taken.values(), i)
             for node in kernel.writes:
                 size = self.bytes[node]
                 if node in taken:
@@ -196,16 +210,29 @@ class Program:
                     continue
                 reuses = inductor_config.allow_buffer_reuse and node not in zeroed
                 since = free[_key(node, self.bytes[node])] if reuses else []
-                if since and (since[-1] + 1 == i or size + max(steps[since[-1] + 1 : i]) <= limit):
-                    for j in range(since.pop() + 1, i):
+                if since and (since[-1][0] + 1 == i or size + max(steps[since[-1][0] + 1 : i]) <= limit):
+                    dead_since, dead = since.pop()
+                    ends_at[dead] = i
+                    for j in range(dead_since + 1, i):
                         steps[j] += size
                         levels[j] += size
             for node in freed[i]:
                 if node not in passed and node.op == "call_function":
-                    free[_key(node, self.bytes[node])].append(i)
+                    free[_key(node, self.bytes[node])].append((i, node))
         at = max(range(len(levels)), key=levels.__getitem__, default=0)
         live = self._live(order, freed, at, zeroed)
-        return Timeline(tuple(levels), tuple(k.node.name for k in order), live, self._kept(order))
+        return Timeline(
+            levels=tuple(levels),
+            at=tuple(k.node.name for k in order),
+            live=live,
+            kept=self._kept(order),
+            lives=self._lives(order, zeroed, ends_at),
+        )
+
+    def _lives(self, order: Sequence[Kernel], zeroed: Mapping[Any, int], ends_at: Mapping[Any, int]) -> tuple[Life, ...]:
+        starts = dict.fromkeys(self.freed, 0)
+        starts |= {w: zeroed.get(w, i) if w in k.zeroed else i for i, k in enumerate(order) for w in k.writes}
+        return tuple(Life(n.name, self.bytes[n], i, ends_at.get(n)) for n, i in starts.items() if self.bytes[n])
 
     def _live(
         self, order: Sequence[Kernel], deaths: list[list[Any]], at: int, zeroed: Mapping[Any, int]

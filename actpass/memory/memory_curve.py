@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,13 +39,42 @@ class Held:
         return f"{self.what} {self.module}".strip()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lifetime:
+    """A tensor of one call of a region. what, module: see `Held`. op: the operator that makes it. It is in memory from step
+    ``start`` until before step ``end`` (the steps of the backward count on from those of the forward); None: when the backward
+    is done, too, as gradients are."""
+
+    what: str
+    module: str
+    op: str
+    nbytes: int
+    start: int
+    end: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lifetimes:
+    """When the tensors of a region are in memory, as planned. forward_steps, backward_steps: kernels of each pass.
+    forward_peak, backward_peak: the steps at which each takes most. least_bytes: what is smaller is not in ``tensors``."""
+
+    forward_steps: int
+    backward_steps: int
+    forward_peak: int
+    backward_peak: int
+    least_bytes: int
+    tensors: tuple[Lifetime, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Curves:
     """A region's curves: as planned, as Inductor's default, and in eager mode (None: not known). at_forward_peak,
-    at_backward_peak: the largest of what is in memory at the peak of each pass of the plan, the largest first."""
+    at_backward_peak: the largest of what is in memory at the peak of each pass of the plan, the largest first. lifetimes: of
+    all that is not small, under the plan."""
 
     plan: Curve
     default: Curve
+    lifetimes: Lifetimes
     eager: Curve | None = None
     at_forward_peak: tuple[Held, ...] = ()
     at_backward_peak: tuple[Held, ...] = ()
@@ -71,12 +99,15 @@ class StepCurve:
     peak: Peak
 
 
+def stretches(count: int, most: int = POINTS) -> list[tuple[int, int]]:
+    """The (start, end) of each stretch that `thin` makes one point of."""
+    points = min(count, most)
+    return [(count * i // points, count * (i + 1) // points) for i in range(points)]
+
+
 def thin(levels: Sequence[int], most: int = POINTS) -> tuple[int, ...]:
     """At most ``most`` of ``levels``: the maximum of each of as many equal stretches, so that no peak is lost."""
-    if len(levels) <= most:
-        return tuple(levels)
-    ends = [len(levels) * i // most for i in range(most + 1)]
-    return tuple(max(levels[a:b]) for a, b in itertools.pairwise(ends))
+    return tuple(max(levels[a:b]) for a, b in stretches(len(levels), most))
 
 
 def step_curve(calls: Sequence[Curve], shares: Sequence[int]) -> StepCurve:

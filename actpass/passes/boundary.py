@@ -30,7 +30,7 @@ class Boundary:
         self._cut, self._num_fwd_outputs = cut, num_fwd_outputs
         self._returned: dict[str, tuple[fx.Node, ...]] = {}
         self._saved: dict[str, list[fx.Node]] = {}
-        self._arrived: list[fx.Node] = []
+        self._arrived: dict[str, str] = {}
 
     def send(self, crossing: Sequence[str], nodes: Sequence[fx.Node], free: fx.Node | None = None) -> list[fx.Node]:
         """Let ``nodes`` of the forward cross in place of the views ``crossing`` of one tensor; returns what arrives. free: an
@@ -43,7 +43,7 @@ class Boundary:
             arrived[-1].meta = {**meta, "val": value(node)}
         self._returned |= dict.fromkeys(crossing, ()) | {crossing[0]: tuple(nodes)}
         self._saved[crossing[0]] = [n for n in nodes if n is not free]
-        self._arrived += [new for new, n in zip(arrived, nodes, strict=True) if n is not free]
+        self._arrived |= {new.name: n.name for new, n in zip(arrived, nodes, strict=True) if n is not free}
         return arrived
 
     def first_reader(self, crossing: Sequence[str]) -> fx.Node:
@@ -69,8 +69,7 @@ class Boundary:
         self.forward.module.recompile()
         self.backward.module.recompile()
         saved = (c for s in self._cut.saved for c in (self._codes(s.name) if s.name in self._returned else [s]))
-        arrives = {k: v for k, v in self._cut.arrives.items() if k not in self._returned}
-        arrives |= {n.name: n.name for n in self._arrived}
+        arrives = {k: v for k, v in self._cut.arrives.items() if k not in self._returned} | self._arrived
         return replace(
             self._cut, forward=self.forward.module, backward=self.backward.module, saved=tuple(saved), arrives=arrives
         )

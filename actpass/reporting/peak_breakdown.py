@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,11 +13,14 @@ from actpass.analysis.partitioned import Cut
 from actpass.analysis.saved_tensors import EARLY_GRADIENT
 from actpass.ir.joint_graph import Joint, is_tangent, module_path, storage_root, tensor_bytes
 from actpass.ir.outputs import output_values
-from actpass.memory.memory_curve import Curve, Curves, Held, thin
+from actpass.memory.liveness import Life, Timeline
+from actpass.memory.memory_curve import Curve, Curves, Held, Lifetime, Lifetimes, thin
 from actpass.plan import Plan
 from actpass.torch_compat import invoke_subgraph
 
 _LARGEST = 3
+_LEAST_SHARE = 1 / 4096
+"""Of a region's peak: the lifetimes of smaller tensors are not recorded."""
 
 
 def curve_of(cut: Cut) -> Curve:
@@ -39,7 +43,60 @@ def curves_of(default: Cut, final: Cut, joint: Joint, plan: Plan, kind_of: Calla
         default=curve_of(default),
         at_forward_peak=_largest(at_forward),
         at_backward_peak=_largest([*at_backward, *words.returned]),
+        lifetimes=_lifetimes(words),
     )
+
+
+def _lifetimes(words: _Words) -> Lifetimes:
+    """A tensor that crosses is one, from the forward into the backward; what is returned is there until the backward ends."""
+    forward, backward = words.cut.timelines
+    between, end = len(forward.levels), len(forward.levels) + len(backward.levels)
+    least = max(int(_LEAST_SHARE * words.cut.peak_bytes), 1)
+    stays = {n.name for n in words.gradients}
+    arriving = {words.root_of(words.cut.arrives[x.node]): x for x in backward.lives if x.node in words.cut.arrives}
+    joined: set[str] = set()
+    found: list[Lifetime] = []
+
+    def until(life: Life) -> int | None:
+        return between + life.end if life.end is not None else None if life.node in stays else end
+
+    def add(node: fx.Node, held: Held, start: int, last: int | None) -> None:
+        op = _operator(node)
+        found.append(Lifetime(what=held.what, module=held.module, op=op, nbytes=held.nbytes, start=start, end=last))
+
+    for life in forward.lives:
+        later, last = arriving.get(life.node), life.end
+        if last is None and later is not None and later.nbytes == life.nbytes:
+            joined.add(later.node)
+            last = until(later)
+        elif last is None:
+            last = end if later is None else between
+        if life.nbytes >= least:
+            node = words.forward[life.node]
+            add(node, words.in_forward(node, life.nbytes), life.start, last)
+    for life in backward.lives:
+        if life.nbytes >= least and life.node not in joined:
+            node = words.backward[life.node]
+            add(node, words.in_backward(node, life.nbytes), between + life.start, until(life))
+    return Lifetimes(
+        forward_steps=between,
+        backward_steps=end - between,
+        forward_peak=_highest(forward),
+        backward_peak=between + _highest(backward),
+        least_bytes=least,
+        tensors=tuple(found),
+    )
+
+
+def _operator(node: fx.Node) -> str:
+    """The operator that makes ``node``, as torch writes it; empty for an input."""
+    while node.target is operator.getitem:
+        node = node.all_input_nodes[0]
+    return str(node.target) if node.op == "call_function" else ""
+
+
+def _highest(timeline: Timeline) -> int:
+    return max(range(len(timeline.levels)), key=timeline.levels.__getitem__, default=0)
 
 
 def _largest(found: list[Held]) -> tuple[Held, ...]:
@@ -96,7 +153,7 @@ class _Words:
         """What the backward computes from a gradient."""
         reached: set[fx.Node] = set()
         for node in self.cut.backward.graph.nodes:
-            starts = is_tangent(node) or (node.op == "placeholder" and self.root_of(node.name) in self.early)
+            starts = is_tangent(node) or (node.op == "placeholder" and self.root_of(self.crossing(node)) in self.early)
             if starts or any(a in reached for a in node.all_input_nodes):
                 reached.add(node)
         return frozenset(reached)
@@ -108,6 +165,10 @@ class _Words:
         roots = dict.fromkeys(storage_root(o) for o in outputs if isinstance(o, fx.Node))
         made = [n for n in roots if n.op == "call_function"]
         return [Held(f"returned {self.kind_of(n)}", _module(n), tensor_bytes(n)) for n in made]
+
+    def crossing(self, node: fx.Node) -> str:
+        """The forward's name of what arrives in the backward as ``node``."""
+        return self.cut.arrives.get(node.name, node.name)
 
     def root_of(self, name: str) -> str | None:
         """What allocated the memory of the forward's node ``name``, if it has one."""
@@ -124,8 +185,8 @@ class _Words:
     def in_backward(self, node: fx.Node, nbytes: int) -> Held:
         if node in self.gradients:
             return Held("gradient of", self.gradients[node], nbytes)
-        if node.op == "placeholder" and node.name in self.forward:
-            return self.in_forward(self.forward[node.name], nbytes)
+        if node.op == "placeholder" and self.crossing(node) in self.forward:
+            return self.in_forward(self.forward[self.crossing(node)], nbytes)
         code = self._decoded(node)
         if code is not None:
             _, tensor = self.codes[code]
@@ -137,7 +198,8 @@ class _Words:
     def _decoded(self, node: fx.Node) -> str | None:
         """The codes that ``node`` was decoded from by a function of their own."""
         call = _call(node)
-        return next((a.name for a in call.all_input_nodes if a.name in self.codes), None) if call is not None else None
+        arrived = map(self.crossing, call.all_input_nodes) if call is not None else ()
+        return next((name for name in arrived if name in self.codes), None)
 
 
 def _call(node: fx.Node) -> fx.Node | None:

@@ -22,7 +22,7 @@ from actpass.ir.op_cost import count_matmuls
 from actpass.ir.op_queries import is_attention, is_matmul, is_reduction
 from actpass.ir.op_rules import RULES
 from actpass.memory.footprint import Footprint
-from actpass.memory.memory_curve import Curve, Curves, Held
+from actpass.memory.memory_curve import Curve, Curves, Held, Lifetime, Lifetimes
 from actpass.options.config import Config, matches
 from actpass.passes.base import RegionState
 from actpass.plan import KEPT, Decision, Plan, Storage
@@ -31,7 +31,7 @@ from actpass.plan.pareto import Point, Tradeoff
 from actpass.reporting.peak_breakdown import curves_of
 from actpass.torch_compat import Sizes, size_hint
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +164,8 @@ def _curves_from(data: dict[str, Any] | None) -> Curves | None:
         found[name] = Curve(**{**d, "forward": tuple(d["forward"]), "backward": tuple(d["backward"])}) if d else None
     for name in ("at_forward_peak", "at_backward_peak"):
         found[name] = tuple(Held(**h) for h in data[name])
+    lives = data["lifetimes"]
+    found["lifetimes"] = Lifetimes(**{**lives, "tensors": tuple(Lifetime(**t) for t in lives["tensors"])})
     return Curves(**found)
 
 

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import pickle
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from actpass._format import megabytes as _mb
 from actpass._format import table
 from actpass.errors import ReportError
 from actpass.ir.joint_graph import fold_indices
 from actpass.memory.footprint import Footprint, step_peak
+from actpass.memory.memory_curve import Curves
 from actpass.plan import Predicted
 from actpass.plan.pareto import add_up
 from actpass.plan_file import ModelPlan
+from actpass.reporting.html.page import View, render
+from actpass.reporting.memory_snapshot import snapshot
 from actpass.reporting.plots import check_path, draw_pareto, draw_peak, draw_spectra
 from actpass.reporting.record import SCHEMA_VERSION, Record, SiteRow, Totals
+from actpass.reporting.rows import folded, folded_left_alone, subtotals, times
 from actpass.reporting.spectra import SubspaceRow, lines
 
 
@@ -96,6 +103,36 @@ class Report:
             "notes": list(self.notes),
         }
 
+    def to_html(self, path: str | Path) -> None:
+        """Write the report to ``path`` as one HTML file that needs no other and no network: memory over the step with the
+        tensors at its peak, saved bytes by form, kind and layer, every tensor against Inductor's default, notes; and what other
+        budgets would give, if the report is one of `actpass.explore`. A report that is inactive says why."""
+        import actpass
+
+        view = View(
+            status=self._status(),
+            active=self.active,
+            regions=self.regions,
+            totals=self.totals,
+            step_bytes=self.step_bytes,
+            plan_hash=self.plan_hash,
+            subspaces=self.subspaces,
+            notes=self.notes,
+            versions=(("actpass", actpass.__version__), ("torch", torch.__version__)),
+        )
+        _new(path).write_text(render(view), encoding="utf-8")
+
+    def save_memory_snapshot(self, path: str | Path) -> None:
+        """Write the predicted step to ``path`` as a memory snapshot of torch: a pickle that https://pytorch.org/memory_viz
+        opens, or ``python -m torch.cuda._memory_viz trace_plot PATH -o step.html``.
+
+        Every tensor is an allocation whose frames say what it is, its operator and module, and its pass. Tensors of less than
+        1/4096 of a region's peak are one allocation together. Bytes are above parameters, inputs and optimizer state; the
+        highest total is the report's ``peak_bytes``. Raises `ReportError` as `plot_peak` does.
+        """
+        data = pickle.dumps(snapshot(self._curves("save_memory_snapshot")))
+        _new(path).write_bytes(data)
+
     def plot_peak(self, path: str | Path) -> None:
         """Draw the predicted live bytes over a step, forward and then backward, in eager mode, under Inductor's default and
         under this plan, with the peak of each and the three largest tensors at the plan's.
@@ -105,11 +142,7 @@ class Report:
         other. Raises `PictureError` without matplotlib (``pip install "actpass[plot]"``) and for any other ending,
         `ReportError` if there is no region or one without a prediction.
         """
-        curves = [r.curves for r in self.regions if r.curves is not None]
-        if not curves or len(curves) < len(self.regions):
-            why = "there is no region" if not self.regions else "the peak of a region is not predicted: see its notes"
-            raise ReportError(f"plot_peak: nothing to draw, because {self.why_empty or why}.")
-        draw_peak(check_path(path), curves)
+        draw_peak(check_path(path), self._curves("plot_peak"))
 
     def plot_pareto(self, path: str | Path) -> None:
         """Draw saved bytes against the predicted error of the gradients and against the predicted time: stock PyTorch's levels
@@ -155,6 +188,13 @@ class Report:
             yield from _total_lines(self.totals, self.step_bytes)
         yield from (f"note: {note}" for note in self.notes)
 
+    def _curves(self, asking: str) -> list[Curves]:
+        curves = [r.curves for r in self.regions if r.curves is not None]
+        if not curves or len(curves) < len(self.regions):
+            why = "there is no region" if not self.regions else "the peak of a region is not predicted: see its notes"
+            raise ReportError(f"{asking}: nothing to draw, because {self.why_empty or why}.")
+        return curves
+
     def _status(self) -> str:
         if not self.regions:
             return f"inactive, because {self.why_empty}"
@@ -172,6 +212,13 @@ class Report:
         )
 
 
+def _new(path: str | Path) -> Path:
+    """``path``, in a folder that is there."""
+    found = Path(path)
+    found.parent.mkdir(parents=True, exist_ok=True)
+    return found
+
+
 def _predicted(region: Record) -> Predicted:
     t = region.totals
     peak = _peak([region.footprint])
@@ -185,12 +232,12 @@ def _peak(footprints: Sequence[Footprint | None]) -> int | None:
 
 def _region_lines(region: Record) -> Iterator[str]:
     header = ("tensor", "module", "shape", "dtype", "form", "weight grad", "before", "after", "unbiased", "why")
-    rows = [header, *(_cells(row, count) for row, count in _folded(region.sites))]
+    rows = [header, *(_cells(row, count) for row, count in folded(region.sites))]
     yield from table(rows)
-    for kind, before, after in _subtotals(region.sites):
+    for kind, before, after in subtotals(region.sites):
         yield f"  {kind:<16} {_mb(before):>10} -> {_mb(after):>10}"
-    for (_, parameter, reason), count in _fold_left_alone(region.left_alone):
-        yield f"  left alone: {parameter}{_times(count)}: {reason}"
+    for (_, parameter, reason), count in folded_left_alone(region.left_alone):
+        yield f"  left alone: {parameter}{times(count)}: {reason}"
     for note in region.notes:
         yield f"  note: {note}"
 
@@ -218,40 +265,11 @@ def _total_lines(t: Totals, step_bytes: int | None) -> Iterator[str]:
     )
 
 
-def _folded(sites: Iterable[SiteRow]) -> list[tuple[SiteRow, int]]:
-    """Rows of identical layers folded to one, with how many there are."""
-    groups: dict[Any, list[SiteRow]] = {}
-    for s in sites:
-        key = (
-            fold_indices(s.module),
-            s.op,
-            s.shape,
-            s.dtype,
-            s.form,
-            s.method,
-            s.rank,
-            s.codec,
-            s.decoded,
-            s.bytes_before,
-            s.bytes_after,
-            s.source,
-        )
-        groups.setdefault(key, []).append(s)
-    return [(rows[0], len(rows)) for rows in groups.values()]
-
-
-def _fold_left_alone(rows: Iterable[tuple[str, str, str]]) -> list[tuple[tuple[str, str, str], int]]:
-    groups: dict[tuple[str, str], list[tuple[str, str, str]]] = {}
-    for row in rows:
-        groups.setdefault((fold_indices(row[1]), row[2]), []).append(row)
-    return [((found[0][0], key[0] if len(found) > 1 else found[0][1], key[1]), len(found)) for key, found in groups.items()]
-
-
 def _cells(row: SiteRow, count: int) -> tuple[str, ...]:
     module = fold_indices(row.module) if count > 1 else row.module
     how = "exact" if row.method is None else f"{row.method} {row.rank}"
     return (
-        f"{row.kind}{_times(count)}",
+        f"{row.kind}{times(count)}",
         module or "-",
         "x".join(map(str, row.shape)),
         row.dtype,
@@ -262,16 +280,3 @@ def _cells(row: SiteRow, count: int) -> tuple[str, ...]:
         "yes" if row.unbiased else "NO",
         row.reason,
     )
-
-
-def _times(count: int) -> str:
-    return f" (x{count})" if count > 1 else ""
-
-
-def _subtotals(sites: Iterable[SiteRow]) -> list[tuple[str, int, int]]:
-    sums: dict[str, list[int]] = {}
-    for s in sites:
-        entry = sums.setdefault(s.kind, [0, 0])
-        entry[0] += s.bytes_before
-        entry[1] += s.bytes_after
-    return [(kind, b, a) for kind, (b, a) in sorted(sums.items(), key=lambda item: -item[1][0])]
