@@ -1,9 +1,9 @@
-"""Must show: what a projection may not change is bit-equal to the exact form, for every method and rank.
+"""Must show: what a projection may not change is bit-equal to the exact form, for every codec, projection and rank.
 
     python tools/check_exactness.py [--json FILE] [--models mlp llama-mini] [--ranks 0.25 1.0]
 
-For each model, dtype, method and rank: loss, forward outputs and (of projections) the gradient of every input, against the step
-compiled with ``method="exact"`` (bit-equal) and against plain Inductor (bit-equal, or the largest relative difference).
+For each model, dtype, codec or projection, and rank: loss, forward outputs and (of projections) the gradient of every input, against the step
+compiled with ``policy="exact"`` (bit-equal) and against plain Inductor (bit-equal, or the largest relative difference).
 """
 
 from __future__ import annotations

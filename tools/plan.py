@@ -136,8 +136,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
     group = parser.add_argument_group("actpass options", "as in torch.compile(..., options={...})")
-    group.add_argument("--method", help="auto, exact, int8, ...; unknown ones are listed by the error")
-    group.add_argument("--override", type=override, action="append", default=[], metavar="PATTERN=METHOD[:RANK]")
+    group.add_argument("--policy", help="auto or exact")
+    group.add_argument("--codec", help="int8, int4, ...; unknown ones are listed by the error")
+    group.add_argument("--override", type=override, action="append", default=[], metavar="PATTERN=NAME[:RANK]")
     group.add_argument("--option", type=option_argument, action="append", default=[], metavar="KEY=VALUE")
     return parser
 
@@ -147,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def options_of(given: argparse.Namespace) -> dict[str, Any]:
     """Those for the trace, without what is decided after it."""
-    decided_later = {"memory_budget": None, "rank": None, "plan": None, "off": False}
+    decided_later = {"projection": None, "memory_budget": None, "rank": None, "plan": None, "off": False}
     return options_from(argparse.Namespace(**{**vars(given), **decided_later}))
 
 
