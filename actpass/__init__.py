@@ -36,7 +36,7 @@ from actpass.errors import (
 from actpass.extrapolation.deep_model import Training
 from actpass.extrapolation.deep_plan import DeepPlan
 from actpass.low_rank_gradient import LowRankGradient
-from actpass.plan.sensitivity import Calibration
+from actpass.plan.sensitivity import Sensitivities
 from actpass.plan_file import ModelPlan
 from actpass.reporting import Report
 from actpass.runtime.deferred_logits import DeferredLogits
@@ -49,7 +49,6 @@ __all__ = [
     "ActpassWarning",
     "Audit",
     "BudgetError",
-    "Calibration",
     "DeepPlan",
     "DeferredError",
     "DeferredLogits",
@@ -61,6 +60,7 @@ __all__ = [
     "PlanError",
     "Report",
     "ReportError",
+    "Sensitivities",
     "StateError",
     "Training",
     "__version__",

@@ -17,13 +17,13 @@ from actpass.extrapolation.deep_model import Training
 from actpass.extrapolation.deep_model import plan_deep_model as plan_training
 from actpass.extrapolation.deep_plan import DeepPlan
 from actpass.memory.resident import ASSUMED
-from actpass.options.config import global_budget, parse
-from actpass.plan.sensitivity import Calibration
+from actpass.options import global_budget, parse
+from actpass.plan.sensitivity import Sensitivities
 from actpass.reporting import Record, Report
 from actpass.runtime import regions, subspaces
 from actpass.runtime.data_parallel import why_dense
 from actpass.runtime.regions import Region, following_global_budget, recompile, regions_of, why_no_more_graphs
-from actpass.runtime.step_counter import CLOCK
+from actpass.runtime.step_counter import STEP_COUNTER
 from actpass.torch_compat import has_all_graphs
 
 
@@ -36,7 +36,7 @@ def report(model: torch.nn.Module) -> Report:
     found = regions_of(_module(model, "report"))
     rows = tuple(subspaces.rows(_plain(model))) if found else ()
     why = None if found else _why_nothing(model)
-    factored = any(r.record.plan.get("factored") for r in found)
+    factored = any(r.record.plan.get("low_rank_gradients") for r in found)
     dense = why_dense(_plain(model)) if factored else None
     assumed = any(r.peak.resident.assumed for r in found if r.peak is not None)
     notes = [dense, f"optimizer state is {ASSUMED}" if assumed else None, _no_more_graphs(found)]
@@ -75,7 +75,7 @@ def explain(model: torch.nn.Module, *inputs: Any, options: Mapping[str, Any] | N
 
 def explore(model: torch.nn.Module, *inputs: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
     """`explain`, and what other budgets would give: for `Report.plot_pareto`. Makes some twenty cuts more, in which a large
-    model takes minutes. Only for ``method="auto"``; raises `OptionError` for any other."""
+    model takes minutes. Only for ``policy="auto"``; raises `OptionError` for any other."""
     return explain_model(_module(model, "explore"), inputs, kwargs, options, explore=True).report
 
 
@@ -133,9 +133,9 @@ def calibrate(
     options: Mapping[str, Any] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     loss: Callable[[Any], torch.Tensor] | None = None,
-) -> Calibration:
+) -> Sensitivities:
     """Measure on one small batch what an error in each saved tensor does to the gradients, so that a memory budget knows where
-    bits matter: ``options={"memory_budget": ..., "calibration": actpass.calibrate(model, batch)}``.
+    bits matter: ``options={"memory_budget": ..., "sensitivities": actpass.calibrate(model, batch)}``.
 
     batch, loss: as for `audit`; two sequences are enough, and the memory that it takes grows with them. optimizer: Adam's
     second moments precondition the gradients; without them, Adafactor's estimate from the batch's own gradient. options: as
@@ -196,14 +196,14 @@ def set_optimizer(*optimizers: torch.optim.Optimizer) -> None:
 def step() -> None:
     """Advance the clock by one optimizer step. Only for training loops without a torch optimizer: a torch optimizer's
     ``step()`` does it by itself."""
-    CLOCK.advance()
+    STEP_COUNTER.advance()
     regions.step_done()
 
 
 def state_dict(model: torch.nn.Module) -> dict[str, Any]:
     """What a resumed run needs to draw the same bases as the run that was not stopped: plain ints and tensors, loads with
     ``torch.load(weights_only=True)``."""
-    return {**CLOCK.state_dict(), "subspaces": subspaces.state_dict(_plain(_module(model, "state_dict")))}
+    return {**STEP_COUNTER.state_dict(), "subspaces": subspaces.state_dict(_plain(_module(model, "state_dict")))}
 
 
 def load_state_dict(model: torch.nn.Module, state: Mapping[str, Any]) -> None:
@@ -214,12 +214,12 @@ def load_state_dict(model: torch.nn.Module, state: Mapping[str, Any]) -> None:
     own = _plain(_module(model, "load_state_dict"))
     state = dict(state)
     learned = state.pop("subspaces", {})
-    before = CLOCK.state_dict()
-    CLOCK.load_state_dict(state)
+    before = STEP_COUNTER.state_dict()
+    STEP_COUNTER.load_state_dict(state)
     try:
         subspaces.load_state_dict(own, learned)
     except StateError:
-        CLOCK.load_state_dict(before)
+        STEP_COUNTER.load_state_dict(before)
         raise
 
 

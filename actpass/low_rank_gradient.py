@@ -35,7 +35,7 @@ class Basis:
     """P (N, R), made when it is asked for. method: a projection's name. key: `round_keys` of the seed that it is drawn from.
     draw: the seed itself. state: the subspace that a learned one is built from."""
 
-    method: str
+    projection: str
     width: int
     rank: int
     key: torch.Tensor
@@ -48,25 +48,25 @@ class Basis:
         """Whether it is the same basis, so that coefficients may be added. Of a learned one, the same tensor: a subspace that
         moved is another."""
         mine, others = (
-            (b.method, b.width, b.rank, b.draw if b.draws else None, b.unbiased, b.key.device) for b in (self, other)
+            (b.projection, b.width, b.rank, b.draw if b.draws else None, b.unbiased, b.key.device) for b in (self, other)
         )
         return self is other or (mine == others and self.state is other.state)
 
     @property
     def draws(self) -> bool:
         """Whether any part of it is random."""
-        return self.method in PROJECTIONS or LEARNED[self.method].draws
+        return self.projection in PROJECTIONS or LEARNED[self.projection].draws
 
     def matrix(self) -> torch.Tensor:
         """P in float32, kept as long as this object."""
         if self.made is None:
             with as_written(self.key.device):
                 if self.state is None:
-                    projection = PROJECTIONS[self.method]
+                    projection = PROJECTIONS[self.projection]
                     self.made = projection.basis(self.key, self.width, self.rank, unbiased=self.unbiased, dtype=torch.float32)
                 else:
-                    method = LEARNED[self.method]
-                    self.made = method.draw(self.state, method.noise(self.key, self.width, self.rank), self.rank)
+                    learned = LEARNED[self.projection]
+                    self.made = learned.draw(self.state, learned.noise(self.key, self.width, self.rank), self.rank)
         return self.made
 
 
@@ -198,7 +198,7 @@ class LowRankGradient(torch.Tensor):
         self.held = new.held
 
     def __repr__(self, **_: Any) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
-        what = f"{self.basis.method}, rank {self.basis.rank}" if self.is_factored else "dense"
+        what = f"{self.basis.projection}, rank {self.basis.rank}" if self.is_factored else "dense"
         return f"LowRankGradient({tuple(self.shape)}, {self.dtype}, {what})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
@@ -210,7 +210,7 @@ class LowRankGradient(torch.Tensor):
         if not self.is_factored:
             return self.dense().__reduce_ex__(protocol)
         b = self.basis
-        return _rebuilt, (self.coefficients, (b.method, b.width, b.rank, b.key, b.draw, b.unbiased, b.state), self.left)
+        return _rebuilt, (self.coefficients, (b.projection, b.width, b.rank, b.key, b.draw, b.unbiased, b.state), self.left)
 
     @classmethod
     @_not_compiled

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from actpass.analysis.partitioned import Cut, Setting
-from actpass.analysis.weight_gradients import find_contractions
+from actpass.analysis.partitioned import PartitionConstraints, PartitionedGraph
+from actpass.analysis.weight_gradients import find_weight_gradient_matmuls
 from actpass.errors import ActpassError, ActpassWarning, BudgetError, GraphUnsupported, PlanError
 from actpass.ir.fingerprint import fingerprint, plain_inputs
 from actpass.ir.joint_graph import Joint, module_path
@@ -30,9 +30,9 @@ from actpass.passes.save_written_inputs import SaveWrittenInputs
 from actpass.passes.scatter_onto_sums import ScatterOntoSums
 from actpass.passes.spell_flips import SpellFlips
 from actpass.plan import Plan
-from actpass.plan.multi_region import Level
+from actpass.plan.multi_region import OperatingPoint
 from actpass.planner import apply_plan as follow
-from actpass.planner.budget import Choice, PeakBudget, Region
+from actpass.planner.budget import PartitionPlan, PeakBudget, Region
 from actpass.planner.plan_source import Planner, RegionPlan, Searching
 from actpass.reporting.record import Record, describe, describe_fallback
 from actpass.torch_compat import fusion_gate_growth, inductor_config
@@ -53,12 +53,12 @@ def until(name: str) -> tuple[Pass, ...]:
 
 
 @dataclass(frozen=True)
-class Decided:
+class PlanResult:
     """What was decided, of a region that was not left to Inductor. whole: the joint graph before its loss went to pieces."""
 
     whole: Joint
     region: Region
-    choice: Choice
+    choice: PartitionPlan
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ class Compiled:
     graph as it came), and the region before anything was decided. decided: None if the region was left to Inductor."""
 
     record: Record
-    cut: Cut
+    cut: PartitionedGraph
     stages: tuple[Stage, ...]
     traced: RegionState
-    decided: Decided | None = None
+    decided: PlanResult | None = None
 
     @property
     def forward(self) -> fx.GraphModule:
@@ -130,7 +130,7 @@ def compile_joint(
         prepared = run_passes([p for p in PREPARE if p in passes], replace(state, stages=(Stage("traced", state.graphs),)))
         if config.plan is not None:
             given = follow.find(config.plan, prepared.joint)
-        default = cut(prepared.joint, state.joint_inputs, state.kwargs, Setting(rebuild=False))
+        default = cut(prepared.joint, state.joint_inputs, state.kwargs, PartitionConstraints(recompute_materialized=False))
         traced = replace(prepared, default=default, default_bytes=default.saved_bytes)
         return _compile(traced, peak, Searching() if given is None else follow.Following(given), passes)
     except Exception as error:
@@ -159,11 +159,11 @@ def _left_to_inductor(traced: RegionState, peak: PeakBudget | None, reason: str)
     warnings.warn(f"actpass left a region to Inductor alone, because {reason}", ActpassWarning, stacklevel=2)
     record = describe_fallback(traced.joint, default, config, reason)
     if peak is not None and fits:  # it has no choice, but counts in one plan over all parts of a step
-        record = _under(peak, replace(record, levels=(Level(default.saved_bytes, 0, default.footprint),)))
+        record = _under(peak, replace(record, levels=(OperatingPoint(default.saved_bytes, 0, default.footprint),)))
     return Compiled(record, default, traced.stages, traced)
 
 
-def _does_not_fit(peak: PeakBudget, default: Cut, reason: str) -> BudgetError:
+def _does_not_fit(peak: PeakBudget, default: PartitionedGraph, reason: str) -> BudgetError:
     needed = peak.needs(default)
     return BudgetError(
         f"memory_budget={peak.nbytes} bytes of peak can't be met: the pass can't change this region, because {reason}, and as "
@@ -191,7 +191,7 @@ def read(
     state = replace(traced, default_bytes=weighed, loss_rows=planner.loss_rows(config))
     state = run_passes([p for p in SPLIT_LOSS if p in passes], state)
     planner.check_loss(state)
-    finding = find_contractions(state.joint)
+    finding = find_weight_gradient_matmuls(state.joint)
     rows = state.chunked.rows if state.chunked is not None else 0
     return Region(state.joint, traced.joint_inputs, traced.kwargs, config, finding, default, rows), replace(
         state, finding=finding
@@ -213,7 +213,7 @@ def _compile(traced: RegionState, peak: PeakBudget | None, planner: Planner, pas
         record = _under(peak, replace(record, levels=choice.levels, limited=choice.limited))
     if off:
         record = replace(record, active=False, inactive_because=off)
-    return Compiled(record, done.partitioned, done.stages, traced, Decided(traced.joint, region, choice))
+    return Compiled(record, done.partitioned, done.stages, traced, PlanResult(traced.joint, region, choice))
 
 
 def carry_out(source: RegionPlan, state: RegionState | None = None, passes: Sequence[Pass] = CARRY_OUT) -> RegionState:
@@ -223,22 +223,22 @@ def carry_out(source: RegionPlan, state: RegionState | None = None, passes: Sequ
     if state is None:
         given = {"joint": region.joint, "joint_inputs": region.joint_inputs, "kwargs": region.kwargs, "config": region.config}
         state = RegionState(**given, default=region.default, finding=region.finding)
-    start = replace(state, source=source, setting=choice.setting, exact=choice.cut)
+    start = replace(state, source=source, constraints=choice.constraints, exact=choice.cut)
     done = run_passes([p for p in CARRY_OUT if p in passes], start)
-    return replace(done, cut=done.cut or done.exact, plan=_whole(done.plan, region, choice.setting))
+    return replace(done, cut=done.cut or done.exact, plan=_whole(done.plan, region, choice.constraints))
 
 
-def _whole(plan: Plan, region: Region, setting: Setting) -> Plan:
+def _whole(plan: Plan, region: Region, constraints: PartitionConstraints) -> Plan:
     """The decisions of ``plan`` with all else that was chosen."""
-    again, keep = tuple(sorted(setting.again)), tuple(sorted(setting.keep))
+    recompute, must_save = tuple(sorted(constraints.recompute)), tuple(sorted(constraints.must_save))
     nodes = {n.name: n for n in region.joint.gm.graph.nodes}
-    modules = tuple((name, module_path(nodes[name])) for name in sorted({*again, *keep}))
+    modules = tuple((name, module_path(nodes[name])) for name in sorted({*recompute, *must_save}))
     return replace(
         plan,
-        again=again,
-        keep=keep,
+        recompute=recompute,
+        must_save=must_save,
         modules=modules,
-        rebuild=setting.rebuild,
+        recompute_materialized=constraints.recompute_materialized,
         chunk_rows=region.chunk_rows,
         seeded=region.joint.seed is not None,
         least_shared_bytes=inductor_config.score_fusion_memory_threshold,

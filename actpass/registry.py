@@ -51,7 +51,7 @@ class Registry(Mapping[str, T], Generic[T]):
             )
         self._values[name], self._owners[name] = value, module
 
-    def __getitem__(self, name: str) -> T:
+    def __getitem__(self, name: str | None) -> T:
         self._load()
         if name not in self._values:
             near = difflib.get_close_matches(str(name), self._values, n=1)
@@ -113,7 +113,7 @@ class Selection(Mapping[str, V], Generic[V]):
     def __init__(self, registry: Registry[Any], kind: type[V]) -> None:
         self._registry, self._kind = registry, kind
 
-    def __getitem__(self, name: str) -> V:
+    def __getitem__(self, name: str | None) -> V:
         value = self._registry[name]
         if not isinstance(value, self._kind):
             raise RegistryError(f"the {self._registry.noun} {name!r} is no {self._kind.__name__}. Known: {', '.join(self)}.")

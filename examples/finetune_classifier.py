@@ -2,7 +2,7 @@
 
     python examples/finetune_classifier.py                         # all defaults: a minute or two on a CPU
     python examples/finetune_classifier.py --checkpoint FOLDER --data SST-2/ --steps 2000
-    python examples/finetune_classifier.py --method oasis --rank 0.25 --gradients low_rank --optimizer oasis
+    python examples/finetune_classifier.py --projection oasis --rank 0.25 --weight-gradient-format low_rank --optimizer oasis
     python examples/finetune_classifier.py --backend inductor --seeds 0 1 2 --metrics adamw.json
     python examples/finetune_classifier.py --compare               # eager, Inductor and actcomp
 

@@ -1,8 +1,8 @@
 """Pre-train a Llama in less memory: torch.compile(model, backend="actcomp").
 
     python examples/pretrain_llama.py                             # all defaults: minutes on a CPU
-    python examples/pretrain_llama.py --method haar --rank 0.25   # weight gradients by projection
-    python examples/pretrain_llama.py --method oasis --rank 0.25 --gradients low_rank --optimizer oasis
+    python examples/pretrain_llama.py --projection haar --rank 0.25   # weight gradients by projection
+    python examples/pretrain_llama.py --projection oasis --rank 0.25 --weight-gradient-format low_rank --optimizer oasis
     python examples/pretrain_llama.py --model llama-130m --bf16 --steps 10000 \\
         --data texts/ --save run --save-every 500
     python examples/pretrain_llama.py ... --resume                # the same command, after a stop

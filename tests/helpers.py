@@ -16,7 +16,7 @@ from torch import fx
 
 from actpass.backend.backend import compile_region
 from actpass.diagnostics.interpreter import interpret
-from actpass.options.config import parse
+from actpass.options import parse
 from actpass.reporting import Report
 from actpass.torch_compat import compile_fx, functorch_config
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from actpass.codecs import PROJECTIONS
 from actpass.errors import BudgetError
+from actpass.options import options_for
 from actpass.pipeline import Compiled
 
 from .helpers import Grads, assert_equal, grads_of
@@ -152,19 +153,19 @@ def build(spec: Spec) -> tuple[RandomModel, dict[str, torch.Tensor]]:
     return RandomModel(spec), {"x": torch.randn(BATCH, LENGTH, WIDTHS[0])}
 
 
-SMALL: dict[str, Any] = {"smallest": 0}
+SMALL: dict[str, Any] = {"min_tensor_bytes": 0}
 LOW_BIT = ("auto", "int16", "int8", "int4", "int2", "fp8", "fp8_e5m2")
 BUDGETS = (0.3, 0.5, 0.7)
 FORMS: tuple[dict[str, Any], ...] = (
-    *({"method": m} for m in LOW_BIT),
-    {"method": "int4", "rounding": "stochastic", "group": 8},
-    {"method": "int8", "rotate": True},
-    *({"method": m, "rank": 0.5, "profitable_only": False} for m in PROJECTIONS),
-    *({"method": m, "rank": 2, "profitable_only": False} for m in PROJECTIONS),
-    {"method": "haar", "rank": 0.5, "profitable_only": False, "quantize": "int8"},
+    *({**options_for(m)} for m in LOW_BIT),
+    {"codec": "int4", "rounding": "stochastic", "group_size": 8},
+    {"codec": "int8", "hadamard_rotation": True},
+    *({**options_for(m), "rank": 0.5, "skip_unprofitable": False} for m in PROJECTIONS),
+    *({**options_for(m), "rank": 2, "skip_unprofitable": False} for m in PROJECTIONS),
+    {"projection": "haar", "rank": 0.5, "skip_unprofitable": False, "codec": "int8"},
     *({"memory_budget": b} for b in BUDGETS),
-    *({"method": "exact", "memory_budget": b} for b in BUDGETS),
-    {"method": "haar", "rank": "budget", "memory_budget": 0.5},
+    *({"policy": "exact", "memory_budget": b} for b in BUDGETS),
+    {"projection": "haar", "rank": "budget", "memory_budget": 0.5},
 )
 """Options that need no learned subspace."""
 
@@ -178,7 +179,7 @@ def check(spec: Spec, forms: Sequence[dict[str, Any]]) -> None:
     plain = joint.run(*stock(joint))
     model(**inputs).backward()
     _check_against_eager(plain, grads_of(model))
-    for form in ({"method": "exact"}, *forms):
+    for form in ({"policy": "exact"}, *forms):
         options = {**SMALL, **form}
         try:
             done = joint.compiled(**options)
@@ -202,7 +203,7 @@ def _check_form(joint: JointGraph, done: Compiled, plain: Run, options: dict[str
     assert got.kept == totals.saved_bytes, f"{got.kept} bytes are kept, {totals.saved_bytes} reported, {told}"
     budget = options.get("memory_budget")
     assert budget is None or got.kept <= budget * totals.saved_bytes_default, told
-    storages = [s for s in done.record.plan["storages"] if s["codec"] != "keep"]
+    storages = [s for s in done.record.plan["storages"] if s["codec"] != "save"]
     decisions = [d for d in done.record.plan["decisions"] if d["rank"] is not None]
     projected = {p for d in decisions for p in d["parameters"]}
     assert got.gradients.keys() == plain.gradients.keys()
@@ -235,5 +236,5 @@ def _check_variance(joint: JointGraph, done: Compiled, plain: Run, decisions: Se
             bias = float(errors.mean(0).square().sum())
             told = f"{name}, {d['method']} of rank {d['rank']} in {d['width']}: bias^2 {bias:.2e}, variance {mean:.2e}"
             assert bias <= 36 * mean / SEEDS + noise, told
-            expected = PROJECTIONS[d["method"]].relative_variance(d["width"], d["rank"]) * exact
+            expected = PROJECTIONS[d["projection"]].relative_variance(d["width"], d["rank"]) * exact
             assert abs(mean - expected) <= 6 * spread + 0.5 * expected + noise, f"{told}, {expected:.2e} expected"

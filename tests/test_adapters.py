@@ -51,7 +51,7 @@ def explained(dropout: float, **options: object) -> Report:
 
 def test_dropout_in_front_of_adapters_costs_its_masks_alone():
     masks = LAYERS * TOKENS * (2 * WIDTH + HIDDEN)  # a byte each
-    without, with_it = (explained(p, method="exact").totals for p in (0.0, 0.1))
+    without, with_it = (explained(p, policy="exact").totals for p in (0.0, 0.1))
     assert without.saved_bytes < without.saved_bytes_default
     assert with_it.saved_bytes <= without.saved_bytes + masks
     assert with_it.extra_matmuls == without.extra_matmuls == 0
@@ -62,23 +62,23 @@ def test_dropout_in_front_of_adapters_costs_its_masks_alone():
 
 def test_auto_leaves_what_saves_next_to_nothing_exact():
     """The products of first factors have `RANK` columns of 128 to 256; all of them are 1 % of the bytes."""
-    sites = explained(0.0, method="auto", smallest=0).regions[0].sites
+    sites = explained(0.0, policy="auto", min_tensor_bytes=0).regions[0].sites
     narrow = [s for s in sites if s.shape == (TOKENS, RANK) and s.bytes_after]
     assert len(narrow) == 3 * LAYERS
     assert all(s.codec is None and "next to nothing" in s.reason for s in narrow)
     assert any(s.codec for s in sites if s.shape == (TOKENS, HIDDEN))
-    coded = explained(0.0, method="int8", smallest=0).regions[0].sites
+    coded = explained(0.0, codec="int8", min_tensor_bytes=0).regions[0].sites
     assert all(s.codec == "int8" for s in coded if s.shape == (TOKENS, RANK) and s.bytes_after)
 
 
 @pytest.mark.parametrize("gradients", ["dense", "low_rank"])
 def test_adapters_are_not_projected(gradients: str):
     """The first layer of all, which is no adapter, is; and an override that names one means it."""
-    options = {"method": "haar", "rank": 0.25, "gradients": gradients, "profitable_only": False}
+    options = {"projection": "haar", "rank": 0.25, "weight_gradient_format": gradients, "skip_unprofitable": False}
     report = explained(0.0, **options)
     decisions = report.regions[0].plan["decisions"]
     projected = {p for d in decisions if d["rank"] for p in d["parameters"]}
     assert projected == {"first.weight"}
     assert all("narrow" in d["reason"] for d in decisions if not d["rank"])
-    asked = explained(0.0, **options, overrides={"gate0.a": "haar"})
+    asked = explained(0.0, **options, module_overrides={"gate0.a": "haar"})
     assert "gate0.a.weight" in {p for d in asked.regions[0].plan["decisions"] if d["rank"] for p in d["parameters"]}

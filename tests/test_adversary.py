@@ -16,7 +16,7 @@ from actpass.memory.profiler import measure
 from .helpers import assert_close, eager_actcomp, projected, step
 
 D = 16
-FULL = {"method": "srht", "rank": 1.0, "profitable_only": False}
+FULL = {"projection": "srht", "rank": 1.0, "skip_unprofitable": False}
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -69,7 +69,7 @@ def test_input_named_like_a_parameter_is_an_input():
 
     model, x, task = Task(), torch.randn(32, D), torch.randn(8, D, requires_grad=True)
     gradients = []
-    for options in ({}, {"method": "rademacher", "rank": 4, "profitable_only": False}):
+    for options in ({}, {"projection": "rademacher", "rank": 4, "skip_unprofitable": False}):
         torch.compiler.reset()
         task.grad = None
         step(torch.compile(model, backend=eager_actcomp(options)), model, {"x": x, "task_parameters": task})
@@ -88,13 +88,13 @@ READ_AGAIN = {
 def test_gradient_read_again_behind_a_move_is_left_alone(name: str):
     model = Model(READ_AGAIN[name], w=weight(8, D), v=weight(8, D))
     step(
-        torch.compile(model, backend=eager_actcomp(method="rademacher", rank=4, profitable_only=False)),
+        torch.compile(model, backend=eager_actcomp(projection="rademacher", rank=4, skip_unprofitable=False)),
         model,
         {"x": torch.randn(8, D)},
     )
     report = actpass.report(model)
     assert report.active
-    reasons = {parameter: reason for r in report.regions for _, parameter, reason in r.left_alone}
+    reasons = {parameter: reason for r in report.regions for _, parameter, reason in r.rejected}
     assert "w" not in projected(report)
     assert "also read by" in reasons["w"]
 
@@ -102,7 +102,7 @@ def test_gradient_read_again_behind_a_move_is_left_alone(name: str):
 def test_one_graph_called_again_for_each_of_two_modules():
     layers = [Model(lambda m, x: m.b(m.a(x).tanh()), a=stem(), b=stem()) for _ in range(2)]
     for layer in layers:
-        layer.compile(backend=eager_actcomp(method="rademacher", rank=4, profitable_only=False))
+        layer.compile(backend=eager_actcomp(projection="rademacher", rank=4, skip_unprofitable=False))
     for _ in range(3):
         for layer in layers:
             layer(torch.randn(8, D)).backward()
@@ -112,7 +112,7 @@ def test_one_graph_called_again_for_each_of_two_modules():
 def test_model_without_a_backward_runs_under_a_projecting_method():
     model = nn.Linear(D, D).requires_grad_(False)
     x = torch.randn(4, D)
-    assert torch.allclose(torch.compile(model, backend=eager_actcomp(method="haar"))(x), model(x))
+    assert torch.allclose(torch.compile(model, backend=eager_actcomp(projection="haar"))(x), model(x))
 
 
 def test_report_of_another_model_of_the_same_class_is_inactive():
@@ -127,11 +127,11 @@ def halves(m: Model, x: torch.Tensor) -> torch.Tensor:
     return F.silu(p) * m.b(q)
 
 
-@pytest.mark.parametrize("overrides", [{}, {"b": "keep"}])
+@pytest.mark.parametrize("overrides", [{}, {"b": "save"}])
 def test_part_of_a_storage_is_not_freed_while_another_part_is_read(overrides: dict[str, str]):
     """The fused gate/up shape: z in place of one half frees nothing, because the other half keeps the buffer."""
     model, inputs = Model(halves, s=stem(2 * D), b=stem()), {"x": torch.randn(64, D)}
-    options = {"method": "rademacher", "rank": 4, "profitable_only": False, "overrides": overrides}
+    options = {"projection": "rademacher", "rank": 4, "skip_unprofitable": False, "module_overrides": overrides}
     function = torch.compile(model, backend=eager_actcomp(options))
     step(function, model, inputs)
     report = actpass.report(model)
@@ -146,7 +146,7 @@ def test_slices_of_one_storage_with_different_wishes_do_not_fall_back():
     model = Model(
         lambda m, x: m.a(m.s(x)[:, :8]).sin() + m.b(m.s(x)[:, 8:]).cos(), s=stem(), a=nn.Linear(8, 8), b=nn.Linear(8, 8)
     )
-    options = {"method": "rademacher", "rank": 4, "profitable_only": False, "overrides": {"b": "keep"}}
+    options = {"projection": "rademacher", "rank": 4, "skip_unprofitable": False, "module_overrides": {"b": "save"}}
     step(torch.compile(model, backend=eager_actcomp(options)), model, {"x": torch.randn(64, D)})
     assert actpass.report(model).active
     assert projected(actpass.report(model)) == {"s.weight", "a.weight"}
@@ -154,7 +154,7 @@ def test_slices_of_one_storage_with_different_wishes_do_not_fall_back():
 
 def test_explain_leaves_the_model_and_its_own_compile_alone():
     model = nn.Sequential(nn.BatchNorm1d(D), nn.Dropout(0.5), stem())
-    model.compile(backend=eager_actcomp(method="haar"))
+    model.compile(backend=eager_actcomp(projection="haar"))
     state = torch.get_rng_state()
     actpass.explain(model, torch.randn(8, D, generator=torch.Generator().manual_seed(1)))
     assert int(model[0].num_batches_tracked) == 0

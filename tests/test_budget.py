@@ -20,7 +20,7 @@ from . import models
 from .helpers import EPS, assert_close, eager_actcomp, in_processes, step
 from .test_liveness import llama
 
-SMALL = {"smallest": 0}
+SMALL = {"min_tensor_bytes": 0}
 
 
 class Stage(nn.Module):
@@ -161,7 +161,7 @@ def test_a_larger_fraction_never_saves_less():
     saved = []
     for budget in (0.05, 0.2, 0.4, 0.6, 1.0):
         torch.compiler.reset()
-        options = {"memory_budget": budget, "smallest": 1024, "chunk_loss": 32}
+        options = {"memory_budget": budget, "min_tensor_bytes": 1024, "chunked_loss": 32}
         saved.append(actpass.explain(model, options=options, **few).totals.saved_bytes)
     assert saved == sorted(saved), saved
     assert saved[0] < saved[-1]
@@ -188,7 +188,7 @@ def test_a_gradient_that_is_handed_on_counts_once():
 
 def test_parts_are_listed_in_the_order_in_which_they_run():
     """Whichever was compiled last: the predicted peak of a step is that of its regions in this order."""
-    from actpass.options.config import parse
+    from actpass.options import parse
     from actpass.runtime import regions
 
     model, no_record = Broken(8, 8), cast("Any", None)
@@ -211,7 +211,7 @@ def test_only_parts_whose_plan_changed_are_compiled_again():
     model, _, _ = train(broken, 10 * least, steps=3)
     report = actpass.report(model)
     assert len(report.regions) == 3
-    assert all(not any(s["codec"] != "keep" for s in r.plan["storages"]) for r in report.regions)
+    assert all(not any(s["codec"] != "save" for s in r.plan["storages"]) for r in report.regions)
     assert len(regions._regions) == 6
     regions.clear()
     train(broken, least, steps=3)
@@ -300,7 +300,7 @@ def test_what_is_run_again_is_exact_where_nothing_is_coded(build: Any, autocast:
     def gradients(**options: Any) -> dict[str, torch.Tensor]:
         torch.compiler.reset()
         torch.manual_seed(0)
-        compiled = torch.compile(model, backend=eager_actcomp(method="exact", **options))
+        compiled = torch.compile(model, backend=eager_actcomp(policy="exact", **options))
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             return step(compiled, model, inputs)[1]
 
@@ -325,7 +325,7 @@ def test_dropout_is_not_drawn_again():
     def gradients(**options: Any) -> dict[str, torch.Tensor]:
         torch.compiler.reset()
         torch.manual_seed(0)
-        options |= {"method": "exact", "inductor": {"fallback_random": True}}  # seeds mean nothing to an interpreter
+        options |= {"policy": "exact", "inductor_options": {"fallback_random": True}}  # seeds mean nothing to an interpreter
         return step(torch.compile(model, backend=eager_actcomp(**options)), model, inputs)[1]
 
     want = gradients()
@@ -357,7 +357,7 @@ def test_dropout_is_the_same_in_a_backward_that_runs_things_again(where: str):
     model, x = Net(), torch.randn(8, 64, 64)
     for budget in (0.5, 0.2):
         torch.compiler.reset()
-        options = {"method": "exact", "memory_budget": budget, "smallest": 0}
+        options = {"policy": "exact", "memory_budget": budget, "min_tensor_bytes": 0}
         loss = torch.compile(model, backend="actcomp", options=options)(x)
         model.zero_grad()
         loss.backward()
@@ -369,12 +369,12 @@ def test_dropout_is_the_same_in_a_backward_that_runs_things_again(where: str):
 
 def test_a_users_own_checkpointing_stays_as_it_is():
     model, inputs = models.transformer(checkpoint=True)
-    compiled = torch.compile(model, backend=eager_actcomp(method="exact"))
+    compiled = torch.compile(model, backend=eager_actcomp(policy="exact"))
     _, want = step(compiled, model, inputs)
     totals = actpass.report(model).totals
     assert totals.saved_bytes <= totals.saved_bytes_default
     torch.compiler.reset()
-    _, got = step(torch.compile(model, backend=eager_actcomp(method="exact", memory_budget=1.0)), model, inputs)
+    _, got = step(torch.compile(model, backend=eager_actcomp(policy="exact", memory_budget=1.0)), model, inputs)
     assert_close(got, want, 300 * EPS)
 
 

@@ -14,12 +14,13 @@ from actpass.codecs import QUANTIZERS
 from actpass.diagnostics.calibrate import _Gradients, _rounded, _sample
 from actpass.diagnostics.explain import explain_model
 from actpass.ir.joint_graph import module_path
+from actpass.options import options_for
 from actpass.planner.budget import Region
 
 from . import models
 from .helpers import Grads, eager_actcomp, step
 
-OPTIONS = {"smallest": 0, "chunk_loss": False}
+OPTIONS = {"min_tensor_bytes": 0, "chunked_loss": False}
 BLOCKS = ("blocks.0", "blocks.1", "blocks.2")
 
 
@@ -40,9 +41,9 @@ def test_errors_of_single_tensors_add_up_to_that_of_all_in_one_form():
     the gradient is linear in them."""
     model, inputs = models.transformer(layers=3)
     calibration = actpass.calibrate(model, inputs, options=OPTIONS)
-    want, got = (gradients((model, inputs), method=m, rounding="nearest") for m in ("exact", "int8"))
+    want, got = (gradients((model, inputs), **options_for(m), rounding="nearest") for m in ("exact", "int8"))
     form = {True: "int16", False: "int8"}
-    report = actpass.explain(model, options={**OPTIONS, "method": "int8"}, **inputs)
+    report = actpass.explain(model, options={**OPTIONS, "codec": "int8"}, **inputs)
     scores = {s["node"] for r in report.regions for s in r.plan["storages"] if s["codec"] == "int16"}
     predicted = sum(dict(r.errors)[form[r.node in scores]] * r.factor for r in calibration.rows)
     assert noise(got, want) == pytest.approx(predicted, rel=0.5)
@@ -104,7 +105,7 @@ def test_a_budget_weighs_by_it():
 
     def errors(loud: str) -> dict[str, float]:
         rows = tuple(replace(r, factor=1.0 if loud in r.module else 0.0) for r in calibration.rows)
-        options = {**OPTIONS, "calibration": actpass.Calibration(rows, "by hand")}
+        options = {**OPTIONS, "sensitivities": actpass.Sensitivities(rows, "by hand")}
         torch.compiler.reset()
         decided = explain_model(model, (), inputs, options).regions[0].decided
         assert decided is not None
@@ -128,14 +129,14 @@ def test_a_file_gives_it_back_and_a_broken_one_is_an_error(tmp_path: Path):
     calibration = actpass.calibrate(model, inputs, options=OPTIONS)
     path = tmp_path / "calibration.json"
     calibration.save(path)
-    assert actpass.Calibration.load(path) == calibration
-    assert actpass.options.config.parse({"calibration": str(path)}).calibration == calibration
+    assert actpass.Sensitivities.load(path) == calibration
+    assert actpass.options.parse({"sensitivities": str(path)}).sensitivities == calibration
     for text in ("", "[]", "{}", path.read_text().replace('"schema_version": 1', '"schema_version": 9')):
         path.write_text(text)
         with pytest.raises(actpass.OptionError, match="not usable"):
-            actpass.Calibration.load(path)
+            actpass.Sensitivities.load(path)
     with pytest.raises(actpass.OptionError, match="not usable"):
-        actpass.options.config.parse({"calibration": 3})
+        actpass.options.parse({"sensitivities": 3})
 
 
 def test_a_model_that_saves_nothing_has_nothing_to_calibrate():

@@ -20,11 +20,11 @@ from . import models
 from .helpers import EPS, Grads, assert_close, assert_equal, eager_actcomp, step
 
 FORMS: dict[str, dict[str, Any]] = {
-    "exact": {"method": "exact"},
-    "auto": {"method": "auto"},
-    "int4": {"method": "int4"},
-    "haar": {"method": "haar", "rank": 0.5, "profitable_only": False},
-    "budget": {"method": "auto", "memory_budget": 0.75},
+    "exact": {"policy": "exact"},
+    "auto": {"policy": "auto"},
+    "int4": {"codec": "int4"},
+    "haar": {"projection": "haar", "rank": 0.5, "skip_unprofitable": False},
+    "budget": {"policy": "auto", "memory_budget": 0.75},
 }
 
 
@@ -73,7 +73,7 @@ def made(**how: Any) -> tuple[nn.Module, dict[str, torch.Tensor]]:
 
 def run(model: nn.Module, inputs: dict[str, Any], **options: Any) -> tuple[torch.Tensor, Grads]:
     torch.compiler.reset()
-    backend = eager_actcomp({"smallest": 0, "inductor": {"fallback_random": True}, **options})
+    backend = eager_actcomp({"min_tensor_bytes": 0, "inductor_options": {"fallback_random": True}, **options})
     compiled = torch.compile(model, backend=backend)
     torch.manual_seed(1)
     return step(compiled, model, inputs)
@@ -111,8 +111,8 @@ def test_a_region_is_what_it_is_without_the_mark(called: Callable[..., torch.Ten
 
 def test_an_override_names_one_layer_of_a_region():
     model, inputs = made()
-    run(model, inputs, method="int8", overrides={"blocks.1": "keep"})
-    coded = {s["module"] for region in actpass.report(model).regions for s in region.plan["storages"] if s["codec"] != "keep"}
+    run(model, inputs, codec="int8", module_overrides={"blocks.1": "save"})
+    coded = {s["module"] for region in actpass.report(model).regions for s in region.plan["storages"] if s["codec"] != "save"}
     assert any(m.startswith("blocks.0") for m in coded), coded
     assert not any(m.startswith("blocks.1") for m in coded), coded
 
@@ -120,7 +120,7 @@ def test_an_override_names_one_layer_of_a_region():
 def test_regions_of_symbolic_shapes():
     model, _ = made(layer=region_of_a_region)
     model.eval()  # no dropout: gradients are eager's
-    compiled = torch.compile(model, backend=eager_actcomp(method="exact"))
+    compiled = torch.compile(model, backend=eager_actcomp(policy="exact"))
     for batch in (2, 3, 5):  # dynamic from the second on; with dynamic=True Dynamo 2.15 makes an input of eps and fails on it
         x = torch.randn(batch, 16, 32)
         _, grads = step(compiled, model, {"x": x})
@@ -129,7 +129,7 @@ def test_regions_of_symbolic_shapes():
 
 def test_dynamos_graph_stays_as_it_is():
     seen: list[tuple[fx.GraphModule, str]] = []
-    backend = eager_actcomp(method="exact")
+    backend = eager_actcomp(policy="exact")
 
     def watched(gm: fx.GraphModule, example_inputs: Any, **more: Any) -> Callable[..., Any]:
         seen.append((gm, gm.print_readable(print_output=False)))
@@ -144,7 +144,7 @@ def test_dynamos_graph_stays_as_it_is():
 
 def test_explain_reads_regions():
     model, inputs = made()
-    (region,) = explain_model(model, (), inputs, {"method": "exact"}).regions
+    (region,) = explain_model(model, (), inputs, {"policy": "exact"}).regions
     assert region.record.active
     assert not any(n.target is invoke_subgraph for n in region.forward.graph.nodes)
 
@@ -162,7 +162,7 @@ def test_gradients_of_compiled_regions_are_eagers_and_nothing_is_overwritten():
     eager = [t.clone().requires_grad_() for t in tensors]
     loss_of_regions(lambda f: f, *eager).backward()
     compiled = [t.clone().requires_grad_() for t in tensors]
-    torch.compile(loss_of_regions, backend="actcomp", options={"method": "exact"})(nested_compile_region, *compiled).backward()
+    torch.compile(loss_of_regions, backend="actcomp", options={"policy": "exact"})(nested_compile_region, *compiled).backward()
     for got, want, before in zip(compiled, eager, tensors, strict=True):
         assert torch.equal(got.detach(), before)
         assert want.grad is not None
@@ -229,7 +229,7 @@ def test_codes_and_pieces_of_the_loss_are_the_same_bits_without_buffer_reuse():
         torch.compiler.reset()
         torch.manual_seed(0)
         model = Chunky()
-        options = {"method": "int4", "smallest": 0, "inductor": {"allow_buffer_reuse": reuse}}
+        options = {"codec": "int4", "min_tensor_bytes": 0, "inductor_options": {"allow_buffer_reuse": reuse}}
         compiled = torch.compile(model, backend="actcomp", options=options)
         result, sources = run_and_get_code(lambda model=model, compiled=compiled: step(compiled, model, {"x": x, "y": y}))
         results.append(result)

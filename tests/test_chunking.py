@@ -66,7 +66,7 @@ def inputs() -> dict[str, torch.Tensor]:
 
 
 def run(model: nn.Module, **options: Any) -> tuple[torch.Tensor, Grads]:
-    return step(torch.compile(model, backend=eager_actcomp({"method": "exact", **options})), model, inputs())
+    return step(torch.compile(model, backend=eager_actcomp({"policy": "exact", **options})), model, inputs())
 
 
 def notes(model: nn.Module) -> str:
@@ -74,7 +74,7 @@ def notes(model: nn.Module) -> str:
 
 
 def compare(model: nn.Module, tolerance: float) -> None:
-    want_loss, want = run(model, chunk_loss=False)
+    want_loss, want = run(model, chunked_loss=False)
     loss, grads = run(model)
     assert "pieces" in notes(model), notes(model)
     torch.testing.assert_close(loss, want_loss, rtol=tolerance, atol=0)
@@ -99,7 +99,7 @@ def test_the_accuracy_is_formed_in_pieces_too():
     torch.manual_seed(0)
     model = Counts(flat)
     _, *want = model(**inputs())
-    loss, *found = torch.compile(model, backend=eager_actcomp({"method": "exact"}))(**inputs())
+    loss, *found = torch.compile(model, backend=eager_actcomp({"policy": "exact"}))(**inputs())
     assert "pieces" in notes(model), notes(model)
     loss.backward()
     assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
@@ -117,8 +117,8 @@ def test_an_embedding_that_is_the_head_adds_its_gradient_to_that_of_the_head():
     alone, no sum of both."""
     torch.manual_seed(0)
     model = Head(flat, tied=True, bias=False)
-    _, want = run(model, chunk_loss=False)
-    function = torch.compile(model, backend="actcomp", options={"method": "exact"})
+    _, want = run(model, chunked_loss=False)
+    function = torch.compile(model, backend="actcomp", options={"policy": "exact"})
     (_, got), sources = run_and_get_code(lambda: step(function, model, inputs()))
     assert all(error(got[n], want[n]) < 64 * EPS for n in want)
     allocated = sum(source.count(f"empty_strided_cpu(({WORDS}, {WIDTH})") for source in sources)
@@ -133,7 +133,7 @@ def test_half_precision_weights_accumulate_in_float32():
     exact.load_state_dict(model.bfloat16().state_dict())
     step(exact, exact, inputs())
     reference = grads_of(exact)
-    _, whole = run(model, chunk_loss=False)
+    _, whole = run(model, chunked_loss=False)
     _, pieces = run(model)
     assert "pieces" in notes(model)
     for name in reference:
@@ -151,7 +151,7 @@ def test_low_bit_forms_leave_the_early_gradient_alone():
     torch.manual_seed(0)
     model = Head(flat)
     _, want = run(model)
-    _, grads = run(model, method="int4", smallest=0)
+    _, grads = run(model, codec="int4", min_tensor_bytes=0)
     assert torch.equal(grads["head.bias"], want["head.bias"])
     assert torch.equal(grads["head.weight"], want["head.weight"])
     storages = [s for region in actpass.report(model).regions for s in region.plan["storages"]]
@@ -164,12 +164,12 @@ def test_the_smaller_of_the_heads_and_the_logits_gradient_crosses(width: int, ea
     """Of 300 rows. Left to itself upstream's cut takes the logits' from a width of 170 on."""
     torch.manual_seed(0)
     model = Head(flat, bias=False, width=width)
-    (region,) = explain_model(model, (), inputs(), {"method": "exact"}).regions
+    (region,) = explain_model(model, (), inputs(), {"policy": "exact"}).regions
     crossing = {tuple(n.meta["val"].shape) for n in region.backward.graph.find_nodes(op="placeholder")}
     of_logits = [shape for shape in crossing if len(shape) == 2 and WORDS in shape and width not in shape]
     assert bool(of_logits) != early
     assert not any(n.target is torch.ops.actpass.behind.default for n in region.forward.graph.nodes)
-    _, want = run(model, chunk_loss=False)
+    _, want = run(model, chunked_loss=False)
     _, got = run(model)
     assert all(error(got[n], want[n]) < 64 * EPS for n in want)
 
@@ -182,8 +182,8 @@ def _called(gm: Any) -> list[Any]:
 def test_a_small_budget_does_not_run_the_pieces_again(budget: float):
     torch.manual_seed(0)
     model = Head(flat)
-    _, want = run(model, chunk_loss=False)
-    (region,) = explain_model(model, (), inputs(), {"method": "exact"}).regions
+    _, want = run(model, chunked_loss=False)
+    (region,) = explain_model(model, (), inputs(), {"policy": "exact"}).regions
     assert not any(n.target is invoke_subgraph for n in region.backward.graph.nodes)
     (region,) = explain_model(model, (), inputs(), {"memory_budget": budget}).regions
     pieces = [g for g in _called(region.backward) if any(n.target is torch.ops.aten.mm.default for n in g.graph.nodes)]
@@ -234,7 +234,7 @@ class OfTheLoss(Head):
 def test_what_needs_all_rows_is_left_whole_with_its_reason(build: Any):
     torch.manual_seed(0)
     model = build(flat)
-    want_loss, want = run(model, chunk_loss=False)
+    want_loss, want = run(model, chunked_loss=False)
     loss, grads = run(model)
     assert torch.equal(loss, want_loss)
     assert all(error(grads[n], want[n]) < 64 * EPS for n in want)
@@ -255,7 +255,7 @@ class OfEachToken(Head):
 @pytest.mark.parametrize(("build", "advice"), [(TwoLosses, "return one loss"), (OfEachToken, "return its mean or sum")])
 def test_a_loss_that_is_no_single_number_is_left_whole_with_advice(build: Any, advice: str):
     model = build(flat)
-    results = torch.compile(model, backend=eager_actcomp({"method": "exact"}))(**inputs())
+    results = torch.compile(model, backend=eager_actcomp({"policy": "exact"}))(**inputs())
     sum(r.sum() for r in (results if isinstance(results, tuple) else (results,))).backward()
     assert advice in notes(model)
 
@@ -263,10 +263,10 @@ def test_a_loss_that_is_no_single_number_is_left_whole_with_advice(build: Any, a
 def test_returned_logits_and_symbolic_rows_are_left_whole_with_their_reason():
     torch.manual_seed(0)
     model = Returns(flat)
-    torch.compile(model, backend=eager_actcomp({"method": "exact", "defer_logits": False}))(**inputs())[0].backward()
+    torch.compile(model, backend=eager_actcomp({"policy": "exact", "defer_logits": False}))(**inputs())[0].backward()
     assert "returned to the caller" in notes(model)
     model = Head(flat)
-    torch.compile(model, backend=eager_actcomp({"method": "exact"}), dynamic=True)(**inputs()).backward()
+    torch.compile(model, backend=eager_actcomp({"policy": "exact"}), dynamic=True)(**inputs()).backward()
     assert "symbolic" in notes(model)
 
 
@@ -285,7 +285,7 @@ def test_compiled_it_needs_less_memory():
     model, batch = Head(flat), {name: x.repeat(1, 4) for name, x in inputs().items()}
     peak = {}
     for chunk_loss in (False, True):
-        function = torch.compile(model, backend="actcomp", options={"method": "exact", "chunk_loss": chunk_loss})
+        function = torch.compile(model, backend="actcomp", options={"policy": "exact", "chunked_loss": chunk_loss})
         step(function, model, batch)
         peak[chunk_loss] = measure(lambda f=function: f(**batch).backward()).peak_bytes
     assert peak[True] < 0.5 * peak[False]
@@ -295,7 +295,7 @@ def test_compiled_it_needs_less_memory():
 def test_the_heads_gradient_is_added_up_in_place():
     torch.manual_seed(0)
     model = Head(flat)
-    function = torch.compile(model, backend="actcomp", options={"method": "exact"})
+    function = torch.compile(model, backend="actcomp", options={"policy": "exact"})
     _, sources = run_and_get_code(lambda: step(function, model, inputs()))
     (note,) = [n for n in actpass.report(model).regions[0].notes if "pieces" in n]
     added = sum(source.count("actpass.add_product_.default(") for source in sources)
@@ -308,7 +308,7 @@ def test_a_piece_makes_the_constants_that_it_reads():
     """A table of the words, given from outside, would make Inductor write what the labels select as large as the logits."""
     torch.manual_seed(0)
     model = Head(flat)
-    function = torch.compile(model, backend="actcomp", options={"method": "exact"})
+    function = torch.compile(model, backend="actcomp", options={"policy": "exact"})
     _, sources = run_and_get_code(lambda: step(function, model, inputs()))
     assert any("actpass_" in source for source in sources)
     assert not any(f"empty_strided_cpu(({WORDS}, ), (1, ), torch.int64)" in source for source in sources)
@@ -317,9 +317,9 @@ def test_a_piece_makes_the_constants_that_it_reads():
 def test_an_int_sets_the_rows_of_a_piece_and_a_plan_keeps_them():
     torch.manual_seed(0)
     model = Head(flat)
-    want_loss, want = run(model, chunk_loss=False)
+    want_loss, want = run(model, chunked_loss=False)
     for rows in (48, 160):
-        loss, grads = run(model, chunk_loss=rows)
+        loss, grads = run(model, chunked_loss=rows)
         assert f"in {-(-TOKENS // rows)} pieces" in notes(model)
         assert error(loss, want_loss) < 4 * EPS
         assert all(error(grads[n], want[n]) < 64 * EPS for n in want)
@@ -329,4 +329,4 @@ def test_an_int_sets_the_rows_of_a_piece_and_a_plan_keeps_them():
         assert f"in {-(-TOKENS // rows)} pieces" in notes(model)
     for bad in (0, 8, -128, 2.0, "128"):
         with pytest.raises(actpass.OptionError, match="Allowed: True, False, or the rows of a piece"):
-            run(model, chunk_loss=bad)
+            run(model, chunked_loss=bad)

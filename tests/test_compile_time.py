@@ -15,10 +15,11 @@ from torch import fx, nn
 import actpass
 from actpass.analysis import linearity as uses
 from actpass.analysis.linearity import Uses
-from actpass.analysis.partitioned import Setting
+from actpass.analysis.partitioned import PartitionConstraints
 from actpass.backend.stack import in_one_piece
 from actpass.diagnostics.explain import explain_model
 from actpass.memory import liveness
+from actpass.options import options_for
 from actpass.passes import partition
 from actpass.planner import budget
 
@@ -89,29 +90,31 @@ def test_upstream_cuts_twice_without_a_budget(monkeypatch: pytest.MonkeyPatch, n
     model, inputs = _made(name)
     cuts = _count(monkeypatch, partition, "min_cut_rematerialization_partition")
     read = _count(monkeypatch, budget, "find_saved")
-    assert actpass.explain(model, **inputs, options={"method": method, "smallest": 0}).active
+    assert actpass.explain(model, **inputs, options={**options_for(method), "min_tensor_bytes": 0}).active
     assert (len(cuts), len(read)) == (2, 2)
 
 
 @pytest.mark.parametrize(("name", "is_free"), [("float32", True), ("frozen", True), ("autocast", False), ("gated", False)])
 def test_the_residual_stream_is_asked_for_where_both_cuts_say_that_it_costs_nothing(name: str, is_free: bool) -> None:
     model, inputs = _made(name)
-    (compiled,) = explain_model(model, (), inputs, {"method": "exact"}).regions
+    (compiled,) = explain_model(model, (), inputs, {"policy": "exact"}).regions
     assert compiled.decided is not None
     region, choice = compiled.decided.region, compiled.decided.choice
     sums = frozenset(n.name for n in region.recomputation.residual_sums)
     assert len(sums) >= 2
-    kept, plain = (region.cut(Setting(rebuild=True, keep=keep)) for keep in (sums, frozenset[str]()))
-    assert choice.setting.keep == (sums if kept.saved_bytes <= plain.saved_bytes else frozenset())
+    kept, plain = (
+        region.cut(PartitionConstraints(recompute_materialized=True, must_save=keep)) for keep in (sums, frozenset[str]())
+    )
+    assert choice.constraints.must_save == (sums if kept.saved_bytes <= plain.saved_bytes else frozenset())
     assert choice.cut.saved_bytes == min(kept.saved_bytes, plain.saved_bytes)
-    assert bool(choice.setting.keep) == is_free
+    assert bool(choice.constraints.must_save) == is_free
 
 
 def test_the_uses_of_all_saved_tensors_are_read_in_one_sweep_of_each_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """A node is looked at once, and once more for each tensor that it is the first to read; not again for every tensor."""
     model, inputs = models.transformer()
     looks = _count(monkeypatch, uses, "_degree")
-    (compiled,) = explain_model(model, (), inputs, {"method": "exact"}).regions
+    (compiled,) = explain_model(model, (), inputs, {"policy": "exact"}).regions
     graphs = [c.backward.graph for c in (compiled.traced.default, compiled.cut)]
     nodes = sum(len(g.nodes) for g in graphs)
     reads = sum(len(uses.consumers(n)) for g in graphs for n in g.find_nodes(op="placeholder"))
@@ -161,7 +164,7 @@ def test_a_called_function_is_read_once_for_its_memory(monkeypatch: pytest.Monke
     """Layers call one encoder: what it takes is looked up, not found again at each call."""
     model, inputs = models.transformer(layers=3)
     read = _count(monkeypatch, liveness, "timeline")
-    (compiled,) = explain_model(model, (), inputs, {"method": "int4", "smallest": 0}).regions
+    (compiled,) = explain_model(model, (), inputs, {"codec": "int4", "min_tensor_bytes": 0}).regions
     graphs = [compiled.forward, compiled.backward]
     functions = sum(len(list(g.children())) for g in graphs)
     calls = sum(n.op == "get_attr" for g in graphs for n in g.graph.nodes)

@@ -20,9 +20,10 @@ import actpass
 from actpass import codecs
 from actpass.codecs.quantizers.integer import Integer
 from actpass.optim import OPTIMIZERS
-from actpass.plan.sensitivity import Calibration
+from actpass.options import options_for
+from actpass.plan.sensitivity import Sensitivities
 from actpass.reporting import Report
-from actpass.runtime.step_counter import CLOCK
+from actpass.runtime.step_counter import STEP_COUNTER
 from actpass.runtime.subspaces import STORE
 
 from .helpers import Grads, assert_equal, eager_actcomp, error, grads_of, step
@@ -64,7 +65,7 @@ def batch() -> torch.Tensor:
 
 
 def explained(**options: Any) -> Report:
-    report = actpass.explain(Layers(), batch(), options={"smallest": 0, **options})
+    report = actpass.explain(Layers(), batch(), options={"min_tensor_bytes": 0, **options})
     assert report.active
     return report
 
@@ -72,25 +73,25 @@ def explained(**options: Any) -> Report:
 def trained(**options: Any) -> tuple[torch.Tensor, Grads]:
     torch.compiler.reset()
     model = Layers()
-    return step(torch.compile(model, backend=eager_actcomp(options, smallest=0)), model, {"x": batch()})
+    return step(torch.compile(model, backend=eager_actcomp(options, min_tensor_bytes=0)), model, {"x": batch()})
 
 
 @cache
 def exact() -> tuple[torch.Tensor, Grads]:
-    return trained(method="exact")
+    return trained(policy="exact")
 
 
 @cache
-def calibration() -> Calibration:
-    return actpass.calibrate(Layers(), batch(), options={"smallest": 0})
+def calibration() -> Sensitivities:
+    return actpass.calibrate(Layers(), batch(), options={"min_tensor_bytes": 0})
 
 
 def forms_of(report: Report) -> set[str]:
-    return {s["codec"] for region in report.regions for s in region.plan["storages"]} - {"keep"}
+    return {s["codec"] for region in report.regions for s in region.plan["storages"]} - {"save"}
 
 
 def methods_of(report: Report) -> set[str]:
-    return {d["method"] for region in report.regions for d in region.plan["decisions"]} - {"exact"}
+    return {d["projection"] for region in report.regions for d in region.plan["decisions"]} - {"exact"}
 
 
 def followed(report: Report, folder: Path) -> Report:
@@ -99,20 +100,20 @@ def followed(report: Report, folder: Path) -> Report:
 
 
 def test_a_codec_works_wherever_codecs_do(codec: str, tmp_path: Path):
-    whole = explained(method=codec)
+    whole = explained(**options_for(codec))
     assert forms_of(whole) == {codec}
     tight = math.ceil(100 * whole.totals.saved_bytes / whole.totals.saved_bytes_default) / 100
     # where something is run again, or rebuilt, the rest may do as it is
-    assert forms_of(explained(method=codec, memory_budget=tight, calibration=calibration())) <= {codec}
-    assert forms_of(explained(method="exact", overrides={"*": codec})) == {codec}
-    assert forms_of(explained(memory_budget=0.9, overrides={"*": codec})) <= {codec}
+    assert forms_of(explained(**options_for(codec), memory_budget=tight, sensitivities=calibration())) <= {codec}
+    assert forms_of(explained(policy="exact", module_overrides={"*": codec})) == {codec}
+    assert forms_of(explained(memory_budget=0.9, module_overrides={"*": codec})) <= {codec}
     again = followed(whole, tmp_path)
     assert forms_of(again) == {codec}
     assert again.plan.hash == whole.plan.hash
 
 
 def test_a_codec_changes_gradients_by_its_error_and_the_loss_not_at_all(codec: str):
-    loss, grads = trained(method=codec)
+    loss, grads = trained(**options_for(codec))
     assert torch.equal(loss, exact()[0])
     worst = max(error(grads[n], g) for n, g in exact()[1].items())
     rms = codecs.QUANTIZERS[codec].error ** 0.5
@@ -121,26 +122,28 @@ def test_a_codec_changes_gradients_by_its_error_and_the_loss_not_at_all(codec: s
 
 @projections
 def test_a_projection_works_wherever_projections_do(projection: str, tmp_path: Path):
-    how: dict[str, Any] = {"method": projection, "rank": 0.25, "nonlinear_rank": None, "profitable_only": False}
+    how: dict[str, Any] = {**options_for(projection), "rank": 0.25, "activation_rank": None, "skip_unprofitable": False}
     if projection not in codecs.LEARNED:
         del how["nonlinear_rank"]
     whole = explained(**how)
     assert methods_of(whole) == {projection}
-    assert methods_of(explained(**how, memory_budget=0.9, calibration=calibration())) == {projection}
-    overridden = explained(method="exact", profitable_only=False, overrides={"*": {"method": projection, "rank": 0.25}})
+    assert methods_of(explained(**how, memory_budget=0.9, sensitivities=calibration())) == {projection}
+    overridden = explained(
+        policy="exact", skip_unprofitable=False, module_overrides={"*": {**options_for(projection), "rank": 0.25}}
+    )
     assert methods_of(overridden) == {projection}
     again = followed(whole, tmp_path)
     assert methods_of(again) == {projection}
     assert again.plan.hash == whole.plan.hash
     if codecs.ALL_PROJECTIONS[projection].known_variance:
-        ranked = explained(method=projection, rank="budget", memory_budget=0.9)
+        ranked = explained(**options_for(projection), rank="budget", memory_budget=0.9)
         assert ranked.totals.saved_bytes <= 0.9 * ranked.totals.saved_bytes_default
 
 
 @projections
 def test_a_projection_leaves_the_loss_and_what_is_exact_alone(projection: str):
-    more = {} if projection not in codecs.LEARNED else {"nonlinear_rank": None}
-    loss, grads = trained(method=projection, rank=0.5, profitable_only=False, **more)
+    more = {} if projection not in codecs.LEARNED else {"activation_rank": None}
+    loss, grads = trained(**options_for(projection), rank=0.5, skip_unprofitable=False, **more)
     assert torch.equal(loss, exact()[0])
     biases = {n: g for n, g in grads.items() if n.endswith("bias")}
     assert_equal(biases, {n: exact()[1][n] for n in biases})
@@ -154,14 +157,14 @@ def made(name: str, model: nn.Module, **more: Any) -> torch.optim.Optimizer:
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, **options: Any) -> None:
     torch.compiler.reset()
-    run = torch.compile(model, backend=eager_actcomp(options, smallest=0))
+    run = torch.compile(model, backend=eager_actcomp(options, min_tensor_bytes=0))
     for _ in range(steps):
         optimizer.zero_grad()
         run(x=batch()).backward()
         optimizer.step()
 
 
-LOW_RANK: dict[str, Any] = {"method": "haar", "rank": 0.5, "gradients": "low_rank", "refresh_interval": 3}
+LOW_RANK: dict[str, Any] = {"projection": "haar", "rank": 0.5, "weight_gradient_format": "low_rank", "refresh_interval": 3}
 
 
 @optimizers
@@ -171,7 +174,7 @@ def test_an_optimizer_resumes_bitwise_in_the_middle_and_across_a_refresh(name: s
     train(model, optimizer, 4, **LOW_RANK)
     torch.save((model.state_dict(), optimizer.state_dict(), actpass.state_dict(model)), tmp_path / "run.pt")
     train(model, optimizer, 4, **LOW_RANK)
-    CLOCK.steps = 99
+    STEP_COUNTER.steps = 99
     STORE.clear()
     other = Layers()
     resumed = made(name, other)

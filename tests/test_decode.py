@@ -16,14 +16,15 @@ import actpass
 from actpass.codecs import LEARNED
 from actpass.diagnostics.interpreter import interpret
 from actpass.memory.profiler import measure
+from actpass.options import options_for
 from actpass.plan_file import ModelPlan
-from actpass.runtime.step_counter import CLOCK
+from actpass.runtime.step_counter import STEP_COUNTER
 from actpass.runtime.subspaces import STORE
 
 from . import helpers, models
 from .helpers import Grads, assert_equal, eager_actcomp, error, step
 
-SMALL: dict[str, Any] = {"smallest": 0, "profitable_only": False}
+SMALL: dict[str, Any] = {"min_tensor_bytes": 0, "skip_unprofitable": False}
 methods = pytest.mark.parametrize("method", LEARNED)
 
 
@@ -41,7 +42,7 @@ def decoded(model: nn.Module) -> dict[str, str]:
 
 
 def exact_step(model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, Grads]:
-    found = step(compiled(model, method="exact"), model, inputs)
+    found = step(compiled(model, policy="exact"), model, inputs)
     torch.compiler.reset()
     return found
 
@@ -52,8 +53,8 @@ def test_a_rank_that_holds_the_tensor_gives_the_exact_gradient(method: str):
     model, inputs = models.transformer()
     loss, exact = exact_step(model, inputs)
     rank = 47 if method in ("prac", "sampled") else 32
-    run = compiled(model, method=method, rank=1.0, nonlinear_rank=None, overrides={
-        "blocks.*.gate": {"nonlinear_rank": rank}, "blocks.*.up": {"nonlinear_rank": rank}})  # fmt: skip
+    run = compiled(model, **options_for(method), rank=1.0, activation_rank=None, module_overrides={
+        "blocks.*.gate": {"activation_rank": rank}, "blocks.*.up": {"activation_rank": rank}})  # fmt: skip
     got_loss, got = step(run, model, inputs)
     assert sorted(decoded(model)) == ["blocks.0.gate", "blocks.0.up", "blocks.1.gate", "blocks.1.up"]
     assert set(decoded(model).values()) == {f"{method} {rank}/48"}
@@ -65,7 +66,7 @@ def test_a_rank_that_holds_the_tensor_gives_the_exact_gradient(method: str):
 def test_all_that_crosses_but_attention_is_decoded_and_the_loss_is_untouched():
     model, inputs = models.transformer()
     loss, exact = exact_step(model, inputs)
-    got_loss, got = step(compiled(model, method="pca", rank=1.0, nonlinear_rank=0.75), model, inputs)
+    got_loss, got = step(compiled(model, projection="pca", rank=1.0, activation_rank=0.75), model, inputs)
     assert torch.equal(loss, got_loss)
     forms = decoded(model)
     assert {m.rpartition(".")[2] for m in forms} >= {"gate", "up"}
@@ -79,14 +80,14 @@ def test_all_that_crosses_but_attention_is_decoded_and_the_loss_is_untouched():
     assert f"{len(forms)} decoded from one" in text
 
 
-@pytest.mark.parametrize("complement", ["fresh", "frozen"])
-def test_a_linear_use_stays_unbiased_with_a_fresh_complement_only(complement: str):
+@pytest.mark.parametrize("resample", ["every_step", "every_refresh"])
+def test_a_linear_use_stays_unbiased_with_a_fresh_complement_only(resample: str):
     """``up`` enters silu(gate) * up: the backward is linear in it."""
     model, inputs = models.transformer(layers=1)
     _, exact = exact_step(model, inputs)
     run = compiled(
-        model, method="prac", rank=1.0, nonlinear_rank=None, complement=complement, refresh_interval=10_000,
-        overrides={"blocks.0.up": {"nonlinear_rank": 0.25}},
+        model, projection="prac", rank=1.0, activation_rank=None, resample=resample, refresh_interval=10_000,
+        module_overrides={"blocks.0.up": {"activation_rank": 0.25}},
     )  # fmt: skip
     names = [n for n in exact if n.startswith(("blocks.0.down", "blocks.0.gate"))]
     total = {n: torch.zeros_like(exact[n], dtype=torch.float64) for n in names}
@@ -100,17 +101,17 @@ def test_a_linear_use_stays_unbiased_with_a_fresh_complement_only(complement: st
         optimizer_step()
     assert decoded(model) == {"blocks.0.up": "prac 12/48"}
     (row,) = [s for s in actpass.report(model).regions[0].sites if s.decoded]
-    assert row.unbiased == (complement == "fresh")
+    assert row.unbiased == (resample == "every_step")
     for n in names:
         spread = (squares[n] / 256) ** 0.5
         assert spread > 0.02 * float(exact[n].norm()), n  # it is inexact at all
         bias = float((total[n] / 256).norm()) / spread
-        assert bias < 4 / 16 if complement == "fresh" else bias > 0.9, n
+        assert bias < 4 / 16 if resample == "every_step" else bias > 0.9, n
 
 
 def test_a_nonlinear_use_is_called_biased():
     model, inputs = models.transformer()
-    step(compiled(model, method="prac"), model, inputs)
+    step(compiled(model, projection="prac"), model, inputs)
     rows = {s.module: s for s in actpass.report(model).regions[0].sites if s.decoded}
     assert not rows["blocks.0.gate"].unbiased
     assert rows["blocks.0.up"].unbiased
@@ -121,10 +122,10 @@ def test_a_nonlinear_use_is_called_biased():
 def test_payloads_are_coded_too():
     model, inputs = models.transformer(layers=1)
     _, exact = exact_step(model, inputs)
-    step(compiled(model, method="pca", rank=1.0, nonlinear_rank=0.75), model, inputs)
+    step(compiled(model, projection="pca", rank=1.0, activation_rank=0.75), model, inputs)
     full = actpass.report(model).saved_bytes
     torch.compiler.reset()
-    _, got = step(compiled(model, method="pca", rank=1.0, nonlinear_rank=0.75, quantize="int8"), model, inputs)
+    _, got = step(compiled(model, projection="pca", rank=1.0, activation_rank=0.75, codec="int8"), model, inputs)
     rows = [s for s in actpass.report(model).regions[0].sites if s.decoded]
     assert rows
     assert {s.codec for s in rows} == {"int8"}
@@ -137,9 +138,9 @@ def test_payloads_are_coded_too():
 def test_reported_bytes_are_alive_between_forward_and_backward(quantize: str | None):
     """Compiled by Inductor, measured by allocation events."""
     model, inputs = models.transformer(layers=1)
-    options = {**SMALL, "method": "prac", "quantize": quantize}
+    options = {**SMALL, "projection": "prac", "codec": quantize}
     function = torch.compile(model, backend="actcomp", options=options)
-    loss, _ = step(torch.compile(model, backend="actcomp", options={"method": "exact"}), model, inputs)
+    loss, _ = step(torch.compile(model, backend="actcomp", options={"policy": "exact"}), model, inputs)
     got, grads = step(function, model, inputs)
     assert torch.equal(loss, got)
     assert all(g.isfinite().all() for g in grads.values())
@@ -153,7 +154,7 @@ def test_reported_bytes_are_alive_between_forward_and_backward(quantize: str | N
 @pytest.mark.codegen
 def test_compiled_and_interpreted_gradients_agree():
     model, inputs = models.transformer(layers=1)
-    options = {**SMALL, "method": "prac", "rank": 0.5}
+    options = {**SMALL, "projection": "prac", "rank": 0.5}
     _, want = step(compiled(model, **options), model, inputs)
     torch.compiler.reset()
     STORE.clear()
@@ -163,7 +164,7 @@ def test_compiled_and_interpreted_gradients_agree():
 
 def test_the_plan_is_followed_from_its_file(tmp_path: Path):
     model, inputs = models.transformer(layers=1)
-    _, want = step(compiled(model, method="prac"), model, inputs)
+    _, want = step(compiled(model, projection="prac"), model, inputs)
     report = actpass.report(model)
     report.plan.save(tmp_path / "plan.json")
     forms = decoded(model)
@@ -180,13 +181,13 @@ def test_the_plan_is_followed_from_its_file(tmp_path: Path):
     ("change", "message"),
     [
         ({"rank": 4096}, "Allowed: pca, prac, oasis, sampled, and an int in"),
-        ({"method": "haar"}, "Allowed: pca, prac, oasis, sampled, and an int in"),
+        ({"projection": "haar"}, "Allowed: pca, prac, oasis, sampled, and an int in"),
         ({"site": "nowhere"}, "nowhere"),
     ],
 )
 def test_an_edited_decision_that_is_not_possible_is_refused(change: dict[str, Any], message: str, tmp_path: Path):
     model, inputs = models.transformer(layers=1)
-    step(compiled(model, method="prac"), model, inputs)
+    step(compiled(model, projection="prac"), model, inputs)
     actpass.report(model).plan.save(tmp_path / "plan.json")
     data = json.loads((tmp_path / "plan.json").read_text())
     (region,) = data["regions"]
@@ -214,7 +215,7 @@ class OneHead(nn.Module):
 
 def test_attention_weights_are_no_features():
     model, inputs = OneHead(), {"x": torch.randn(2, 32, 32)}
-    step(compiled(model, method="pca", nonlinear_rank=0.5), model, inputs)
+    step(compiled(model, projection="pca", activation_rank=0.5), model, inputs)
     rows = [s for s in actpass.report(model).regions[0].sites if "softmax" in s.source or "exp" in s.op or "div" in s.op]
     assert rows
     assert not any(s.decoded for s in rows)
@@ -225,7 +226,7 @@ def test_dynamic_batches_share_one_graph():
     model, inputs = models.transformer(layers=1)
     x = inputs["x"]
     run = torch.compile(
-        model, backend=eager_actcomp({**SMALL, "method": "pca", "rank": 1.0, "nonlinear_rank": 0.75}), dynamic=True
+        model, backend=eager_actcomp({**SMALL, "projection": "pca", "rank": 1.0, "activation_rank": 0.75}), dynamic=True
     )
     for count in (2, 3):
         batch = {"x": x[:1].repeat(count, 1, 1)}
@@ -243,7 +244,7 @@ def test_half_precision_and_autocast():
         with torch.autocast("cpu", torch.bfloat16):
             return model(**batch)
 
-    function = torch.compile(run, backend=eager_actcomp({**SMALL, "method": "pca", "rank": 1.0, "nonlinear_rank": 0.75}))
+    function = torch.compile(run, backend=eager_actcomp({**SMALL, "projection": "pca", "rank": 1.0, "activation_rank": 0.75}))
     _, got = step(function, model, inputs)
     assert max(error(got[n], exact[n]) for n in exact) < 0.7
     assert decoded(model)
@@ -251,12 +252,12 @@ def test_half_precision_and_autocast():
 
 def test_pending_backward_keeps_the_basis_of_its_own_forward():
     model, inputs = models.transformer(layers=1)
-    run = compiled(model, method="prac", refresh_interval=1)
+    run = compiled(model, projection="prac", refresh_interval=1)
     _, want = step(run, model, inputs)
     torch.compiler.reset()
     STORE.clear()
-    CLOCK.steps = 0
-    run = compiled(model, method="prac", refresh_interval=1)
+    STEP_COUNTER.steps = 0
+    run = compiled(model, projection="prac", refresh_interval=1)
     model.zero_grad(set_to_none=True)
     first = run(**inputs)
     optimizer_step()
@@ -268,13 +269,13 @@ def test_pending_backward_keeps_the_basis_of_its_own_forward():
 
 @pytest.mark.parametrize("rank", [0, -1, 1.5, True, "half", float("nan")])
 def test_ranks_that_mean_nothing_are_refused(rank: Any):
-    with pytest.raises(actpass.OptionError, match="nonlinear_rank"):
-        eager_actcomp(method="pca", nonlinear_rank=rank)
+    with pytest.raises(actpass.OptionError, match="activation_rank"):
+        eager_actcomp(projection="pca", activation_rank=rank)
 
 
 def test_a_rank_for_a_method_without_a_basis_that_follows_the_data_is_refused():
     with pytest.raises(actpass.OptionError, match="pca, prac, oasis, sampled"):
-        eager_actcomp(method="haar", nonlinear_rank=0.5)
+        eager_actcomp(projection="haar", activation_rank=0.5)
 
 
 @pytest.mark.parametrize("loss", [lambda y: y.square().mean(), lambda y: y.sin().mean(), lambda y: y.sum()])
@@ -290,7 +291,7 @@ def test_a_derivative_that_is_computed_early_is_no_tensor_to_decode(loss: Callab
 
     torch.manual_seed(0)
     model = Residual()
-    step(compiled(model, method="prac"), model, {"x": torch.randn(64, 24)})
+    step(compiled(model, projection="prac"), model, {"x": torch.randn(64, 24)})
     assert actpass.report(model).regions[0].active
     assert decoded(model)
 
@@ -305,7 +306,7 @@ def test_random_numbers_are_drawn_where_their_tensor_is_stored_and_needed(monkey
 
     monkeypatch.setattr(helpers, "interpret", seen)
     model, inputs = models.transformer(layers=3)
-    step(compiled(model, method="prac"), model, inputs)
+    step(compiled(model, projection="prac"), model, inputs)
     sites = len(decoded(model))
     assert sites >= 6
     for gm in graphs[-2:]:
@@ -328,7 +329,7 @@ def test_two_decoded_tensors_that_are_multiplied_are_random_apart():
     torch.manual_seed(0)
     model, inputs = Product(), {"x": torch.randn(32, 16)}
     _, exact = exact_step(model, inputs)
-    run = compiled(model, method="prac", rank=1.0, nonlinear_rank=8, refresh_interval=10_000)
+    run = compiled(model, projection="prac", rank=1.0, activation_rank=8, refresh_interval=10_000)
     want, slopes = exact["c.weight"].double(), []
     for _ in range(256):
         _, got = step(run, model, inputs)

@@ -58,7 +58,7 @@ WAYS: dict[str, Logits] = {
 
 
 def compiled(model: nn.Module, **options: Any) -> Any:
-    return torch.compile(model, backend=eager_actcomp({"method": "exact", **options}))
+    return torch.compile(model, backend=eager_actcomp({"policy": "exact", **options}))
 
 
 def f_of(logits: torch.Tensor) -> torch.Tensor:
@@ -316,7 +316,7 @@ def test_a_step_computes_logits_that_take_less_than_the_weights():
     model = Model()
     given = {name: x[:1, :17] for name, x in inputs().items()}
     _, want = model(**given)
-    loss, logits = compiled(model, chunk_loss=16)(**given)
+    loss, logits = compiled(model, chunked_loss=16)(**given)
     loss.backward()
     torch.optim.SGD(model.parameters(), lr=1.0).step()
     assert logits.is_read
@@ -366,7 +366,7 @@ WHOLE = [
     (Drops, {}, "draws random numbers"),
     (Reads, {}, ""),
     (Model, {"defer_logits": False}, "defer_logits=False keeps them so"),
-    (Model, {"chunk_loss": False}, ""),
+    (Model, {"chunked_loss": False}, ""),
     (Model, {"memory_budget": 1.0}, ""),
 ]
 
@@ -429,7 +429,7 @@ def test_a_plan_is_followed_with_deferred_and_with_whole_logits():
 def test_low_bit_forms_and_a_budget():
     model = Model()
     _, want = gradients(model, model)
-    for options in ({"method": "auto", "smallest": 0}, {"method": "auto", "memory_budget": 0.3}):
+    for options in ({"policy": "auto", "min_tensor_bytes": 0}, {"policy": "auto", "memory_budget": 0.3}):
         _, found = gradients(model, compiled(model, **options))
         for key in want:
             assert error(found[key], want[key]) < 0.1, key
@@ -461,7 +461,7 @@ def test_compiled_it_costs_one_hidden_state():
         memory = measure(step)
         return memory.peak_bytes, memory.result
 
-    options = {"method": "exact"}
+    options = {"policy": "exact"}
     want, loss = peak(torch.compile(alone, backend="actcomp", options=options))
     for _ in range(2):
         torch.compiler.reset()

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 import actpass
-from actpass.runtime.step_counter import CLOCK
+from actpass.runtime.step_counter import STEP_COUNTER
 
 from . import models
 from .helpers import EPS, eager_actcomp, once, projected
@@ -21,7 +21,7 @@ from .helpers import EPS, eager_actcomp, once, projected
 pytestmark = pytest.mark.distributed
 
 STEPS, WORLD, RANK = 3, 2, 4
-OPTIONS = {"method": "haar", "rank": RANK, "profitable_only": False}
+OPTIONS = {"projection": "haar", "rank": RANK, "skip_unprofitable": False}
 
 # A mean over half the batch, averaged over the ranks, adds in another order than a mean over all: log2(T) EPS / 2 = 4 EPS for
 # T <= 256 terms. Three steps and some 50 operators each carry it into the loss: sqrt(150) EPS / 2 = 6 EPS more; twice that.
@@ -99,7 +99,7 @@ def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     for case, (make, distribute, compiled) in CASES.items():
-        CLOCK.steps = 0
+        STEP_COUNTER.steps = 0
         model, x = make()
         result = train(compiled(distribute(model)), x.chunk(WORLD)[rank])
         dist.all_reduce(result["losses"])
@@ -112,9 +112,9 @@ def worker(rank: int, folder: str) -> None:
 def learn(rank: int) -> dict[str, dict[str, torch.Tensor]]:
     """Fifty steps of DDP through learned subspaces, each rank with batches of its own."""
     torch.compiler.reset()
-    CLOCK.steps, CLOCK.drawn = 0, False
+    STEP_COUNTER.steps, STEP_COUNTER.drawn = 0, False
     model, _ = wide_mlp()
-    options = {"method": "prac", "rank": 2 * RANK, "refresh_interval": 3, "profitable_only": False}
+    options = {"projection": "prac", "rank": 2 * RANK, "refresh_interval": 3, "skip_unprofitable": False}
     run = torch.compile(ddp(model), backend=eager_actcomp(options))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     draw = torch.Generator().manual_seed(rank)
@@ -136,11 +136,11 @@ def resume(rank: int, folder: str) -> dict[str, dict[str, torch.Tensor]]:
 
     def start() -> tuple[Any, torch.optim.Optimizer]:
         torch.compiler.reset()
-        CLOCK.steps, CLOCK.drawn = 0, False
+        STEP_COUNTER.steps, STEP_COUNTER.drawn = 0, False
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(24, 24), models.MLP())
         model[1].compile(
-            backend=eager_actcomp({"method": "prac", "rank": 2 * RANK, "refresh_interval": 2}, profitable_only=False)
+            backend=eager_actcomp({"projection": "prac", "rank": 2 * RANK, "refresh_interval": 2}, skip_unprofitable=False)
         )
         fully_shard(model[1])
         fully_shard(model)

@@ -16,13 +16,13 @@ from .tracing import stock, traced
 
 FORMS: dict[str, dict[str, Any]] = {
     "auto": {},
-    "int4": {"method": "int4"},
-    "haar": {"method": "haar", "rank": 0.25, "profitable_only": False},
+    "int4": {"codec": "int4"},
+    "haar": {"projection": "haar", "rank": 0.25, "skip_unprofitable": False},
     "budget": {"memory_budget": 0.5},
 }
-INDUCTORS = {"method": "exact", "memory_budget": 1.0}
+INDUCTORS = {"policy": "exact", "memory_budget": 1.0}
 """Whose step is Inductor's own."""
-SMALL = {"smallest": 0}
+SMALL = {"min_tensor_bytes": 0}
 MODELS = ["mlp", "block", pytest.param("llama", marks=pytest.mark.architectures)]
 
 
@@ -30,7 +30,7 @@ MODELS = ["mlp", "block", pytest.param("llama", marks=pytest.mark.architectures)
 def test_node_by_node_exact_gradients_are_those_of_inductors_cut_and_no_form_changes_the_results(model: str):
     joint = traced(model)
     want = joint.run(*stock(joint))
-    for options in (INDUCTORS, {"method": "exact"}, {"method": "exact", "memory_budget": 0.5}):
+    for options in (INDUCTORS, {"policy": "exact"}, {"policy": "exact", "memory_budget": 0.5}):
         done = joint.compiled(**SMALL, **options)
         got = joint.run(done.forward, done.backward)
         assert all(map(torch.equal, got.results, want.results))
@@ -54,7 +54,7 @@ def test_compiled_exact_gradients_are_inductors_and_no_form_changes_the_loss(mod
     loss, got = compiled(model, backend="actcomp", options=INDUCTORS)
     assert torch.equal(loss, want)
     assert_equal(got, gradients)
-    exact, got = compiled(model, backend="actcomp", options={"method": "exact"})
+    exact, got = compiled(model, backend="actcomp", options={"policy": "exact"})
     # other loops are fused, and sums have another order
     torch.testing.assert_close(exact, want, rtol=4 * EPS, atol=0)
     assert_close(got, gradients, 100 * EPS)

@@ -30,7 +30,7 @@ SHORT = [
     "--lr",
     "0.01",
 ]
-LOW_RANK = ["--method", "haar", "--rank", "4", "--gradients", "low_rank", "--optimizer", "oasis",
+LOW_RANK = ["--projection", "haar", "--rank", "4", "--weight-gradient-format", "low_rank", "--optimizer", "oasis",
             "--refresh-interval", "20"]  # fmt: skip
 
 Finetune = Callable[..., dict[str, Any]]
@@ -133,7 +133,7 @@ def test_the_rows_of_a_comparison_are_commands(finetune: Finetune, data: str):
 
     names = runpy.run_path(str(EXAMPLES / "finetune_classifier.py"))
     settings = names["FinetuneSettings"](
-        method="haar", rank=4, gradients="low_rank", optimizer="oasis", data=data, seeds=(0, 1), compare=True,
+        projection="haar", rank=4, weight_gradient_format="low_rank", optimizer="oasis", data=data, seeds=(0, 1), compare=True,
         hidden_size=16, intermediate_size=24, layers=1, heads=2,
     )  # fmt: skip
     rows = {row.label: row.arguments for row in comparison_rows(settings)}

@@ -11,6 +11,7 @@ from torch import nn
 
 import actpass
 from actpass.errors import GraphUnsupported
+from actpass.options import options_for
 from actpass.pipeline import PASSES, Pass
 from actpass.runtime import regions
 from actpass.torch_compat import compile_fx
@@ -25,7 +26,7 @@ STAGES = {
     "actpass.backend.backend.ask": "pca",
     "actpass.backend.backend.with_eager_curve": "auto",
     "actpass.pipeline.cut": "auto",
-    "actpass.pipeline.find_contractions": "auto",
+    "actpass.pipeline.find_weight_gradient_matmuls": "auto",
     "actpass.planner.plan_source.choose_cut": "auto",
     "actpass.planner.plan_source.choose": "haar",
     "actpass.analysis.partitioned.timeline": "auto",
@@ -47,9 +48,9 @@ for _pass in PASSES:
 
 def options_of(method: str, **more: Any) -> dict[str, Any]:
     if method == "low_rank":
-        return {"method": "haar", "rank": 4, "gradients": "low_rank", **more}
-    projects = {"rank": 4, "profitable_only": False} if method in ("haar", "prac", "pca") else {}
-    return {"method": method, "smallest": 0, **projects, **more}
+        return {"projection": "haar", "rank": 4, "weight_gradient_format": "low_rank", **more}
+    projects = {"rank": 4, "skip_unprofitable": False} if method in ("haar", "prac", "pca") else {}
+    return {**options_for(method), "min_tensor_bytes": 0, **projects, **more}
 
 
 def broken(*_: Any, **__: Any) -> Any:
@@ -112,7 +113,7 @@ def test_what_a_graph_does_not_allow_is_given_up_and_the_rest_is_done(
     broken_pass: Pass, part: str, monkeypatch: pytest.MonkeyPatch
 ):
     model, inputs = models.mlp()
-    _, exact = train(model, inputs, {"method": "exact"})
+    _, exact = train(model, inputs, {"policy": "exact"})
     monkeypatch.setattr(type(broken_pass), part, unreadable)
     says = f"the {broken_pass.serves} of this region are off: it is odd"
     torch.compiler.reset()
@@ -125,10 +126,10 @@ def test_what_a_graph_does_not_allow_is_given_up_and_the_rest_is_done(
 
 def test_a_graph_that_cant_be_read_is_left_to_inductor_with_the_reason(monkeypatch: pytest.MonkeyPatch):
     model, inputs = models.mlp()
-    _, exact = train(model, inputs, {"method": "exact", "memory_budget": 1.0})
+    _, exact = train(model, inputs, {"policy": "exact", "memory_budget": 1.0})
     torch.compiler.reset()
     regions.clear()
-    monkeypatch.setattr("actpass.pipeline.find_contractions", unreadable)
+    monkeypatch.setattr("actpass.pipeline.find_weight_gradient_matmuls", unreadable)
     with pytest.warns(actpass.ActpassWarning, match="left a region to Inductor alone, because it is odd"):
         _, gradients = train(model, inputs, options_of("haar"))
     assert_equal(gradients, exact)
@@ -142,7 +143,7 @@ def test_a_graph_that_cant_be_read_is_left_to_inductor_with_the_reason(monkeypat
 
 def test_a_budget_of_bytes_that_inductors_cut_does_not_fit_is_an_error(monkeypatch: pytest.MonkeyPatch):
     """The least that the error names is then met, with a warning; one byte less is not."""
-    monkeypatch.setattr("actpass.pipeline.find_contractions", unreadable)
+    monkeypatch.setattr("actpass.pipeline.find_weight_gradient_matmuls", unreadable)
     model, inputs = models.mlp()
     with pytest.raises(
         Exception, match=r"memory_budget=20000 bytes of peak can't be met: .* because it is odd.*'fallback'"
@@ -161,7 +162,7 @@ def test_a_budget_of_bytes_that_inductors_cut_does_not_fit_is_an_error(monkeypat
 
 
 def test_under_warn_a_budget_of_bytes_that_is_not_held_is_said(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("actpass.pipeline.find_contractions", unreadable)
+    monkeypatch.setattr("actpass.pipeline.find_weight_gradient_matmuls", unreadable)
     model, inputs = models.mlp()
     with pytest.warns(actpass.ActpassWarning, match="because it is odd; its memory_budget is not held"):
         train(model, inputs, {"memory_budget": 20000, "fallback": "warn"})
@@ -170,7 +171,7 @@ def test_under_warn_a_budget_of_bytes_that_is_not_held_is_said(monkeypatch: pyte
 
 @pytest.mark.codegen
 def test_a_region_that_was_left_to_inductor_says_so_when_the_cache_has_it_too(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("actpass.pipeline.find_contractions", unreadable)
+    monkeypatch.setattr("actpass.pipeline.find_weight_gradient_matmuls", unreadable)
     for says in ("left a region to Inductor alone, because it is odd", "a region is not as asked, because it is odd"):
         torch.compiler.reset()
         model, inputs = models.mlp()
@@ -191,7 +192,7 @@ class InParts(nn.Module):
 
 def test_parts_that_are_left_to_inductor_count_in_the_budget_of_the_step(monkeypatch: pytest.MonkeyPatch):
     """Each fits by itself; together they don't."""
-    monkeypatch.setattr("actpass.pipeline.find_contractions", unreadable)
+    monkeypatch.setattr("actpass.pipeline.find_weight_gradient_matmuls", unreadable)
 
     def train_parts(budget: int) -> actpass.Report:
         torch.compiler.reset()

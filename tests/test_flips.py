@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import actpass
+from actpass.options import options_for
 
 from .helpers import error
 
@@ -26,7 +27,7 @@ class Flipped(nn.Module):
 def test_one_side_of_a_flip_is_stored():
     x = torch.randn(4, 16, 64)
     stored = {
-        dims: actpass.explain(Flipped(*dims), x, options={"method": m, "smallest": 0}).totals.saved_bytes
+        dims: actpass.explain(Flipped(*dims), x, options={**options_for(m), "min_tensor_bytes": 0}).totals.saved_bytes
         for m in ("exact", "int8")
         for dims in ((), (-1,), (1,), (0, 2))
     }
@@ -38,7 +39,7 @@ def test_flips_are_compiled_bit_for_bit():
     expected, x = Flipped(0, 2), torch.randn(4, 16, 64)
     model, stock = copy.deepcopy(expected), copy.deepcopy(expected)
     expected(x).backward()
-    loss = torch.compile(model, backend="actcomp", options={"method": "exact"})(x)
+    loss = torch.compile(model, backend="actcomp", options={"policy": "exact"})(x)
     loss.backward()
     assert torch.equal(loss, torch.compile(stock)(x))
     assert error(model.a.weight.grad, expected.a.weight.grad) < 1e-6

@@ -20,7 +20,7 @@ from actpass.extrapolation.layer_map import TRACED, Fold
 from actpass.extrapolation.layer_names import Stack
 from actpass.memory.resident import Resident
 from actpass.pipeline import carry_out, read
-from actpass.planner.budget import PeakBudget, Region, Search, free_choice
+from actpass.planner.budget import PeakBudget, Region, Search, no_recompute_partition
 from actpass.planner.plan_source import SearchedPlan
 
 LAYERS = 8
@@ -87,7 +87,7 @@ def traced_both(name: str, options: dict[str, Any]) -> tuple[Region, FoldedRegio
     for layers in (LAYERS, TRACED):
         torch.compiler.reset()
         model, inputs = build(layers)
-        (region,) = explain_model(model, (), inputs, {"smallest": 1024, **options}).regions
+        (region,) = explain_model(model, (), inputs, {"min_tensor_bytes": 1024, **options}).regions
         traced.append(region.traced)
     whole, _ = read(traced[0])
     return whole, FoldedRegion(traced[1], Stack(path, LAYERS))
@@ -99,7 +99,10 @@ def test_without_a_budget_all_is_the_same_to_the_byte(both: tuple[Region, Folded
     assert folded.default.saved_bytes == whole.default.saved_bytes
     assert folded.default.footprint == whole.default.footprint
     assert folded.step_flops == whole.step_flops
-    free, folded_free = carry_out(SearchedPlan(whole, free_choice(whole))).partitioned, folded.carry_out(folded.free())
+    free, folded_free = (
+        carry_out(SearchedPlan(whole, no_recompute_partition(whole))).partitioned,
+        folded.carry_out(folded.free()),
+    )
     assert folded_free.saved_bytes == free.saved_bytes
     assert folded_free.footprint.backward == free.footprint.backward
     # the keys of stochastic rounding are drawn at once for all tensors, as many as there are: bytes, but other memory is reused
@@ -110,15 +113,18 @@ def test_without_a_budget_all_is_the_same_to_the_byte(both: tuple[Region, Folded
 @pytest.mark.parametrize(
     "options",
     [
-        {"method": "haar", "rank": 0.25, "gradients": "low_rank"},
-        {"method": "prac"},
+        {"projection": "haar", "rank": 0.25, "weight_gradient_format": "low_rank"},
+        {"projection": "prac"},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_projections_too(options: dict[str, Any]):
     """Bases lie in no layer, or where the first of several layers that read one does."""
     whole, folded = traced_both("llama", options)
-    free, folded_free = carry_out(SearchedPlan(whole, free_choice(whole))).partitioned, folded.carry_out(folded.free())
+    free, folded_free = (
+        carry_out(SearchedPlan(whole, no_recompute_partition(whole))).partitioned,
+        folded.carry_out(folded.free()),
+    )
     assert folded_free.saved_bytes == free.saved_bytes
     assert folded_free.footprint.gradients == free.footprint.gradients
     assert folded_free.peak_bytes == pytest.approx(free.peak_bytes, rel=PEAK["llama"])
@@ -127,7 +133,7 @@ def test_projections_too(options: dict[str, Any]):
 @pytest.mark.architectures
 def test_from_the_most_to_the_least_saved_bytes_forms_and_peaks_agree(both: tuple[Region, FoldedRegion]):
     whole, folded = both
-    direct = Search(whole, free_choice(whole))
+    direct = Search(whole, no_recompute_partition(whole))
     capacities = direct.capacities(0.92)
     assert capacities == folded.search.capacities(0.92)
     again = set()
@@ -139,11 +145,11 @@ def test_from_the_most_to_the_least_saved_bytes_forms_and_peaks_agree(both: tupl
         assert Counter((s.codec, s.nbytes, s.stored_bytes) for s in plan.storages) == Counter(
             (s.codec, s.nbytes, s.stored_bytes) for s in done.plan.storages
         )
-        assert len(plan.again) == len(done.plan.again)
+        assert len(plan.recompute) == len(done.plan.recompute)
         assert cut.saved_bytes == done.partitioned.saved_bytes
         assert cut.footprint.gradients == done.partitioned.footprint.gradients
         assert cut.peak_bytes == pytest.approx(done.partitioned.peak_bytes, rel=PEAK[build_of(folded)])
-        again.add(len(plan.again))
+        again.add(len(plan.recompute))
     assert len(again) > 2
 
 

@@ -14,18 +14,19 @@ from torch import nn
 from torch.nn import functional as F
 
 import actpass
-from actpass.analysis.partitioned import Setting
+from actpass.analysis.partitioned import PartitionConstraints
 from actpass.diagnostics.explain import explain_model
 from actpass.memory.profiler import measure
-from actpass.plan import SCORE, SCORE_AGAIN
-from actpass.runtime.step_counter import CLOCK
+from actpass.options import options_for
+from actpass.plan import RECOMPUTED_SCORE, SCORE
+from actpass.runtime.step_counter import STEP_COUNTER
 from actpass.torch_compat import functorch_config, invoke_subgraph
 
 from . import models
 from .helpers import EPS, Grads, assert_close, assert_equal, eager_actcomp, error, step
 
-SMALL = {"smallest": 0}
-LOW_BIT = ("int8", "int4", "int2", "fp8", "fp8_e5m2")
+SMALL = {"min_tensor_bytes": 0}
+LOW_BIT = ("int8", "int4", "int2", "float8_e4m3", "float8_e5m2")
 
 
 def run(model: nn.Module, inputs: dict[str, Any], **options: Any) -> tuple[torch.Tensor, Grads]:
@@ -37,11 +38,11 @@ def storages(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def kept(model: nn.Module) -> list[str]:
-    return [s["reason"] for s in storages(model) if s["codec"] == "keep"]
+    return [s["reason"] for s in storages(model) if s["codec"] == "save"]
 
 
 def coded(model: nn.Module) -> list[str]:
-    return [s["node"] for s in storages(model) if s["codec"] != "keep"]
+    return [s["node"] for s in storages(model) if s["codec"] != "save"]
 
 
 # ------------------------------------------------------------------------------------------------------------ invariants
@@ -51,8 +52,8 @@ def coded(model: nn.Module) -> list[str]:
 @pytest.mark.parametrize("name", models.HUGGING_FACE)
 def test_int8_keeps_the_loss_and_nearly_the_gradients_of_every_architecture(name: str):
     model, inputs = models.HUGGING_FACE[name]()
-    want_loss, want = run(model, inputs, method="exact")
-    loss, grads = run(model, inputs, method="int8")
+    want_loss, want = run(model, inputs, policy="exact")
+    loss, grads = run(model, inputs, codec="int8")
     assert torch.equal(loss, want_loss)
     assert len(coded(model)) >= 4, str(actpass.report(model))
     # 8 bits: 0.5 to 1 % noise an activation, a few of them on the way. A lost factor or a wrong order is 10 % and more.
@@ -62,21 +63,21 @@ def test_int8_keeps_the_loss_and_nearly_the_gradients_of_every_architecture(name
 @pytest.mark.parametrize("method", [*LOW_BIT, "auto"])
 def test_forward_is_bit_equal_and_fewer_bytes_cross(method: str):
     model, inputs = models.transformer()
-    want_loss, _ = run(model, inputs, method="exact")
+    want_loss, _ = run(model, inputs, policy="exact")
     exact_bytes = actpass.report(model).saved_bytes
-    loss, _ = run(model, inputs, method=method)
+    loss, _ = run(model, inputs, **options_for(method))
     assert torch.equal(loss, want_loss)
-    bits = {"int8": 8.5, "fp8": 8.5, "fp8_e5m2": 8.5, "int4": 4.5, "auto": 8.5, "int2": 2.5}[method]
+    bits = {"int8": 8.5, "float8_e4m3": 8.5, "float8_e5m2": 8.5, "int4": 4.5, "auto": 8.5, "int2": 2.5}[method]
     bits += 2 / 9 * (16.5 - bits)  # of nine tensors in a layer q and k take 16 bits
     assert actpass.report(model).saved_bytes < exact_bytes * (bits / 32 + 0.05)  # and statistics
 
 
 def test_error_falls_with_the_bits():
     model, inputs = models.transformer()
-    _, want = run(model, inputs, method="exact")
+    _, want = run(model, inputs, policy="exact")
     errors = []
     for method in ("int2", "int4", "int8"):
-        _, grads = run(model, inputs, method=method)
+        _, grads = run(model, inputs, **options_for(method))
         errors.append(sum(error(grads[n], want[n]) for n in want) / len(want))
     assert errors[0] > 2 * errors[1] > 8 * errors[2] > 0
 
@@ -95,13 +96,13 @@ class Gated(nn.Module):
 def test_linear_uses_keep_the_gradient_unbiased_and_the_report_says_which_are():
     torch.manual_seed(0)
     model, x = Gated(), {"x": torch.randn(24, 32)}
-    _, want = run(model, x, method="exact")
-    function = torch.compile(model, backend=eager_actcomp({**SMALL, "method": "int2", "overrides": {"gate": "keep"}}))
+    _, want = run(model, x, policy="exact")
+    function = torch.compile(model, backend=eager_actcomp({**SMALL, "codec": "int2", "module_overrides": {"gate": "save"}}))
     total = {n: torch.zeros_like(g) for n, g in want.items()}
     squares = {n: torch.zeros_like(g) for n, g in want.items()}
     seeds = 256
     for seed in range(seeds):
-        CLOCK.steps = seed
+        STEP_COUNTER.steps = seed
         _, grads = step(function, model, x)
         for n, g in grads.items():
             total[n] += g - want[n]
@@ -111,20 +112,20 @@ def test_linear_uses_keep_the_gradient_unbiased_and_the_report_says_which_are():
         assert z.abs().max() < 5.2, n  # 2048 entries at once
         assert 0.5 < float(z.square().mean()) < 1.6, n  # down: every row is the same noise, 64 independent entries
     assert {s["unbiased"] for s in storages(model) if s["codec"] == "int2"} == {True}
-    run(model, x, method="int2")
+    run(model, x, codec="int2")
     by_module = {s.module: s.unbiased for r in actpass.report(model).regions for s in r.sites if s.codec}
     assert by_module == {"gate": False, "up": True}
-    run(model, x, method="int2", rounding="nearest")
+    run(model, x, codec="int2", rounding="nearest")
     assert not any(s["unbiased"] for s in storages(model) if s["codec"] == "int2")
 
 
 def test_seeds_change_the_rounding_and_only_with_an_optimizer_step():
     model, inputs = models.mlp()
-    function = torch.compile(model, backend=eager_actcomp({**SMALL, "method": "int4", "rounding": "stochastic"}))
+    function = torch.compile(model, backend=eager_actcomp({**SMALL, "codec": "int4", "rounding": "stochastic"}))
     _, first = step(function, model, inputs)
     _, again = step(function, model, inputs)
     assert_equal(again, first)
-    CLOCK.steps += 1
+    STEP_COUNTER.steps += 1
     _, other = step(function, model, inputs)
     assert any(not torch.equal(other[n], first[n]) for n in first)
 
@@ -134,7 +135,7 @@ def test_tensors_of_one_size_share_the_code_that_encodes_them():
     calls, functions = [], []
     for layers in (1, 4):
         model, inputs = models.transformer(layers=layers)
-        (region,) = explain_model(model, (), inputs, {**SMALL, "method": "int4"}).regions
+        (region,) = explain_model(model, (), inputs, {**SMALL, "codec": "int4"}).regions
         nodes = [n for n in region.forward.graph.nodes if n.target is invoke_subgraph]
         calls.append(len(nodes))
         functions.append({n.args[1] for n in nodes})
@@ -150,10 +151,10 @@ def test_tensors_of_one_size_share_the_code_that_encodes_them():
 @pytest.mark.architectures
 def test_statistics_integers_and_small_tensors_stay_as_they_are():
     model, inputs = models.llama()
-    step(torch.compile(model, backend=eager_actcomp({"method": "int4", "smallest": 1 << 40})), model, inputs)
+    step(torch.compile(model, backend=eager_actcomp({"codec": "int4", "min_tensor_bytes": 1 << 40})), model, inputs)
     assert not coded(model)
     assert any("smaller than" in reason for reason in kept(model))
-    run(model, inputs, method="int4")
+    run(model, inputs, codec="int4")
     reasons = kept(model)
     assert any("statistic" in reason for reason in reasons)
     for region in actpass.report(model).regions:
@@ -185,8 +186,8 @@ class Masked(nn.Module):
 def test_masks_of_minus_infinity_do_no_harm(fill: bool, budget: float | None):
     torch.manual_seed(0)
     model, x = Masked(fill), {"x": torch.randn(2, 32, 32)}
-    _, want = run(model, x, method="exact", memory_budget=budget) if budget else run(model, x, method="exact")
-    _, grads = run(model, x, method="int8", **({"memory_budget": budget} if budget else {}))
+    _, want = run(model, x, policy="exact", memory_budget=budget) if budget else run(model, x, policy="exact")
+    _, grads = run(model, x, codec="int8", **({"memory_budget": budget} if budget else {}))
     assert coded(model)
     assert_close(grads, want, 0.05)
 
@@ -202,7 +203,7 @@ def test_what_is_also_returned_is_left_alone_and_the_report_says_so():
             return y.exp().sum(), y
 
     model, x = Returns(), torch.randn(16, 24)
-    function = torch.compile(model, backend=eager_actcomp({**SMALL, "method": "int8"}))
+    function = torch.compile(model, backend=eager_actcomp({**SMALL, "codec": "int8"}))
     function(x)[0].backward()
     assert any("also returned" in reason for reason in kept(model))
     assert coded(model)
@@ -228,7 +229,7 @@ _scale.register_autograd(
 
 def test_what_a_custom_operator_saves_is_left_alone():
     model = nn.Linear(24, 64)
-    function = torch.compile(lambda x: _scale(model(x)).square().sum(), backend=eager_actcomp({**SMALL, "method": "int8"}))
+    function = torch.compile(lambda x: _scale(model(x)).square().sum(), backend=eager_actcomp({**SMALL, "codec": "int8"}))
     function(torch.randn(16, 24)).backward()
     assert any("actpass_tests.scale_backward" in reason for reason in kept(model)), kept(model)
 
@@ -260,7 +261,7 @@ def test_what_is_divided_by_is_left_alone(function: Any, method: str):
         assert model.weight.grad is not None
         return model.weight.grad.clone()
 
-    assert torch.equal(gradient(method=method, **SMALL), gradient(method="exact"))
+    assert torch.equal(gradient(**options_for(method), **SMALL), gradient(policy="exact"))
 
 
 class Scatter(nn.Module):
@@ -303,8 +304,8 @@ def test_what_a_small_error_would_throw_far_off_is_left_alone(build: Any, budget
     torch.manual_seed(0)
     model, x = build(), {"x": torch.randn(48, 32)}
     more = {} if budget is None else {"memory_budget": budget}
-    _, want = run(model, x, method="exact", **more)
-    _, grads = run(model, x, method="int8", **more)
+    _, want = run(model, x, policy="exact", **more)
+    _, grads = run(model, x, codec="int8", **more)
     assert_close(grads, want, 0.05)
 
 
@@ -322,10 +323,10 @@ def test_what_the_backward_exponentiates_is_kept_unless_an_override_names_it():
     torch.manual_seed(0)
     model, inputs = Classifier(), {"x": torch.randn(64, 24), "y": torch.randint(0, 32, (64,))}
     for method in ("auto", "int4"):
-        run(model, inputs, method=method)
+        run(model, inputs, **options_for(method))
         assert [reason for reason in kept(model) if "exponentiated" in reason]
         assert len(coded(model)) == 1
-    run(model, inputs, method="int4", overrides={"head": "int8"})
+    run(model, inputs, codec="int4", module_overrides={"head": "int8"})
     assert len(coded(model)) == 2
 
 
@@ -347,7 +348,7 @@ def test_repeated_layers_round_by_different_numbers():
             return (self.layers[0](x) * self.layers[1](x) * self.layers[2](x) * torch.linspace(0.5, 1, 32)).sum()
 
     model = Product()
-    options = {**SMALL, "method": "int2"}
+    options = {**SMALL, "codec": "int2"}
     found = actpass.audit(model, torch.randn(64, 16), options=options, seeds=48)
     assert all(p.bias_z is not None and p.bias_z < 4 for p in found.parameters), str(found)
 
@@ -359,16 +360,16 @@ def test_repeated_layers_round_by_different_numbers():
 def test_views_of_one_memory_are_stored_once():
     """GPT-2's q, k and v are pieces of one matmul's output."""
     model, inputs = models.gpt2()
-    run(model, inputs, method="int8")
+    run(model, inputs, codec="int8")
     (qkv,) = [s for s in storages(model) if s["nbytes"] == 2 * 16 * 3 * 32 * 4]
     assert qkv["codec"] == "int16"  # the most delicate use counts
-    assert len(qkv["crossing"]) == 3
+    assert len(qkv["saved_for_backward"]) == 3
     assert qkv["stored_bytes"] < qkv["nbytes"] / 1.9
 
 
 def test_decoding_comes_right_before_the_first_use():
     model, inputs = models.transformer(layers=3)
-    (region,) = explain_model(model, (), inputs, {**SMALL, "method": "int4"}).regions
+    (region,) = explain_model(model, (), inputs, {**SMALL, "codec": "int4"}).regions
     nodes = [n for n in region.backward.graph.nodes if n.op == "call_function"]
     codes = [n for n in region.backward.graph.find_nodes(op="placeholder") if n.meta["val"].dtype == torch.uint8]
     assert len(codes) >= 18
@@ -381,14 +382,14 @@ def test_nan_in_an_activation_is_nan_in_the_gradient():
     model, inputs = models.mlp()
     with torch.no_grad():
         model.up.weight[0, 0] = math.nan
-    _, grads = run(model, inputs, method="int4")
+    _, grads = run(model, inputs, codec="int4")
     assert torch.isnan(grads["up.weight"]).any()
 
 
 def test_dynamic_shapes_serve_other_sizes():
     model, _ = models.mlp()
-    function = torch.compile(model, backend=eager_actcomp({**SMALL, "method": "int8"}), dynamic=True)
-    exact = torch.compile(model, backend=eager_actcomp(method="exact"), dynamic=True)
+    function = torch.compile(model, backend=eager_actcomp({**SMALL, "codec": "int8"}), dynamic=True)
+    exact = torch.compile(model, backend=eager_actcomp(policy="exact"), dynamic=True)
     for tokens in (32, 17, 48):
         x = {"x": torch.randn(tokens, 24)}
         _, want = step(exact, model, x)
@@ -400,7 +401,7 @@ def test_dynamic_shapes_serve_other_sizes():
 
 def test_two_pending_forwards_decode_their_own():
     model, _ = models.mlp()
-    function = torch.compile(model, backend=eager_actcomp({**SMALL, "method": "int4"}))
+    function = torch.compile(model, backend=eager_actcomp({**SMALL, "codec": "int4"}))
     xs = [torch.randn(32, 24) for _ in range(2)]
     alone = [step(function, model, {"x": x})[1] for x in xs]
     losses = [function(x) for x in xs]
@@ -415,7 +416,7 @@ def test_two_pending_forwards_decode_their_own():
 @pytest.mark.parametrize("method", ["int4", "auto"])
 def test_retain_graph_gives_the_same_gradients_twice(method: str):
     model, inputs = models.mlp()
-    function = torch.compile(model, backend=eager_actcomp({**SMALL, "method": method}))
+    function = torch.compile(model, backend=eager_actcomp({**SMALL, **options_for(method)}))
     with functorch_config.patch(donated_buffer=False):
         loss = function(**inputs)
         loss.backward(retain_graph=True)
@@ -430,7 +431,7 @@ def test_retain_graph_gives_the_same_gradients_twice(method: str):
 
 def test_overrides_choose_forms_by_module():
     model, inputs = models.transformer()
-    run(model, inputs, method="int4", overrides={"blocks.*.gate": "int8", "blocks.1.up": "keep"})
+    run(model, inputs, codec="int4", module_overrides={"blocks.*.gate": "int8", "blocks.1.up": "save"})
     by_module = {s.module: s.codec for r in actpass.report(model).regions for s in r.sites if s.codec or "up" in s.module}
     assert by_module["blocks.0.gate"] == by_module["blocks.1.gate"] == "int8"
     assert by_module["blocks.0.up"] == "int4"
@@ -440,9 +441,9 @@ def test_overrides_choose_forms_by_module():
 def test_projection_and_low_bits_together():
     """At the stock cut z crosses, and is stored in int8."""
     model, inputs = models.mlp()
-    options = {"method": "haar", "rank": 0.5, "profitable_only": False, "memory_budget": 1.0}
+    options = {"projection": "haar", "rank": 0.5, "skip_unprofitable": False, "memory_budget": 1.0}
     _, want = run(model, inputs, **options)
-    _, grads = run(model, inputs, **options, quantize="int8")
+    _, grads = run(model, inputs, **options, codec="int8")
     forms = {(s.form, s.codec) for r in actpass.report(model).regions for s in r.sites}
     assert ("project", "int8") in forms
     for n, g in grads.items():
@@ -461,8 +462,8 @@ def test_memory_budget_chooses_the_least_that_fits(monkeypatch: pytest.MonkeyPat
         used.append({s["codec"] for s in storages(model)})
         ratio.append(report.saved_bytes / report.totals.saved_bytes_default)
         again.append(report.totals.extra_matmuls)
-    assert used[0] == {"keep"}
-    assert used[1] <= {"keep", "int16"}
+    assert used[0] == {"save"}
+    assert used[1] <= {"save", "int16"}
     assert "int16" in used[2]
     assert again[:3] == [0, 0, 0]
     assert again[3] > 0
@@ -474,8 +475,8 @@ def test_memory_budget_chooses_the_least_that_fits(monkeypatch: pytest.MonkeyPat
 def test_reported_bytes_are_alive_between_forward_and_backward(method: str):
     """Compiled by Inductor, measured by allocation events."""
     model, inputs = models.transformer()
-    function = torch.compile(model, backend="actcomp", options={**SMALL, "method": method})
-    want_loss, want = step(torch.compile(model, backend="actcomp", options={"method": "exact"}), model, inputs)
+    function = torch.compile(model, backend="actcomp", options={**SMALL, **options_for(method)})
+    want_loss, want = step(torch.compile(model, backend="actcomp", options={"policy": "exact"}), model, inputs)
     loss, grads = step(function, model, inputs)
     assert torch.equal(loss, want_loss)
     assert max(error(grads[n], want[n]) for n in want) < {"auto": 0.6, "int2": 6.0}[method]
@@ -512,21 +513,21 @@ def sharp() -> tuple[Sharp, dict[str, torch.Tensor]]:
 def test_large_scores_do_not_throw_the_gradient_off():
     """The backward forms exp(q k - logsumexp) with the exact logsumexp: at 8 bits rows would sum to anything but one."""
     model, inputs = sharp()
-    _, want = run(model, inputs, method="exact")
+    _, want = run(model, inputs, policy="exact")
     for method, limit in (("auto", 0.05), ("int8", 0.05), ("int4", 0.5)):
-        _, grads = run(model, inputs, method=method)
+        _, grads = run(model, inputs, **options_for(method))
         assert error(grads["qkv.weight"], want["qkv.weight"]) < limit, method
     by_kind = {s["reason"]: s["codec"] for s in storages(model)}
     assert by_kind["uses: linear, nonlinear, score"] == "int16"
-    _, grads = run(model, inputs, method="int8", overrides={"*": "int8"})
+    _, grads = run(model, inputs, codec="int8", module_overrides={"*": "int8"})
     assert error(grads["qkv.weight"], want["qkv.weight"]) > 0.2  # only where the module is named
 
 
 def test_queries_of_attention_that_is_run_again_take_8_bits(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("actpass.plan.storage_options.FLOPS_PER_BYTE", 0)  # else it is cheaper to run the queries' matmul again
     model, inputs = sharp()
-    _, want = run(model, inputs, method="exact")
-    _, grads = run(model, inputs, method="auto", memory_budget=0.2)
+    _, want = run(model, inputs, policy="exact")
+    _, grads = run(model, inputs, policy="auto", memory_budget=0.2)
     assert actpass.report(model).regions[0].totals.extra_attention == 1
     assert {s["codec"] for s in storages(model) if "score formed again" in s["reason"]} == {"int8"}
     assert error(grads["qkv.weight"], want["qkv.weight"]) < 0.3
@@ -536,24 +537,24 @@ def test_queries_of_attention_that_is_run_again_take_8_bits(monkeypatch: pytest.
 def test_scores_that_exist_are_kept_exact_or_run_again_with_their_statistics(build: Any):
     """Inductor writes the softmax of scaled scores with a choice between two maxima, which the exponential is behind."""
     model, inputs = build()
-    _, want = run(model, inputs, method="exact")
+    _, want = run(model, inputs, policy="exact")
     for budget in (0.4, 0.1):
         _, grads = run(model, inputs, memory_budget=budget)
         assert not any(tuple(s["shape"])[-2:] == (64, 64) and s["dtype"] != "bool" for s in storages(model))
-        again = actpass.report(model).regions[0].plan["again"]
+        again = actpass.report(model).regions[0].plan["recompute"]
         scores = [name for name in again if name in ("bmm", "bmm_2", "bmm_4")]
         assert len(scores) == 3
         assert sum("amax" in name for name in again) >= 3
         assert sum("sum" in name for name in again) == 3
-        exact = all(s["codec"] == "keep" for s in storages(model))
+        exact = all(s["codec"] == "save" for s in storages(model))
         assert_close(grads, want, 300 * EPS if exact else 0.03)
 
 
 def test_of_attention_that_is_not_fused_the_weights_are_stored_and_not_the_scores():
     """Scores have no low-bit form: with them instead, all linear inputs in 4 bits, nothing rebuilt, took less."""
     model, inputs = models.unfused_masked()
-    _, want = run(model, inputs, method="exact")
-    _, grads = run(model, inputs, method="auto")
+    _, want = run(model, inputs, policy="exact")
+    _, grads = run(model, inputs, policy="auto")
     stored = {tuple(s["shape"])[-2:]: s["codec"] for s in storages(model) if s["dtype"] != "bool"}
     assert stored[64, 64] == "int8"
     normed = [site for site in actpass.report(model).regions[0].sites if site.kind == "linear input" and "norm" in site.module]
@@ -575,7 +576,7 @@ def test_inductor_compiles_payloads_whose_sizes_are_products_of_a_dynamic_one():
 
     torch.manual_seed(0)
     model = Flat()
-    function = torch.compile(model, backend="actcomp", dynamic=True, options={**SMALL, "method": "int8", "memory_budget": 1.0})
+    function = torch.compile(model, backend="actcomp", dynamic=True, options={**SMALL, "codec": "int8", "memory_budget": 1.0})
     for length in (24, 16):
         inputs = {"x": torch.randn(4, length, 32)}
         _, want = step(model, model, inputs)
@@ -584,13 +585,13 @@ def test_inductor_compiles_payloads_whose_sizes_are_products_of_a_dynamic_one():
     assert coded(model)
 
 
-@pytest.mark.parametrize(("names", "kind"), [({"bmm", "amax", "sum_1"}, SCORE_AGAIN), ({"bmm"}, SCORE)])
+@pytest.mark.parametrize(("names", "kind"), [({"bmm", "amax", "sum_1"}, RECOMPUTED_SCORE), ({"bmm"}, SCORE)])
 def test_queries_and_keys_of_scores_that_are_run_again_are_known(names: set[str], kind: str):
     model, inputs = models.unfused_masked()
     (compiled,) = explain_model(model, (), inputs, SMALL).regions
     assert compiled.decided is not None
-    region, setting = compiled.decided.region, Setting(rebuild=True, again=frozenset(names))
-    kinds = {t.root: t.kinds for t in region.saved(region.joint, region.cut(setting))}
+    region, constraints = compiled.decided.region, PartitionConstraints(recompute_materialized=True, recompute=frozenset(names))
+    kinds = {t.base: t.kinds for t in region.saved(region.joint, region.cut(constraints))}
     assert not {"bmm", "where_1"} & kinds.keys()
     assert [root for root, found in kinds.items() if kind in found] == ["clone", "clone_1"]
 
@@ -625,8 +626,8 @@ def test_scores_of_other_attentions_do_no_harm(kind: str):
     model, inputs = Net(), {"x": torch.randn(4, 64, 32)}
     for weight in (model.q.weight, model.k.weight):
         weight.data *= 4
-    _, want = run(model, inputs, method="exact")
+    _, want = run(model, inputs, policy="exact")
     for method, budget in (("int8", None), ("int8", 0.3), ("auto", 0.3)):
-        _, grads = run(model, inputs, method=method, **({} if budget is None else {"memory_budget": budget}))
+        _, grads = run(model, inputs, **options_for(method), **({} if budget is None else {"memory_budget": budget}))
         assert all(region.active for region in actpass.report(model).regions)
         assert_close(grads, want, 0.1)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import actpass
+from actpass.options import options_for
 
 
 class Heads(nn.Module):
@@ -38,12 +39,12 @@ class Factors(nn.Module):
 
 def sites(model: nn.Module, x: torch.Tensor, **options: Any) -> dict[tuple[int, ...], Any]:
     """By shape, what crosses or crossed; exact or in low bits."""
-    report = actpass.explain(model, x, options={"smallest": 0, **options})
+    report = actpass.explain(model, x, options={"min_tensor_bytes": 0, **options})
     return {s.shape: s for s in report.regions[0].sites if s.bytes_after}
 
 
 @pytest.mark.parametrize(
-    "options", [{"method": "auto"}, {"method": "exact"}, {"method": "int4"}, {"memory_budget": 0.4}], ids=str
+    "options", [{"policy": "auto"}, {"policy": "exact"}, {"codec": "int4"}, {"memory_budget": 0.4}], ids=str
 )
 def test_copies_of_parameters_are_rebuilt(options: dict[str, Any]):
     """The copies of the weights have 64 x 4 x 16 elements; nothing else has an axis of 4 beside one of 64."""
@@ -53,7 +54,7 @@ def test_copies_of_parameters_are_rebuilt(options: dict[str, Any]):
 
 @pytest.mark.parametrize("method", ["auto", "int4"])
 def test_a_product_of_parameters_is_neither_coded_nor_run_again(method: str):
-    report = actpass.explain(Factors(), torch.randn(48, 32), options={"method": method, "smallest": 0})
+    report = actpass.explain(Factors(), torch.randn(48, 32), options={**options_for(method), "min_tensor_bytes": 0})
     (site,) = [s for s in report.regions[0].sites if s.shape in ((96, 64), (64, 96)) and s.bytes_after]
     assert site.codec is None
     assert "parameters alone" in site.reason
@@ -64,5 +65,5 @@ def test_parameters_are_static_beside_the_seed():
     """Upstream's cut counts the bytes of an input that it saves, but not of a parameter; Inductor's default is the same cut,
     whether the region takes a seed or not."""
     x = torch.randn(2, 16, 64, requires_grad=True)
-    default = [actpass.explain(Heads(), x, options={"method": m}).totals.saved_bytes_default for m in ("exact", "int8")]
+    default = [actpass.explain(Heads(), x, options={**options_for(m)}).totals.saved_bytes_default for m in ("exact", "int8")]
     assert default[0] == default[1]

@@ -30,15 +30,15 @@ FOLDER = Path(__file__).parent / "golden"
 VERSIONS = {"torch": torch.__version__.split("+")[0].rpartition(".")[0], "transformers": transformers.__version__}
 PLANS: dict[str, dict[str, Any]] = {
     "auto": {},
-    "exact": {"method": "exact"},
-    "int4": {"method": "int4"},
-    "haar": {"method": "haar", "profitable_only": False},
-    "prac": {"method": "prac", "profitable_only": False},
+    "exact": {"policy": "exact"},
+    "int4": {"codec": "int4"},
+    "haar": {"projection": "haar", "skip_unprofitable": False},
+    "prac": {"projection": "prac", "skip_unprofitable": False},
     "budget 0.7": {"memory_budget": 0.7},
     "budget 0.45": {"memory_budget": 0.45},
-    "low rank": {"method": "haar", "gradients": "low_rank"},
+    "low rank": {"projection": "haar", "weight_gradient_format": "low_rank"},
 }
-SMALLEST = {"smallest": 1024}
+SMALLEST = {"min_tensor_bytes": 1024}
 MODELS = ("mlp", "transformer", "unfused_masked", "llama", "bert", "t5", "mixtral", "vit")
 TOYS = ("mlp", "transformer")
 
@@ -111,12 +111,12 @@ def graph_lines(gm: fx.GraphModule) -> Iterator[str]:
 
 
 GRAPHS: dict[str, tuple[str, dict[str, Any]]] = {
-    "codes": ("mlp", {"method": "int8"}),
-    "projected in the forward": ("mlp", {"method": "haar", "profitable_only": False}),
-    "low-rank gradients": ("mlp", {"method": "haar", "gradients": "low_rank"}),
-    "decoded from projections": ("mlp", {"method": "prac", "profitable_only": False}),
+    "codes": ("mlp", {"codec": "int8"}),
+    "projected in the forward": ("mlp", {"projection": "haar", "skip_unprofitable": False}),
+    "low-rank gradients": ("mlp", {"projection": "haar", "weight_gradient_format": "low_rank"}),
+    "decoded from projections": ("mlp", {"projection": "prac", "skip_unprofitable": False}),
     "run again": ("mlp", {"memory_budget": 0.3}),
-    "loss in pieces": ("classifier", {"chunk_loss": 16}),
+    "loss in pieces": ("classifier", {"chunked_loss": 16}),
 }
 
 
@@ -168,14 +168,14 @@ def tied_toy() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     return TiedToy(), {"tokens": torch.arange(32) % 20}
 
 
-PROJECTED = {"method": "haar", "rank": 2, "profitable_only": False}
+PROJECTED = {"projection": "haar", "rank": 2, "skip_unprofitable": False}
 TOYS_OF_PASSES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
-    "chunked_loss": (tied_toy, {"chunk_loss": 16}),
-    "scatter_onto_sums": (tied_toy, {"chunk_loss": 16}),
+    "chunked_loss": (tied_toy, {"chunked_loss": 16}),
+    "scatter_onto_sums": (tied_toy, {"chunked_loss": 16}),
     "project_weight_gradients": (toy, PROJECTED),
-    "low_rank_gradients": (toy, {**PROJECTED, "gradients": "low_rank"}),
+    "low_rank_gradients": (toy, {**PROJECTED, "weight_gradient_format": "low_rank"}),
     "partition": (toy, PROJECTED),
-    "project_saved": (toy, {"method": "prac", "rank": 4, "profitable_only": False}),
+    "project_saved": (toy, {"projection": "prac", "rank": 4, "skip_unprofitable": False}),
 }
 """A toy that a pass changes, where another than a plain one does."""
 
@@ -183,9 +183,9 @@ TOYS_OF_PASSES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", [p.name for p in PASSES])
 def test_what_each_pass_makes_of_a_graph_is_what_was_looked_at(name: str, update: bool):
     """The graphs before and after it; one that stays as it is would be no test."""
-    make, options = TOYS_OF_PASSES.get(name, (toy, {"method": "int8"}))
+    make, options = TOYS_OF_PASSES.get(name, (toy, {"codec": "int8"}))
     module, inputs = make()
-    (region,) = explain_model(module, (), inputs, {"smallest": 0, **options}).regions
+    (region,) = explain_model(module, (), inputs, {"min_tensor_bytes": 0, **options}).regions
     (at,) = [i for i, stage in enumerate(region.stages) if stage.name == name]
     before, after = (
         [f"{kind}: {line}" for kind, gm in stage.graphs.items() for line in graph_lines(gm)]
@@ -198,7 +198,7 @@ def test_what_each_pass_makes_of_a_graph_is_what_was_looked_at(name: str, update
 
 def test_passes_can_be_listed_filtered_timed_and_left_out():
     module, inputs = toy()
-    (region,) = explain_model(module, (), inputs, {"smallest": 0}).regions
+    (region,) = explain_model(module, (), inputs, {"min_tensor_bytes": 0}).regions
     names = [p.name for p in PASSES]
     assert [stage.name for stage in region.stages] == ["traced", *names]
     assert all(region.seconds[name] > 0 for name in names)

@@ -16,8 +16,9 @@ from actpass.low_rank_gradient import Basis
 from actpass.memory.footprint import MARGIN
 from actpass.memory.profiler import measure
 from actpass.optim import AdamW, AdaPM, CompActAdamW, LazySubspaceAdamW, OasisAdamW
+from actpass.options import options_for
 from actpass.runtime.regions import clear
-from actpass.runtime.step_counter import CLOCK
+from actpass.runtime.step_counter import STEP_COUNTER
 from actpass.runtime.subspaces import STORE
 
 from . import models
@@ -45,7 +46,7 @@ def both(
     model, inputs = on_cuda(made)
     results = []
     chosen: dict[str, Any]
-    for chosen in ({"method": "exact"}, options):
+    for chosen in ({"policy": "exact"}, options):
         torch.compiler.reset()
         clear()
         compiled = torch.compile(model, backend="actcomp", options=chosen)
@@ -60,8 +61,8 @@ def both(
 @pytest.mark.parametrize("method", LEARNED)
 def test_learned_subspaces_change_only_their_own_gradients_on_cuda(method: str, mode: str | None):
     made = models.transformer()
-    options = {"method": method, "rank": 0.25, "refresh_interval": 2, "profitable_only": False, "mode": mode}
-    more = {"nonlinear_rank": None} if method == "prac" else {}
+    options = {**options_for(method), "rank": 0.25, "refresh_interval": 2, "skip_unprofitable": False, "mode": mode}
+    more = {"activation_rank": None} if method == "prac" else {}
     (_, want), (_, got) = both(made, loss_error=1e-6, **options, **more)  # with a sketch Inductor's sums are split otherwise
     touched = projected(actpass.report(made[0]))
     assert touched
@@ -77,16 +78,16 @@ def test_low_rank_gradients_are_the_dense_ones_on_cuda(method: str, mode: str | 
     """Four times in one subspace, refreshed never; accumulated where no CUDA graph writes to its own gradients again. The dense
     run sums in another order. Copied: what a CUDA graph returned goes with it."""
     model, inputs = on_cuda(models.transformer())
-    options: dict[str, Any] = {"method": method, "rank": 0.25, "refresh_interval": 100, "mode": mode}
+    options: dict[str, Any] = {**options_for(method), "rank": 0.25, "refresh_interval": 100, "mode": mode}
     if method == "prac":
-        options |= {"nonlinear_rank": None, "complement": "frozen"}
+        options |= {"activation_rank": None, "resample": "every_refresh"}
     found = []
     for gradients in ("dense", "low_rank"):
         torch.compiler.reset()
         clear()
         STORE.clear()
-        CLOCK.steps = 0
-        run = torch.compile(model, backend="actcomp", options={**options, "profitable_only": False, "gradients": gradients})
+        STEP_COUNTER.steps = 0
+        run = torch.compile(model, backend="actcomp", options={**options, "skip_unprofitable": False, "weight_gradient_format": gradients})
         model.zero_grad()
         for _ in range(4):
             if mode is not None:
@@ -128,7 +129,7 @@ def test_generator_gives_the_same_bits_on_cuda(draw):
 @pytest.mark.parametrize("method", PROJECTIONS)
 def test_projection_changes_only_its_own_gradients_on_cuda(method: str, mode: str | None):
     made = models.transformer()
-    (_, want), (_, got) = both(made, method=method, rank=0.25, profitable_only=False, mode=mode)
+    (_, want), (_, got) = both(made, **options_for(method), rank=0.25, skip_unprofitable=False, mode=mode)
     touched = projected(actpass.report(made[0]))
     assert touched
     others = want.keys() - touched
@@ -139,7 +140,7 @@ def test_projection_changes_only_its_own_gradients_on_cuda(method: str, mode: st
 @MODES
 @pytest.mark.parametrize("method", LARGEST_ERROR)
 def test_low_bits_leave_the_forward_and_nearly_the_gradients_on_cuda(method: str, mode: str | None):
-    (_, want), (_, got) = both(models.transformer(), method=method, smallest=0, mode=mode)
+    (_, want), (_, got) = both(models.transformer(), **options_for(method), min_tensor_bytes=0, mode=mode)
     assert_close(got, want, LARGEST_ERROR[method])
     assert any(not torch.equal(got[n], want[n]) for n in want)
 
@@ -147,7 +148,7 @@ def test_low_bits_leave_the_forward_and_nearly_the_gradients_on_cuda(method: str
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", models.HUGGING_FACE)
 def test_architectures_under_autocast_on_cuda(name: str, dtype: torch.dtype):
-    (_, want), (_, got) = both(models.HUGGING_FACE[name](), dtype, method="auto", smallest=0)
+    (_, want), (_, got) = both(models.HUGGING_FACE[name](), dtype, policy="auto", min_tensor_bytes=0)
     assert_close(got, want, 0.25)  # 4 bits where only a weight's gradient reads it
 
 
@@ -180,7 +181,7 @@ def test_predicted_peak_is_within_the_margin_of_the_measured_on_cuda(plan: str):
 
 def test_report_saved_bytes_agree_with_the_allocator():
     model, inputs = on_cuda(models.transformer())
-    compiled = torch.compile(model, backend="actcomp", options=dict[str, Any](method="rademacher", rank=0.25))
+    compiled = torch.compile(model, backend="actcomp", options=dict[str, Any](projection="rademacher", rank=0.25))
     compiled(**inputs).backward()
     alive = measure(lambda: compiled(**inputs), "cuda")
     sites = [s for r in actpass.report(model).regions for s in r.sites if s.bytes_after]

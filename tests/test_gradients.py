@@ -11,6 +11,7 @@ from torch import nn
 import actpass
 from actpass.codecs import PROJECTIONS
 from actpass.codecs.generator import round_keys, step_seed
+from actpass.options import options_for
 
 from .helpers import assert_equal, eager_actcomp, error, projected, step
 
@@ -52,7 +53,7 @@ def test_projected_gradient_is_the_exact_one_times_the_projector(method: str, sc
     loss, exact = step(torch.compile(net, backend=eager_actcomp()), net, batch)
     dx, batch["x"].grad = batch["x"].grad, None
     torch.compiler.reset()
-    options = {"method": method, "rank": rank, "scale": scale, "seed": 7, "profitable_only": False}
+    options = {**options_for(method), "rank": rank, "projection_scaling": scale, "seed": 7, "skip_unprofitable": False}
     got_loss, got = step(torch.compile(net, backend=eager_actcomp(options)), net, batch)
     names = {"stem.weight", "q.weight", "k.weight", "conv", "experts"}
     assert projected(actpass.report(net)) == names
@@ -74,7 +75,7 @@ def test_full_rank_gradient_is_exact_to_rounding(method: str, dtype: torch.dtype
     batch = {"x": torch.randn(6, 4, D, dtype=dtype)}
     _, exact = step(torch.compile(net, backend=eager_actcomp()), net, batch)
     torch.compiler.reset()
-    options = {"method": method, "rank": 1.0, "profitable_only": False}
+    options = {**options_for(method), "rank": 1.0, "skip_unprofitable": False}
     _, got = step(torch.compile(net, backend=eager_actcomp(options)), net, batch)
     assert projected(actpass.report(net))
     for name in exact:
@@ -84,7 +85,9 @@ def test_full_rank_gradient_is_exact_to_rounding(method: str, dtype: torch.dtype
 
 def test_refresh_interval_keeps_the_basis_for_that_many_optimizer_steps():
     net, batch = Net(), inputs()
-    function = torch.compile(net, backend=eager_actcomp(method="rademacher", rank=8, refresh_interval=2, profitable_only=False))
+    function = torch.compile(
+        net, backend=eager_actcomp(projection="rademacher", rank=8, refresh_interval=2, skip_unprofitable=False)
+    )
     still = torch.optim.SGD(net.parameters(), lr=0.0)
     grads = []
     for _ in range(4):

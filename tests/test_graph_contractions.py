@@ -17,12 +17,12 @@ D = 32
 
 def read(model: nn.Module, *inputs: torch.Tensor, **options) -> tuple[set[str], dict[str, str], Record]:
     """(parameters whose gradient is contracted through a projection, reasons of those left alone, record)."""
-    options = {"method": "rademacher", "rank": 0.25, "profitable_only": False, **options}
+    options = {"projection": "rademacher", "rank": 0.25, "skip_unprofitable": False, **options}
     (region,) = explain_model(model, inputs, {}, options).regions
     record = region.record
     assert record.active, record.inactive_because
-    projected = {p for site in record.sites if site.method for p in site.parameters}
-    return projected, {parameter: reason for _, parameter, reason in record.left_alone}, record
+    projected = {p for site in record.sites if site.projection for p in site.parameters}
+    return projected, {parameter: reason for _, parameter, reason in record.rejected}, record
 
 
 class Module(nn.Module):
@@ -142,7 +142,7 @@ def test_contractions_checkpointed_input_is_left_alone():
 
 def test_contractions_keep_override_leaves_exact():
     model = Module(lambda m, x: m.b(F.gelu(m.a(x))), a=nn.Linear(D, D), b=nn.Linear(D, D))
-    projected, _, _ = read(model, torch.randn(8, D), overrides={"b": "keep"})
+    projected, _, _ = read(model, torch.randn(8, D), module_overrides={"b": "save"})
     assert projected == {"a.weight"}
 
 
@@ -236,9 +236,9 @@ def test_contractions_finds_lora_on_frozen_weight():
     model = Module(lora, stem=nn.Linear(D, D), w=nn.Linear(D, D), a=nn.Linear(D, 4), b=nn.Linear(4, D))
     model.w.requires_grad_(False)
     model.stem.requires_grad_(False)
-    projected, _, record = read(model, torch.randn(64, D), overrides={"b": "keep"})
+    projected, _, record = read(model, torch.randn(64, D), module_overrides={"b": "save"})
     assert projected == {"a.weight"}
-    (site,) = [s for s in record.sites if s.method]
+    (site,) = [s for s in record.sites if s.projection]
     assert site.form == "project"
     assert site.bytes_after == 64 * (D // 4) * 4
 

@@ -78,7 +78,7 @@ def page_of(report: Report, folder: Path) -> Page:
 @functools.cache
 def in_few_bits() -> Report:
     model, inputs = models.mlp()
-    return actpass.explain(model, options={"method": "int8", "smallest": 64}, **inputs)
+    return actpass.explain(model, options={"codec": "int8", "min_tensor_bytes": 64}, **inputs)
 
 
 REPORTS = [of_a_transformer, in_two_regions, explored, in_few_bits, lambda: Report((), "not yet")]
@@ -158,7 +158,7 @@ def test_what_the_user_named_is_escaped(tmp_path: Path):
     report = in_two_regions()
     first = report.regions[0]
     rows = tuple(replace(s, module=EVIL, reason=EVIL, source=EVIL) for s in first.sites)
-    first = replace(first, sites=rows, notes=(EVIL,), left_alone=((EVIL, EVIL, EVIL),), inactive_because=EVIL)
+    first = replace(first, sites=rows, notes=(EVIL,), rejected=((EVIL, EVIL, EVIL),), inactive_because=EVIL)
     report = replace(report, regions=(first, *report.regions[1:]), notes=(EVIL,))
     page = page_of(report, tmp_path)
     assert page.count("script") == 1

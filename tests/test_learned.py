@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from actpass.codecs import LEARNED
 from actpass.codecs.generator import round_keys, step_seed
-from actpass.codecs.projections.learned import first_state, moved, nudged, resized, sketch, state_shape
+from actpass.codecs.projections.learned import approximate_step, first_state, power_iteration_step, resized, sketch, state_shape
 from actpass.codecs.projections.orthonormal import orthonormal
 from actpass.codecs.projections.sampled import inclusion_probabilities
 
@@ -41,7 +41,9 @@ def trained(name: str, rank: int = R, steps: int = 6) -> torch.Tensor:
     method = LEARNED[name]
     state = first_state(method, key(0), N, rank)
     for i in range(steps):
-        state, _ = moved(method, state, sketch(tokens(i), state, points(seed=i)), rank, 1.0 if i < 3 else method.step_size)
+        state, _ = power_iteration_step(
+            method, state, sketch(tokens(i), state, points(seed=i)), rank, 1.0 if i < 3 else method.step_size
+        )
     return state
 
 
@@ -87,7 +89,7 @@ def test_a_sketch_reads_what_the_projection_has_computed(name: str):
 @methods
 def test_spectrum_is_the_energy_along_each_direction(name: str):
     state, x = trained(name), tokens(9)
-    _, spectrum = moved(LEARNED[name], state, sketch(x, state, (torch.arange(TOKENS) + 0.5) / TOKENS), R, 1.0)
+    _, spectrum = power_iteration_step(LEARNED[name], state, sketch(x, state, (torch.arange(TOKENS) + 0.5) / TOKENS), R, 1.0)
     assert spectrum is not None
     principal = LEARNED[name].principal(R)
     best = torch.linalg.svdvals(x.double())[: state.shape[1]].square() / float(x.double().square().sum())
@@ -162,7 +164,7 @@ def test_another_rank_keeps_the_leading_directions(name: str, other: int):
 @pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
 def test_a_sketch_of_nothing_or_of_nonsense_moves_nothing(name: str, bad: float):
     state = trained(name)
-    got, spectrum = moved(LEARNED[name], state, torch.full_like(state, bad), R, 1.0)
+    got, spectrum = power_iteration_step(LEARNED[name], state, torch.full_like(state, bad), R, 1.0)
     assert torch.equal(got, state)
     assert spectrum is None
 
@@ -174,7 +176,7 @@ def test_tokens_of_less_rank_than_asked_for_give_a_whole_subspace(name: str):
     method = LEARNED[name]
     state = first_state(method, key(0), N, R)
     for i in range(4):
-        state, _ = moved(method, state, sketch(x, state, points(seed=i)), R, 1.0)
+        state, _ = power_iteration_step(method, state, sketch(x, state, points(seed=i)), R, 1.0)
     q = state[:-1]
     assert float((q.t() @ q - torch.eye(q.shape[1])).abs().max()) < 1e-5
     p = basis(name, state, 0)
@@ -188,7 +190,7 @@ def test_a_small_move_without_eigenvectors_spans_what_the_sorted_one_spans():
     state = first_state(method, round_keys(3), N, R)
     for i in range(4):
         taken = sketch(tokens(i), state, points(seed=i))
-        (quick, _), (sorted_, _) = nudged(state, taken, 0.2), moved(method, state, taken, R, 0.2)
+        (quick, _), (sorted_, _) = approximate_step(state, taken, 0.2), power_iteration_step(method, state, taken, R, 0.2)
         a, b = quick[:-1].double(), sorted_[:-1].double()
         assert float((a.T @ a - torch.eye(a.shape[1])).abs().max()) < 1e-5
         assert float((a @ a.T - b @ b.T).norm() / b.shape[1] ** 0.5) < 1e-3
@@ -200,7 +202,7 @@ def test_a_small_move_without_eigenvectors_spans_what_the_sorted_one_spans():
 def test_a_small_move_by_nonsense_moves_nothing(bad: float):
     state = first_state(LEARNED["oasis"], round_keys(3), N, R)
     for sort in (False, True):
-        still, energies = nudged(state, torch.full_like(state, bad), 0.2, sort=sort)
+        still, energies = approximate_step(state, torch.full_like(state, bad), 0.2, sort=sort)
         assert torch.equal(still, state)
         assert energies is None or bool(energies.isnan().all())
 
@@ -211,13 +213,13 @@ def test_small_moves_sort_the_directions_and_say_what_they_hold():
     states = torch.stack([first_state(method, round_keys(seed), N, R) for seed in (3, 4)])
     for i in range(12):
         taken = torch.stack([sketch(x, state, points(seed=i)) for state in states])
-        before, (states, energies) = states, nudged(states, taken, 0.5, sort=True)
+        before, (states, energies) = states, approximate_step(states, taken, 0.5, sort=True)
     assert energies is not None
     exact = torch.linalg.eigvalsh(x.double().T @ x.double()).flip(0) / x.double().square().sum()
     for state, present, found in zip(states, before, energies, strict=True):
         q = state[:-1].double()
         assert float((q.T @ q - torch.eye(q.shape[1])).abs().max()) < 1e-5
-        _, spectrum = moved(method, present, sketch(x, present, points(seed=11)), R, 0.5)
+        _, spectrum = power_iteration_step(method, present, sketch(x, present, points(seed=11)), R, 0.5)
         assert spectrum is not None
         assert float((found[:R] - spectrum.captured[:R]).abs().max()) < 0.02
         assert float(found[:R].sum()) > 0.97 * float(exact[:R].sum())

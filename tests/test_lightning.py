@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import actpass
-from actpass.runtime.step_counter import CLOCK
+from actpass.runtime.step_counter import STEP_COUNTER
 
 from .helpers import Grads, assert_equal
 
@@ -25,8 +25,8 @@ pytestmark = [
 ]
 
 OPTIONS = {
-    "haar": {"method": "haar", "rank": 8, "profitable_only": False},
-    "pca": {"method": "pca", "rank": 8, "profitable_only": False, "refresh_interval": 1},
+    "haar": {"projection": "haar", "rank": 8, "skip_unprofitable": False},
+    "pca": {"projection": "pca", "rank": 8, "skip_unprofitable": False, "refresh_interval": 1},
 }
 
 
@@ -57,7 +57,7 @@ class Logger(lightning.loggers.logger.DummyLogger):
 def fit(options: dict[str, Any], callbacks: list[Any], path: Path | None = None, **more: Any) -> Any:
     """Two epochs of four steps, as in a process of its own."""
     torch.compiler.reset()
-    CLOCK.steps, CLOCK.drawn = 0, False
+    STEP_COUNTER.steps, STEP_COUNTER.drawn = 0, False
     torch.manual_seed(0)
     module = Module()
     module.compile(backend="actcomp", options=options)
@@ -82,9 +82,9 @@ def each_epoch(folder: Path) -> Any:
 def test_a_resumed_run_is_bitwise_the_run_that_was_not_stopped(name: str, tmp_path: Path):
     ours = ActpassCallback(print_report=False)
     whole = weights(fit(OPTIONS[name], [ours, each_epoch(tmp_path)]))
-    assert CLOCK.steps == 8
+    assert STEP_COUNTER.steps == 8
     resumed = weights(fit(OPTIONS[name], [ours], tmp_path / "epoch=0.ckpt", enable_checkpointing=False))
-    assert CLOCK.steps == 8
+    assert STEP_COUNTER.steps == 8
     assert_equal(resumed, whole)
 
 
@@ -97,7 +97,7 @@ def test_a_checkpoint_without_the_state_is_told_so(tmp_path: Path):
 def test_the_report_is_printed_once_and_the_bytes_are_logged(capsys: pytest.CaptureFixture[str]):
     logger = Logger()
     trainer = fit({}, [ActpassCallback()], logger=logger, enable_checkpointing=False)
-    assert capsys.readouterr().out.count("actpass: active, method=auto") == 1
+    assert capsys.readouterr().out.count("actpass: active, policy='auto'") == 1
     report = actpass.report(trainer.lightning_module)
     (logged,) = [(m, step) for m, step in logger.logged if "actpass_saved_bytes" in m]
     assert logged == ({"actpass_saved_bytes": report.saved_bytes, "actpass_predicted_peak_bytes": report.totals.peak_bytes}, 1)

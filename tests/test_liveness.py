@@ -14,7 +14,7 @@ from actpass.memory.footprint import MARGIN
 from actpass.memory.fusion import Fusion
 from actpass.memory.kernel import Kernel
 from actpass.memory.profiler import measure
-from actpass.options.config import parse
+from actpass.options import parse
 from actpass.plan import Plan
 from actpass.plan_file.schema import region
 from actpass.torch_compat import FUSION_GATE, inductor_config
@@ -23,13 +23,17 @@ from .helpers import TORCH_2_11
 from .test_report import LossOnly
 
 PLANS: dict[str, dict[str, Any]] = {
-    "inductor": {"method": "exact", "memory_budget": 1.0},
-    "exact": {"method": "exact"},
-    "auto": {"method": "auto", "smallest": 1024},
-    "haar": {"method": "haar", "rank": 0.25},
-    "again": {"method": "auto", "smallest": 1024, "memory_budget": 0.15},
-    "whole": {"method": "exact", "defer_logits": False},
-    "gated": {"method": "auto", "smallest": 1024, "inductor": {FUSION_GATE[0]: 0.0}},  # by the user, and less than ours
+    "inductor": {"policy": "exact", "memory_budget": 1.0},
+    "exact": {"policy": "exact"},
+    "auto": {"policy": "auto", "min_tensor_bytes": 1024},
+    "haar": {"projection": "haar", "rank": 0.25},
+    "again": {"policy": "auto", "min_tensor_bytes": 1024, "memory_budget": 0.15},
+    "whole": {"policy": "exact", "defer_logits": False},
+    "gated": {
+        "policy": "auto",
+        "min_tensor_bytes": 1024,
+        "inductor_options": {FUSION_GATE[0]: 0.0},
+    },  # by the user, and less than ours
 }
 
 
@@ -211,7 +215,9 @@ def test_sums_over_all_layers_keep_what_they_sum():
     torch.manual_seed(0)
     budget = 3_000_000 if HAS_GATE else 3_300_000
     model, x = GatedLayers(), torch.randn(1024, 64)
-    compiled = torch.compile(model, backend="actcomp", options={"method": "auto", "smallest": 0, "memory_budget": budget})
+    compiled = torch.compile(
+        model, backend="actcomp", options={"policy": "auto", "min_tensor_bytes": 0, "memory_budget": budget}
+    )
 
     def step() -> None:
         compiled(x).backward()
@@ -254,24 +260,26 @@ def test_the_gate_refuses_a_fusion_that_lifts_the_peak(monkeypatch: pytest.Monke
         assert (["first", "second"] in _fused(kernels, **sizes)) == together
 
 
-GATED = [{}, {"memory_budget": 0.3}, {"memory_budget": "1GiB"}, {"method": "exact"}, {"method": "haar"}]
+GATED = [{}, {"memory_budget": 0.3}, {"memory_budget": "1GiB"}, {"policy": "exact"}, {"projection": "haar"}]
 
 
 @pytest.mark.parametrize("options", GATED, ids=str)
 def test_the_gate_is_set_under_every_plan_unless_the_user_sets_it(options: dict[str, Any]):
     gib, share = FUSION_GATE
     assert (share in inductor_options(parse(options, None))) == HAS_GATE
-    assert share not in inductor_options(parse({**options, "inductor": {gib: None}}, None))
+    assert share not in inductor_options(parse({**options, "inductor_options": {gib: None}}, None))
     if HAS_GATE:
         with inductor_config.patch({gib: 1.0}):
             own = inductor_options(parse(options, None))
         assert not {gib, share} & set(own)
         # What reuse holds would not be predicted beside any gate, but where nothing is coded.
-        keeps = options == {"method": "exact"}
+        keeps = options == {"policy": "exact"}
         assert own.get("allow_buffer_reuse", True) == keeps
-        assert inductor_options(parse({**options, "inductor": {gib: 1.0}}, None)).get("allow_buffer_reuse", True) == keeps
+        assert (
+            inductor_options(parse({**options, "inductor_options": {gib: 1.0}}, None)).get("allow_buffer_reuse", True) == keeps
+        )
         asked = {gib: 1.0, "allow_buffer_reuse": True}
-        assert inductor_options(parse({**options, "inductor": asked}, None)).items() >= asked.items()
+        assert inductor_options(parse({**options, "inductor_options": asked}, None)).items() >= asked.items()
 
 
 def test_inductor_alone_has_no_gate():
@@ -288,7 +296,7 @@ def test_a_plan_says_what_fusions_may_add_and_older_files_are_read():
 @pytest.mark.architectures
 def test_peak_counts_what_is_returned():
     model, inputs = llama()
-    options = {"method": "exact", "chunk_loss": False}
+    options = {"policy": "exact", "chunked_loss": False}
     loss_only, whole = (actpass.explain(m, options=options, **inputs).totals.peak_bytes for m in (model, model.model))
     assert loss_only is not None
     assert whole is not None

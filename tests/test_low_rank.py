@@ -16,9 +16,10 @@ from actpass.codecs.generator import round_keys, step_seed
 from actpass.low_rank_gradient import Basis, LowRankGradient, nbytes
 from actpass.memory.profiler import measure
 from actpass.optim import LazySubspaceAdamW, OasisAdamW
+from actpass.options import options_for
 from actpass.passes import low_rank_gradients as factor
 from actpass.runtime import low_rank_binding as factors
-from actpass.runtime.step_counter import CLOCK
+from actpass.runtime.step_counter import STEP_COUNTER
 from actpass.runtime.subspaces import STORE
 
 from . import models
@@ -65,9 +66,9 @@ def gradients_of(name: str, **options: Any) -> tuple[nn.Module, dict[str, torch.
     STORE.clear()
     model, inputs = MODELS[name]()
     torch.manual_seed(0)
-    function = torch.compile(model, backend=eager_actcomp(profitable_only=False, nonlinear_rank=None, **options)
+    function = torch.compile(model, backend=eager_actcomp(skip_unprofitable=False, activation_rank=None, **options)
                              if options["method"] in ("pca", "prac", "oasis") else
-                             eager_actcomp(profitable_only=False, **options))  # fmt: skip
+                             eager_actcomp(skip_unprofitable=False, **options))  # fmt: skip
     loss_of(function(**inputs)).backward()
     loss_of(function(**inputs)).backward()  # accumulated
     return model, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -79,8 +80,8 @@ def gradients_of(name: str, **options: Any) -> tuple[nn.Module, dict[str, torch.
     [("net", "gaussian"), ("net", "prac"), ("net", "oasis"), ("transformer", "haar"), ("llama", "oasis"), ("gpt2", "haar")],
 )
 def test_factors_are_those_of_the_dense_gradient(name: str, method: str):
-    _, want = gradients_of(name, method=method, rank=8)
-    model, got = gradients_of(name, method=method, rank=8, gradients="low_rank")
+    _, want = gradients_of(name, **options_for(method), rank=8)
+    model, got = gradients_of(name, **options_for(method), rank=8, weight_gradient_format="low_rank")
     factored = {n for n, g in got.items() if isinstance(g, LowRankGradient)}
     projected = {p for r in actpass.report(model).regions for d in r.plan["decisions"] if d["rank"] for p in d["parameters"]}
     assert factored == projected
@@ -109,11 +110,11 @@ def test_a_weight_that_is_read_twice_has_the_sum_of_its_factors():
     def run(**options: Any) -> Any:
         torch.compiler.reset()
         model.zero_grad()
-        torch.compile(model, backend=eager_actcomp(method="haar", rank=8, profitable_only=False, **options))(x).backward()
+        torch.compile(model, backend=eager_actcomp(projection="haar", rank=8, skip_unprofitable=False, **options))(x).backward()
         return model.shared.weight.grad
 
     want = run()
-    got = run(gradients="low_rank")
+    got = run(weight_gradient_format="low_rank")
     assert isinstance(got, LowRankGradient)
     assert error(got.dense(), want) < 1e-6
 
@@ -128,7 +129,7 @@ def test_a_weight_whose_gradient_has_another_source_stays_dense():
             return self.b(torch.tanh(self.a(x))).square().mean() + self.a.weight.square().sum()
 
     model = Other()
-    function = torch.compile(model, backend=eager_actcomp(method="haar", rank=8, gradients="low_rank"))
+    function = torch.compile(model, backend=eager_actcomp(projection="haar", rank=8, weight_gradient_format="low_rank"))
     function(torch.randn(32, 24)).backward()
     assert not isinstance(model.a.weight.grad, LowRankGradient)
     assert isinstance(model.b.weight.grad, LowRankGradient)
@@ -145,7 +146,9 @@ def test_the_report_says_which_gradients_stay_in_factors_and_which_are_dense():
             return self.head(torch.tanh(x @ a.t()) * torch.tanh(x @ b.t())).square().mean()
 
     model = Parts()
-    torch.compile(model, backend=eager_actcomp(method="haar", rank=8, gradients="low_rank"))(torch.randn(32, 24)).backward()
+    torch.compile(model, backend=eager_actcomp(projection="haar", rank=8, weight_gradient_format="low_rank"))(
+        torch.randn(32, 24)
+    ).backward()
     assert not isinstance(model.both.weight.grad, LowRankGradient)
     stay, dense = (n for region in actpass.report(model).regions for n in region.notes)
     assert stay == f"1 weight gradients stay in their factors: {24 * 8} numbers in place of {24 * 24}"
@@ -169,7 +172,7 @@ def test_the_dense_gradient_never_exists():
 
     def peak(**options: Any) -> tuple[int, int]:
         torch.compiler.reset()
-        function = torch.compile(model, backend="actcomp", options={"method": "haar", "rank": 64, **options})
+        function = torch.compile(model, backend="actcomp", options={"projection": "haar", "rank": 64, **options})
 
         def step() -> None:
             function(x).backward()
@@ -183,9 +186,9 @@ def test_the_dense_gradient_never_exists():
         return found.peak_bytes, held
 
     whole = 6 * 1024 * 1024 * 4
-    dense, held = peak(profitable_only=False)
+    dense, held = peak(skip_unprofitable=False)
     assert held == whole
-    low, held = peak(gradients="low_rank")
+    low, held = peak(weight_gradient_format="low_rank")
     assert held == whole * 64 // 1024
     assert dense > whole
     assert low < 0.3 * dense
@@ -194,11 +197,17 @@ def test_the_dense_gradient_never_exists():
 def test_a_seeded_basis_lasts_as_long_as_its_draw():
     torch.compiler.reset()
     model, inputs = Net(), net_inputs()
-    options = {"method": "haar", "rank": 4, "gradients": "low_rank", "refresh_interval": 2, "profitable_only": False}
+    options = {
+        "projection": "haar",
+        "rank": 4,
+        "weight_gradient_format": "low_rank",
+        "refresh_interval": 2,
+        "skip_unprofitable": False,
+    }
     function = torch.compile(model, backend=eager_actcomp(**options))
     found = []
     for step in range(4):
-        CLOCK.steps = step
+        STEP_COUNTER.steps = step
         loss_of(function(**inputs)).backward()
         found.append([p.grad.basis for p in model.parameters() if isinstance(p.grad, LowRankGradient)])
         model.zero_grad()
@@ -210,16 +219,16 @@ def test_a_seeded_basis_lasts_as_long_as_its_draw():
 
 
 def test_options_that_mean_nothing_are_refused():
-    for options in ({"method": "exact"}, {"method": "int8"}, {}):
+    for options in ({"policy": "exact"}, {"codec": "int8"}, {}):
         with pytest.raises(actpass.OptionError, match="goes with a projection"):
-            eager_actcomp({**options, "gradients": "low_rank"})
+            eager_actcomp({**options, "weight_gradient_format": "low_rank"})
     with pytest.raises(actpass.OptionError, match="dense, low_rank"):
-        eager_actcomp({"method": "haar", "gradients": "lowrank"})
+        eager_actcomp({"projection": "haar", "gradients": "lowrank"})
 
 
 def test_the_plan_of_a_run_has_its_factors_and_is_followed():
     model, inputs = models.transformer()
-    run = torch.compile(model, backend=eager_actcomp(method="haar", rank=8, gradients="low_rank"))
+    run = torch.compile(model, backend=eager_actcomp(projection="haar", rank=8, weight_gradient_format="low_rank"))
     loss_of(run(**inputs)).backward()
     report = actpass.report(model)
     want = {n: p.grad.dense() for n, p in model.named_parameters() if isinstance(p.grad, LowRankGradient)}
@@ -451,7 +460,7 @@ class Shared(nn.Module):
 def test_two_weights_with_one_gradient_have_a_copy_each(real: bool):
     torch.manual_seed(0)
     model = Shared()
-    options = {"method": "haar", "rank": 8, "gradients": "low_rank", "smallest": 0}
+    options = {"projection": "haar", "rank": 8, "weight_gradient_format": "low_rank", "min_tensor_bytes": 0}
     function = torch.compile(
         model, **({"backend": "actcomp", "options": options} if real else {"backend": eager_actcomp(options)})
     )
@@ -560,17 +569,17 @@ def test_a_model_changes_dtype_with_gradients_that_were_zeroed_or_are_dense(zero
         assert torch.allclose(g.dense(), new.dense().double(), atol=1e-6)
 
 
-@pytest.mark.parametrize(("method", "complement", "stays"), [
-    ("prac", "auto", True), ("sampled", "auto", True), ("sampled", "fresh", False), ("prac", "fresh", False),
-    ("sampled", "frozen", True),
+@pytest.mark.parametrize(("method", "resample", "stays"), [
+    ("prac", "auto", True), ("sampled", "auto", True), ("sampled", "every_step", False), ("prac", "every_step", False),
+    ("sampled", "every_refresh", True),
 ])  # fmt: skip
-def test_what_is_random_in_a_learned_basis_stays_between_two_refreshes(method: str, complement: str, stays: bool):
+def test_what_is_random_in_a_learned_basis_stays_between_two_refreshes(method: str, resample: str, stays: bool):
     """So that an optimizer's moments are those of one basis; with dense gradients it is another at each step."""
     torch.compiler.reset()
     STORE.clear()
     model, inputs = Net(), net_inputs()
-    options = {"method": method, "rank": 4, "nonlinear_rank": None, "refresh_interval": 4, "profitable_only": False}
-    run = torch.compile(model, backend=eager_actcomp({**options, "gradients": "low_rank", "complement": complement}))
+    options = {**options_for(method), "rank": 4, "activation_rank": None, "refresh_interval": 4, "skip_unprofitable": False}
+    run = torch.compile(model, backend=eager_actcomp({**options, "weight_gradient_format": "low_rank", "resample": resample}))
     optimizer, counted = LazySubspaceAdamW(model.parameters(), lr=1e-3), []
     for _ in range(9):
         loss_of(run(**inputs)).backward()
@@ -591,8 +600,8 @@ def test_hooks_that_copy_what_is_saved_leave_the_subspace_one(method: str):
     torch.compiler.reset()
     STORE.clear()
     model, inputs = Net(), net_inputs()
-    options = {"method": method, "rank": 4, "gradients": "low_rank", "profitable_only": False}
-    run = torch.compile(model, backend=eager_actcomp({**options, **({"nonlinear_rank": None} if method == "pca" else {})}))
+    options = {**options_for(method), "rank": 4, "weight_gradient_format": "low_rank", "skip_unprofitable": False}
+    run = torch.compile(model, backend=eager_actcomp({**options, **({"activation_rank": None} if method == "pca" else {})}))
     for _ in range(2):
         with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
             loss = loss_of(run(**inputs))
@@ -607,9 +616,11 @@ def test_a_checkpoint_around_the_region_forms_the_gradient_in_the_basis_of_its_s
     def run(**options: Any) -> torch.Tensor:
         torch.compiler.reset()
         STORE.clear()
-        CLOCK.steps = 0
+        STEP_COUNTER.steps = 0
         model, inputs = models.mlp()
-        function = torch.compile(model, backend=eager_actcomp(method=method, rank=8, profitable_only=False, **options))
+        function = torch.compile(
+            model, backend=eager_actcomp(**options_for(method), rank=8, skip_unprofitable=False, **options)
+        )
         other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
         loss = torch.utils.checkpoint.checkpoint(function, inputs["x"], use_reentrant=False)
         other.step()
@@ -618,7 +629,7 @@ def test_a_checkpoint_around_the_region_forms_the_gradient_in_the_basis_of_its_s
         assert gradient is not None
         return gradient.dense() if isinstance(gradient, LowRankGradient) else gradient
 
-    assert error(run(gradients="low_rank"), run()) < 1e-6
+    assert error(run(weight_gradient_format="low_rank"), run()) < 1e-6
 
 
 def test_every_node_is_looked_at_once(monkeypatch: pytest.MonkeyPatch):
@@ -633,7 +644,9 @@ def test_every_node_is_looked_at_once(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(factor, "_coefficients", counted)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(20, 32), *models.transformer(layers=4)[0].blocks)
-    run = torch.compile(model, backend=eager_actcomp({"method": "haar", "rank": 0.25, "gradients": "low_rank"}))
+    run = torch.compile(
+        model, backend=eager_actcomp({"projection": "haar", "rank": 0.25, "weight_gradient_format": "low_rank"})
+    )
     run(torch.arange(16).view(1, 16)).square().sum().backward()
     assert len(seen) > 50
     assert len(seen) == len(set(seen))
@@ -643,10 +656,10 @@ def test_every_node_is_looked_at_once(monkeypatch: pytest.MonkeyPatch):
 def test_audit_and_calibrate_take_an_optimizer_whose_moments_are_of_coefficients():
     model, inputs = models.mlp()
     optimizer = OasisAdamW(model.parameters())
-    options = {"method": "oasis", "rank": 8, "gradients": "low_rank", "profitable_only": False}
+    options = {"projection": "oasis", "rank": 8, "weight_gradient_format": "low_rank", "skip_unprofitable": False}
     torch.compile(model, backend=eager_actcomp(options))(**inputs).backward()
     assert isinstance(model.up.weight.grad, LowRankGradient)
     optimizer.step()
-    options = {"method": "int4", "smallest": 0}
+    options = {"codec": "int4", "min_tensor_bytes": 0}
     assert actpass.audit(model, inputs, options=options, seeds=2, optimizer=optimizer).parameters
     assert actpass.calibrate(model, inputs, options=options, optimizer=optimizer).rows

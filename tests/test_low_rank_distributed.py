@@ -21,7 +21,7 @@ from actpass.distributed import reduce_low_rank
 from actpass.low_rank_gradient import LowRankGradient
 from actpass.memory.resident import resident
 from actpass.runtime import regions
-from actpass.runtime.step_counter import CLOCK
+from actpass.runtime.step_counter import STEP_COUNTER
 
 from . import models
 from .helpers import EPS, eager_actcomp, error, once
@@ -30,9 +30,9 @@ from .test_distributed import bare
 pytestmark = pytest.mark.distributed
 
 WORLD, RANK = 2, 4
-HAAR = {"method": "haar", "rank": RANK, "profitable_only": False}
+HAAR = {"projection": "haar", "rank": RANK, "skip_unprofitable": False}
 # frozen: as it is with low-rank gradients, so that dense ones lie in the same bases
-PRAC = {"method": "prac", "rank": RANK, "profitable_only": False, "nonlinear_rank": None, "complement": "frozen"}
+PRAC = {"projection": "prac", "rank": RANK, "skip_unprofitable": False, "activation_rank": None, "resample": "every_refresh"}
 # A gradient is a sum over T = 32 tokens and 2 ranks that is taken in another order, and goes through a basis of N <= 40 rows
 # before the mean and not after it: log2(64) + log2(40) roundings of EPS / 2 that add up at the worst, three such layers deep;
 # twice that, for both are rounded.
@@ -71,10 +71,10 @@ def train(
 ) -> dict[str, Any]:  # fmt: skip
     """What the last step leaves: gradients (dense), coefficients, bytes of its collectives without and with synchronization."""
     torch.compiler.reset()
-    CLOCK.steps, CLOCK.drawn = 0, False
+    STEP_COUNTER.steps, STEP_COUNTER.drawn = 0, False
     torch.manual_seed(rank)  # of rank 0, DDP gives to all
     model = models.MLP()
-    run = compiled(model, eager_actcomp({**options, **({"gradients": "low_rank"} if low_rank else {})}), **how)
+    run = compiled(model, eager_actcomp({**options, **({"weight_gradient_format": "low_rank"} if low_rank else {})}), **how)
     ddp = getattr(run, "_orig_mod", run)
     if finalizes:
         ddp.require_manual_backward_finalization = True
@@ -137,9 +137,9 @@ def unused(rank: int, low_rank: bool) -> list[dict[str, torch.Tensor]]:
     """The gradients of two steps in which rank 1 does not use the second expert; it has zeros before one, and none before the
     other."""
     torch.compiler.reset()
-    CLOCK.steps, CLOCK.drawn = 0, False
+    STEP_COUNTER.steps, STEP_COUNTER.drawn = 0, False
     torch.manual_seed(0)
-    model = Experts(eager_actcomp({**HAAR, **({"gradients": "low_rank"} if low_rank else {})}))
+    model = Experts(eager_actcomp({**HAAR, **({"weight_gradient_format": "low_rank"} if low_rank else {})}))
     ddp = DistributedDataParallel(model, find_unused_parameters=True)
     if low_rank:
         reduce_low_rank(ddp)
@@ -161,7 +161,7 @@ def desynchronized(rank: int, options: dict[str, Any], seed: int) -> str:
     torch.manual_seed(0)
     model = DistributedDataParallel(models.MLP())
     reduce_low_rank(model)
-    run = torch.compile(model, backend=eager_actcomp({**options, "gradients": "low_rank", "seed": seed * rank}))
+    run = torch.compile(model, backend=eager_actcomp({**options, "weight_gradient_format": "low_rank", "seed": seed * rank}))
     with pytest.raises(actpass.PlanError) as raised:
         run(next(batches(0, 1))).backward()
     return str(raised.value)
@@ -171,7 +171,7 @@ def nothing_called() -> dict[str, Any]:
     torch.compiler.reset()
     model = models.MLP()
     ddp = DistributedDataParallel(model)
-    run = torch.compile(ddp, backend=eager_actcomp({**HAAR, "gradients": "low_rank"}))
+    run = torch.compile(ddp, backend=eager_actcomp({**HAAR, "weight_gradient_format": "low_rank"}))
     with pytest.warns(actpass.ActpassWarning, match=r"dense, in its buckets.*Call actpass\.distributed\.reduce_low_rank"):
         run(next(batches(0, 1))).backward()
     run(next(batches(0, 1))).backward()  # warnings are errors here: it is said once
@@ -195,13 +195,13 @@ def nothing_called() -> dict[str, Any]:
 
 def sharded(rank: int, low_rank: bool) -> dict[str, Any]:
     torch.compiler.reset()
-    CLOCK.steps, CLOCK.drawn = 0, False
+    STEP_COUNTER.steps, STEP_COUNTER.drawn = 0, False
     from torch.distributed.fsdp import fully_shard
 
     regions.clear()  # its own are found by name
     torch.manual_seed(0)
     model: Any = fully_shard(models.MLP())
-    model.compile(backend=eager_actcomp({**HAAR, **({"gradients": "low_rank"} if low_rank else {})}))
+    model.compile(backend=eager_actcomp({**HAAR, **({"weight_gradient_format": "low_rank"} if low_rank else {})}))
     warned = pytest.warns(actpass.ActpassWarning, match="FSDP2 makes low-rank gradients dense, in its reduce-scatter")
     with warned if low_rank else nullcontext():
         model(next(batches(rank, 1))).backward()

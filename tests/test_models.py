@@ -38,7 +38,7 @@ def run(name: str, **options: Any) -> tuple[torch.nn.Module, torch.Tensor, Grads
 @cache
 def exact(name: str) -> tuple[torch.Tensor, Grads]:
     """Loss and gradients of ``method="exact"``, once a model: all three tests look at them."""
-    return run(name, method="exact")[1:]
+    return run(name, policy="exact")[1:]
 
 
 @pytest.mark.architectures
@@ -56,7 +56,7 @@ def test_exact_gives_the_gradients_of_the_model(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_srht_at_full_rank_gives_the_exact_gradients(name: str) -> None:
     want_loss, want = exact(name)
-    model, loss, grads = run(name, method="srht", rank=1.0, profitable_only=False)
+    model, loss, grads = run(name, projection="srht", rank=1.0, skip_unprofitable=False)
     assert len(projected(actpass.report(model))) == LINEARS[name]
     assert torch.equal(loss, want_loss)
     assert_close(grads, want, FULL_RANK)
@@ -66,7 +66,7 @@ def test_srht_at_full_rank_gives_the_exact_gradients(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_haar_changes_the_projected_gradients_and_nothing_else(name: str) -> None:
     want_loss, want = exact(name)
-    model, loss, grads = run(name, method="haar", rank=0.25, profitable_only=False)
+    model, loss, grads = run(name, projection="haar", rank=0.25, skip_unprofitable=False)
     touched = projected(actpass.report(model))
     assert len(touched) == LINEARS[name]
     assert touched <= want.keys()
@@ -75,6 +75,6 @@ def test_haar_changes_the_projected_gradients_and_nothing_else(name: str) -> Non
     assert not [n for n in touched if torch.equal(grads[n], want[n])]
     # no matrix is silently left as it is (by identity: Dynamo knows T5's shared embedding as the encoder's)
     report = actpass.report(model)
-    named = touched | {path for region in report.regions for _, path, _ in region.left_alone}
+    named = touched | {path for region in report.regions for _, path, _ in region.rejected}
     accounted = {id(model.get_parameter(path)) for path in named}
     assert not [n for n, p in model.named_parameters() if p.dim() > 1 and id(p) not in accounted], str(report)

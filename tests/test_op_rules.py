@@ -506,7 +506,7 @@ class Sorted(nn.Module):
     ("between", "name"), [(lambda x: x.cummax(-1).values, "cummax"), (torch.sin, None)], ids=["cummax", "sin"]
 )
 def test_an_operator_without_a_row_is_told_where_it_is_in_the_way(between: Callable[[Tensor], Tensor], name: str | None):
-    report = actpass.explain(Sorted(between), torch.randn(128, 64), options={"smallest": 0})
+    report = actpass.explain(Sorted(between), torch.randn(128, 64), options={"min_tensor_bytes": 0})
     notes = [note for note in report.regions[0].notes if "no rule for" in note]
     assert len(notes) == (name is not None)
     assert name is None or f"aten.{name}.default" in notes[0]

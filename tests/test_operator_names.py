@@ -59,7 +59,7 @@ class Halved(nn.Module):
 def test_a_foreign_operator_is_none_of_torchs(foreign: Any):
     """It is neither run again, nor taken for attention or a reduction, under a budget that would run either again."""
     x = torch.randn(128, 64)
-    report = actpass.explain(Halved(foreign), x, options={"memory_budget": 0.4, "smallest": 0})
+    report = actpass.explain(Halved(foreign), x, options={"memory_budget": 0.4, "min_tensor_bytes": 0})
     assert report.active
     assert report.totals.extra_attention == 0
     sites = [s for s in report.regions[0].sites if "actpass_tests" in s.op]

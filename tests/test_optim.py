@@ -21,7 +21,7 @@ from actpass.codecs.projections.learned import first_state
 from actpass.low_rank_gradient import Basis, LowRankGradient
 from actpass.optim import AdamW, AdaPM, CompActAdamW, LazySubspaceAdamW, OasisAdamW
 from actpass.optim.transforms import CarryMoments, Place, momentum_kind
-from actpass.runtime.step_counter import CLOCK
+from actpass.runtime.step_counter import STEP_COUNTER
 from actpass.runtime.subspaces import STORE
 
 from . import models
@@ -510,7 +510,7 @@ def test_resume_is_bitwise_across_a_refresh_and_a_change_of_rank(kind: Any, rank
         for i in range(stop, len(bases)):
             b = bases[i]
             if b.state is not None:
-                again = Basis(b.method, b.width, b.rank, b.key.clone(), b.draw, b.unbiased, b.state.clone())
+                again = Basis(b.projection, b.width, b.rank, b.key.clone(), b.draw, b.unbiased, b.state.clone())
                 b = loaded.setdefault(id(b), again)
             resumed.grad = LowRankGradient(numbers(i, ROWS, b.rank), b, left=False)
             optimizer.step()
@@ -606,19 +606,19 @@ def test_options_out_of_range_are_refused(kind: Any, options: dict[str, Any], me
 
 
 METHODS: list[Any] = [
-    (CompActAdamW, {"method": "gaussian", "refresh_interval": 5, "rank": 0.5}),
-    (OasisAdamW, {"method": "oasis", "rank": 0.5}),
-    (LazySubspaceAdamW, {"method": "haar", "refresh_interval": 5, "rank": 0.5}),
-    (AdaPM, {"method": "haar", "refresh_interval": 5, "rank": 0.5}),
-    (AdamW, {"method": "haar", "refresh_interval": 5, "rank": 0.5}),
-    (AdamW, {"method": "exact", "gradients": "dense"}),
+    (CompActAdamW, {"projection": "gaussian", "refresh_interval": 5, "rank": 0.5}),
+    (OasisAdamW, {"projection": "oasis", "rank": 0.5}),
+    (LazySubspaceAdamW, {"projection": "haar", "refresh_interval": 5, "rank": 0.5}),
+    (AdaPM, {"projection": "haar", "refresh_interval": 5, "rank": 0.5}),
+    (AdamW, {"projection": "haar", "refresh_interval": 5, "rank": 0.5}),
+    (AdamW, {"policy": "exact", "weight_gradient_format": "dense"}),
 ]
 
 
 @pytest.mark.parametrize(("kind", "options"), METHODS)
 def test_a_model_learns_and_resumes_bitwise(kind: Any, options: dict[str, Any], tmp_path: Any):
     """One optimizer for all parameters; clipping and a schedule; stopped in the middle, across a refresh."""
-    options = {"gradients": "low_rank", **options}
+    options = {"weight_gradient_format": "low_rank", **options}
     assert options["method"] in (*PROJECTIONS, *LEARNED, "exact")
 
     def begin() -> Any:
@@ -638,21 +638,21 @@ def test_a_model_learns_and_resumes_bitwise(kind: Any, options: dict[str, Any], 
             losses.append(loss.item())
         return losses
 
-    CLOCK.steps = 0
+    STEP_COUNTER.steps = 0
     STORE.clear()
     parts = begin()
     losses = train(*parts, 12)
     assert losses[-1] < 0.8 * losses[0]
     want = copy.deepcopy(parts[0].state_dict())
 
-    CLOCK.steps = 0
+    STEP_COUNTER.steps = 0
     STORE.clear()
     parts = begin()
     train(*parts, 7)
     model, _, optimizer, _ = parts
     saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "actpass": actpass.state_dict(model)}
     torch.save(saved, tmp_path / "run.pt")
-    CLOCK.steps = 99
+    STEP_COUNTER.steps = 99
     STORE.clear()
     parts = begin()
     model, _, optimizer, _ = parts

@@ -63,7 +63,7 @@ def test_overrides_match_the_real_paths_behind_a_wrapper():
     known = {name for name, _ in model.named_modules()}
     pattern = "inner.inner.layers.1"
     assert pattern in known
-    options: dict[str, Any] = {"method": "int8", "smallest": 0, "overrides": {pattern: "keep"}}
+    options: dict[str, Any] = {"codec": "int8", "min_tensor_bytes": 0, "module_overrides": {pattern: "save"}}
     report = actpass.explain(model, torch.randn(256, 64), options=options)
     sites = report.regions[0].sites
     stored = {s.module: s.codec for s in sites if s.bytes_after}

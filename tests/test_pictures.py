@@ -74,7 +74,7 @@ def in_two_regions() -> Report:
 @functools.cache
 def of_a_transformer() -> Report:
     model, inputs = models.transformer(layers=1)
-    return actpass.explain(model, options={"method": "auto", "smallest": 64}, **inputs)
+    return actpass.explain(model, options={"policy": "auto", "min_tensor_bytes": 64}, **inputs)
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)  # long lists, drawn while another worker compiles
@@ -99,7 +99,9 @@ def test_a_steps_curve_is_highest_at_the_peak_of_its_footprints(calls: list[Curv
     assert step.peak.backward == (step.peak.position > 1)
 
 
-@pytest.mark.parametrize("options", [{"method": "exact"}, {"method": "auto", "smallest": 64}, {"memory_budget": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"policy": "exact"}, {"policy": "auto", "min_tensor_bytes": 64}, {"memory_budget": 1.0}], ids=str
+)
 def test_curves_end_exactly_at_the_predicted_peaks(options: dict[str, Any]):
     model, inputs = models.transformer()
     report = actpass.explain(model, options=options, **inputs)
@@ -134,7 +136,7 @@ def test_the_largest_tensors_at_the_peak_are_named_by_kind_and_module():
     assert len(held) == 3
     assert [h.nbytes for h in held] == sorted((h.nbytes for h in held), reverse=True)
     assert all(h.what and h.module.startswith("blocks.") for h in held)
-    (region,) = actpass.explain(nn.Sequential(Wide()), torch.randn(4, 8), options={"method": "exact"}).regions
+    (region,) = actpass.explain(nn.Sequential(Wide()), torch.randn(4, 8), options={"policy": "exact"}).regions
     assert region.curves is not None
     assert str(region.curves.at_backward_peak[0]) == "gradient of 0.linear.weight"
 
@@ -282,7 +284,7 @@ def test_a_report_without_the_numbers_says_what_to_call(tmp_path: Path):
 @functools.cache
 def explored() -> Report:
     model, inputs = models.transformer(layers=1)
-    return actpass.explore(model, options={"method": "auto", "smallest": 64}, **inputs)
+    return actpass.explore(model, options={"policy": "auto", "min_tensor_bytes": 64}, **inputs)
 
 
 def test_explore_says_what_explain_says_and_what_other_budgets_would_give():
@@ -326,11 +328,11 @@ def test_error_of_a_plan_is_the_sum_of_its_forms():
     assert region.tradeoff is not None
     storages, kinds = region.plan["storages"], {s.name: s.kind for s in region.sites}
     factors = {("attention", "int8"): CANCELLING}
-    found = [(kinds[s["root"]], s["codec"]) for s in storages]
+    found = [(kinds[s["base"]], s["codec"]) for s in storages]
     assert found.count(("attention", "int8")) == 2
     more = [SHARE_IN_A_CONTRACTION if codec == "int4" else factors.get((kind, codec), 1.0) for kind, codec in found]
     weights = [
-        (QUANTIZERS[s["codec"]].error if s["codec"] != "keep" else 0.0) * factor * s["nbytes"]
+        (QUANTIZERS[s["codec"]].error if s["codec"] != "save" else 0.0) * factor * s["nbytes"]
         for s, factor in zip(storages, more, strict=True)
     ]
     assert region.tradeoff.chosen.error == pytest.approx(sum(weights) / sum(s["nbytes"] for s in storages))
@@ -364,5 +366,5 @@ def test_pareto_picture_shows_both_curves_and_the_plan(tmp_path: Path):
 
 def test_explore_refuses_a_method_that_chooses_nothing():
     model, inputs = models.mlp()
-    with pytest.raises(actpass.OptionError, match="method='int8' chooses nothing"):
-        actpass.explore(model, options={"method": "int8"}, **inputs)
+    with pytest.raises(actpass.OptionError, match="codec='int8' chooses nothing"):
+        actpass.explore(model, options={"codec": "int8"}, **inputs)

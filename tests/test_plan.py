@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from actpass.options.config import Treatment
+from actpass.options import TensorOptions, options_for
 from actpass.plan import Candidate, choose, noise, rank_sites
 from actpass.plan.rank_allocation import RankSite
 
@@ -15,7 +15,7 @@ def candidate(**changes) -> Candidate:
     values = {
         "name": "x",
         "matmuls": ("mm",),
-        "root": "x",
+        "base": "x",
         "parameters": ("w",),
         "groups": 1,
         "tokens": 2048,
@@ -29,7 +29,7 @@ def candidate(**changes) -> Candidate:
 
 
 def decide(c: Candidate, **changes):
-    (decision,) = choose([c], lambda _: Treatment(**{"method": "haar", **changes})).decisions
+    (decision,) = choose([c], lambda _: TensorOptions(**{"projection": "haar", **changes})).decisions
     return decision
 
 
@@ -62,7 +62,9 @@ def test_policy_projects_for_bytes_even_if_it_costs_flops():
 
 
 def test_policy_obeys_when_asked_for_the_unprofitable():
-    (decision,) = choose([candidate(width=1376, outs=(256,))], lambda _: Treatment("haar"), profitable_only=False).decisions
+    (decision,) = choose(
+        [candidate(width=1376, outs=(256,))], lambda _: TensorOptions(projection="haar"), skip_unprofitable=False
+    ).decisions
     assert decision.projects
 
 
@@ -72,11 +74,11 @@ def test_policy_rounds_rank_up_to_the_kernels_multiple_within_the_width():
 
 
 def test_plan_hash_is_stable_and_sees_every_field():
-    plan = choose([candidate()], lambda _: Treatment("haar"))
-    again = choose([candidate()], lambda _: Treatment("haar"))
-    other = choose([candidate()], lambda _: Treatment("haar", 0.5))
+    plan = choose([candidate()], lambda _: TensorOptions(projection="haar"))
+    again = choose([candidate()], lambda _: TensorOptions(projection="haar"))
+    other = choose([candidate()], lambda _: TensorOptions(projection="haar", rank=0.5))
     assert plan.hash == again.hash != other.hash
-    assert json.loads(json.dumps(plan.to_dict()))["schema_version"] == 6
+    assert json.loads(json.dumps(plan.to_dict()))["schema_version"] == 7
 
 
 @pytest.mark.parametrize("rank", [1, 0.001])
@@ -84,9 +86,9 @@ def test_policy_accepts_the_smallest_rank(rank):
     assert decide(candidate(), rank=rank).rank == 1
 
 
-def ranked(*candidates: Candidate, treatment: Treatment | None = None, **more):
-    wish = treatment or Treatment("haar", "budget")
-    return rank_sites(candidates, lambda _: wish, **more)
+def ranked(*candidates: Candidate, tensor_options: TensorOptions | None = None, **more):
+    request = tensor_options or TensorOptions(projection="haar", rank="budget")
+    return rank_sites(candidates, lambda _: request, **more)
 
 
 def stored(**changes) -> Candidate:
@@ -98,43 +100,49 @@ def test_a_site_weighs_its_weights_elements_and_the_variance_of_its_method():
     whole = 512 * (512 + 256)
     c = stored(outs=(512, 256), matmuls=("a", "b"))
     for method, numerator in (("haar", 512), ("srht", 512), ("gaussian", 513), ("rademacher", 511)):
-        assert ranked(c, treatment=Treatment(method, "budget")) == {"a": RankSite(whole * numerator, 2048 * 4, 512)}
+        assert ranked(c, tensor_options=TensorOptions(**options_for(method), rank="budget")) == {
+            "a": RankSite(whole * numerator, 2048 * 4, 512)
+        }
 
 
 def test_a_site_costs_what_is_stored():
     (half,) = ranked(stored(element_size=2, groups=3, x_bytes=3 * 2048 * 512 * 2, rank_multiple=8)).values()
     assert (half.nbytes, half.most, half.multiple) == (3 * 2048 * 2, 512, 8)
-    (coded,) = ranked(stored(), treatment=Treatment("haar", "budget", quantize="int4")).values()
+    (coded,) = ranked(stored(), tensor_options=TensorOptions(projection="haar", rank="budget", codec="int4")).values()
     assert coded.nbytes == 2048 // 2 + 2 * 2048 // 32
     (broadcast,) = ranked(stored(x_bytes=2048 * 100 * 4)).values()
     assert broadcast.most == 100
 
 
 def test_measured_weights_take_the_place_of_elements():
-    a, b = stored(matmuls=("a",), parameters=("first",)), stored(matmuls=("b",), parameters=("second",), root="y")
+    a, b = stored(matmuls=("a",), parameters=("first",)), stored(matmuls=("b",), parameters=("second",), base="y")
     found = ranked(a, b, weights={"first": 3.0, "second": 1.0})
     assert found["a"].error == 3 * found["b"].error == 3 * 512
-    assert noise([a, b], lambda _: Treatment("haar", "budget"), found, {"a": 128, "b": 512}, {"first": 3.0, "second": 1.0}) == (
-        0.75 * (512 / 128 - 1)
-    )
+    assert noise(
+        [a, b],
+        lambda _: TensorOptions(projection="haar", rank="budget"),
+        found,
+        {"a": 128, "b": 512},
+        {"first": 3.0, "second": 1.0},
+    ) == (0.75 * (512 / 128 - 1))
 
 
 def test_only_what_frees_bytes_takes_a_rank_from_the_budget():
     """Not what is rebuilt, not what other uses keep, and not x if another reader of it stays exact."""
 
-    def wish(paths: tuple[str, ...]) -> Treatment:
-        return Treatment("exact") if paths == ("exact",) else Treatment("haar", "budget")
+    def request(paths: tuple[str, ...]) -> TensorOptions:
+        return TensorOptions(policy="exact") if paths == ("exact",) else TensorOptions(projection="haar", rank="budget")
 
     candidates = [
-        stored(matmuls=("a",), root="a"),
-        candidate(matmuls=("b",), root="b", x_bytes=0),
-        candidate(matmuls=("c",), root="c"),
-        stored(matmuls=("d",), root="d"),
-        stored(matmuls=("e",), root="d", parameters=("exact",)),
+        stored(matmuls=("a",), base="a"),
+        candidate(matmuls=("b",), base="b", x_bytes=0),
+        candidate(matmuls=("c",), base="c"),
+        stored(matmuls=("d",), base="d"),
+        stored(matmuls=("e",), base="d", parameters=("exact",)),
     ]
-    sites = rank_sites(candidates, wish)
+    sites = rank_sites(candidates, request)
     assert set(sites) == {"a"}
-    decisions = choose(candidates, wish, ranks={"a": 64}).decisions
+    decisions = choose(candidates, request, ranks={"a": 64}).decisions
     assert [d.rank for d in decisions] == [64, None, None, None, None]
     assert decisions[0].project_in == "forward"
     for d, says in zip(decisions[1:], ("not stored", "other uses", "another weight gradient", "as asked"), strict=True):
@@ -143,7 +151,9 @@ def test_only_what_frees_bytes_takes_a_rank_from_the_budget():
 
 def test_without_a_limit_and_at_the_largest_rank_x_is_kept():
     for ranks in (None, {"mm": 512}):
-        (decision,) = choose([stored()], lambda _: Treatment("gaussian", "budget"), ranks=ranks).decisions
-        assert decision.method == "exact"
+        (decision,) = choose([stored()], lambda _: TensorOptions(projection="gaussian", rank="budget"), ranks=ranks).decisions
+        assert decision.projection is None
         assert decision.reason == "within the budget as it is"
-    assert noise([stored()], lambda _: Treatment("gaussian", "budget"), ranked(stored()), {"mm": 512}) == 0.0
+    assert (
+        noise([stored()], lambda _: TensorOptions(projection="gaussian", rank="budget"), ranked(stored()), {"mm": 512}) == 0.0
+    )

@@ -19,15 +19,15 @@ import torch.nn.functional as F
 from torch import nn
 
 import actpass
-from actpass.options.config import parse
+from actpass.options import parse
 from actpass.plan_file import ModelPlan
 from actpass.runtime import regions
 
 from . import models
 from .helpers import assert_equal, eager_actcomp, step
 
-SMALL = {"smallest": 0}
-PROJECTED = {"method": "haar", "rank": 4, "profitable_only": False}
+SMALL = {"min_tensor_bytes": 0}
+PROJECTED = {"projection": "haar", "rank": 4, "skip_unprofitable": False}
 
 
 class Tower(models.Block):
@@ -82,12 +82,12 @@ def storage(region: dict[str, Any], **wanted: Any) -> dict[str, Any]:
 
 CASES = {
     "auto": (tower, SMALL),
-    "exact": (tower, {"method": "exact"}),
+    "exact": (tower, {"policy": "exact"}),
     "as Inductor": (tower, {"memory_budget": 1.0}),
     "run again": (tower, {**SMALL, "memory_budget": 0.1}),
     "projected": (models.mlp, PROJECTED),
-    "projected and coded": (models.mlp, {**PROJECTED, **SMALL, "quantize": "int8"}),
-    "by name": (tower, {**SMALL, "method": "int4", "overrides": {"q": "int8"}}),
+    "projected and coded": (models.mlp, {**PROJECTED, **SMALL, "codec": "int8"}),
+    "by name": (tower, {**SMALL, "codec": "int4", "module_overrides": {"q": "int8"}}),
     "loss in pieces": (headed, {}),
 }
 
@@ -103,10 +103,10 @@ def test_a_plan_from_a_file_gives_the_same_plan_and_the_same_bytes(case: str, tm
     again = explain(build, plan=tmp_path / "plan.json")
     assert again.plan_hash == again.plan.hash == loaded.hash
     assert again.totals == first.totals
-    assert again.regions[0].method == "plan"
+    assert again.regions[0].projection == "plan"
     assert again.plan.diff(first.plan) == "the plans are the same"
     does = {
-        "run again": "again",
+        "run again": "recompute",
         "loss in pieces": "chunk_rows",
         "projected": "projections",
         "auto": "coded",
@@ -116,7 +116,7 @@ def test_a_plan_from_a_file_gives_the_same_plan_and_the_same_bytes(case: str, tm
 
 
 def test_gradients_under_a_given_plan_are_those_under_the_options_that_made_it():
-    options = {**SMALL, "method": "int8"}
+    options = {**SMALL, "codec": "int8"}
     model, inputs = tower()
     want = step(torch.compile(model, backend=eager_actcomp(options)), model, inputs)
     plan = actpass.report(model).plan
@@ -153,17 +153,17 @@ def test_a_changed_codec_is_followed_its_bytes_recomputed_and_the_difference_tol
 def test_a_dropped_entry_is_stored_as_it_is(auto: ModelPlan, tmp_path: Path):
     path = edited(auto, lambda r: r["storages"].remove(storage(r, module="up")), tmp_path)
     (after,) = (s for s in explain(tower, plan=path).plan.regions[0].storages if s.module == "up")
-    assert (after.codec, after.stored_bytes) == ("keep", after.nbytes)
+    assert (after.codec, after.stored_bytes) == ("save", after.nbytes)
     assert "the plan does not name it" in after.reason
 
 
 def test_a_dropped_name_is_not_run_again_and_an_added_one_is(tmp_path: Path):
     tight = explain(tower, **SMALL, memory_budget=0.1)
     matmul = next(n for n, module in tight.plan.regions[0].modules if module == "up")
-    fewer = explain(tower, plan=edited(tight.plan, lambda r: r["again"].remove(matmul), tmp_path))
+    fewer = explain(tower, plan=edited(tight.plan, lambda r: r["recompute"].remove(matmul), tmp_path))
     assert fewer.totals.extra_matmuls == tight.totals.extra_matmuls - 1
     assert f"no longer run again: up ({matmul})" in tight.plan.diff(fewer.plan)
-    back = explain(tower, plan=edited(fewer.plan, lambda r: r["again"].append(matmul), tmp_path))
+    back = explain(tower, plan=edited(fewer.plan, lambda r: r["recompute"].append(matmul), tmp_path))
     assert back.totals.extra_matmuls == tight.totals.extra_matmuls
     assert any(f"the backward runs {matmul} again" in note for note in back.regions[0].notes)
 
@@ -176,7 +176,7 @@ def test_a_changed_rank_is_followed(tmp_path: Path):
 
     report = explain(models.mlp, plan=edited(plan, rank, tmp_path))
     assert [d.rank for d in report.plan.regions[0].decisions] == [7, *(d.rank for d in plan.regions[0].decisions[1:])]
-    assert {s.rank for s in report.regions[0].sites if s.method} == {4, 7}
+    assert {s.rank for s in report.regions[0].sites if s.projection} == {4, 7}
 
 
 def wrong(**changes: Any) -> Callable[[dict[str, Any]], Any]:
@@ -192,18 +192,18 @@ MALFORMED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "rounding": (wrong(rounding="up"), r"rounding is 'up'. Allowed: stochastic, nearest"),
     "type": (wrong(nbytes="many"), r"storages\[0\].nbytes is 'many'. Allowed: an int"),
     "bool for int": (wrong(nbytes=True), r"nbytes is True"),
-    "group": (wrong(group=3), r"group is 3. Allowed: an int in \[8, 4096\]"),
-    "flag": (wrong(rotate=0), r"rotate is 0. Allowed: true or false"),
+    "group": (wrong(group_size=3), r"group_size is 3. Allowed: an int in \[8, 4096\]"),
+    "flag": (wrong(hadamard_rotation=0), r"rotate is 0. Allowed: true or false"),
     "unknown field": (wrong(codek="int8"), r"storages\[0\] has an unknown field 'codek'. Did you mean 'codec'"),
     "missing field": (drop, r"storages\[0\] lacks the field 'codec'"),
-    "again": (lambda r: r.update(again="mm"), r"regions\[0\].again is 'mm'. Allowed: a list"),
-    "name": (lambda r: r.update(again=[3]), r"again\[0\] is 3. Allowed: a string"),
-    "twice": (lambda r: r.update(keep=["a", "a"]), r"keep names 'a' twice"),
+    "again": (lambda r: r.update(recompute="mm"), r"regions\[0\].recompute is 'mm'. Allowed: a list"),
+    "name": (lambda r: r.update(recompute=[3]), r"again\[0\] is 3. Allowed: a string"),
+    "twice": (lambda r: r.update(must_save=["a", "a"]), r"must_save names 'a' twice"),
     "two entries": (
         lambda r: r["storages"].append(r["storages"][0]),
         r"is about the tensor .* as regions\[0\].storages\[0\] is",
     ),
-    "method": (lambda r: r["decisions"][0].update(method="svd"), r"decisions\[0\].method is 'svd'. Allowed: exact, gaussian"),
+    "method": (lambda r: r["decisions"][0].update(projection="svd"), r"decisions\[0\].projection is 'svd'. Allowed: gaussian"),
     "rank alone": (
         lambda r: r["decisions"][0].update(rank=4),
         r"decisions\[0\] is {.*'rank': 4.*exact with rank and project_in",
@@ -227,11 +227,14 @@ def test_a_malformed_field_is_named_with_its_value_and_what_is_allowed(case: str
     [
         ("{", "not JSON"),
         ("[]", "no schema_version"),
-        ('{"schema_version": 99, "hash": "", "regions": []}', "schema_version is 99. Allowed: 2"),
-        ('{"schema_version": 2, "hash": "", "regions": [], "regions": []}', "'regions' stands twice"),
-        ('{"schema_version": 2, "hash": NaN, "regions": []}', "NaN is not a number of JSON"),
-        ('{"schema_version": 2, "regions": []}', "lacks the field 'hash'"),
-        ('{"schema_version": 2, "hash": "", "regions": {}}', r"regions is \{\}. Allowed: a list"),
+        (
+            '{"schema_version": 99, "hash": "", "regions": []}',
+            "schema_version is 99. Allowed: 3 .the fields of older files have other names",
+        ),
+        ('{"schema_version": 3, "hash": "", "regions": [], "regions": []}', "'regions' stands twice"),
+        ('{"schema_version": 3, "hash": NaN, "regions": []}', "NaN is not a number of JSON"),
+        ('{"schema_version": 3, "regions": []}', "lacks the field 'hash'"),
+        ('{"schema_version": 3, "hash": "", "regions": {}}', r"regions is \{\}. Allowed: a list"),
     ],
 )
 def test_a_file_that_is_no_plan_says_why(text: str, message: str, tmp_path: Path):
@@ -247,7 +250,9 @@ def test_a_file_that_is_not_there_and_a_value_that_is_no_plan_are_told(tmp_path:
         parse({"plan": 3})
 
 
-@pytest.mark.parametrize("option", [{"method": "int8"}, {"smallest": 0}, {"overrides": {}}, {"chunk_loss": False}])
+@pytest.mark.parametrize(
+    "option", [{"codec": "int8"}, {"min_tensor_bytes": 0}, {"module_overrides": {}}, {"chunked_loss": False}]
+)
 def test_an_option_that_the_plan_has_decided_is_refused(option: dict[str, Any], auto: ModelPlan):
     with pytest.raises(actpass.OptionError, match=f"{next(iter(option))}=.* can't be given beside a plan"):
         parse({"plan": auto, **option})
@@ -268,12 +273,12 @@ FORBIDDEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "unknown tensor": (lambda r: r["storages"][0].update(node="nothing"), "names 'nothing', which is not in the graph"),
     "not stored": (lambda r: storage(r, module="up").update(node="mul"), "'mul' in int8, but it does not cross"),
-    "unknown again": (lambda r: r["again"].append("nothing"), "again names 'nothing', which is not in the graph"),
-    "pointwise again": (lambda r: r["again"].append("mul"), "again names 'mul', which is aten.mul.*Allowed: matmuls"),
-    "unknown keep": (lambda r: r["keep"].append("nothing"), "keep names 'nothing'"),
+    "unknown again": (lambda r: r["recompute"].append("nothing"), "recompute names 'nothing', which is not in the graph"),
+    "pointwise again": (lambda r: r["recompute"].append("mul"), "recompute names 'mul', which is aten.mul.*Allowed: matmuls"),
+    "unknown keep": (lambda r: r["must_save"].append("nothing"), "must_save names 'nothing'"),
     "input kept": (
-        lambda r: r["keep"].append("primals_1"),
-        "keep names 'primals_1', which is no value that the forward computes",
+        lambda r: r["must_save"].append("primals_1"),
+        "must_save names 'primals_1', which is no value that the forward computes",
     ),
     "no logits": (lambda r: r.update(chunk_rows=128), "forms the loss in pieces, which is not possible: no logits"),
     "other matmul": (lambda r: r["decisions"][0].update(matmuls=["mm"]), "names the matmul 'mm', which can't be projected"),
@@ -288,21 +293,23 @@ def test_what_the_graph_does_not_allow_is_refused_with_the_reason(case: str, aut
 
 
 def test_a_query_is_coded_coarsely_only_by_name_or_with_its_attention_run_again(auto: ModelPlan, tmp_path: Path):
-    report = explain(tower, plan=edited(auto, lambda r: storage(r, codec="int16").update(codec="int8", named=True), tmp_path))
-    assert any(s.codec == "int8" and s.named for s in report.plan.regions[0].storages)
+    report = explain(tower, plan=edited(auto, lambda r: storage(r, codec="int16").update(codec="int8", forced=True), tmp_path))
+    assert any(s.codec == "int8" and s.forced for s in report.plan.regions[0].storages)
     tight = explain(tower, **SMALL, memory_budget=0.1).plan
-    attention = next(n for n in tight.regions[0].again if "attention" in n)
+    attention = next(n for n in tight.regions[0].recompute if "attention" in n)
     with pytest.raises(actpass.PlanError, match=f"makes the query or key .*without its attention {attention!r}"):
-        explain(tower, plan=edited(tight, lambda r: r["again"].remove(attention), tmp_path))
+        explain(tower, plan=edited(tight, lambda r: r["recompute"].remove(attention), tmp_path))
 
 
 def test_scores_are_run_again_with_their_statistics_or_not_at_all(tmp_path: Path):
     plan = explain(models.unfused_masked, **SMALL, memory_budget=0.2).plan
     assert explain(models.unfused_masked, plan=edited(plan, lambda r: None, tmp_path)).plan_hash == plan.hash
-    with pytest.raises(actpass.PlanError, match=r"again names .*bmm.* without .*amax.*Scores and their softmax's statistics"):
-        explain(models.unfused_masked, plan=edited(plan, lambda r: r["again"].remove("amax_1"), tmp_path))
-    with pytest.raises(actpass.PlanError, match="again names 'mean'"):
-        explain(models.unfused_masked, plan=edited(plan, lambda r: r["again"].append("mean"), tmp_path))
+    with pytest.raises(
+        actpass.PlanError, match=r"recompute names .*bmm.* without .*amax.*Scores and their softmax's statistics"
+    ):
+        explain(models.unfused_masked, plan=edited(plan, lambda r: r["recompute"].remove("amax_1"), tmp_path))
+    with pytest.raises(actpass.PlanError, match="recompute names 'mean'"):
+        explain(models.unfused_masked, plan=edited(plan, lambda r: r["recompute"].append("mean"), tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -347,7 +354,7 @@ def test_a_plan_is_a_value_of_the_configuration(auto: ModelPlan):
     config = parse({"plan": auto})
     assert pickle.loads(pickle.dumps(config)) == config
     assert hash(config) == hash(parse({"plan": ModelPlan.of(auto.to_dict()["regions"])}))
-    other = ModelPlan((replace(auto.regions[0], again=("mm",)),))
+    other = ModelPlan((replace(auto.regions[0], recompute=("mm",)),))
     assert repr(parse({"plan": other})) != repr(config)
 
 
@@ -442,7 +449,7 @@ def test_second_process_hits_the_cache_under_the_same_plan_and_an_edited_one_mis
         out = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=True).stdout
         return [json.loads(line) for line in out.splitlines()]
 
-    ((_, _, plan),) = process({**SMALL, "method": "int8", "rounding": "nearest"})
+    ((_, _, plan),) = process({**SMALL, "codec": "int8", "rounding": "nearest"})
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(plan))
     other = edited(ModelPlan.load(path), lambda r: storage(r, codec="int8").update(codec="int4"), tmp_path)

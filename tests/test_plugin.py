@@ -19,9 +19,10 @@ from actpass.codecs import ALL_PROJECTIONS, QUANTIZERS
 from actpass.errors import OptionError, PluginError, RegistryError
 from actpass.memory.optimizer_state import state_to_come
 from actpass.optim import OPTIMIZERS
+from actpass.options import options_for
 from actpass.plan import POLICIES
 from actpass.reporting import Report
-from actpass.runtime.step_counter import CLOCK
+from actpass.runtime.step_counter import STEP_COUNTER
 
 from . import models
 from .helpers import Grads, eager_actcomp, error, step
@@ -37,7 +38,7 @@ recompute_attention = actpass_plugin.recompute_attention
 [actpass.optimizers]
 lion = actpass_plugin.lion:Lion
 """
-ALL = {"smallest": 0, "chunk_loss": False}
+ALL = {"min_tensor_bytes": 0, "chunked_loss": False}
 
 
 def installed(folder: Path, text: str) -> None:
@@ -76,7 +77,7 @@ def explained(**options: Any) -> Report:
 
 def trained(**options: Any) -> tuple[torch.Tensor, Grads]:
     torch.compiler.reset()
-    CLOCK.steps = 0
+    STEP_COUNTER.steps = 0
     model, inputs = models.transformer(layers=1)
     return step(torch.compile(model, backend=eager_actcomp(ALL, **options)), model, inputs)
 
@@ -86,7 +87,7 @@ def worst(got: Grads, want: Grads) -> float:
 
 
 def forms_of(report: Report) -> set[str]:
-    return {s["codec"] for region in report.regions for s in region.plan["storages"]} - {"keep"}
+    return {s["codec"] for region in report.regions for s in region.plan["storages"]} - {"save"}
 
 
 def followed(report: Report, file: Path) -> Report:
@@ -97,7 +98,7 @@ def followed(report: Report, file: Path) -> Report:
 
 @pytest.mark.usefixtures("plugin")
 def test_codec_of_another_package_stores_saved_tensors(tmp_path: Path):
-    exact_loss, exact = trained(method="exact")
+    exact_loss, exact = trained(policy="exact")
     loss, grads = trained(method="log8")
     assert torch.equal(loss, exact_loss)
     assert 1e-5 < worst(grads, exact) < 0.2
@@ -138,44 +139,44 @@ def test_codec_of_another_package_errs_as_it_says():
 
 @pytest.mark.usefixtures("plugin")
 def test_policy_of_another_package_recomputes_attention(tmp_path: Path):
-    exact_loss, exact = trained(method="exact")
+    exact_loss, exact = trained(policy="exact")
     loss, grads = trained(method="recompute_attention")
     assert torch.equal(loss, exact_loss)
     assert worst(grads, exact) == 0  # nothing is stored inexactly
-    plain, whole = explained(method="exact"), explained(method="recompute_attention")
-    assert not any(r.plan["again"] for r in plain.regions)
-    assert [n for r in whole.regions for n in r.plan["again"] if "attention" in n]
+    plain, whole = explained(policy="exact"), explained(method="recompute_attention")
+    assert not any(r.plan["recompute"] for r in plain.regions)
+    assert [n for r in whole.regions for n in r.plan["recompute"] if "attention" in n]
     assert whole.totals.saved_bytes < plain.totals.saved_bytes
     assert forms_of(whole) == set()
     tight = explained(method="recompute_attention", memory_budget=0.4)
     assert tight.totals.saved_bytes <= 0.4 * tight.totals.saved_bytes_default
-    assert [n for r in tight.regions for n in r.plan["again"] if "attention" in n]
+    assert [n for r in tight.regions for n in r.plan["recompute"] if "attention" in n]
     for report in (whole, tight):
         file = tmp_path / f"{id(report)}.json"
         assert followed(report, file).plan.hash == report.plan.hash
-    kept = explained(overrides={"blocks.*": {"method": "recompute_attention"}}, method="exact")
-    assert [n for r in kept.regions for n in r.plan["again"] if "attention" in n]
+    kept = explained(module_overrides={"blocks.*": {"method": "recompute_attention"}}, policy="exact")
+    assert [n for r in kept.regions for n in r.plan["recompute"] if "attention" in n]
 
 
 @pytest.mark.usefixtures("plugin")
 def test_projection_of_another_package_forms_weight_gradients(tmp_path: Path):
-    how: dict[str, Any] = {"method": PROJECTION, "rank": 0.5, "profitable_only": False}
-    exact_loss, exact = trained(method="exact")
+    how: dict[str, Any] = {**options_for(PROJECTION), "rank": 0.5, "skip_unprofitable": False}
+    exact_loss, exact = trained(policy="exact")
     loss, grads = trained(**how)
     assert torch.equal(loss, exact_loss)
     assert 0.1 < worst(grads, exact) < 3
     assert worst(trained(**{**how, "rank": 1.0})[1], exact) < 1e-5  # every coordinate once
     report = explained(**how)
-    assert {d["method"] for r in report.regions for d in r.plan["decisions"]} - {"exact"} == {PROJECTION}
+    assert {d["projection"] for r in report.regions for d in r.plan["decisions"]} - {"exact"} == {PROJECTION}
     assert followed(report, tmp_path / "plan.json").plan.hash == report.plan.hash
-    budget = explained(method=PROJECTION, rank="budget", memory_budget=0.9)
+    budget = explained(**options_for(PROJECTION), rank="budget", memory_budget=0.9)
     assert budget.totals.saved_bytes <= 0.9 * budget.totals.saved_bytes_default
 
 
 @pytest.mark.usefixtures("plugin")
 def test_optimizer_of_another_package_steps_in_a_subspace_and_resumes(tmp_path: Path):
     """With a projection whose name is longer than 16 letters."""
-    options = {"method": PROJECTION, "gradients": "low_rank", "refresh_interval": 3, "rank": 0.5}
+    options = {**options_for(PROJECTION), "weight_gradient_format": "low_rank", "refresh_interval": 3, "rank": 0.5}
 
     def begin() -> tuple[Any, Any, Any, Any]:
         torch.compiler.reset()
@@ -195,7 +196,7 @@ def test_optimizer_of_another_package_steps_in_a_subspace_and_resumes(tmp_path: 
             optimizer.step()
         return loss.item()
 
-    CLOCK.steps = 0
+    STEP_COUNTER.steps = 0
     model, inputs, optimizer, run = begin()
     to_come = state_to_come(optimizer)
     assert to_come == sum(p.numel() * 4 + 4 for p in model.parameters())  # as it says itself
@@ -267,9 +268,9 @@ def test_policy_that_recomputes_a_query_without_its_attention_is_refused():
 
         def decide(self, facts: Facts) -> Any:
             again = [t.role == "score" and facts.can_recompute(t) for t in facts.tensors]
-            return tuple(facts.recompute(t) if a else facts.keep(t) for t, a in zip(facts.tensors, again, strict=True))
+            return tuple(facts.recompute(t) if a else facts.must_save(t) for t, a in zip(facts.tensors, again, strict=True))
 
-        def options(self, t: Any, wish: Any, codecs: Any) -> Any:
+        def options(self, t: Any, request: Any, codecs: Any) -> Any:
             raise NotImplementedError
 
     with POLICIES.temporary():

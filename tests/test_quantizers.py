@@ -146,7 +146,7 @@ def test_zeros_and_denormals_stay_tiny(name: str):
         assert value or name == "int2" or not got.any()  # int2 has no code for zero
 
 
-@pytest.mark.parametrize("name", ["int16", "int8", "int4", "fp8", "fp8_e5m2"])
+@pytest.mark.parametrize("name", ["int16", "int8", "int4", "float8_e4m3", "float8_e5m2"])
 def test_zero_among_others_stays_zero(name: str):
     x = torch.randn(16, 128)
     x[:, 1::2] = 0.0

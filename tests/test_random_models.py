@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import actpass
 from actpass.codecs import LEARNED
+from actpass.options import options_for
 
 from .helpers import eager_actcomp, step
 from .random_models import FORMS, SMALL, Spec, build, check, random_spec
@@ -57,7 +58,7 @@ def test_random_models_keep_their_loss_under_learned_subspaces(method: str, spec
     torch.compiler.reset()
     model, inputs = build(spec)
     joint = trace(model, inputs)
-    options = {**SMALL, "method": method, "rank": 0.5, "profitable_only": False}
+    options = {**SMALL, **options_for(method), "rank": 0.5, "skip_unprofitable": False}
     loss, grads = step(torch.compile(model, backend=eager_actcomp(options)), model, inputs)
     (want,) = joint.run(*stock(joint)).results
     assert torch.equal(loss, want)

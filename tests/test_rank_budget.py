@@ -12,6 +12,7 @@ from torch import nn
 
 import actpass
 from actpass.memory.profiler import measure
+from actpass.options import options_for
 from actpass.reporting import Report, SiteRow
 
 from . import models
@@ -47,7 +48,7 @@ def factored() -> models.Made:
 
 
 def ranked(budget: Any, method: str = "haar", **more: Any) -> dict[str, Any]:
-    return {"method": method, "rank": "budget", "memory_budget": budget, **more}
+    return {**options_for(method), "rank": "budget", "memory_budget": budget, **more}
 
 
 def explain(options: dict[str, Any], build: Any = factored) -> Report:
@@ -143,8 +144,8 @@ def test_gradients_err_as_predicted_and_less_than_with_one_rank_of_as_many_bytes
     fraction = together / sum(BETWEEN.values())
     for rank in (alike, fraction):
         others = {p: rank if isinstance(rank, int) else max(1, math.ceil(rank * n)) for p, n in BETWEEN.items()}
-        overrides = {p.removesuffix(".weight"): {"method": "haar", "rank": r} for p, r in others.items()}
-        other = actpass.audit(model, inputs, options={"method": "exact", "overrides": overrides}, seeds=seeds)
+        overrides = {p.removesuffix(".weight"): {"projection": "haar", "rank": r} for p, r in others.items()}
+        other = actpass.audit(model, inputs, options={"policy": "exact", "module_overrides": overrides}, seeds=seeds)
         want, spread = predicted(others)
         assert want > 1.1 * mean
         assert abs(share_of_noise(other) - want) <= 4 * spread / math.sqrt(seeds)
@@ -155,7 +156,7 @@ def test_forward_and_input_gradients_stay_as_they_are():
     """And so do the gradients of all weights but those whose x is stored for them alone."""
     model, inputs = factored()
     inputs["x"].requires_grad_()
-    loss, want = step(torch.compile(model, backend=eager_actcomp(method="exact")), model, inputs)
+    loss, want = step(torch.compile(model, backend=eager_actcomp(policy="exact")), model, inputs)
     dx, inputs["x"].grad = inputs["x"].grad, None
     torch.compiler.reset()
     got_loss, got = step(torch.compile(model, backend=eager_actcomp(ranked(0.3))), model, inputs)
@@ -168,9 +169,9 @@ def test_forward_and_input_gradients_stay_as_they_are():
 def test_layers_that_free_no_bytes_stay_exact_and_the_report_says_why():
     report = explain(ranked(0.3))
     found = rows(report)
-    assert found["chain.0.weight"].method is None
+    assert found["chain.0.weight"].projection is None
     assert "no bytes to gain: x is not stored, but rebuilt or an input" in found["chain.0.weight"].reason
-    assert found["head.weight"].method is None
+    assert found["head.weight"].projection is None
     assert "no bytes to gain: x is stored for other uses as well" in found["head.weight"].reason
     assert "ranks from the budget for 3 tensors" in str(report)
 
@@ -178,7 +179,7 @@ def test_layers_that_free_no_bytes_stay_exact_and_the_report_says_why():
 @pytest.mark.parametrize("budget", [1.0, 10**12])
 def test_with_room_for_all_nothing_is_projected(budget: float | int):
     report = explain(ranked(budget))
-    assert all(row.method is None for row in rows(report).values())
+    assert all(row.projection is None for row in rows(report).values())
     assert "within the budget as it is" in rows(report)["narrow.weight"].reason
     assert report.saved_bytes <= report.totals.saved_bytes_default
 
@@ -241,11 +242,11 @@ def test_one_budget_of_peak_bytes_over_the_parts_of_a_step():
 
 
 def test_overrides_take_ranks_from_the_budget_beside_fixed_ones():
-    overrides = {"chain.1": {"method": "srht", "rank": 16}, "narrow": {"method": "haar", "rank": "budget"}}
-    report = explain({"method": "exact", "overrides": overrides, "memory_budget": 0.7})
+    overrides = {"chain.1": {"projection": "srht", "rank": 16}, "narrow": {"projection": "haar", "rank": "budget"}}
+    report = explain({"policy": "exact", "module_overrides": overrides, "memory_budget": 0.7})
     found = rows(report)
-    assert (found["chain.1.weight"].method, found["chain.1.weight"].rank) == ("srht", 16)
-    assert found["chain.2.weight"].method is None
+    assert (found["chain.1.weight"].projection, found["chain.1.weight"].rank) == ("srht", 16)
+    assert found["chain.2.weight"].projection is None
     assert found["narrow.weight"].rank in range(8, 96, 8)
     assert report.saved_bytes <= 0.7 * report.totals.saved_bytes_default
 
@@ -253,8 +254,8 @@ def test_overrides_take_ranks_from_the_budget_beside_fixed_ones():
 @pytest.mark.parametrize("base", ["auto", "int8"])
 def test_overrides_in_the_midst_of_low_bit_forms(base: str):
     """What is stored in few bits stays so; the ranks take what it leaves."""
-    override = {"method": "rademacher", "rank": "budget"}
-    options = {"method": base, "overrides": {"chain.2": override}, "memory_budget": 0.3, "smallest": 0}
+    override = {"projection": "rademacher", "rank": "budget"}
+    options = {**options_for(base), "module_overrides": {"chain.2": override}, "memory_budget": 0.3, "min_tensor_bytes": 0}
     report = explain(options)
     assert report.saved_bytes <= 0.3 * report.totals.saved_bytes_default
     assert (rows(report)["chain.2.weight"].rank or 0) >= 8
@@ -264,7 +265,7 @@ def test_overrides_in_the_midst_of_low_bit_forms(base: str):
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 def test_payloads_in_few_bits_have_larger_ranks(quantize: str):
-    plain, coded = (explain(ranked(0.15, **more)) for more in ({}, {"quantize": quantize, "smallest": 0}))
+    plain, coded = (explain(ranked(0.15, **more)) for more in ({}, {"codec": quantize, "min_tensor_bytes": 0}))
     allowed = 0.15 * coded.totals.saved_bytes_default
     assert allowed - 64 * TOKENS * FLOAT < coded.saved_bytes <= allowed
     assert sum(ranks(coded).values()) > 2 * sum(ranks(plain).values())
@@ -283,7 +284,7 @@ def test_the_output_of_attention_that_is_not_fused():
     options = ranked(0.0)
     least = least_of(options, llama)
     report = explain({**options, "memory_budget": least}, llama)
-    found = {p: row.rank for p, row in rows(report).items() if row.method}
+    found = {p: row.rank for p, row in rows(report).items() if row.projection}
     assert found == {f"model.layers.{i}.self_attn.o_proj.weight": 8 for i in range(2)}
     assert "no bytes to gain" in rows(report)["model.layers.0.mlp.down_proj.weight"].reason
 
@@ -305,7 +306,7 @@ def test_the_energy_that_learned_subspaces_miss_weighs_their_ranks():
     with torch.no_grad():  # chain.2 reads what lies in 2 of 320 dimensions, chain.1 what lies in 48 of 128
         model.chain[1].weight[2:].zero_()
         model.chain[1].bias[2:].zero_()
-    options = ranked(0.35, "prac", nonlinear_rank=None, profitable_only=False)
+    options = ranked(0.35, "prac", activation_rank=None, skip_unprofitable=False)
 
     def found() -> dict[str, int]:
         torch.compiler.reset()

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 import actpass
-from actpass.options.config import parse
+from actpass.options import parse
 from actpass.runtime import plan_agreement as ranks
 
 from . import models
@@ -21,7 +21,7 @@ from .helpers import eager_actcomp, once
 
 WORLD = 2
 BUDGETS = {"equal": (0.5, 0.5), "different": (1.0, 0.2)}
-SMALL = {"smallest": 0}
+SMALL = {"min_tensor_bytes": 0}
 
 
 def tower() -> tuple[Any, torch.Tensor]:
@@ -128,10 +128,10 @@ def test_the_nth_compilation_of_a_graph_is_compared_with_the_others_nth(monkeypa
     group = Group(monkeypatch)
     for rank in range(2):
         group.enter(rank)
-        assert compiled(**SMALL).plan_hash != compiled(method="exact").plan_hash  # the same graph, under other options
+        assert compiled(**SMALL).plan_hash != compiled(policy="exact").plan_hash  # the same graph, under other options
     group.enter(1)
     with pytest.raises(actpass.PlanError, match=r"of rank 1, against .* of rank 0"):
-        compiled(method="exact")
+        compiled(policy="exact")
 
 
 def test_a_given_plan_makes_ranks_of_different_budgets_agree(monkeypatch: pytest.MonkeyPatch):
@@ -148,7 +148,7 @@ def test_without_other_ranks_nothing_is_compared(backend: str, world: int, monke
     monkeypatch.setattr(dist, "get_world_size", lambda: world)
     monkeypatch.setattr(ranks, "get_default_store", None)  # a call of it would fail
     compiled(**SMALL)
-    assert compiled(method="exact").active
+    assert compiled(policy="exact").active
 
 
 def test_a_store_that_is_gone_is_a_warning(monkeypatch: pytest.MonkeyPatch):

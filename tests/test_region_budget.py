@@ -38,13 +38,13 @@ class Budgeted(nn.Module):
 
 
 @pytest.mark.skipif(region_budget is None, reason="this torch has no such budget")
-@pytest.mark.parametrize("options", [{"method": "exact"}, {"method": "int8"}, {"memory_budget": 0.5}], ids=str)
+@pytest.mark.parametrize("options", [{"policy": "exact"}, {"codec": "int8"}, {"memory_budget": 0.5}], ids=str)
 @pytest.mark.parametrize("budget", [0.5, 0.0])
 def test_the_pass_is_active_in_a_region_with_a_budget(budget: float, options: dict[str, Any]):
     expected, x = Budgeted(budget), torch.randn(8, 32, 64)
     model = copy.deepcopy(expected)
     expected(x).backward()
-    torch.compile(model, backend=eager_actcomp({"smallest": 0, **options}))(x).backward()
+    torch.compile(model, backend=eager_actcomp({"min_tensor_bytes": 0, **options}))(x).backward()
     report = actpass.report(model)
     assert report.active
     assert report.totals.saved_bytes <= report.totals.saved_bytes_default

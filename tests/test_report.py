@@ -40,12 +40,12 @@ def bert() -> models.Made:
 def test_report_saved_bytes_are_what_is_alive_between_forward_and_backward(build):
     """Compiled by Inductor; measured by the profiler's allocation events. What the caller gets (the loss) is alive as well."""
     model, inputs = build()
-    compiled = torch.compile(model, backend="actcomp", options={"method": "rademacher", "rank": 0.25})
+    compiled = torch.compile(model, backend="actcomp", options={"projection": "rademacher", "rank": 0.25})
     step(compiled, model, inputs)
     alive = measure(lambda: compiled(**inputs))
     loss_bytes = alive.result.untyped_storage().nbytes()
     report = actpass.report(model)
-    assert any(s.method for r in report.regions for s in r.sites)
+    assert any(s.projection for r in report.regions for s in r.sites)
     assert alive.kept_bytes - loss_bytes == report.saved_bytes
     assert sum(s.bytes_after for r in report.regions for s in r.sites) == report.saved_bytes
 
@@ -92,7 +92,7 @@ def test_report_shows_the_compilation_that_ran_last_not_the_sum_of_all():
 
 def test_report_survives_json():
     model, inputs = models.transformer()
-    step(torch.compile(model, backend=eager_actcomp(method="haar")), model, inputs)
+    step(torch.compile(model, backend=eager_actcomp(projection="haar")), model, inputs)
     report = actpass.report(model)
     data = json.loads(json.dumps(report.to_dict()))
     assert data["schema_version"] == 8
@@ -102,7 +102,7 @@ def test_report_survives_json():
 @pytest.mark.architectures
 def test_report_totals_are_the_sums_of_their_sites():
     model, inputs = models.llama()
-    explained = actpass.explain(model, options={"method": "haar", "rank": 0.25, "profitable_only": False}, **inputs)
+    explained = actpass.explain(model, options={"projection": "haar", "rank": 0.25, "skip_unprofitable": False}, **inputs)
     (region,) = explained.regions
     assert sum(s.bytes_before for s in region.sites) == region.totals.saved_bytes_default
     assert sum(s.bytes_after for s in region.sites) == region.totals.saved_bytes
@@ -116,16 +116,16 @@ def test_report_totals_are_the_sums_of_their_sites():
 @pytest.mark.architectures
 def test_report_folds_identical_layers():
     model, inputs = models.llama()
-    text = str(actpass.explain(model, options={"method": "haar"}, **inputs))
+    text = str(actpass.explain(model, options={"projection": "haar"}, **inputs))
     assert "model.layers.*.mlp" in text
     assert "(x2)" in text
-    assert "active, method=haar" in text
+    assert "active, projection='haar'" in text
     assert "layers.0." not in "\n".join(line for line in text.splitlines() if "mlp" in line)
 
 
 def test_report_names_the_override_that_decided_nothing():
     model, inputs = models.mlp()
-    text = str(actpass.explain(model, options={"method": "haar", "overrides": {"no_such_layer": "keep"}}, **inputs))
+    text = str(actpass.explain(model, options={"projection": "haar", "module_overrides": {"no_such_layer": "save"}}, **inputs))
     assert "override 'no_such_layer' decided no site" in text
 
 
@@ -133,8 +133,8 @@ def test_report_names_the_override_that_decided_nothing():
 def test_explain_works_without_memory_on_the_meta_device():
     model, inputs = models.llama()
     on_meta = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-    real = actpass.explain(model, options={"method": "haar"}, **inputs)
-    meta = actpass.explain(model.to("meta"), options={"method": "haar"}, **on_meta)
+    real = actpass.explain(model, options={"projection": "haar"}, **inputs)
+    meta = actpass.explain(model.to("meta"), options={"projection": "haar"}, **on_meta)
     assert replace(meta.totals, saved_bytes_eager=real.totals.saved_bytes_eager) == real.totals  # HF's eager code reads values
     assert meta.plan_hash == real.plan_hash
 
@@ -148,18 +148,20 @@ def test_parameters_that_are_arguments_are_told_so():
     def forward(given: dict[str, torch.Tensor]) -> torch.Tensor:
         return torch.func.functional_call(model, given, (x,)).square().mean()
 
-    run = torch.compile(forward, backend=eager_actcomp(method="haar", rank=4, profitable_only=False))
-    with pytest.warns(actpass.ActpassWarning, match=r"method='haar' projects nothing here.*0\.weight, .*Compile the module"):
+    run = torch.compile(forward, backend=eager_actcomp(projection="haar", rank=4, skip_unprofitable=False))
+    with pytest.warns(
+        actpass.ActpassWarning, match=r"projection='haar' projects nothing here.*0\.weight, .*Compile the module"
+    ):
         run(parameters).backward()
     model(x).square().mean().backward()
     for name, p in model.named_parameters():
         assert torch.allclose(parameters[name].grad, p.grad, rtol=1e-5, atol=1e-8)
     said = str(actpass.report(model))
-    assert "active, method=haar" in said
+    assert "active, projection='haar'" in said
     assert "are arguments of the compiled function (as with torch.func.functional_call)" in said
     assert not actpass.report(other).active
     torch.compiler.reset()
-    run = torch.compile(forward, backend=eager_actcomp(method="haar", rank=4, profitable_only=False))
+    run = torch.compile(forward, backend=eager_actcomp(projection="haar", rank=4, skip_unprofitable=False))
     run(dict(model.named_parameters())).backward()  # the module's own: a parameter is a parameter
     assert projected(actpass.report(model)) == {"0.weight", "2.weight"}
 

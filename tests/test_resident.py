@@ -184,7 +184,7 @@ def test_an_optimizer_is_named_before_the_first_step():
 
 def least_of(model: nn.Module, x: torch.Tensor) -> int:
     with pytest.raises(Exception, match="can't be met") as raised:  # Dynamo wraps what a backend raises
-        actpass.explain(model, x, options={"memory_budget": 2, "smallest": 0})
+        actpass.explain(model, x, options={"memory_budget": 2, "min_tensor_bytes": 0})
     least: Any = getattr(raised.value, "inner_exception", raised.value)
     assert isinstance(least.least, int)
     return least.least
@@ -213,7 +213,7 @@ def test_a_plan_is_made_anew_where_the_optimizer_changes():
     """SGD holds less than was assumed, which leaves room; AdamW in its place takes it back."""
     model, x = Mean(Block(0), Block(1)), torch.randn(256, WIDTH)
     budget = least_of(model, x)
-    run = torch.compile(model, backend=eager_actcomp(memory_budget=budget, smallest=0))
+    run = torch.compile(model, backend=eager_actcomp(memory_budget=budget, min_tensor_bytes=0))
     saved: list[int] = []
 
     def train(optimizer: torch.optim.Optimizer, steps: int) -> None:
@@ -302,7 +302,7 @@ def test_a_block_that_was_planned_as_all_there_is_is_planned_again_as_a_part():
     has taken too much is an error, and from then on both are parts of a step."""
     blocks, x = nn.ModuleList([Block(0), Block(1)]), torch.randn(256, WIDTH)
     for block in blocks:
-        block.compile(backend=eager_actcomp(memory_budget=3 * nbytes(blocks) + 22 * x.nbytes, smallest=0))
+        block.compile(backend=eager_actcomp(memory_budget=3 * nbytes(blocks) + 22 * x.nbytes, min_tensor_bytes=0))
 
     def train() -> None:
         blocks[1](blocks[0](x)).square().mean().backward()
@@ -316,7 +316,7 @@ def test_a_block_that_was_planned_as_all_there_is_is_planned_again_as_a_part():
 def test_sizes_that_grow_take_few_graphs_and_no_budget_is_exceeded():
     model = Mean()
     budget = 1_500_000
-    run = torch.compile(model, backend=eager_actcomp(memory_budget=budget, smallest=0))
+    run = torch.compile(model, backend=eager_actcomp(memory_budget=budget, min_tensor_bytes=0))
     counters.clear()
     planned = []
     for rows in (48, 96, 128, 160, 192, 256, 320, 384, 448, 512):
@@ -333,7 +333,7 @@ def test_sizes_that_grow_take_few_graphs_and_no_budget_is_exceeded():
 
 def test_where_the_next_power_of_two_does_not_fit_less_is_planned_for():
     model = Mean()
-    run = torch.compile(model, backend=eager_actcomp(memory_budget=1_000_000, method="exact"), dynamic=True)
+    run = torch.compile(model, backend=eager_actcomp(memory_budget=1_000_000, policy="exact"), dynamic=True)
     sizes = []
     for rows in (48, 300):
         run(torch.randn(rows, WIDTH)).backward()

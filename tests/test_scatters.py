@@ -90,5 +90,5 @@ def test_an_embedding_that_is_read_more_than_once():
     model = Twice()
     batch = {name: torch.randint(0, 500, (4, 75)) for name in ("x", "y")}
     _, want = step(model, model, batch)
-    _, got = step(torch.compile(model, backend=eager_actcomp({"method": "exact"})), model, batch)
+    _, got = step(torch.compile(model, backend=eager_actcomp({"policy": "exact"})), model, batch)
     assert all(error(got[n], want[n]) < 64 * EPS for n in want)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from actpass.extrapolation.fsdp import Moment, Optimizer, Sharded, Unit
+from actpass.extrapolation.fsdp import KernelEvent, Optimizer, Sharded, Unit
 from actpass.extrapolation.layer_map import TRACED
 from actpass.extrapolation.layer_names import Stack
 
@@ -34,20 +34,20 @@ def test_a_backward_holds_one_layers_gradients_whole_and_the_buffer_of_the_one_b
     """By hand: root 8, two layers of 4, over 2 ranks, one byte an element; activations of 10."""
     sharded = Sharded(Unit(((8,),), 1), [Unit(((4,),), 1)] * 2, 2)
     moments = [
-        Moment(None, 10 + 8, ((None, 8),)),  # the head
-        Moment(1, 10 + 12, ((1, 4),)),
-        Moment(0, 10 + 16, ((0, 4),)),
+        KernelEvent(None, 10 + 8, ((None, 8),)),  # the head
+        KernelEvent(1, 10 + 12, ((1, 4),)),
+        KernelEvent(0, 10 + 16, ((0, 4),)),
     ]
-    forward = sharded.forward_peak([Moment(0, 3), Moment(1, 5)])
+    forward = sharded.forward_peak([KernelEvent(0, 3), KernelEvent(1, 5)])
     assert (forward.activations, forward.parameters) == (3, 8 + 4 + 4)  # layer 1 arrives while layer 0 runs
     peak = sharded.backward_peak(moments)  # while layer 0 runs
     assert peak.activations == 10
     assert peak.gradients == 8 + 2 + 4  # the root's, whole; layer 1's, sharded; its own
     assert peak.parameters == 8 + 4
     assert peak.buffer == 4  # layer 1's
-    lighter = sharded.backward_peak([*moments, Moment(None, 26)])
+    lighter = sharded.backward_peak([*moments, KernelEvent(None, 26)])
     assert lighter.total == peak.total
-    last = sharded.backward_peak([*moments[:2], Moment(0, 10 + 16, ((0, 4),)), Moment(None, 40)])
+    last = sharded.backward_peak([*moments[:2], KernelEvent(0, 10 + 16, ((0, 4),)), KernelEvent(None, 40)])
     assert (last.activations, last.gradients, last.buffer) == (24, 8 + 2 + 2, 4)
     assert last.parameters == 8 + 4  # the last that ran
 

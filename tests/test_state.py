@@ -13,9 +13,9 @@ import torch
 
 import actpass
 from actpass.optim import AdamW
-from actpass.options.config import global_budget
+from actpass.options import global_budget
 from actpass.runtime import state
-from actpass.runtime.step_counter import CLOCK
+from actpass.runtime.step_counter import STEP_COUNTER
 from actpass.runtime.subspaces import STORE
 
 from . import models
@@ -37,7 +37,7 @@ def remembered() -> Iterator[tuple[str, Any]]:
                 yield where, len(value)
             elif name.startswith("_") and name.islower() and isinstance(value, int | float | tuple | None):
                 yield where, value
-    yield "clock", CLOCK.state_dict()
+    yield "clock", STEP_COUNTER.state_dict()
     yield "subspaces", len(STORE._of)
     yield "global budget", global_budget.get()
 
@@ -46,11 +46,11 @@ def train() -> None:
     """Two models in turn: one in learned subspaces under a budget of peak bytes, one with low-rank gradients."""
     actpass.set_memory_budget("1GiB")
     for options in (
-        {"method": "pca", "rank": 8},
-        {"method": "haar", "rank": 8, "gradients": "low_rank", "memory_budget": None},
+        {"projection": "pca", "rank": 8},
+        {"projection": "haar", "rank": 8, "weight_gradient_format": "low_rank", "memory_budget": None},
     ):
         model, inputs = models.mlp()
-        options = {**options, "profitable_only": False}
+        options = {**options, "skip_unprofitable": False}
         optimizer = AdamW(model.parameters())
         function = torch.compile(model, backend=eager_actcomp(options))
         for _ in range(2):
@@ -65,7 +65,7 @@ def test_after_a_reset_the_process_remembers_nothing():
     gc.collect()
     before = dict(remembered())
     train()
-    assert CLOCK.steps == 4
+    assert STEP_COUNTER.steps == 4
     during = dict(remembered())
     assert {k for k in during if during[k] != before.get(k)} >= {"actpass.runtime.regions._regions", "clock", "global budget"}
     state.reset()

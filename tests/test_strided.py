@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import actpass
+from actpass.options import options_for
 
 from .helpers import eager_actcomp, error
 
@@ -33,7 +34,7 @@ def test_a_part_with_gaps_is_coded(method: str):
     expected, x = Parts(), torch.randn(2, 64, 128)
     model = copy.deepcopy(expected)
     expected(x).backward()
-    options = {"method": method, "smallest": 0, "rounding": "nearest"}
+    options = {**options_for(method), "min_tensor_bytes": 0, "rounding": "nearest"}
     torch.compile(model, backend=eager_actcomp(options))(x).backward()
     report = actpass.report(model)
     assert report.active

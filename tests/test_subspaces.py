@@ -17,7 +17,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 import actpass
 from actpass.codecs import LEARNED
 from actpass.codecs.generator import round_keys, step_seed
-from actpass.runtime.step_counter import CLOCK
+from actpass.options import options_for
+from actpass.runtime.step_counter import STEP_COUNTER
 from actpass.runtime.subspaces import STORE, Subspace, _points
 from actpass.torch_compat import fake_input
 
@@ -27,12 +28,12 @@ from .test_gradients import Net, width_axis
 from .test_gradients import inputs as net_inputs
 
 RANK = 12
-ALL: dict[str, Any] = {"rank": RANK, "nonlinear_rank": None, "profitable_only": False}
+ALL: dict[str, Any] = {"rank": RANK, "activation_rank": None, "skip_unprofitable": False}
 methods = pytest.mark.parametrize("method", LEARNED)
 
 
 def compiled(model: nn.Module, method: str, **options: Any) -> Callable[..., Any]:
-    return torch.compile(model, backend=eager_actcomp({**ALL, "method": method, **options}))
+    return torch.compile(model, backend=eager_actcomp({**ALL, **options_for(method), **options}))
 
 
 def subspaces(model: nn.Module) -> dict[str, Subspace]:
@@ -95,12 +96,12 @@ def test_full_rank_gradient_is_exact_to_rounding(method: str, dtype: torch.dtype
 def test_frozen_complement_is_biased_between_refreshes_and_a_fresh_one_is_not():
     model, _ = models.mlp()
     (batch,) = batches(1)
-    _, exact = step(torch.compile(model, backend=eager_actcomp(method="exact")), model, batch)
+    _, exact = step(torch.compile(model, backend=eager_actcomp(policy="exact")), model, batch)
 
-    def bias(complement: str) -> float:
+    def bias(resample: str) -> float:
         torch.compiler.reset()
-        CLOCK.steps = 0
-        run = compiled(model, "prac", complement=complement, refresh_interval=10_000, rank=8)
+        STEP_COUNTER.steps = 0
+        run = compiled(model, "prac", resample=resample, refresh_interval=10_000, rank=8)
         total, squares = torch.zeros_like(exact["mid.weight"]), 0.0
         for _ in range(256):
             difference = step(run, model, batch)[1]["mid.weight"] - exact["mid.weight"]
@@ -108,8 +109,8 @@ def test_frozen_complement_is_biased_between_refreshes_and_a_fresh_one_is_not():
             optimizer_step()
         return float((total / 256).norm()) / (squares / 256) ** 0.5
 
-    assert bias("fresh") < 4 / 16  # of independent errors 1 / sqrt(256) is left
-    assert bias("frozen") > 0.9
+    assert bias("every_step") < 4 / 16  # of independent errors 1 / sqrt(256) is left
+    assert bias("every_refresh") > 0.9
 
 
 # ------------------------------------------------------------------------------------------------------------- movement
@@ -178,7 +179,7 @@ def test_small_moves_sort_the_directions_every_twenty_optimizer_steps(interval: 
     for batch in batches(34):
         run(**batch).backward()
         spectra.append(subspaces(model)["up.weight"].spectrum)
-        CLOCK.steps += interval
+        STEP_COUNTER.steps += interval
     assert sum(a is not b for a, b in pairwise(spectra[-21:])) == times
 
 
@@ -218,7 +219,7 @@ def test_bases_are_made_again_and_not_stored(method: str, gradients: str):
     """A subspace stays between steps, as a parameter does: what is made of it need not cross to the backward, and a budget is
     met as without it."""
     model, inputs = models.transformer(layers=1)
-    options = {**ALL, "method": method, "rank": 0.6, "gradients": gradients, "memory_budget": 0.5}
+    options = {**ALL, **options_for(method), "rank": 0.6, "weight_gradient_format": gradients, "memory_budget": 0.5}
     step(torch.compile(model, backend=eager_actcomp(options)), model, inputs)
     report = actpass.report(model)
     assert projected(report)
@@ -232,7 +233,7 @@ def test_one_graph_of_several_modules_has_a_subspace_for_each():
 
     def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
         graphs.append(1)
-        return eager_actcomp({**ALL, "method": "pca"})(gm, example_inputs)
+        return eager_actcomp({**ALL, "projection": "pca"})(gm, example_inputs)
 
     for block in model.blocks:
         block.compile(backend=backend)
@@ -247,7 +248,7 @@ def test_one_graph_of_several_modules_has_a_subspace_for_each():
 def test_a_refresh_compiles_nothing():
     """By Inductor: the step with a sketch and the one without are one graph."""
     model, inputs = models.transformer(layers=1)
-    run = torch.compile(model, backend="actcomp", options={**ALL, "method": "prac", "refresh_interval": 2})
+    run = torch.compile(model, backend="actcomp", options={**ALL, "projection": "prac", "refresh_interval": 2})
     with torch._dynamo.config.patch(error_on_recompile=True):
         seen = []
         for _ in range(5):
@@ -266,7 +267,7 @@ def test_a_refresh_compiles_nothing():
 def test_resumed_run_is_bitwise_the_run_that_was_not_stopped(method: str, stop: int, tmp_path: Path):
     def start() -> tuple[nn.Module, Callable[..., Any], torch.optim.Optimizer]:
         torch.compiler.reset()
-        CLOCK.steps, CLOCK.drawn = 0, False
+        STEP_COUNTER.steps, STEP_COUNTER.drawn = 0, False
         model, _ = models.mlp()
         return model, compiled(model, method, refresh_interval=2, seed=7), torch.optim.AdamW(model.parameters(), lr=0.01)
 
@@ -304,10 +305,10 @@ def test_a_state_that_does_not_fit_changes_nothing():
     run = compiled(model, "pca")
     step(run, model, batches(1)[0])
     state, before = actpass.state_dict(model), states(model)
-    for bad in ({"nothing.weight": {}}, {"up.weight": {"pca.24.0": {"method": "pca"}}}):
+    for bad in ({"nothing.weight": {}}, {"up.weight": {"pca.24.0": {"projection": "pca"}}}):
         with pytest.raises(actpass.StateError, match="weight"):
             actpass.load_state_dict(model, {**state, "steps": 9, "subspaces": bad})
-    assert CLOCK.steps == state["steps"]
+    assert STEP_COUNTER.steps == state["steps"]
     assert_equal(states(model), before)
 
 
@@ -331,7 +332,7 @@ def test_audit_sees_the_subspaces_of_the_run_and_leaves_them():
     optimizer_step()
     step(run, model, first)
     before = {n: (s.state.clone(), s.step, s.moves) for n, s in subspaces(model).items()}
-    audit = actpass.audit(model, second, options={**ALL, "method": "pca"}, seeds=2)
+    audit = actpass.audit(model, second, options={**ALL, "projection": "pca"}, seeds=2)
     errors = {p.name: p.error for p in audit.parameters}
     assert 0 < errors["up.weight"] < 0.7
     assert errors["up.bias"] == 0
@@ -417,7 +418,7 @@ def test_a_weight_that_is_read_from_both_sides_has_a_subspace_for_each():
 
 def test_two_models_in_one_graph_have_their_own():
     a, b = models.mlp()[0], models.mlp()[0]
-    both = torch.compile(lambda x: a(x) + b(2 * x), backend=eager_actcomp({**ALL, "method": "pca"}))
+    both = torch.compile(lambda x: a(x) + b(2 * x), backend=eager_actcomp({**ALL, "projection": "pca"}))
     both(torch.randn(32, 24)).backward()
     assert set(states(a)) == set(states(b)) == {"up.weight", "mid.weight", "down.weight"}
     assert not torch.equal(states(a)["mid.weight"], states(b)["mid.weight"])
@@ -560,7 +561,7 @@ def test_the_plan_of_a_run_can_be_followed(method: str):
 def test_seeded_bases_keep_their_interval_beside_learned_ones():
     model, _ = models.mlp()
     (batch,) = batches(1)
-    options = {"refresh_interval": 5, "overrides": {"up": {"method": "prac"}}}
+    options = {"refresh_interval": 5, "module_overrides": {"up": {"projection": "prac"}}}
     run = compiled(model, "haar", **options)
     seen = []
     for _ in range(6):
@@ -574,22 +575,25 @@ def test_seeded_bases_keep_their_interval_beside_learned_ones():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "pca", "rank": "budget", "memory_budget": 0.5}, "goes with projections whose error is a known function"),
-        ({"scale": "none"}, "has no meaning for prac"),
-        ({"complement": "other"}, "unknown complement 'other'"),
+        (
+            {"projection": "pca", "rank": "budget", "memory_budget": 0.5},
+            "goes with projections whose error is a known function",
+        ),
+        ({"projection_scaling": "orthonormal"}, "has no meaning for prac"),
+        ({"resample": "other"}, "unknown resample 'other'"),
         ({"rank": 0}, "rank=0"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(options: dict[str, Any], message: str):
     with pytest.raises(actpass.OptionError, match=message):
-        eager_actcomp({"method": "prac", **options})
+        eager_actcomp({"projection": "prac", **options})
 
 
 def test_report_says_what_the_subspaces_captured_and_draws_it(tmp_path: Path):
     model, inputs = models.transformer()
     run = compiled(model, "prac", refresh_interval=1)
     with pytest.raises(actpass.ReportError, match="no sketch has been taken"):
-        actpass.explain(model, **inputs, options={**ALL, "method": "prac"}).plot_spectra(tmp_path / "none.svg")
+        actpass.explain(model, **inputs, options={**ALL, "projection": "prac"}).plot_spectra(tmp_path / "none.svg")
     for _ in range(3):
         step(run, model, inputs)
         optimizer_step()
@@ -604,7 +608,7 @@ def test_report_says_what_the_subspaces_captured_and_draws_it(tmp_path: Path):
         assert list(row.captured) == sorted(row.captured, reverse=True)
     assert "blocks.*.k.weight (x2)" in str(report)
     assert "6+6" in str(report)
-    assert report.to_dict()["subspaces"][0]["method"] == "prac"
+    assert report.to_dict()["subspaces"][0]["projection"] == "prac"
     assert actpass.report(run).subspaces == report.subspaces
     report.plot_spectra(tmp_path / "spectra.png")
     assert (tmp_path / "spectra.png").stat().st_size > 10_000

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 import actpass
 from actpass import optim
 from actpass.integrations.transformers import ActpassCallback
-from actpass.runtime.step_counter import CLOCK
+from actpass.runtime.step_counter import STEP_COUNTER
 
 from . import models
 from .helpers import EPS, Grads, assert_equal, projected
@@ -57,12 +57,12 @@ def losses(model: torch.nn.Module, folder: Path, **arguments: Any) -> list[float
 @pytest.mark.short_tier
 def test_trainer_takes_a_compiled_model_with_its_options(tmp_path: Path) -> None:
     model, _ = models.llama(layers=1)
-    model.compile(backend="actcomp", options={"method": "srht", "rank": 8, "profitable_only": False})
+    model.compile(backend="actcomp", options={"projection": "srht", "rank": 8, "skip_unprofitable": False})
     found = losses(model, tmp_path)
     report = actpass.report(model)
-    assert "active, method=srht" in str(report)
+    assert "active, projection='srht'" in str(report)
     assert len(projected(report)) == 8
-    assert CLOCK.steps == STEPS  # once an optimizer step, not once a micro-batch
+    assert STEP_COUNTER.steps == STEPS  # once an optimizer step, not once a micro-batch
     assert len(found) == STEPS
     assert found[-1] < found[0]
 
@@ -74,7 +74,7 @@ def test_trainer_takes_the_backend_by_name_after_the_helper(tmp_path: Path) -> N
         actpass.register_with_accelerate()  # more than once is once
     model, _ = models.llama(layers=1)
     found = losses(model, tmp_path, torch_compile=True, torch_compile_backend="actcomp")
-    assert "active, method=auto" in str(actpass.report(model))
+    assert "active, policy='auto'" in str(actpass.report(model))
     assert found == pytest.approx(want, rel=LOSS)
 
 
@@ -84,9 +84,12 @@ def test_trainer_takes_the_backend_by_name_after_the_helper(tmp_path: Path) -> N
 def projected_llama(gradients: str) -> torch.nn.Module:
     """The same weights and, from here on, the same bases."""
     torch.compiler.reset()
-    CLOCK.steps = 0
+    STEP_COUNTER.steps = 0
     model, _ = models.llama(layers=1)
-    model.compile(backend="actcomp", options={"method": "haar", "rank": 8, "profitable_only": False, "gradients": gradients})
+    model.compile(
+        backend="actcomp",
+        options={"projection": "haar", "rank": 8, "skip_unprofitable": False, "weight_gradient_format": gradients},
+    )
     return model
 
 
@@ -118,7 +121,7 @@ def test_trainer_takes_an_optimizer_that_steps_in_the_subspace(kind: Any, tmp_pa
     entries = logged(model, tmp_path, optimizer, max_grad_norm=CLIP)
     assert clipped_norms(entries)[0] == pytest.approx(want[0], rel=1e-5)  # then the weights differ
     assert entries[-1]["loss"] < entries[0]["loss"]
-    assert CLOCK.steps == STEPS
+    assert STEP_COUNTER.steps == STEPS
     factored = projected(actpass.report(model))
     assert len(factored) == 8
     for name, parameter in model.named_parameters():
@@ -130,10 +133,10 @@ def test_trainer_takes_an_optimizer_that_steps_in_the_subspace(kind: Any, tmp_pa
 
 
 RESUMED = {
-    "haar": {"method": "haar", "rank": 8, "profitable_only": False},
-    "pca": {"method": "pca", "rank": 8, "profitable_only": False, "refresh_interval": 1},
-    "low_rank": {"method": "haar", "rank": 8, "gradients": "low_rank", "refresh_interval": 20},
-    "int4": {"method": "int4", "smallest": 0},
+    "haar": {"projection": "haar", "rank": 8, "skip_unprofitable": False},
+    "pca": {"projection": "pca", "rank": 8, "skip_unprofitable": False, "refresh_interval": 1},
+    "low_rank": {"projection": "haar", "rank": 8, "weight_gradient_format": "low_rank", "refresh_interval": 20},
+    "int4": {"codec": "int4", "min_tensor_bytes": 0},
 }
 
 
@@ -142,7 +145,7 @@ def run(folder: Path, options: dict[str, Any], callbacks: list[Any], resume: Any
     from transformers import Trainer, TrainingArguments
 
     torch.compiler.reset()
-    CLOCK.steps, CLOCK.drawn = 0, False
+    STEP_COUNTER.steps, STEP_COUNTER.drawn = 0, False
     model, _ = models.llama(layers=1)
     model.compile(backend="actcomp", options=options)
     args = TrainingArguments(
@@ -184,7 +187,7 @@ def test_a_checkpoint_without_the_state_is_told_so(tmp_path: Path) -> None:
 
 def test_the_report_is_printed_once_and_the_bytes_are_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer = run(tmp_path, {}, [ActpassCallback()])
-    assert capsys.readouterr().out.count("actpass: active, method=auto") == 1
+    assert capsys.readouterr().out.count("actpass: active, policy='auto'") == 1
     report = actpass.report(trainer.model)
     (logged,) = [entry for entry in trainer.state.log_history if "actpass_saved_bytes" in entry]
     assert logged["step"] == 1
@@ -230,7 +233,7 @@ def test_trainer_reads_no_logits_while_it_trains_and_all_while_it_evaluates(
         torch.compiler.reset()
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
-        model.compile(backend="actcomp", options={"method": "exact", "defer_logits": defer, "chunk_loss": 16})
+        model.compile(backend="actcomp", options={"policy": "exact", "defer_logits": defer, "chunked_loss": 16})
         trainer = Trainer(model, args, train_dataset=Tokens(), eval_dataset=Tokens(), compute_metrics=accuracy)
         trainer.train()
         notes = " ".join(note for region in actpass.report(model).regions for note in region.notes)

@@ -26,21 +26,21 @@ import actpass
 from actpass.backend import backend
 from actpass.backend.partitioner import Partitioner
 from actpass.ir.graph_inputs import GraphInputs
-from actpass.options.config import parse
+from actpass.options import options_for, parse
 from actpass.runtime import progress, regions
-from actpass.runtime.step_counter import CLOCK
+from actpass.runtime.step_counter import STEP_COUNTER
 from actpass.torch_compat import compile_fx, functorch_config, list_mode_options
 
 from . import models
 from .helpers import EPS, Grads, assert_close, assert_equal, eager_actcomp, grads_of, interpret, projected, step
 
 RANK = 4
-HAAR = {"method": "haar", "rank": RANK, "profitable_only": False}
-FULL = {"method": "haar", "rank": 1.0, "profitable_only": False}
+HAAR = {"projection": "haar", "rank": RANK, "skip_unprofitable": False}
+FULL = {"projection": "haar", "rank": 1.0, "skip_unprofitable": False}
 # At the stock cut linear inputs are saved, so that z crosses in their place: both passes draw the basis. Below it they are
 # rebuilt, and z is formed in the backward alone.
 CROSSING = {**HAAR, "memory_budget": 1.0}
-QUICK = {**CROSSING, "method": "rademacher"}  # what Inductor compiles quickest
+QUICK = {**CROSSING, "projection": "rademacher"}  # what Inductor compiles quickest
 
 # fp32, one or two layers: as derived in test_models.py.
 EXACT = 16 * EPS
@@ -63,7 +63,7 @@ def forget() -> None:
     """As if nothing had been compiled in this process."""
     torch.compiler.reset()
     regions.clear()
-    CLOCK.steps, CLOCK.drawn = 0, False
+    STEP_COUNTER.steps, STEP_COUNTER.drawn = 0, False
 
 
 def own_step(optimizer_of: nn.Module | None = None) -> None:
@@ -88,7 +88,7 @@ def test_precision_decides_the_rounding_and_nothing_else(precision: str) -> None
     exact_tolerance, tolerance = (EXACT, FULL_RANK) if precision == "fp32" else (2.2 * bf16, 2 * bf16)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
         want_loss, want = step(model, model, inputs)
-        exact_loss, exact = step(compiled(model, method="exact"), model, inputs)
+        exact_loss, exact = step(compiled(model, policy="exact"), model, inputs)
         forget()
         loss, grads = step(compiled(model, **FULL), model, inputs)
     touched = projected(actpass.report(model))
@@ -108,7 +108,7 @@ def test_accumulation_adds_gradients_in_one_subspace() -> None:
     run = compiled(model, **HAAR)
     total: Grads = {}
     for x in batches(4):
-        CLOCK.steps = 0  # each alone, under the seed of the step that the four belong to
+        STEP_COUNTER.steps = 0  # each alone, under the seed of the step that the four belong to
         _, grads = step(run, model, {"x": x})
         total = {n: total[n] + g if total else g for n, g in grads.items()}
     model.zero_grad()
@@ -161,13 +161,13 @@ def test_pending_backward_uses_the_seed_of_its_own_forward(kind: str, options: d
     x1, x2 = batches(2)
 
     def alone(x: torch.Tensor, steps: int) -> Grads:
-        CLOCK.steps = steps
+        STEP_COUNTER.steps = steps
         return step(run, model, {"x": x})[1]
 
     first, second, wrong = alone(x1, 0), alone(x2, 1), alone(x1, 1)
     assert not torch.equal(first["mid.weight"], wrong["mid.weight"])
 
-    CLOCK.steps = 0
+    STEP_COUNTER.steps = 0
     model.zero_grad()
     pending = run(x1)
     own_step()
@@ -238,7 +238,7 @@ def test_inference_is_plain_and_draws_nothing(inference: Callable[[], Any]) -> N
         torch.compiler.reset()
         got = torch.compile(model, backend="actcomp", options=HAAR)(**inputs)
     assert torch.equal(got, want)
-    assert not CLOCK.drawn
+    assert not STEP_COUNTER.drawn
     assert not actpass.report(model).regions
 
 
@@ -265,11 +265,11 @@ def test_validation_between_steps_changes_no_gradient() -> None:
 def test_frozen_model_runs_with_gradients_enabled(method: str) -> None:
     model, inputs = models.mlp()
     model.requires_grad_(False)
-    loss = compiled(model, method=method)(**inputs)
+    loss = compiled(model, **options_for(method))(**inputs)
     # a forward of 9 operators: sqrt(9) EPS / 2
     assert float((loss - model(**inputs)).abs() / loss) <= 2 * EPS
     assert not loss.requires_grad
-    assert not CLOCK.drawn
+    assert not STEP_COUNTER.drawn
 
 
 # ----------------------------------------------------------------------------------------------- graphs, shapes, modules
@@ -296,7 +296,7 @@ def test_graph_breaks_make_regions_that_agree() -> None:
     torch.manual_seed(0)
     model, (x,) = Interrupted(), batches(1)
     _, want = step(model, model, {"x": x})
-    _, exact = step(compiled(model, method="exact"), model, {"x": x})
+    _, exact = step(compiled(model, policy="exact"), model, {"x": x})
     assert_close(exact, want, EXACT)
     forget()
     _, grads = step(compiled(model, **HAAR), model, {"x": x})
@@ -351,11 +351,11 @@ def test_recompiled_graph_is_counted_once() -> None:
 
 def test_checkpointed_layers_stay_exact_and_say_so() -> None:
     model, inputs = models.transformer(checkpoint=True)
-    _, exact = step(compiled(model, method="exact"), model, inputs)
+    _, exact = step(compiled(model, policy="exact"), model, inputs)
     forget()
     _, grads = step(compiled(model, **HAAR), model, inputs)
     report = actpass.report(model)
-    alone = {path for r in report.regions for _, path, why in r.left_alone if "inside activation checkpointing" in why}
+    alone = {path for r in report.regions for _, path, why in r.rejected if "inside activation checkpointing" in why}
     linears = {f"blocks.{i}.{name}.weight" for i in range(2) for name in ("q", "k", "v", "o", "gate", "up", "down")}
     assert alone == linears
     assert projected(report) == {"head.weight"}
@@ -371,7 +371,7 @@ def test_hugging_face_checkpointing_stays_exact() -> None:
     _, grads = step(compiled(model, **HAAR), model, inputs)
     report = actpass.report(model)
     assert projected(report) == {"lm_head.weight"}
-    assert sum("checkpointing" in why for r in report.regions for *_, why in r.left_alone) == 7
+    assert sum("checkpointing" in why for r in report.regions for *_, why in r.rejected) == 7
     assert_close(without({"lm_head.weight"}, grads), without({"lm_head.weight"}, want), EXACT)
 
 
@@ -390,7 +390,7 @@ def regional(**options: Any) -> tuple[nn.Module, dict[str, Any], list[int]]:
     return model, inputs, graphs
 
 
-@pytest.mark.parametrize(("options", "tolerance"), [({"method": "exact"}, EXACT), (FULL, FULL_RANK)])
+@pytest.mark.parametrize(("options", "tolerance"), [({"policy": "exact"}, EXACT), (FULL, FULL_RANK)])
 def test_regional_compile_gives_every_module_its_own_gradients(options: dict[str, Any], tolerance: float) -> None:
     plain, _ = models.transformer(layers=3)
     model, inputs, graphs = regional(**options)
@@ -407,7 +407,7 @@ def test_regional_compile_gives_every_module_its_own_gradients(options: dict[str
 def test_regional_compile_draws_the_bases_of_the_whole_model() -> None:
     whole, _ = models.transformer(layers=3)
     model, inputs, _ = regional(**CROSSING)
-    _, want = step(compiled(whole, **CROSSING, overrides={"head": "keep"}), whole, inputs)
+    _, want = step(compiled(whole, **CROSSING, module_overrides={"head": "save"}), whole, inputs)
     _, got = step(model, model, inputs)
     # both project onto the same subspaces: rounding, as at full rank, relative to a gradient that the projection made larger
     assert_close(got, want, FULL_RANK)
@@ -442,7 +442,7 @@ def test_mode_reaches_inductor(mode: str, reached: dict[str, Any]) -> None:
 @pytest.mark.codegen
 def test_inductor_options_reach_inductor_and_win_over_the_mode(reached: dict[str, Any]) -> None:
     model, inputs = models.mlp()
-    options = {**HAAR, "mode": "max-autotune", "inductor": {"max_autotune": False, "epilogue_fusion": False}}
+    options = {**HAAR, "mode": "max-autotune", "inductor_options": {"max_autotune": False, "epilogue_fusion": False}}
     with functorch_config.patch(enable_autograd_cache=False):
         step(torch.compile(model, backend="actcomp", options=options), model, inputs)
     assert reached["coordinate_descent_tuning"] is True
@@ -488,8 +488,8 @@ def run(rank):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.Tanh(), torch.nn.Linear(24, 8))
     scalar = {"cpp.simdlen": 1}  # with VEC_ISA_OK: else a cold cache first tries out this CPU, for ten seconds
-    options = {"method": "rademacher", "rank": rank, "profitable_only": False, "inductor": scalar}
-    options |= {"quantize": "int4", "smallest": 0}  # both graphs then hold functions that they call
+    options = {"projection": "rademacher", "rank": rank, "skip_unprofitable": False, "inductor_options": scalar}
+    options |= {"codec": "int4", "min_tensor_bytes": 0}  # both graphs then hold functions that they call
     torch.compile(model, backend="actcomp", options=options)(torch.randn(20, 16)).sum().backward()
     counters = dynamo.utils.counters["aot_autograd"]
     hits, misses = counters["autograd_cache_hit"], counters["autograd_cache_miss"]
@@ -520,15 +520,15 @@ def test_second_process_hits_the_cache_with_its_report_and_another_option_misses
     hit, miss = process(4, 5)
     assert hit == [1, 0, report, gradient]
     assert miss[:2] == [0, 1]
-    assert {s["rank"] for s in miss[2]["regions"][0]["sites"] if s["method"]} == {5}
+    assert {s["rank"] for s in miss[2]["regions"][0]["sites"] if s["projection"]} == {5}
 
 
 @pytest.mark.parametrize("method", ["auto", "haar"])
 def test_a_checkpoint_around_a_compiled_model(method: str):
     model, inputs = models.mlp()
-    _, want = step(torch.compile(model, backend=eager_actcomp(method=method)), model, inputs)
+    _, want = step(torch.compile(model, backend=eager_actcomp(**options_for(method))), model, inputs)
     torch.compiler.reset()
-    run = torch.compile(model, backend=eager_actcomp(method=method))
+    run = torch.compile(model, backend=eager_actcomp(**options_for(method)))
     _, got = step(lambda x: torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False), model, inputs)
     assert_equal(got, want)
 
@@ -577,7 +577,7 @@ class Parts(nn.Module):
         return self.second(h.view(1, 1)).sum()
 
 
-@pytest.mark.parametrize("options", [{}, {"method": "pca", "rank": 4, "profitable_only": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"projection": "pca", "rank": 4, "skip_unprofitable": False}], ids=str)
 def test_progress_is_a_line_for_each_stage_of_each_region(options: dict[str, Any], caplog: pytest.LogCaptureFixture):
     def said() -> list[str]:
         return [r.getMessage() for r in caplog.records if r.name == "actpass"]

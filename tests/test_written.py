@@ -95,10 +95,10 @@ class Broken(_Updated):
 MODELS = (Router, UpdatedFirst, Queue, BackwardOnly, Broken)
 
 
-@pytest.mark.parametrize("options", [{"method": "exact"}, {"method": "auto"}, {"memory_budget": 0.7}], ids=str)
+@pytest.mark.parametrize("options", [{"policy": "exact"}, {"policy": "auto"}, {"memory_budget": 0.7}], ids=str)
 @pytest.mark.parametrize("build", MODELS)
 def test_backward_reads_what_the_forward_read(build: type[_Updated], options: dict[str, Any]):
-    """Tensors here are below ``smallest``: all forms are exact."""
+    """Tensors here are below ``min_tensor_bytes``: all forms are exact."""
     expected, x = build(), torch.randn(16, 8)
     model = copy.deepcopy(expected)
     expected(x).backward()
@@ -114,12 +114,12 @@ def test_compiled_backward_reads_what_the_forward_read():
     expected, x = Router(), torch.randn(16, 8)
     model = copy.deepcopy(expected)
     expected(x).backward()
-    torch.compile(model, backend="actcomp", options={"method": "exact"})(x).backward()
+    torch.compile(model, backend="actcomp", options={"policy": "exact"})(x).backward()
     assert error(model.linear.weight.grad, expected.linear.weight.grad) < 1e-6
     assert error(model.state, expected.state) < 1e-6
 
 
-@pytest.mark.parametrize("options", [{"method": "exact"}, {"method": "auto"}], ids=str)
+@pytest.mark.parametrize("options", [{"policy": "exact"}, {"policy": "auto"}], ids=str)
 def test_nothing_is_read_late_where_upstream_would_save_inputs_alone(options: dict[str, Any]):
     expected, x = Router(), torch.randn(16, 8)
     model = copy.deepcopy(expected)

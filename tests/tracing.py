@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from actpass.backend.backend import Extra, _append_state, _inductor_options, device_of, no_code
+from actpass.backend.backend import StateInputs, _append_state, _inductor_options, device_of, no_code
 from actpass.codecs.generator import round_keys, step_seed
-from actpass.diagnostics.interpreter import own_forward
+from actpass.diagnostics.interpreter import isolated_forward
 from actpass.ir.copying import copy_module
 from actpass.ir.graph_inputs import GraphInputs
 from actpass.memory.resident import storages
-from actpass.options.config import Config, parse
+from actpass.options import Config, parse
 from actpass.pipeline import Compiled, compile_joint
 from actpass.torch_compat import CustomPartitionerFn, compile_fx, dynamo, functorch_config, inductor_config
 
@@ -47,7 +47,7 @@ class JointGraph:
         """What the pass makes of it under ``options``, which must ask for no learned subspace and no low-rank gradient."""
         config = parse(options)
         assert not config.learned
-        assert not config.factors_gradients
+        assert not config.keeps_low_rank_gradients
         with inductor_config.patch(_inductor_options(config)):
             return compile_joint(self.gm, self.joint_inputs, config, self.inputs, self.kwargs)
 
@@ -86,7 +86,7 @@ def trace(model: torch.nn.Module, inputs: Mapping[str, Any]) -> JointGraph:
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any], **_: Any) -> Callable[..., Any]:
         plain, device = GraphInputs.of(gm, example_inputs), device_of(example_inputs)
-        seeded, own = _append_state(gm, example_inputs, device, Extra())
+        seeded, own = _append_state(gm, example_inputs, device, StateInputs())
         partitioner = _Capture(GraphInputs(plain.paths, plain.computed, plain.written, seed=len(plain.paths)))
         patches: dict[str, Any] = {"custom_partitioner_fn": partitioner}
         with functorch_config.patch(enable_autograd_cache=False):
@@ -97,7 +97,7 @@ def trace(model: torch.nn.Module, inputs: Mapping[str, Any]) -> JointGraph:
         return gm.forward
 
     with torch.enable_grad():
-        dynamo.optimize(backend)(own_forward(model))(**inputs)
+        dynamo.optimize(backend)(isolated_forward(model))(**inputs)
     (joint,) = found
     return joint
 
@@ -110,5 +110,5 @@ def traced(name: str) -> JointGraph:
 
 def stock(joint: JointGraph) -> tuple[fx.GraphModule, fx.GraphModule]:
     """The joint graph as Inductor cuts it by itself."""
-    default = joint.compiled(method="exact", memory_budget=1.0).traced.default
+    default = joint.compiled(policy="exact", memory_budget=1.0).traced.default
     return default.forward, default.backward

@@ -8,6 +8,8 @@ from typing import Any
 
 from workloads import UsageError
 
+from actpass.options import options_for
+
 
 def positive_int(text: str) -> int:
     try:
@@ -48,19 +50,19 @@ def memory_budget(text: str) -> float | str:
 
 
 def override(text: str) -> tuple[str, str | dict[str, Any]]:
-    """``PATTERN=METHOD[:RANK]``: ``lm_head=keep``, ``layers.*.mlp=haar:0.25``."""
+    """``PATTERN=NAME[:RANK]``, of a codec, a projection or a policy: ``lm_head=save``, ``layers.*.mlp=haar:0.25``."""
     pattern, equals, form = text.partition("=")
-    method, colon, r = form.partition(":")
-    if not (pattern and equals and method and bool(colon) == bool(r)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN=METHOD[:RANK], e.g. lm_head=keep, *.mlp=haar:0.25.")
-    return pattern, {"method": method, "rank": rank(r)} if r else method
+    name, colon, r = form.partition(":")
+    if not (pattern and equals and name and bool(colon) == bool(r)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN=NAME[:RANK], e.g. lm_head=save, *.mlp=haar:0.25.")
+    return pattern, {**options_for(name), "rank": rank(r)} if r else name
 
 
 def option(text: str) -> tuple[str, Any]:
     """``key=value``; the value is read as JSON if it is JSON (``64``, ``false``), else as text."""
     key, equals, value = text.partition("=")
     if not (key and equals):
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, e.g. refresh_interval=50, profitable_only=false.")
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, e.g. refresh_interval=50, skip_unprofitable=false.")
     try:
         return key, json.loads(value)
     except ValueError:
@@ -69,13 +71,15 @@ def option(text: str) -> tuple[str, Any]:
 
 def add_option_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("actpass options", "as in torch.compile(..., options={...})")
-    group.add_argument("--method", help="exact, gaussian, haar, ...; unknown ones are listed by the error")
+    group.add_argument("--policy", help="auto or exact")
+    group.add_argument("--codec", help="int8, int4, ...; unknown ones are listed by the error")
+    group.add_argument("--projection", help="gaussian, haar, ...; unknown ones are listed by the error")
     group.add_argument("--rank", type=rank, help="an int (directions) or a float (fraction of the width)")
     group.add_argument("--memory-budget", type=memory_budget, help="fraction of what Inductor's default saves")
-    group.add_argument("--override", type=override, action="append", default=[], metavar="PATTERN=METHOD[:RANK]")
+    group.add_argument("--override", type=override, action="append", default=[], metavar="PATTERN=NAME[:RANK]")
     group.add_argument("--option", type=option, action="append", default=[], metavar="KEY=VALUE", help="any other option")
     group.add_argument(
-        "--plan", metavar="FILE", help="follow the plan in this file, in place of a method and a budget's search"
+        "--plan", metavar="FILE", help="follow the plan in this file, in place of a policy and a budget's search"
     )
     group.add_argument("--off", action="store_true", help="compression off: what Inductor itself saves")
 
@@ -83,13 +87,15 @@ def add_option_arguments(parser: argparse.ArgumentParser) -> None:
 def options_from(given: argparse.Namespace) -> dict[str, Any]:
     """actpass's options as given; actpass checks them."""
     options: dict[str, Any] = {
-        name: value for name in ("method", "rank", "memory_budget", "plan") if (value := getattr(given, name)) is not None
+        name: value
+        for name in ("policy", "codec", "projection", "rank", "memory_budget", "plan")
+        if (value := getattr(given, name)) is not None
     }
     if given.override:
-        options["overrides"] = dict(given.override)
+        options["module_overrides"] = dict(given.override)
     options.update(given.option)
     if not given.off:
         return options
     if options:
         raise UsageError(f"--off leaves nothing to choose: it can't be combined with {', '.join(options)}.")
-    return {"method": "exact", "memory_budget": 1.0}
+    return {"policy": "exact", "memory_budget": 1.0}

@@ -18,7 +18,7 @@ from actpass.diagnostics.explain import explain_model
 from actpass.ir.joint_graph import storage_root, tensor_bytes
 from actpass.ir.op_cost import count_matmuls
 
-OFF = {"method": "exact", "memory_budget": 1.0}
+OFF = {"policy": "exact", "memory_budget": 1.0}
 _PADDINGS = (1, 4, 8)  # Inductor pads a matmul's width to a multiple of one of these
 
 

@@ -67,8 +67,8 @@ def measure(given: argparse.Namespace) -> list[dict[str, Any]]:
     kinds: dict[str, dict[str, Any]] = {"": {}}
     if not given.no_calibration:
         two = {k: v[:2] for k, v in batch.items()}
-        kinds[", calibrated"] = {"calibration": actpass.calibrate(model, two, optimizer=judge.optimizer)}
-    widths = [judge.row(width, {"overrides": {"*": width}}) for width in WIDTHS]
+        kinds[", calibrated"] = {"sensitivities": actpass.calibrate(model, two, optimizer=judge.optimizer)}
+    widths = [judge.row(width, {"module_overrides": {"*": width}}) for width in WIDTHS]
     least = judge.least()
     rows = [*widths]
     for i in range(given.budgets):

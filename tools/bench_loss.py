@@ -12,7 +12,7 @@ and its tokenizer (trained to fill in masked words; what its folder lacks of the
 row of a seed sees the same. Losses are nats a token on the held-out text. One JSON object a run, then a table with the mean
 and the spread over the seeds, and the gap to the first row, seed by seed. Of learned subspaces also the energy of held-out
 batches that the last ones capture, as a fraction of what the best subspaces would: the least of all tensors and seeds, and the
-mean. A row may name its own optimizer: actcomp:haar:0.25,gradients=low_rank,refresh_interval=50,optimizer=lazy.
+mean. A row may name its own optimizer: actcomp:haar:0.25,weight_gradient_format=low_rank,refresh_interval=50,optimizer=lazy.
 Runs that --json or --merge hold are not run again, so rows may run side by side, or on several machines, each with its own
 file; then one call with all rows and no seeds makes the table.
 """
@@ -38,7 +38,7 @@ from torch import Tensor
 from workloads import WORKLOADS, LossOnly, UsageError, Workload, build_config, build_model
 
 import actpass
-from actpass.runtime.step_counter import CLOCK
+from actpass.runtime.step_counter import STEP_COUNTER
 
 BYTES = 256
 VOCABULARY = 260
@@ -191,7 +191,7 @@ def model_of(given: argparse.Namespace, seed: int) -> LossOnly:
 def run(given: argparse.Namespace, spec: RowSpec, seed: int, lr: float) -> dict[str, Any]:
     """Train one row from one seed at one rate."""
     torch.compiler.reset()
-    CLOCK.steps = 0
+    STEP_COUNTER.steps = 0
     train, held_out = texts(given)
     model = model_of(given, seed).to(given.device)
     options = {**spec.options, "seed": seed} if spec.kind == "actcomp" else spec.options

@@ -24,6 +24,7 @@ from workloads import LossOnly, build_config, build_model, make_batch, workload_
 
 import actpass
 from actpass.memory.profiler import measure
+from actpass.options import options_for
 
 ROWS = (
     "inductor", "inductor:metric", "inductor:distillation", "loss", "returned", "whole", "metric", "whole:metric",
@@ -41,10 +42,10 @@ class Step:
     loss: torch.Tensor
 
 
-def run(row: str, model: Any, batch: dict[str, torch.Tensor], method: str, steps: int) -> Step:
+def run(row: str, model: Any, batch: dict[str, torch.Tensor], name: str, steps: int) -> Step:
     kind, _, reads = row.rpartition(":")
     reads, kind = (reads, kind) if reads in ("metric", "distillation") else ("", row)
-    options = {"method": method, **({"defer_logits": False} if kind == "whole" else {})}
+    options = {**options_for(name), **({"defer_logits": False} if kind == "whole" else {})}
     given: dict[str, Any] = {} if kind == "inductor" else {"backend": "actcomp", "options": options}
     function = torch.compile(LossOnly(model) if kind == "loss" else model, **given)
     labels = batch["labels"]
@@ -93,14 +94,14 @@ def main() -> None:
     parser.add_argument("--workload", default="llama-mini")
     parser.add_argument("--batch", type=positive_int, default=8)
     parser.add_argument("--seq", type=positive_int, default=256)
-    parser.add_argument("--method", default="auto")
+    parser.add_argument("--format", default="auto", metavar="NAME", help="of a policy, a codec or a projection")
     parser.add_argument("--steps", type=int, default=3, help="timed steps; the median counts")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
     given = parser.parse_args()
 
     config = build_config(workload_named(given.workload), given.seq)
     batch = make_batch(config, "causal-lm", (given.batch, given.seq), "cpu", seed=1)
-    print(f"{given.workload}, {given.batch} x {given.seq}, {given.method}, torch {torch.__version__}")
+    print(f"{given.workload}, {given.batch} x {given.seq}, {given.format}, torch {torch.__version__}")
     print("| row | peak | to the first | predicted / measured | s a step | loss | bit-equal |")
     print("|---|---:|---:|---:|---:|---:|---|", flush=True)
     first: Step | None = None
@@ -109,7 +110,7 @@ def main() -> None:
         torch.compiler.reset()
         torch.manual_seed(0)
         model: Any = build_model(config, "causal-lm", torch.float32).model
-        found = run(row, model, batch, given.method, given.steps)
+        found = run(row, model, batch, given.format, given.steps)
         first, alone = first or found, found if row == "loss" else alone
         predicted = f"{found.predicted_bytes / found.peak_bytes:.3f}" if found.predicted_bytes else "-"
         equal = "-" if alone is None else str(torch.equal(found.loss, alone.loss))

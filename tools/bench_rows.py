@@ -28,10 +28,11 @@ import actpass
 from actpass import optim
 from actpass.low_rank_gradient import nbytes
 from actpass.memory.profiler import measure
+from actpass.options import options_for
 
 ROW_FORMS = (
-    "eager, inductor, inductor-budget=B, inductor-recompute, inductor-fp8, actcomp:METHOD[:RANK][,KEY=VALUE], "
-    "before:METHOD[:RANK][,KEY=VALUE] (the build of --against); for any of them also optimizer=NAME, lr=X and "
+    "eager, inductor, inductor-budget=B, inductor-recompute, inductor-fp8, actcomp:NAME[:RANK][,KEY=VALUE], "
+    "before:NAME[:RANK][,KEY=VALUE] (the build of --against); for any of them also optimizer=NAME, lr=X and "
     "optimizer.KEY=VALUE"
 )
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -72,23 +73,23 @@ def parse_row(text: str) -> RowSpec:
     if optimizer not in OPTIMIZERS:
         raise argparse.ArgumentTypeError(f"optimizer={optimizer} in {text!r}. Allowed: {', '.join(OPTIMIZERS)}.")
     training = {k.removeprefix("optimizer."): options.pop(k) for k in list(options) if k == "lr" or k.startswith("optimizer.")}
-    kind, budget, method = _form(form)
-    if method is None and not (kind and options.keys() == set()):
+    kind, budget, named = _form(form)
+    if named is None and not (kind and options.keys() == set()):
         raise argparse.ArgumentTypeError(f"{text!r} is no row. Allowed: {ROW_FORMS}.")
     if form == "inductor-fp8":
         options = {"post_grad_fusion_options": {"activation_quantization_aten_pass": FP8_PASS}}
-    return RowSpec(text, kind, budget, {**(method or {}), **options}, optimizer, training)
+    return RowSpec(text, kind, budget, {**(named or {}), **options}, optimizer, training)
 
 
 def _form(text: str) -> tuple[str, float | None, dict[str, Any] | None]:
-    """Kind ("": none), recompute budget, and actpass's method and rank."""
+    """Kind ("": none), recompute budget, and actpass's option of that name with its rank."""
     plain = {"eager": ("eager", None), "inductor": ("inductor", None), "inductor-recompute": ("inductor", 0.0)}
     if text in plain or text == "inductor-fp8":
         return *plain.get(text, ("inductor", 1.0)), None
     name, _, rest = text.partition(":")
     if name in ("actcomp", "before") and rest:
-        method, _, r = rest.partition(":")
-        return name, None, {"method": method, **({"rank": rank(r)} if r else {})}
+        option_name, _, r = rest.partition(":")
+        return name, None, {**options_for(option_name), **({"rank": rank(r)} if r else {})}
     name, _, budget = text.partition("=")
     return ("inductor", probability(budget), None) if name == "inductor-budget" else ("", None, None)
 

@@ -1,7 +1,7 @@
 """Bytes saved for backward under many options, read from the partitioned graphs: nothing is compiled or timed.
 
     python tools/bench_saved.py --workloads llama-60m gpt2-124m roberta-base --dtypes float32 bfloat16 \\
-        --rows actcomp:auto actcomp:int4,chunk_loss=false actcomp:auto,memory_budget=0.1 --dropout 0
+        --rows actcomp:auto actcomp:int4,chunked_loss=false actcomp:auto,memory_budget=0.1 --dropout 0
 
 Every ratio is to Inductor's default cut of the same model: of all that crosses, and without logits. One JSON object a row,
 then a table.
@@ -24,7 +24,7 @@ from workloads import DTYPES, UsageError, build_config, build_model, make_batch,
 
 from actpass.diagnostics.explain import explain_model
 
-ROWS = ("actcomp:exact", "actcomp:auto", "actcomp:int4", "actcomp:int4,chunk_loss=false")
+ROWS = ("actcomp:exact", "actcomp:auto", "actcomp:int4", "actcomp:int4,chunked_loss=false")
 COLUMNS: tuple[Column, ...] = (
     ("row", lambda r: f"`{r['row']}`"),
     ("model", lambda r: r["model"]),

@@ -34,9 +34,9 @@ from actpass.codecs import QUANTIZERS
 from actpass.diagnostics.audit import audit_model, loss_of
 from actpass.diagnostics.interpreter import interpret
 from actpass.ir.joint_graph import fold_indices
-from actpass.options.config import parse
+from actpass.options import parse
 from actpass.plan_file import ModelPlan
-from actpass.runtime.step_counter import CLOCK
+from actpass.runtime.step_counter import STEP_COUNTER
 from actpass.torch_compat import functorch_config
 
 PREDICTORS = ("share", "cosine", "sign", "calibrated")
@@ -75,7 +75,7 @@ def measure(given: argparse.Namespace) -> list[dict[str, Any]]:
     text, held_out = texts(given)
     start = warmed(given, text)
     batch = next(text.training(1000))
-    exact = explain(start(), batch, {"method": "exact"}).plan
+    exact = explain(start(), batch, {"policy": "exact"}).plan
     calibration = actpass.calibrate(start(), batch)
     factor = {row.node: (dict(row.errors), row.factor) for row in calibration.rows}
     groups = groups_of(exact, set(factor))
@@ -139,7 +139,7 @@ def coded(plan: ModelPlan, nodes: Sequence[str], form: str) -> ModelPlan:
     regions = []
     for region in plan.regions:
         storages = (
-            replace(s, codec=form, rounding="nearest", unbiased=False, named=True) if s.node in nodes else s
+            replace(s, codec=form, rounding="nearest", unbiased=False, forced=True) if s.node in nodes else s
             for s in region.storages
         )
         regions.append(replace(region, storages=tuple(storages)))
@@ -148,7 +148,7 @@ def coded(plan: ModelPlan, nodes: Sequence[str], form: str) -> ModelPlan:
 
 def explain(model: Any, batch: Mapping[str, Tensor], options: Mapping[str, Any]) -> Any:
     torch.compiler.reset()
-    return actpass.explain(model, options={"smallest": 0, "chunk_loss": False, **options}, **batch)
+    return actpass.explain(model, options={"min_tensor_bytes": 0, "chunked_loss": False, **options}, **batch)
 
 
 def audit(model: Any, batch: Mapping[str, Tensor], plan: ModelPlan) -> dict[str, float]:
@@ -165,7 +165,7 @@ def audit(model: Any, batch: Mapping[str, Tensor], plan: ModelPlan) -> dict[str,
 def train(given: argparse.Namespace, model: Any, options: Mapping[str, Any], seed: int, text: Text, held_out: Text) -> float:
     """The held-out loss after training under ``options``."""
     torch.compiler.reset()
-    CLOCK.steps = 0
+    STEP_COUNTER.steps = 0
     config = parse({**options, "seed": seed})
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Any:

@@ -113,9 +113,9 @@ ARCHITECTURES: dict[str, Build] = {
                  "num_stages": 2, "num_labels": 5}, images),
 }  # fmt: skip
 METHODS: dict[str, dict[str, Any]] = {
-    "exact": {"method": "exact", "smallest": 0},
-    "auto": {"method": "auto", "smallest": 0},
-    "haar": {"method": "haar", "rank": 0.5, "smallest": 0},
+    "exact": {"policy": "exact", "min_tensor_bytes": 0},
+    "auto": {"policy": "auto", "min_tensor_bytes": 0},
+    "haar": {"projection": "haar", "rank": 0.5, "min_tensor_bytes": 0},
 }
 Run = Callable[..., Any]
 

@@ -20,18 +20,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from actpass.options import options_for
 from actpass.runtime import regions
-from actpass.runtime.step_counter import CLOCK
+from actpass.runtime.step_counter import STEP_COUNTER
 from actpass.torch_compat import run_and_get_code
 
 FORMS: dict[str, dict[str, Any]] = {
     "auto": {},
-    "exact": {"method": "exact"},
-    **{name: {"method": name} for name in ("int16", "int8", "int4", "int2", "fp8", "fp8_e5m2", "haar", "prac")},
-    "int4 rotated": {"method": "int4", "rotate": True},
-    "haar int8": {"method": "haar", "quantize": "int8", "profitable_only": False},
-    "prac int8": {"method": "prac", "quantize": "int8"},
-    "haar low_rank": {"method": "haar", "gradients": "low_rank"},
+    "exact": {"policy": "exact"},
+    **{name: {**options_for(name)} for name in ("int16", "int8", "int4", "int2", "float8_e4m3", "float8_e5m2", "haar", "prac")},
+    "int4 rotated": {"codec": "int4", "hadamard_rotation": True},
+    "haar int8": {"projection": "haar", "codec": "int8", "skip_unprofitable": False},
+    "prac int8": {"projection": "prac", "codec": "int8"},
+    "haar low_rank": {"projection": "haar", "weight_gradient_format": "low_rank"},
     "budget 0.5": {"memory_budget": 0.5},
     "budget 0.3": {"memory_budget": 0.3},
 }
@@ -91,9 +92,9 @@ def run(seed: int, form: dict[str, Any], reuse: bool) -> tuple[Result, str]:
     """The loss and the gradients of one step, and the generated code."""
     torch.compiler.reset()
     regions.clear()
-    CLOCK.steps, CLOCK.drawn = 0, False
+    STEP_COUNTER.steps, STEP_COUNTER.drawn = 0, False
     model = Model(seed)
-    options = {"smallest": 0, **form, "inductor": {"allow_buffer_reuse": reuse}}
+    options = {"min_tensor_bytes": 0, **form, "inductor_options": {"allow_buffer_reuse": reuse}}
     compiled = torch.compile(model, backend="actcomp", options=options)
 
     def step() -> Result:

@@ -1,9 +1,10 @@
-"""Must show: what a projection may not change is bit-equal to the exact form, for every method and rank.
+"""Must show: what a projection may not change is bit-equal to the exact form, for every codec, projection and rank.
 
     python tools/check_exactness.py [--json FILE] [--models mlp llama-mini] [--ranks 0.25 1.0]
 
-For each model, dtype, method and rank: loss, forward outputs and (of projections) the gradient of every input, against the step
-compiled with ``method="exact"`` (bit-equal) and against plain Inductor (bit-equal, or the largest relative difference).
+For each model, dtype, codec or projection, and rank: loss, forward outputs and (of projections) the gradient of every input,
+against the step compiled with ``policy="exact"`` (bit-equal) and against plain Inductor (bit-equal, or the largest relative
+difference).
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from actpass.options import options_for
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 METHODS = ("gaussian", "rademacher", "sparse", "haar", "srht")
-LOW_BIT = ("auto", "int8", "int4", "int2", "fp8", "fp8_e5m2")
+LOW_BIT = ("auto", "int8", "int4", "int2", "float8_e4m3", "float8_e5m2")
 """Here gradients may change; loss and outputs may not."""
 
 
@@ -122,15 +125,15 @@ def rows(models: list[str], dtypes: list[str], methods: list[str], ranks: list[f
             torch.manual_seed(0)
             build, shape = MODELS[name]
             model, x = build().to(device, DTYPES[dtype]), torch.randn(*shape).to(device, DTYPES[dtype])
-            inductor, exact = run(model, x), run_actcomp(model, x, method="exact")
+            inductor, exact = run(model, x), run_actcomp(model, x, policy="exact")
             yield compare(name, dtype, "exact", 1.0, exact, exact, inductor)
             for method in methods:
                 if method in LOW_BIT:
-                    ours = run_actcomp(model, x, method=method, smallest=0)
+                    ours = run_actcomp(model, x, **options_for(method), min_tensor_bytes=0)
                     yield compare(name, dtype, method, 1.0, ours, exact, inductor)
                     continue
                 for rank in ranks:
-                    ours = run_actcomp(model, x, method=method, rank=rank, profitable_only=False)
+                    ours = run_actcomp(model, x, **options_for(method), rank=rank, skip_unprofitable=False)
                     yield compare(name, dtype, method, rank, ours, exact, inductor)
 
 

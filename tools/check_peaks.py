@@ -29,10 +29,10 @@ from actpass.runtime import regions
 
 LIMIT = 0.04
 METHODS = {
-    "inductor": {"method": "exact", "memory_budget": 1.0},
-    "exact": {"method": "exact"},
-    "auto": {"method": "auto"},
-    "int4": {"method": "int4"},
+    "inductor": {"policy": "exact", "memory_budget": 1.0},
+    "exact": {"policy": "exact"},
+    "auto": {"policy": "auto"},
+    "int4": {"codec": "int4"},
 }
 Step = Callable[[Callable[..., Any]], Tensor]
 
@@ -177,7 +177,7 @@ def check(name: str, plan: str, options: dict[str, Any]) -> Row:
     torch.manual_seed(0)
     model, run = MODELS[name]()
     optimizer = _optimizer(name, model)
-    compiled = torch.compile(model, backend="actcomp", options={"smallest": 1024, **options})
+    compiled = torch.compile(model, backend="actcomp", options={"min_tensor_bytes": 1024, **options})
     for _ in range(2):  # a model in parts is planned as one after its first step
         run(compiled).backward()
         optimizer.step()

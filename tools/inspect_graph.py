@@ -2,7 +2,7 @@
 
     python tools/inspect_graph.py llama-mini                                  what actpass saves by default
     python tools/inspect_graph.py llama-1b --off --batch 128                  what Inductor saves; takes no memory
-    python tools/inspect_graph.py config.json --method haar --rank 0.25 --override lm_head=keep --graphs graphs
+    python tools/inspect_graph.py config.json --projection haar --rank 0.25 --override lm_head=save --graphs graphs
     python tools/inspect_graph.py llama-60m --plot-peak peak.svg --plot-pareto pareto.svg    the same as pictures
     python tools/inspect_graph.py llama-mini --memory-budget 0.3 --save-plan plan.json      the plan as a file, to edit ...
     python tools/inspect_graph.py llama-mini --plan plan.json                 ... and what is then saved

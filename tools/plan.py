@@ -64,7 +64,9 @@ def main() -> int:
             optimizer=given.optimizer,
             check=given.check,
         )
-        options = options_from(argparse.Namespace(**{**vars(given), "rank": None, "plan": None, "off": False}))
+        options = options_from(
+            argparse.Namespace(**{**vars(given), "projection": None, "rank": None, "plan": None, "off": False})
+        )
         with errors_unwrapped():
             plan = actpass.plan_deep_model(_maker(workload, config, shape, given.dtype), training, options=options)
     except (UsageError, ActpassError) as error:
@@ -115,8 +117,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
     group = parser.add_argument_group("actpass options", "as in torch.compile(..., options={...})")
-    group.add_argument("--method", help="auto, exact, int8, ...; unknown ones are listed by the error")
-    group.add_argument("--override", type=override, action="append", default=[], metavar="PATTERN=METHOD[:RANK]")
+    group.add_argument("--policy", help="auto or exact")
+    group.add_argument("--codec", help="int8, int4, ...; unknown ones are listed by the error")
+    group.add_argument("--override", type=override, action="append", default=[], metavar="PATTERN=NAME[:RANK]")
     group.add_argument("--option", type=option_argument, action="append", default=[], metavar="KEY=VALUE")
     return parser
 

@@ -11,7 +11,7 @@ from torch import fx
 from actpass.analysis.linearity import consumers
 from actpass.ir.joint_graph import is_view, rule_of, value
 from actpass.ir.op_queries import is_cast, is_matmul, is_pointwise
-from actpass.plan import SCORE, SCORE_AGAIN, Role
+from actpass.plan import RECOMPUTED_SCORE, SCORE, Role
 from actpass.torch_compat import OpOverload, size_hint
 
 aten = torch.ops.aten
@@ -20,11 +20,11 @@ _PASSES_A_ZERO = ("keeps_zero", "offset", "clamps")
 _TORCH_NAMESPACES = ("aten", "prims")
 
 Read = tuple[str | None, Role, fx.Node | None]
-"""How a fused attention's backward reads a tensor: as a `SCORE` or `SCORE_AGAIN` or neither, in which role, with which
+"""How a fused attention's backward reads a tensor: as a `SCORE` or `RECOMPUTED_SCORE` or neither, in which role, with which
 logsumexp."""
 
 
-class Readers:
+class ErrorPropagation:
     """How a backward graph reads its tensors. One sweep from its end says from which nodes an exponential, attention or a
     step is reached at all: only those are followed, for what a tensor enters meets the gradients of all layers before.
 
@@ -68,17 +68,17 @@ class Readers:
                 statistic: Any = user.args[place] if place is not None else None
                 if any(user.args[i] is node for i in queries):
                     exact = statistic is None or not _is_formed_again(statistic)
-                    found.append((SCORE if exact else SCORE_AGAIN, "score", statistic))
+                    found.append((SCORE if exact else RECOMPUTED_SCORE, "score", statistic))
                 elif any(user.args[i] is node for i in values):
                     found.append((None, "value", statistic))
                 elif is_matmul(user) and user in self.exponentiated:
-                    found.append((SCORE_AGAIN if _softmax_is_formed_again(user, learned) else SCORE, "score", None))
+                    found.append((RECOMPUTED_SCORE if _softmax_is_formed_again(user, learned) else SCORE, "score", None))
                 if is_pointwise(user) and user not in seen:
                     seen.add(user)
                     todo.append(user)
         return found
 
-    def fragile_use(self, tensor: fx.Node | None) -> str | None:
+    def ill_conditioned_use(self, tensor: fx.Node | None) -> str | None:
         """An operator that a small error in ``tensor`` can throw far off: what divides by it, takes a root or a logarithm of it
         (behind an addition of a tensor, a reduction or a bounded function a zero is gone), compares it for equality with the
         exact maximum, makes an index of it, or factors it as a matrix. A comparison is found behind any pointwise operator."""
@@ -134,7 +134,7 @@ def _is_formed_again(statistic: Any) -> bool:
     return isinstance(statistic, fx.Node) and statistic.op != "placeholder"
 
 
-def foreign_users(tensor: fx.Node | None) -> set[str]:
+def opaque_users(tensor: fx.Node | None) -> set[str]:
     """Operators outside torch's own that read ``tensor``, through views and casts."""
     targets = [user.target for user, _ in consumers(tensor)] if tensor is not None else []
     overloads = [t for t in targets if isinstance(t, OpOverload)]

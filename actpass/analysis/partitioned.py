@@ -14,7 +14,7 @@ from actpass.memory.liveness import Timeline, timeline
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class PartitionConstraints:
     """How to cut.
 
     rebuild: lift upstream's rule that a value which a backward matmul materialises is never recomputed. The rule is the
@@ -22,14 +22,14 @@ class Setting:
     a neighbour by pointwise operators: no extra matmul, no attention, exact. And lift the rule that a value is not recomputed
     whose readers lie on both sides of a matmul ("used far apart"): with dropout in front of an adapter the input of a layer is
     read by the layer and, behind it, by the dropout, and no norm or activation function would be rebuilt (2.13 and 2.15).
-    again: forward nodes (matmuls, fused attentions) that the backward may run again, where that saves bytes. keep: nodes that
-    are stored, whatever the bytes. stock: upstream's own ``activation_memory_budget``; None: the user's. part: whether the
-    graph stands for a part of a deeper one in which something runs again: upstream cuts all of that in another way.
+    recompute: forward nodes (matmuls, fused attentions) that the backward may run again, where that saves bytes. must_save:
+    nodes that are stored, whatever the bytes. stock: upstream's own ``activation_memory_budget``; None: the user's. part:
+    whether the graph stands for a part of a deeper one in which something runs again: upstream cuts all of that in another way.
     """
 
-    rebuild: bool
-    again: frozenset[str] = frozenset()
-    keep: frozenset[str] = frozenset()
+    recompute_materialized: bool
+    recompute: frozenset[str] = frozenset()
+    must_save: frozenset[str] = frozenset()
     stock: float | None = None
     part: bool = False
 
@@ -44,14 +44,14 @@ class Saved:
     """
 
     name: str
-    root: str
+    base: str
     holder: str
     nbytes: int
     user_visible: bool
 
 
 @dataclass(frozen=True)
-class Cut:
+class PartitionedGraph:
     """A partitioned joint graph. saved: what crosses, parameters and inputs excluded (the seeds count).
     kept_input_bytes: inputs that another region computed and that the backward reads. seeds: nodes of the step's seed
     and of that of learned bases, if there are any.
@@ -115,15 +115,15 @@ class Cut:
 
     @property
     def roots(self) -> frozenset[str]:
-        return frozenset(s.root for s in self.saved)
+        return frozenset(s.base for s in self.saved)
 
 
 @dataclass(frozen=True)
-class Cuts:
+class PartitionStages:
     """The cuts of one region: Inductor's default, the one with everything exact, the one after the contractions were rewritten,
     and that with what crosses it in its stored form."""
 
-    default: Cut
-    exact: Cut
-    final: Cut
-    swapped: Cut
+    default: PartitionedGraph
+    exact: PartitionedGraph
+    final: PartitionedGraph
+    swapped: PartitionedGraph

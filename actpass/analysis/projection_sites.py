@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import fx
 
-from actpass.analysis.partitioned import Cut
+from actpass.analysis.partitioned import PartitionedGraph
 from actpass.analysis.saved_tensors import Scores
-from actpass.analysis.weight_gradients import Contraction, Finding
+from actpass.analysis.weight_gradients import WeightGradientMatmul, WeightGradientMatmuls
 from actpass.ir.joint_graph import Joint, module_path, storage_root, value
 from actpass.plan import Candidate, SavedTensor
 from actpass.torch_compat import size_hint
@@ -20,15 +20,18 @@ NARROW = 8
 ranks of adapters are 1/32 to 1/500 of the hidden width; keys and values that several queries share are at most this narrow."""
 
 
-def find_candidates(
-    joint: Joint, finding: Finding, exact: Cut, treatment_of: Callable[[Contraction], Hashable]
+def find_projection_sites(
+    joint: Joint,
+    finding: WeightGradientMatmuls,
+    exact: PartitionedGraph,
+    tensor_options_of: Callable[[WeightGradientMatmul], Hashable],
 ) -> list[Candidate]:
     """Group the contractions by the tensor they read, the side they read it from, and the treatment they get. exact: the cut
     that says what is stored, with every contraction as it is."""
     nodes = {n.name: n for n in joint.gm.graph.nodes}
-    groups: dict[Any, list[Contraction]] = {}
+    groups: dict[Any, list[WeightGradientMatmul]] = {}
     for c in finding.contractions:
-        groups.setdefault((c.x, c.left, c.width, treatment_of(c)), []).append(c)
+        groups.setdefault((c.x, c.left, c.width, tensor_options_of(c)), []).append(c)
     names = [c.node for c in finding.contractions]
     longer = sorted(max(c.width, c.out) for c in finding.contractions)
     typical = longer[len(longer) // 2] if longer else 0
@@ -36,7 +39,11 @@ def find_candidates(
 
 
 def find_owners(
-    joint: Joint, finding: Finding, cut: Cut, tensors: Sequence[SavedTensor], paths: Mapping[str, int]
+    joint: Joint,
+    finding: WeightGradientMatmuls,
+    cut: PartitionedGraph,
+    tensors: Sequence[SavedTensor],
+    paths: Mapping[str, int],
 ) -> dict[str, str]:
     """The parameter that a subspace of a crossing tensor belongs to, by the tensor's node, where its last axis is one of
     features: it has as many rows and as wide ones as what a weight reads or makes, its memory is in their order, it is no
@@ -52,8 +59,8 @@ def find_owners(
         val = value(node)
         if val.dim() < 2 or (math.prod(t.shape[:-1]), t.shape[-1]) not in shapes or size_hint(val.stride(-1)) != 1:
             continue
-        if not (scores.behind(node) or _is_of_the_backward(nodes[t.root])):
-            found[t.node] = _nearest(module_path(nodes[t.root]), matrices_first)
+        if not (scores.behind(node) or _is_of_the_backward(nodes[t.base])):
+            found[t.node] = _nearest(module_path(nodes[t.base]), matrices_first)
     return found
 
 
@@ -75,7 +82,9 @@ def _nearest(module: str, paths: Sequence[str]) -> str:
     return paths[0]
 
 
-def _candidate(x: fx.Node, members: list[Contraction], exact: Cut, contractions: list[str], typical: int) -> Candidate:
+def _candidate(
+    x: fx.Node, members: list[WeightGradientMatmul], exact: PartitionedGraph, contractions: list[str], typical: int
+) -> Candidate:
     first, root = members[0], storage_root(x)
     return Candidate(
         name=x.name,
@@ -85,8 +94,8 @@ def _candidate(x: fx.Node, members: list[Contraction], exact: Cut, contractions:
         tokens=first.tokens,
         width=first.width,
         outs=tuple(c.out for c in members),
-        root=root.name,
-        x_bytes=sum(s.nbytes for s in exact.saved if s.root == root.name),
+        base=root.name,
+        x_bytes=sum(s.nbytes for s in exact.saved if s.base == root.name),
         element_size=value(x).element_size(),
         rank_multiple=max(c.rank_multiple for c in members),
         frees=_only_contracted(exact, root.name, contractions),
@@ -94,9 +103,9 @@ def _candidate(x: fx.Node, members: list[Contraction], exact: Cut, contractions:
     )
 
 
-def _only_contracted(exact: Cut, root: str, contractions: list[str]) -> bool:
+def _only_contracted(exact: PartitionedGraph, root: str, contractions: list[str]) -> bool:
     """Whether the exact cut saves the storage of ``root`` for weight gradients and nothing else."""
-    crossing = [s for s in exact.saved if s.root == root]
+    crossing = [s for s in exact.saved if s.base == root]
     if not crossing or any(s.user_visible for s in crossing):
         return False
     placeholders = {n.name: n for n in exact.backward.graph.find_nodes(op="placeholder")}

@@ -12,14 +12,14 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from actpass.analysis.error_propagation import Read, Readers, foreign_users
+from actpass.analysis.error_propagation import ErrorPropagation, Read, opaque_users
 from actpass.analysis.linearity import consumers
-from actpass.analysis.partitioned import Cut, Saved
+from actpass.analysis.partitioned import PartitionedGraph, Saved
 from actpass.analysis.rematerialization import Recomputation, attention_behind
 from actpass.ir.joint_graph import Joint, module_path, rule_of, storage_root, tensor_bytes, value
 from actpass.ir.op_queries import is_attention, is_matmul, is_pointwise, is_reduction
 from actpass.ir.products import is_sum_in_place
-from actpass.plan import EXPONENTIAL, SCORE_AGAIN, Role, SavedTensor
+from actpass.plan import EXPONENTIAL, RECOMPUTED_SCORE, Role, SavedTensor
 from actpass.torch_compat import invoke_subgraph, size_hint
 
 aten = torch.ops.aten
@@ -31,10 +31,10 @@ EARLY_GRADIENT = "a gradient, formed in the forward with the loss"
 
 
 def find_saved(
-    cut: Cut,
+    cut: PartitionedGraph,
     joint: Joint,
     contractions: Mapping[str, tuple[str, ...]],
-    smallest: int,
+    min_tensor_bytes: int,
     recomputation: Recomputation | None = None,
 ) -> list[SavedTensor]:
     """Every memory that crosses ``cut`` but the seeds', in the order of the forward's outputs.
@@ -43,27 +43,27 @@ def find_saved(
     recomputation: of ``joint``, if it shall be said what could be run again.
     """
     by_holder: dict[str, list[Saved]] = {}
-    for s in (s for s in cut.saved if s.root not in cut.seeds):
+    for s in (s for s in cut.saved if s.base not in cut.seeds):
         by_holder.setdefault(s.holder, []).append(s)
-    reading = _Reading(cut, joint, contractions, smallest, recomputation)
+    reading = _Reading(cut, joint, contractions, min_tensor_bytes, recomputation)
     return [reading.tensor(holder, members) for holder, members in by_holder.items()]
 
 
 class _Reading:
     def __init__(
         self,
-        cut: Cut,
+        cut: PartitionedGraph,
         joint: Joint,
         contractions: Mapping[str, tuple[str, ...]],
-        smallest: int,
+        min_tensor_bytes: int,
         recomputation: Recomputation | None,
     ) -> None:
-        self.contractions, self.smallest, self.recomputation = contractions, smallest, recomputation
+        self.contractions, self.min_tensor_bytes, self.recomputation = contractions, min_tensor_bytes, recomputation
         self.joint = {n.name: n for n in joint.gm.graph.nodes}
-        self.available = {self.joint[name] for s in cut.saved for name in (s.name, s.root) if name in self.joint}
+        self.available = {self.joint[name] for s in cut.saved for name in (s.name, s.base) if name in self.joint}
         self.forward = {n.name: n for n in cut.forward.graph.nodes}
         self.backward = {n.name: n for n in cut.backward.graph.find_nodes(op="placeholder")}
-        self.uses, self.readers = cut.uses, Readers(cut.backward.graph)
+        self.uses, self.readers = cut.uses, ErrorPropagation(cut.backward.graph)
         self.learned = self._reach({n.name for n in joint.parameter_path})
         self.scores = Scores.of(joint)
         drawn = {n.name for n in joint.gm.graph.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())}
@@ -92,7 +92,7 @@ class _Reading:
         node = self.forward[names[0] if len(names) == 1 else holder]
         arrived = [self.backward[n] for n in names if n in self.backward]
         read = [self.uses.of(n, self.contractions) for n in arrived]
-        root = self.forward[members[0].root]
+        root = self.forward[members[0].base]
         weights = [path for n in arrived for user, _ in consumers(n) for path in self.contractions.get(user.name, ())]
         reads = [found for n in arrived for found in self.readers.attention_reads(n, self.learned)]
         kinds = {
@@ -101,21 +101,21 @@ class _Reading:
             *(kind for kind, _, _ in reads if kind),
         }
         obstacle = self._obstacle(node, members)
-        is_small = obstacle is None and tensor_bytes(node) < self.smallest
-        again, of_factors = self._again(root, members, exponential=EXPONENTIAL in kinds) if obstacle is None else ((), ())
+        is_small = obstacle is None and tensor_bytes(node) < self.min_tensor_bytes
+        recompute, of_factors = self._again(root, members, exponential=EXPONENTIAL in kinds) if obstacle is None else ((), ())
         factors = self._missing_factors(of_factors[0], self.available) if of_factors else []
         attention, role = self._attention(root, reads)
         return SavedTensor(
             node=node.name,
-            crossing=names,
-            root=root.name,
+            saved_for_backward=names,
+            base=root.name,
             nbytes=sum(m.nbytes for m in members),
             kinds=tuple(sorted(kinds)),
             linear=bool(read) and all(linear for _, linear in read),
             paths=tuple(dict.fromkeys((module_path(root), *weights))),
-            obstacle=f"smaller than {self.smallest} bytes" if is_small else obstacle,
-            again=tuple(n.name for n in again),
-            again_flops=self._flops(again),
+            obstacle=f"smaller than {self.min_tensor_bytes} bytes" if is_small else obstacle,
+            recompute=tuple(n.name for n in recompute),
+            recompute_flops=self._flops(recompute),
             of_factors=tuple(n.name for n in of_factors),
             of_factors_flops=self._flops(of_factors),
             factors=sum(size_hint(value(a).numel()) for a in factors),
@@ -134,7 +134,7 @@ class _Reading:
         activations that a softmax exponentiates: attention that is not fused."""
         if self.recomputation is None or root.name not in self.joint or root.name in self.recomputation.anchors:
             return (), ()
-        own, node = {self.joint[name] for m in members for name in (m.name, m.root)}, self.joint[root.name]
+        own, node = {self.joint[name] for m in members for name in (m.name, m.base)}, self.joint[root.name]
         others = self.available - own
         made = None if exponential else self.recomputation.producers(node, others)
         scores = self.recomputation.scores_behind(node) if made is None else None
@@ -157,7 +157,7 @@ class _Reading:
         roles: dict[str, Role] = {}
         for kind, role, statistic in reads:
             behind = attention_behind(self.forward[statistic.name]) if statistic and statistic.name in self.forward else None
-            if behind is not None and kind != SCORE_AGAIN and roles.get(behind.name) != "score":
+            if behind is not None and kind != RECOMPUTED_SCORE and roles.get(behind.name) != "score":
                 roles[behind.name] = role
         return next(iter(roles.items()), (None, None))
 
@@ -177,10 +177,10 @@ class _Reading:
             return "a statistic of each row"
         if node.name in self.infinite or self._may_be_masked(node):
             return "may hold the -inf of a mask"
-        foreign = sorted({u for m in members for u in foreign_users(self.backward.get(m.name))})
+        foreign = sorted({u for m in members for u in opaque_users(self.backward.get(m.name))})
         if foreign:
             return f"read by {foreign[0]}, which is not one of torch's own operators"
-        fragile = next((op for m in members if (op := self.readers.fragile_use(self.backward.get(m.name)))), None)
+        fragile = next((op for m in members if (op := self.readers.ill_conditioned_use(self.backward.get(m.name)))), None)
         if fragile is not None:
             return f"read by {fragile}, which a small error can throw far off"
         if len(members) > 1 and any(not self._is_shown_by(node, self.forward[m.name]) for m in members):

@@ -31,7 +31,7 @@ _RECOMPUTED = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUT
 
 
 @dataclass(frozen=True, slots=True)
-class Contraction:
+class WeightGradientMatmul:
     """One weight-gradient matmul.
 
     node: name of the matmul. x: name of the operand with the tokens. left: whether x is the first factor (dW^T = x^T dy).
@@ -56,11 +56,12 @@ class Contraction:
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """What `find_contractions` saw: the contractions, and (matmul node, parameter path, reason) for each one left alone."""
+class WeightGradientMatmuls:
+    """What `find_weight_gradient_matmuls` saw: the contractions, and (matmul node, parameter path, reason) for each one left
+    alone."""
 
-    contractions: tuple[Contraction, ...]
-    left_alone: tuple[tuple[str, str, str], ...]
+    contractions: tuple[WeightGradientMatmul, ...]
+    rejected: tuple[tuple[str, str, str], ...]
 
 
 @dataclass
@@ -70,7 +71,7 @@ class _Leaf:
     reason: str | None = None
 
 
-def find_contractions(joint: Joint) -> Finding:
+def find_weight_gradient_matmuls(joint: Joint) -> WeightGradientMatmuls:
     """Read ``joint`` (after common-subexpression elimination) and return every weight-gradient contraction in it."""
     leaves: dict[fx.Node, _Leaf] = {}
     on_walk: set[fx.Node] = set()
@@ -93,7 +94,7 @@ def find_contractions(joint: Joint) -> Finding:
         leaf.reason = leaf.reason or _unusable(joint, leaf.node, on_walk)
     order = {n: i for i, n in enumerate(joint.gm.graph.nodes)}
     ordered = sorted(leaves.values(), key=lambda leaf: order[leaf.node])
-    return Finding(
+    return WeightGradientMatmuls(
         tuple(_contraction(joint, leaf) for leaf in ordered if leaf.reason is None),
         (*((leaf.node.name, leaf.parameters[0], leaf.reason) for leaf in ordered if leaf.reason is not None), *unread),
     )
@@ -208,7 +209,7 @@ def _width(joint: Joint, node: fx.Node) -> Any:
     return value(a).shape[-2] if b in joint.backward else value(b).shape[-1]
 
 
-def _contraction(joint: Joint, leaf: _Leaf) -> Contraction:
+def _contraction(joint: Joint, leaf: _Leaf) -> WeightGradientMatmul:
     a, b = factors_of(leaf.node)
     left = b in joint.backward
     x, dy = (a, b) if left else (b, a)
@@ -217,7 +218,7 @@ def _contraction(joint: Joint, leaf: _Leaf) -> Contraction:
     tokens = size_hint(val.shape[-1] if left else val.shape[-2])
     row = rule_of(leaf.node).matmul
     grouped = row is not None and row.grouped
-    return Contraction(
+    return WeightGradientMatmul(
         node=leaf.node.name,
         x=x.name,
         left=left,

@@ -18,13 +18,13 @@ from torch import fx
 from actpass.backend.call_wrappers import given_state, plain_call, with_unused_seed
 from actpass.backend.headroom import as_planned, headrooms, is_part, peak_budget
 from actpass.backend.inductor_options import inductor_options
-from actpass.backend.partitioner import ask, run_passes
+from actpass.backend.partitioner import probe_state_inputs, run_passes
 from actpass.backend.stack import in_one_piece
 from actpass.backend.state_inputs import RegionRequest, device_of
 from actpass.errors import ActpassError, ActpassWarning, InternalError
 from actpass.ir.graph_inputs import GraphInputs, arguments_of
 from actpass.ir.inline import inline_regions
-from actpass.options.config import Config, parse
+from actpass.options import Config, parse
 from actpass.reporting.eager_estimate import with_eager_curve
 from actpass.reporting.record import Record, describe_unknown
 from actpass.reporting.structured_trace import trace
@@ -59,56 +59,63 @@ def actcomp(
 
     Options (all optional):
 
-    - ``method``: ``"auto"`` (default: what can be rebuilt for free is dropped, the rest is stored in 8 bits, or 4 where it
-      serves weight gradients alone, or 16 as a query or key of fused attention), ``"exact"`` (only what is free), a low-bit
-      form for all that is stored: ``"int16"``, ``"int8"``, ``"int4"``, ``"int2"``, ``"fp8"``,
-      ``"fp8_e5m2"``, or a projection of the weight gradients' inputs: ``"gaussian"``, ``"rademacher"``, ``"sparse"``,
-      ``"haar"``, ``"srht"``, or onto a subspace that follows the data: ``"pca"``, ``"prac"``, ``"oasis"``, ``"sampled"`` (see
-      `actpass.codecs.projections.learned` and `actpass.runtime.subspaces`).
-    - ``rank``: of projections: an int (directions), a float in (0, 1] (a fraction of the width; default 0.25, `prac` 0.6, half
-      of which follows the data), or, of seeded ones, ``"budget"``: layer by layer from ``memory_budget``, where the projection
-      is stored in place of its input (see `actpass.plan.rank_allocation`); elsewhere exact. Nothing is run again then. With
-      ``auto`` a number asks for weight gradients through `haar`, for fewer FLOPs; without one they are exact; ``"budget"`` is
-      an error.
-    - ``nonlinear_rank``: of projections that follow the data: the rank at which tensors that the backward uses otherwise than
-      for weight gradients (inputs of norms and activation functions, the residual stream) are stored, and decoded before their
-      first use: an int, a float in (0, 1], or None (they stay exact). Default: `prac` 0.4, the paper's, others None. Biased
-      where the use is nonlinear; fused attention's tensors stay as they are.
-    - ``quantize``: with a projection, the low-bit form of what is stored (default: none).
-    - ``rounding``: of low-bit forms, ``"stochastic"`` (unbiased), ``"nearest"`` (half the variance or less), or ``"auto"``
+    - ``policy``: who chooses how each saved tensor is stored. ``"auto"``: what can be recomputed for free is not saved, the
+      rest is stored in 8 bits, or 4 where it serves weight gradients alone, or 16 as a query or key of fused attention.
+      ``"exact"``: only what is free. Default: ``"auto"`` without a codec and a projection, else ``"exact"``. Not with a
+      codec.
+    - ``codec``: one low-bit format for all that is saved, projections included: ``"int16"``, ``"int8"``, ``"int4"``,
+      ``"int2"``, ``"float8_e4m3"``, ``"float8_e5m2"``, or a registered one. Default: none.
+    - ``projection``: what weight gradients are formed through: a random basis (``"gaussian"``, ``"rademacher"``,
+      ``"sparse"``, ``"haar"``, ``"srht"``), or a subspace that follows the data (``"pca"``, ``"prac"``, ``"oasis"``,
+      ``"sampled"``, see `actpass.codecs.projections.learned` and `actpass.runtime.subspaces`). Default: none, weight
+      gradients are exact.
+    - ``rank``: of a projection: an int (directions), a float in (0, 1] (a fraction of the width; default 0.25, `prac` 0.6,
+      half of which follows the data), or, of seeded ones and `prac`, ``"budget"``: layer by layer from ``memory_budget``,
+      where the projection is stored in place of its input (see `actpass.plan.rank_allocation`), elsewhere exact; nothing is
+      recomputed then. ``"budget"`` does not go with ``policy="auto"``.
+    - ``activation_rank``: of a projection that follows the data: the rank at which tensors that the backward uses otherwise
+      than for weight gradients (inputs of norms and activation functions, the residual stream) are stored, and reconstructed
+      before their first use: an int, a float in (0, 1], or None (they stay exact). Default: `prac` 0.4, the paper's, others
+      None. Biased where the use is nonlinear; fused attention's tensors stay as they are.
+    - ``projection_scaling``: ``"unbiased"`` (default, E[P P^T] = I), or ``"orthonormal"`` (E[P^T P] = I, for an optimizer
+      inside a fixed subspace).
+    - ``rounding``: of codecs: ``"stochastic"`` (unbiased), ``"nearest"`` (half the variance or less), or ``"auto"``
       (default): stochastic where the backward is linear in the tensor, so that the gradient stays unbiased, else nearest.
-    - ``group``: elements that share a scale (default: the form's own, 32 or 64). ``rotate``: True spreads outliers by a
-      Hadamard rotation of each group.
-    - ``smallest``: bytes below which a tensor is stored as it is (default 16384).
-    - ``chunk_loss``: True (default) forms large logits, the loss and the head's gradients in pieces of rows, as
-      many as suit the device (half as many as features on a CPU, else four times; an int sets it: fewer take less memory, more
-      are faster); see `actpass.passes.chunked_loss`.
-    - ``defer_logits``: True (default): logits that are returned beside such a loss are computed when they are first read; see
-      `actpass.runtime.deferred_logits`. False: they are whole, and so is the loss.
-    - ``scale``: ``"unbiased"`` (default) or ``"none"`` (orthonormal scaling, for an optimizer inside a fixed subspace).
-    - ``refresh_interval``: optimizer steps for which a basis stays (default 1), or between two sketches of a learned subspace
-      (default: `oasis` 1, others 20). ``complement``: the random part of `prac` and `sampled`, ``"fresh"`` (drawn at each
-      step, unbiased), ``"frozen"`` (between two refreshes), or ``"auto"`` (default: frozen with low-rank gradients, whose
-      moments are those of one basis, else fresh).
-    - ``gradients``: ``"dense"`` (default), or ``"low_rank"``: projected weight gradients stay in their factors, see
-      `actpass.low_rank_gradient` and `actpass.optim`. All that can be projected is, then.
-    - ``seed``: base seed of all bases (default 0).
-    - ``memory_budget``: bytes of the peak of a step (an int > 1, ``"20GiB"``), ``"auto"``, or a float in [0, 1], the fraction
-      of the bytes that Inductor's default would save for backward; see `actpass.planner.budget`.
+    - ``group_size``: elements that share a scale (default: the codec's own, 32 or 64).
+    - ``hadamard_rotation``: True spreads outliers by a Hadamard rotation of each group (default False).
+    - ``min_tensor_bytes``: smaller tensors are stored as they are (default 16384).
+    - ``chunked_loss``: True (default) computes large logits, the loss and the head's gradients in chunks of rows, as many as
+      suit the device (half as many as features on a CPU, else four times). An int sets the rows: fewer take less memory, more
+      are faster. See `actpass.passes.chunked_loss`.
+    - ``defer_logits``: True (default): logits that are returned beside a chunked loss are computed when they are first read;
+      see `actpass.runtime.deferred_logits`. False: they are whole, and so is the loss.
+    - ``refresh_interval``: optimizer steps for which a seeded basis stays (default 1), or between two sketches of a learned
+      subspace (default: `oasis` 1, others 20).
+    - ``resample``: when the random part of `prac` and `sampled` is drawn: ``"every_step"`` (unbiased), ``"every_refresh"``,
+      or ``"auto"`` (default): at every refresh with low-rank gradients, whose moments are those of one basis, else at every
+      step.
+    - ``weight_gradient_format``: ``"dense"`` (default), or ``"low_rank"``: projected weight gradients stay coefficients and a
+      basis, see `actpass.low_rank_gradient` and `actpass.optim`. All that can be projected is, then.
+    - ``skip_unprofitable``: True (default) leaves a weight gradient exact where projecting it costs FLOPs and frees no bytes.
+    - ``seed``: base seed of all bases and of rounding (default 0).
+    - ``memory_budget``: bytes of the peak of a step (an int > 1, ``"20GiB"``), ``"auto"`` (what the CUDA device has free), or
+      a float in [0, 1], the fraction of the bytes that Inductor's default would save for backward; see
+      `actpass.planner.budget`. Default: what `actpass.set_memory_budget` set, else none.
     - ``optimizer_state_bytes``: with a ``memory_budget`` in bytes, the state of an optimizer that is not known: none has
       stepped yet and none was named (`actpass.set_optimizer`), or it is no torch optimizer. Default: AdamW's, two copies of
       every trainable parameter.
-    - ``calibration``: what `actpass.calibrate` returned, or the path of its file: what a budget weighs errors by.
-    - ``overrides``: ``{"lm_head": "keep", "layers.*.mlp": {"method": "srht", "rank": 64}}``, by module path: of the weight for
-      projections, of the module that made a tensor or the weight whose gradient reads it for low-bit forms.
-    - ``profitable_only``: True (default) leaves a tensor exact where projecting it costs FLOPs and frees no bytes.
+    - ``sensitivities``: what `actpass.calibrate` returned, or the path of its file: what a budget weighs errors by.
+    - ``module_overrides``: ``{"lm_head": "save", "layers.*.mlp": {"projection": "srht", "rank": 64}}``, by module path, the
+      last match wins: of the weight for projections; for codecs of the module that made a tensor, or the weight whose
+      gradient reads it.
     - ``plan``: an `actpass.ModelPlan` or the path of its file, to be followed in place of all that decides; see
       `actpass.planner.apply_plan`.
     - ``fallback``: what becomes of a region that the pass fails on, by a bug of its own: ``"error"`` (default) raises
       `InternalError`, which says what to report; ``"warn"`` leaves the region to Inductor, with an `ActpassWarning` and the
       reason in the report, and training goes on. A region that the pass can't read is left to Inductor with a warning under
       both, but under ``"error"`` a budget of peak bytes that it does not fit raises `BudgetError`.
-    - ``mode``, ``inductor``: a torch.compile mode, and a dict of Inductor's own options.
+    - ``mode``: a mode of ``torch.compile``.
+    - ``inductor_options``: a dict of Inductor's own options.
 
     Raises `OptionError` / `BudgetError` / `PlanError` (inside Dynamo's ``BackendCompilerFailed``) on bad options, and where
     ranks that compile the same region have decided differently; `InternalError` for a bug of the pass.
@@ -178,7 +185,7 @@ def _compile_region(
     if peak is not None and is_part(gm, plain, peak, steps.is_part(code, first)):
         peak = replace(peak, part=True, capacity=steps.capacity_of(code, shapes, peak.nbytes))
     if config.learned and config.ranks_from_budget:
-        config = replace(config, tails=subspaces.tails(example_inputs, plain.paths))
+        config = replace(config, residual_energies=subspaces.residual_energies(example_inputs, plain.paths))
     key = records.region_key(gm, example_inputs, plain, config, peak)
     nonce, record = records.load(key)
     device = device_of(example_inputs)
@@ -187,8 +194,8 @@ def _compile_region(
     request = RegionRequest(
         gm=gm, example_inputs=example_inputs, config=config, inputs=plain, device=device, nonce=nonce, peak=peak
     )
-    extra = ask(request, record)
-    peak = extra.counted_in(peak)
+    extra = probe_state_inputs(request, record)
+    peak = extra.with_state_bytes(peak)
     compiled, fn = run_passes(replace(request, peak=peak, extra=extra), compile_fx, **compiler_options)
     if compiled is not None:
         with sizes_as_planned(compiled.record.sizes):
@@ -232,7 +239,7 @@ def _with_arguments(record: Record, config: Config, paths: Sequence[str]) -> Rec
     )
     if config.projects:
         warnings.warn(
-            f"actpass: method={config.treatment.method!r} projects nothing here: {note}. Compile the module itself.",
+            f"actpass: {config.tensor_options.described} projects nothing here: {note}. Compile the module itself.",
             ActpassWarning,
             stacklevel=2,
         )

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from actpass.backend.inductor_options import has_cuda_graphs
-from actpass.backend.state_inputs import Extra, RegionRequest
+from actpass.backend.state_inputs import RegionRequest, StateInputs
 from actpass.codecs.generator import round_keys, step_seed
-from actpass.options.config import Config
+from actpass.options import Config
 from actpass.runtime import low_rank_binding as factors
 from actpass.runtime import regions, subspaces
 from actpass.runtime import step_counter as clock
@@ -21,7 +21,7 @@ def given_state(fn: Callable[..., Any], region: regions.Region, request: RegionR
     config, extra, plain, device = region.config, request.extra, request.inputs, request.device
     if not config.needs_seed:
         return plain_call(fn, region)
-    if extra and Extra.of(region.record.plan, plain.paths) != extra:
+    if extra and StateInputs.of(region.record.plan, plain.paths) != extra:
         return _with_seed(_without(fn, extra, device), region, config, device)
     copies = device.type == "cuda" and has_cuda_graphs(config)
     if extra.factors:
@@ -41,14 +41,14 @@ def _with_subspaces(
 
     def call(*args: Any) -> Any:
         region.note(args)
-        step = clock.CLOCK.read()
+        step = clock.STEP_COUNTER.read()
         keys = [round_keys(step_seed(config.seed, d), device) for d in (config.draw_at(step), config.learned_draw_at(step))]
         return run(args, keys, step)
 
     return call
 
 
-def _without(fn: Callable[..., Any], extra: Extra, device: torch.device) -> Callable[..., Any]:
+def _without(fn: Callable[..., Any], extra: StateInputs, device: torch.device) -> Callable[..., Any]:
     """A region that takes more, but was left to Inductor after all."""
     states = [torch.zeros(site.shape, dtype=torch.float32, device=device) for site in extra.sites]
 
@@ -67,7 +67,7 @@ def _with_seed(fn: Callable[..., Any], region: regions.Region, config: Config, d
 
     def run(*args: Any) -> Any:
         region.note(args)
-        return fn(*args, round_keys(step_seed(config.seed, config.draw_at(clock.CLOCK.read())), device))
+        return fn(*args, round_keys(step_seed(config.seed, config.draw_at(clock.STEP_COUNTER.read())), device))
 
     return run
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from actpass.options.config import Config
+from actpass.options import Config
 from actpass.torch_compat import FUSION_GATE, fusion_gate, fusion_gate_limit, inductor_config, list_mode_options
 
 _LEAST_SHARED_BYTES = 2**16
@@ -24,9 +24,9 @@ def options_within(
     memory_budget: float | int | str | None, config: Config, growth: float | None = _PEAK_GROWTH
 ) -> dict[str, Any]:
     """Inductor's options for what ``config`` compiles within a budget, or decodes from projections, or plans at all."""
-    if memory_budget == 1.0 and not config.decodes:
+    if memory_budget == 1.0 and not config.projects_activations:
         return {}
-    few = memory_budget is not None or config.decodes
+    few = memory_budget is not None or config.projects_activations
     return _options_of(_LEAST_SHARED_BYTES if few else None, growth, config)
 
 
@@ -45,7 +45,7 @@ def _options_of(least_shared_bytes: int | None, growth: float | None, config: Co
 
 
 def inductor_options(config: Config) -> dict[str, Any]:
-    asked = dict(config.inductor)
+    asked = dict(config.inductor_options)
     gate = {name: asked[name] for name in FUSION_GATE if name in asked and hasattr(inductor_config, name)}
     with inductor_config.patch(gate):
         own = options_within(config.memory_budget, config, None if gate else _PEAK_GROWTH)

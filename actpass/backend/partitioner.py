@@ -10,11 +10,11 @@ from torch import fx
 
 from actpass.backend.inductor_options import inductor_options
 from actpass.backend.returned_logits import take_logits
-from actpass.backend.state_inputs import Extra, RegionRequest, with_state
+from actpass.backend.state_inputs import RegionRequest, StateInputs, with_state
 from actpass.errors import ActpassError, BudgetError, GraphUnsupported, InternalError, LogitsReturned
 from actpass.ir.graph_inputs import GraphInputs
 from actpass.ir.joint_graph import Joint
-from actpass.options.config import Config
+from actpass.options import Config
 from actpass.passes.base import RegionState
 from actpass.pipeline import Compiled, compile_joint
 from actpass.plan import Plan
@@ -64,22 +64,22 @@ def _run_passes(
     return (partitioner.done[0] if partitioner.done else None), fn
 
 
-def ask(request: RegionRequest, record: Record | None = None) -> Extra:
+def probe_state_inputs(request: RegionRequest, record: Record | None = None) -> StateInputs:
     """What a region will take. record: of the region, if it was compiled before. Otherwise the pass is run once without any of
     it, and no code is made; under a budget of peak bytes twice: the second time beside the subspaces that the first one asked
     for."""
     config, peak, paths = request.config, request.peak, request.inputs.paths
-    if not (config.learned or config.factors_gradients):
-        return Extra()
-    extra = Extra.of(record.plan, paths) if record is not None else Extra()
+    if not (config.learned or config.keeps_low_rank_gradients):
+        return StateInputs()
+    extra = StateInputs.of(record.plan, paths) if record is not None else StateInputs()
     rounds = 0 if record is not None else 1 if peak is None else 2
     for _ in range(rounds):
         with functorch_config.patch(enable_autograd_cache=False):
-            without = replace(request, nonce="", peak=extra.counted_in(peak), extra=Extra())
+            without = replace(request, nonce="", peak=extra.with_state_bytes(peak), extra=StateInputs())
             found, _ = run_passes(without, compile_fx, inner_compile=no_code)
         if found is None:
-            return Extra()
-        record, extra = found.record, Extra.of(found.record.plan, paths)
+            return StateInputs()
+        record, extra = found.record, StateInputs.of(found.record.plan, paths)
         if not extra.sites:
             break
     if record is None or not extra or not config.searches or (peak is not None and peak.part):

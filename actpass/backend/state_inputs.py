@@ -13,7 +13,7 @@ from actpass.codecs.generator import round_keys
 from actpass.ir.copying import copy_module
 from actpass.ir.graph_inputs import GraphInputs
 from actpass.ir.outputs import output_values, set_output_values
-from actpass.options.config import Config
+from actpass.options import Config
 from actpass.plan import Plan
 from actpass.planner.budget import PeakBudget
 from actpass.runtime import low_rank_binding as factors
@@ -22,7 +22,7 @@ from actpass.torch_compat import ConstantSource, detect_fake_mode, fake_input
 
 
 @dataclass(frozen=True)
-class Extra:
+class StateInputs:
     """What a region takes beside the model's own inputs and the seed. sites: the learned subspaces. factors: the parameters
     whose gradients come back as coefficients. decided: the plan that it is to follow with them, where a budget was searched
     for it."""
@@ -32,20 +32,20 @@ class Extra:
     decided: Plan | None = field(default=None, compare=False)
 
     @classmethod
-    def of(cls, plan: Mapping[str, Any], paths: Sequence[str | None]) -> Extra:
+    def of(cls, plan: Mapping[str, Any], paths: Sequence[str | None]) -> StateInputs:
         return cls(subspaces.sites_of(plan, paths), factors.factors_of(plan, paths))
 
     def __bool__(self) -> bool:
         return bool(self.sites or self.factors)
 
-    def counted_in(self, peak: PeakBudget | None) -> PeakBudget | None:
+    def with_state_bytes(self, peak: PeakBudget | None) -> PeakBudget | None:
         """``peak`` beside the subspaces."""
         if peak is None or not self.sites:
             return peak
         return replace(peak, resident=peak.resident.with_more(sum(site.nbytes for site in self.sites)))
 
 
-NOTHING = Extra()
+NOTHING = StateInputs()
 
 
 def device_of(example_inputs: Sequence[Any]) -> torch.device:
@@ -67,7 +67,7 @@ class RegionRequest:
     device: torch.device
     nonce: str = ""
     peak: PeakBudget | None = None
-    extra: Extra = NOTHING
+    extra: StateInputs = NOTHING
 
     @classmethod
     def of(cls, gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, **more: Any) -> RegionRequest:
@@ -90,7 +90,7 @@ def with_state(request: RegionRequest) -> RegionRequest:
 
 
 def append_state(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], device: torch.device, extra: Extra
+    gm: fx.GraphModule, example_inputs: Sequence[Any], device: torch.device, extra: StateInputs
 ) -> tuple[fx.GraphModule, list[torch.Tensor]]:
     """A clone of Dynamo's graph with the step's seed as its next input, and, if there are learned subspaces, a seed for their
     bases, the points of sampled tokens (as many as a call brings) and the subspaces, then the places for coefficients; it also

@@ -13,7 +13,7 @@ Q = TypeVar("Q", bound=Quantizer | type[Quantizer])
 P = TypeVar("P", bound=SeededProjection | LearnedProjection | type[SeededProjection] | type[LearnedProjection])
 
 QUANTIZERS: Registry[Quantizer] = Registry("codec", "actpass.codecs")
-"""Low-bit forms by the name that ``options={"method": ...}`` takes."""
+"""Low-bit forms by the name that ``options={"codec": ...}`` takes."""
 ALL_PROJECTIONS: Registry[SeededProjection | LearnedProjection] = Registry("projection", "actpass.projections")
 PROJECTIONS: Selection[SeededProjection] = Selection(ALL_PROJECTIONS, SeededProjection)
 LEARNED: Selection[LearnedProjection] = Selection(ALL_PROJECTIONS, LearnedProjection)

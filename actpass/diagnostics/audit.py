@@ -11,16 +11,16 @@ import torch
 from torch import fx
 
 from actpass.backend.headroom import peak_budget
-from actpass.backend.partitioner import ask, run_passes
+from actpass.backend.partitioner import probe_state_inputs, run_passes
 from actpass.backend.state_inputs import RegionRequest
 from actpass.codecs.generator import round_keys, step_seed
-from actpass.diagnostics.interpreter import interpret, own_forward, own_gradients, untouched
+from actpass.diagnostics.interpreter import interpret, isolated_forward, own_gradients, preserve_buffers_and_rng
 from actpass.errors import OptionError
 from actpass.ir.inline import inline_regions
 from actpass.ir.joint_graph import fold_indices
-from actpass.options.config import Config, exactly
+from actpass.options import Config, exactly
 from actpass.reporting.report import table
-from actpass.runtime.step_counter import CLOCK
+from actpass.runtime.step_counter import STEP_COUNTER
 from actpass.runtime.subspaces import STORE, Store, WithSubspaces
 from actpass.torch_compat import compile_fx, dynamo, functorch_config
 
@@ -209,28 +209,30 @@ class _Step:
 
     def compile(self, config: Config) -> Callable[[int], Gradients]:
         """The gradients under ``config`` as a function of the draw. Dropout masks are the same in all."""
-        config = replace(config, inductor=(*config.inductor, ("fallback_random", True)))  # seeds mean nothing to an interpreter
+        config = replace(
+            config, inductor_options=(*config.inductor_options, ("fallback_random", True))
+        )  # seeds mean nothing to an interpreter
         seed = config.seed
 
         def backend(gm: fx.GraphModule, example_inputs: list[Any], **more: Any) -> Any:
             gm = inline_regions(gm, example_inputs)[0]
             with functorch_config.patch(enable_autograd_cache=False):
                 request = RegionRequest.of(gm, example_inputs, config, peak=peak_budget(config, example_inputs))
-                extra = replace(ask(request), factors=())  # dense, to be compared
+                extra = replace(probe_state_inputs(request), factors=())  # dense, to be compared
                 fn = run_passes(replace(request, extra=extra), compile_fx, inner_compile=interpret)[1]
             device, plain = request.device, request.inputs
             if extra.sites:
                 own = Store(STORE)  # those of the training run stay as they are
                 run = WithSubspaces(fn=fn, sites=extra.sites, config=config, device=device, store=own, written=plain.written)
-                return lambda *args: run(args, [round_keys(seed, device)] * 2, CLOCK.steps)
+                return lambda *args: run(args, [round_keys(seed, device)] * 2, STEP_COUNTER.steps)
             return (lambda *args: fn(*args, round_keys(seed, device))) if config.needs_seed else fn
 
-        forward = dynamo.optimize(backend)(own_forward(self.model))
+        forward = dynamo.optimize(backend)(isolated_forward(self.model))
 
         def gradients(draw: int) -> Gradients:
             nonlocal seed
             seed = step_seed(config.seed, draw)
-            with torch.enable_grad(), untouched(self.model), own_gradients(self.model):
+            with torch.enable_grad(), preserve_buffers_and_rng(self.model), own_gradients(self.model):
                 self.loss(forward(*self.inputs, **self.kwargs)).backward()
                 return {n: p.grad.detach().clone() for n, p in self.model.named_parameters() if p.grad is not None}
 

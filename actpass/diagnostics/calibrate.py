@@ -19,15 +19,15 @@ from actpass.backend.partitioner import run_passes
 from actpass.backend.state_inputs import RegionRequest
 from actpass.codecs import QUANTIZERS
 from actpass.codecs.generator import round_keys
-from actpass.diagnostics.interpreter import interpret, own_forward, own_gradients, untouched
+from actpass.diagnostics.interpreter import interpret, isolated_forward, own_gradients, preserve_buffers_and_rng
 from actpass.errors import OptionError
 from actpass.ir.inline import inline_regions
 from actpass.ir.joint_graph import Joint, module_path, plain_input_index
-from actpass.options.config import Config, exactly
+from actpass.options import Config, exactly
 from actpass.passes.quantize_saved import layout_of
 from actpass.pipeline import Compiled
-from actpass.plan import SCORE, SCORE_AGAIN, CodecSet
-from actpass.plan.sensitivity import Calibration, Sensitivity
+from actpass.plan import RECOMPUTED_SCORE, SCORE, CodecSet
+from actpass.plan.sensitivity import Sensitivities, Sensitivity
 from actpass.torch_compat import compile_fx, dynamo, functorch_config
 
 _SAMPLE = 2**16
@@ -41,9 +41,9 @@ def calibrate_model(
     config: Config,
     optimizer: torch.optim.Optimizer | None,
     loss: Callable[[Any], torch.Tensor],
-) -> Calibration:
+) -> Sensitivities:
     """See `actpass.calibrate`."""
-    config = replace(exactly(config), inductor=(*config.inductor, ("fallback_random", True)))
+    config = replace(exactly(config), inductor_options=(*config.inductor_options, ("fallback_random", True)))
     state = optimizer.state if optimizer is not None else {}
     regions: list[_Region] = []
 
@@ -58,12 +58,12 @@ def calibrate_model(
         return (lambda *args: fn(*args, round_keys(0, request.device))) if config.needs_seed else fn
 
     model = getattr(model, "_orig_mod", model)
-    with torch.enable_grad(), untouched(model), own_gradients(model):
-        loss(dynamo.optimize(backend)(own_forward(model))(*inputs, **kwargs)).backward()
+    with torch.enable_grad(), preserve_buffers_and_rng(model), own_gradients(model):
+        loss(dynamo.optimize(backend)(isolated_forward(model))(*inputs, **kwargs)).backward()
     rows = tuple(row for region in regions for row in region.rows())
     if not rows:
         raise OptionError("nothing of this model is saved in a form that could be coarser: there is nothing to calibrate.")
-    return Calibration(rows, "Adam" if state else "Adafactor, from the gradient of the batch")
+    return Sensitivities(rows, "Adam" if state else "Adafactor, from the gradient of the batch")
 
 
 @dataclass
@@ -103,10 +103,10 @@ class _Region:
         made, codecs = {n.name: n for n in cut.forward.graph.nodes}, CodecSet(QUANTIZERS)
         exact = _Gradients.of(_run(gm, args), region.joint, self.inputs, self.state)
         for t in region.saved(region.joint, cut):
-            at = [names.index(name) for name in t.crossing if name in names]
+            at = [names.index(name) for name in t.saved_for_backward if name in names]
             if t.obstacle is not None or not at:
                 continue
-            form = codecs.coarsest_safe_for(SCORE if SCORE in t.kinds else SCORE_AGAIN)
+            form = codecs.coarsest_safe_for(SCORE if SCORE in t.kinds else RECOMPUTED_SCORE)
             errors = {f: _rounded(args, at, f)[1] for f in codecs.offered if f != form}
             changed, errors[form] = _rounded(args, at, form)
             if errors[form] > 0:

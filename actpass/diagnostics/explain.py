@@ -13,16 +13,16 @@ from torch.utils import _pytree as pytree
 
 from actpass.backend.backend import noting_calls
 from actpass.backend.headroom import peak_budget
-from actpass.backend.partitioner import ask, no_code, run_passes
-from actpass.backend.state_inputs import Extra, RegionRequest
-from actpass.diagnostics.interpreter import own_forward, untouched
+from actpass.backend.partitioner import no_code, probe_state_inputs, run_passes
+from actpass.backend.state_inputs import RegionRequest, StateInputs
+from actpass.diagnostics.interpreter import isolated_forward, preserve_buffers_and_rng
 from actpass.diagnostics.pareto_sweep import tradeoff
 from actpass.errors import OptionError
 from actpass.ir.copying import copy_module
 from actpass.ir.graph_inputs import GraphInputs
 from actpass.ir.inline import inline_regions
 from actpass.memory.resident import storages
-from actpass.options.config import Config, parse
+from actpass.options import Config, parse
 from actpass.pipeline import Compiled
 from actpass.reporting import Report
 from actpass.reporting.eager_estimate import with_eager_curve
@@ -47,9 +47,10 @@ def explain_model(
 ) -> Explanation:
     """See `actpass.explain`, and `actpass.explore`."""
     config = parse(options)
-    method = config.treatment.method
-    if explore and method != "auto":
-        raise OptionError(f"explore: method={method!r} chooses nothing. Only 'auto' weighs forms against each other: use it.")
+    if explore and config.tensor_options.policy != "auto":
+        raise OptionError(
+            f"explore: {config.tensor_options.described} chooses nothing. Only policy='auto' weighs formats against each other."
+        )
     compiled: list[Compiled] = []
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any], **_: Any) -> Any:
@@ -60,8 +61,8 @@ def explain_model(
 
     model = getattr(model, "_orig_mod", model)
     eager: int | None = None
-    with torch.enable_grad(), untouched(model):
-        dynamo.optimize(backend)(own_forward(model))(*inputs, **kwargs)
+    with torch.enable_grad(), preserve_buffers_and_rng(model):
+        dynamo.optimize(backend)(isolated_forward(model))(*inputs, **kwargs)
         if len(compiled) == 1:
             eager = _saved_bytes_eager(model, inputs, kwargs)
     records = [c.record for c in compiled]
@@ -78,9 +79,9 @@ def _analyse(gm: fx.GraphModule, example_inputs: list[Any], config: Config, expl
     peak = peak_budget(config, example_inputs)
     request = RegionRequest.of(gm, example_inputs, config, inputs=plain, peak=peak)
     # what a region takes beside its inputs fixes its plan, and then there is no choice whose alternatives could be explored
-    extra = Extra() if explore else ask(request)
+    extra = StateInputs() if explore else probe_state_inputs(request)
     with functorch_config.patch(enable_autograd_cache=False):
-        request = replace(request, peak=extra.counted_in(peak), extra=extra)
+        request = replace(request, peak=extra.with_state_bytes(peak), extra=extra)
         compiled, _ = run_passes(request, compile_fx, inner_compile=no_code)
     if compiled is None:
         return None

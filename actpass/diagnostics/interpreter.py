@@ -23,7 +23,7 @@ def interpret(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Ca
 
 
 @contextmanager
-def untouched(model: torch.nn.Module) -> Iterator[None]:
+def preserve_buffers_and_rng(model: torch.nn.Module) -> Iterator[None]:
     """Put buffers (running statistics) and random state back as they were."""
     before = {name: b.detach().clone() for name, b in model.named_buffers()}
     with torch.random.fork_rng(enabled=True):
@@ -47,7 +47,7 @@ def own_gradients(model: torch.nn.Module) -> Iterator[None]:
             p.grad = gradient
 
 
-def own_forward(model: torch.nn.Module) -> Callable[..., Any]:
+def isolated_forward(model: torch.nn.Module) -> Callable[..., Any]:
     """``model.forward`` with a code object of its own. Dynamo keeps what it compiled with the code, and after 8 compilations of
     one code it silently runs it in eager mode: traced through this, nothing is left behind on the user's."""
     forward = model.forward

@@ -20,10 +20,10 @@ from actpass.extrapolation.layer_names import Stack
 from actpass.extrapolation.outcome import UNLIMITED, Outcome
 from actpass.extrapolation.sharded_budget import ShardedBudget
 from actpass.memory.resident import Resident
-from actpass.options.config import Config, parse
+from actpass.options import Config, parse
 from actpass.passes.base import RegionState
 from actpass.pipeline import carry_out, read
-from actpass.planner.budget import PeakBudget, Region, Search, free_choice
+from actpass.planner.budget import PeakBudget, Region, Search, no_recompute_partition
 from actpass.planner.plan_source import SearchedPlan
 from actpass.torch_compat import FakeTensorMode, inductor_config
 
@@ -129,7 +129,7 @@ class _DeepModel:
         """The prediction for a less deep model from five layers, against that from the whole of it, at as tight a plan."""
         assert self.check is not None
         whole, folded = self.check
-        deep, direct, few = self.region.search, Search(whole, free_choice(whole)), folded.search
+        deep, direct, few = self.region.search, Search(whole, no_recompute_partition(whole)), folded.search
         share = (outcome.plan.cut.saved_bytes - deep.least) / (deep.most - deep.least)
         capacity = direct.least + int(min(max(share, 0.0), 1.0) * (direct.most - direct.least))
         want = carry_out(SearchedPlan(whole, direct.at(capacity).choice)).partitioned

@@ -53,8 +53,8 @@ def _plan_lines(plan: FoldedPlan) -> Iterator[str]:
         before, after = sum(r.bytes_before for r in kind.rows), sum(r.bytes_after for r in kind.rows)
         yield f"{_which(kind.layers)}: {_size(before)} -> {_size(after)}"
         yield from (f"  {line}" for line in table([header, *rows]))
-        if kind.again:
-            yield f"  recomputed in the backward: {', '.join(kind.again)}"
+        if kind.recompute:
+            yield f"  recomputed in the backward: {', '.join(kind.recompute)}"
     yield from (f"note: {note}" for note in plan.notes)
     now, default = plan.cut.saved_bytes, plan.default.saved_bytes
     yield f"saved for backward: Inductor default {_size(default)}, now {_size(now)} ({now / default:.2f})"
@@ -106,7 +106,7 @@ def _outcome_dict(outcome: Outcome) -> dict[str, Any]:
 def _kind_dict(kind: LayerKind) -> dict[str, Any]:
     fields = ("kind", "module", "shape", "dtype", "form", "codec", "bytes_before", "bytes_after")
     rows = [{name: getattr(row, name) for name in fields} for row in kind.rows]
-    return {"layers": kind.layers, "again": kind.again, "rows": rows}
+    return {"layers": kind.layers, "again": kind.recompute, "rows": rows}
 
 
 def _size(nbytes: int) -> str:

@@ -15,19 +15,19 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from actpass.analysis.partitioned import Cut, Setting
+from actpass.analysis.partitioned import PartitionConstraints, PartitionedGraph
 from actpass.codecs import QUANTIZERS
 from actpass.extrapolation.folded_graph import Block, FoldedCut
 from actpass.extrapolation.layer_map import MIDDLE, Fold
 from actpass.extrapolation.layer_names import Names, Stack
 from actpass.ir.joint_graph import module_path
-from actpass.options.config import Config
+from actpass.options import Config
 from actpass.passes.base import RegionState
 from actpass.pipeline import carry_out, read
 from actpass.plan import CodecSet, Plan, SavedTensor
 from actpass.plan.storage_options import Costs
 from actpass.plan.store import StoredBytes
-from actpass.planner.budget import Choice, Limit, Search, free_choice, sizes_in, within_peak
+from actpass.planner.budget import Limit, PartitionPlan, Search, no_recompute_partition, sizes_in, within_peak
 from actpass.planner.plan_source import SearchedPlan
 from actpass.reporting.record import Record, SiteRow, describe
 
@@ -39,7 +39,7 @@ class LayerKind:
 
     layers: tuple[int, ...]
     rows: tuple[SiteRow, ...]
-    again: tuple[str, ...]
+    recompute: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ class FoldedRegion:
         self.region, self._state = read(traced, self.default.saved_bytes)
         self.names = Names(self.region.joint.gm.graph, stack)
         self.place, self.middle = self.names.place, self.names.middle
-        self._cuts: dict[Setting, tuple[Cut, Block, list[SavedTensor]]] = {}
-        self._finished: dict[Any, tuple[Choice, RegionState, Block]] = {}
+        self._cuts: dict[PartitionConstraints, tuple[PartitionedGraph, Block, list[SavedTensor]]] = {}
+        self._finished: dict[Any, tuple[PartitionPlan, RegionState, Block]] = {}
         self._carried: dict[tuple[int, ...], FoldedCut] = {}
-        self._copied: dict[str, tuple[Cut, SavedTensor]] = {}
+        self._copied: dict[str, tuple[PartitionedGraph, SavedTensor]] = {}
 
     @property
     def config(self) -> Config:
@@ -120,70 +120,70 @@ class FoldedRegion:
             flops[layer] += self.region.recomputation.flops([node])
         return flops[None] + sum(flops[self.fold.traced(layer)] for layer in range(self.fold.layers))
 
-    def deep_setting(self, setting: Setting) -> Setting:
+    def deep_setting(self, constraints: PartitionConstraints) -> PartitionConstraints:
         """A setting of the traced model in which all layers are cut alike, as one of the deep model."""
 
         def deep(names: frozenset[str]) -> frozenset[str]:
             return frozenset(d for n in names for d in self._deep_names(n, None))
 
-        return replace(setting, again=deep(setting.again), keep=deep(setting.keep))
+        return replace(constraints, recompute=deep(constraints.recompute), must_save=deep(constraints.must_save))
 
-    def settings(self, setting: Setting) -> tuple[list[Setting], Setting]:
+    def settings(self, constraints: PartitionConstraints) -> tuple[list[PartitionConstraints], PartitionConstraints]:
         """For each layer of the deep model the setting of the traced one that cuts all layers as this one; and that for all
         else."""
-        again, keep = self._by_layer(setting.again), self._by_layer(setting.keep)
+        recompute, must_save = self._by_layer(constraints.recompute), self._by_layer(constraints.must_save)
         none: frozenset[str] = frozenset()
-        known: dict[Any, Setting] = {}
+        known: dict[Any, PartitionConstraints] = {}
 
-        def traced(layer: int) -> Setting:
-            key = again.get(layer, none), keep.get(layer, none)
+        def traced(layer: int) -> PartitionConstraints:
+            key = recompute.get(layer, none), must_save.get(layer, none)
             if key not in known:
-                known[key] = Setting(
-                    setting.rebuild,
-                    self._traced_names(key[0], again.get(None, none), setting.again),
-                    self._traced_names(key[1], keep.get(None, none), setting.keep),
-                    part=bool(setting.again),
+                known[key] = PartitionConstraints(
+                    constraints.recompute_materialized,
+                    self._traced_names(key[0], recompute.get(None, none), constraints.recompute),
+                    self._traced_names(key[1], must_save.get(None, none), constraints.must_save),
+                    part=bool(constraints.recompute),
                 )
             return known[key]
 
         settings = [traced(layer) for layer in range(self.fold.layers)]
         return settings, settings[-1]
 
-    def _cut(self, setting: Setting) -> tuple[Cut, Block, list[SavedTensor]]:
-        if setting not in self._cuts:
-            where = self.region.cut(setting)
-            self._cuts[setting] = where, self._block(where, where), self.region.tensors(where)
-        return self._cuts[setting]
+    def _cut(self, constraints: PartitionConstraints) -> tuple[PartitionedGraph, Block, list[SavedTensor]]:
+        if constraints not in self._cuts:
+            where = self.region.cut(constraints)
+            self._cuts[constraints] = where, self._block(where, where), self.region.tensors(where)
+        return self._cuts[constraints]
 
-    def _block(self, cut: Cut, before: Cut) -> Block:
+    def _block(self, cut: PartitionedGraph, before: PartitionedGraph) -> Block:
         return Block(cut, before, self.whole.num_fwd_outputs, self.stack, self.names)
 
-    def cut(self, setting: Setting) -> FoldedSetting:
-        return FoldedSetting(setting, *self.settings(setting))
+    def cut(self, constraints: PartitionConstraints) -> FoldedSetting:
+        return FoldedSetting(constraints, *self.settings(constraints))
 
     def tensors(self, cut: FoldedSetting) -> list[SavedTensor]:
         """All that crosses, layer by layer."""
-        found = [self._copy(t, None, cut.rest) for t in self._cut(cut.rest)[2] if self.place[t.root][0] is None]
-        for layer, setting in enumerate(cut.layers):
-            own = [t for t in self._cut(setting)[2] if self.place[t.root][0] == self.fold.traced(layer)]
-            found += [self._copy(t, layer, setting) for t in own]
+        found = [self._copy(t, None, cut.rest) for t in self._cut(cut.rest)[2] if self.place[t.base][0] is None]
+        for layer, constraints in enumerate(cut.layers):
+            own = [t for t in self._cut(constraints)[2] if self.place[t.base][0] == self.fold.traced(layer)]
+            found += [self._copy(t, layer, constraints) for t in own]
         return found
 
-    def _copy(self, t: SavedTensor, layer: int | None, setting: Setting) -> SavedTensor:
+    def _copy(self, t: SavedTensor, layer: int | None, constraints: PartitionConstraints) -> SavedTensor:
         def name(traced: str) -> str:
             return self._deep_names(traced, layer)[0]
 
         copy = replace(
             t,
             node=name(t.node),
-            crossing=tuple(map(name, t.crossing)),
-            root=name(t.root),
+            saved_for_backward=tuple(map(name, t.saved_for_backward)),
+            base=name(t.base),
             paths=t.paths if layer is None else tuple(self.stack.moved(p, layer) for p in t.paths),
-            again=tuple(map(name, t.again)),
+            recompute=tuple(map(name, t.recompute)),
             of_factors=tuple(map(name, t.of_factors)),
             attention=name(t.attention) if t.attention is not None else None,
         )
-        self._copied[copy.node] = self._cut(setting)[0], t
+        self._copied[copy.node] = self._cut(constraints)[0], t
         return copy
 
     def sizes(self, cut: FoldedSetting) -> StoredBytes:
@@ -201,13 +201,15 @@ class FoldedRegion:
 
     # --------------------------------------------------------------------------------------------------------- a choice
 
-    def free(self) -> Choice:
-        """What runs nothing again, as `actpass.planner.budget.free_choice`."""
-        found = free_choice(self.region)
-        setting = self.deep_setting(found.setting)
-        return replace(found, setting=setting, cut=self.cut(setting))
+    def free(self) -> PartitionPlan:
+        """What runs nothing again, as `actpass.planner.budget.no_recompute_partition`."""
+        found = no_recompute_partition(self.region)
+        constraints = self.deep_setting(found.constraints)
+        return replace(found, constraints=constraints, cut=self.cut(constraints))
 
-    def finished(self, choice: Choice) -> tuple[list[tuple[Choice, RegionState, Block]], tuple[Choice, RegionState, Block]]:
+    def finished(
+        self, choice: PartitionPlan
+    ) -> tuple[list[tuple[PartitionPlan, RegionState, Block]], tuple[PartitionPlan, RegionState, Block]]:
         """``choice`` carried out: for each layer on the traced model with all layers like this one; and for the rest."""
         codecs = choice.codecs
         by_layer: dict[int | None, dict[str, str | None]] = {}
@@ -216,16 +218,16 @@ class FoldedRegion:
             by_layer.setdefault(int(layer) if layer else None, {})[own] = form
         cut: Any = choice.cut
         found = [
-            self._finish(setting, None if codecs is None else by_layer.get(layer, {}), codecs)
-            for layer, setting in enumerate(cut.layers)
+            self._finish(constraints, None if codecs is None else by_layer.get(layer, {}), codecs)
+            for layer, constraints in enumerate(cut.layers)
         ]
         return found, found[-1]
 
     def _finish(
-        self, setting: Setting, own: Mapping[str, str | None] | None, deep: Mapping[str, str | None] | None
-    ) -> tuple[Choice, RegionState, Block]:
+        self, constraints: PartitionConstraints, own: Mapping[str, str | None] | None, deep: Mapping[str, str | None] | None
+    ) -> tuple[PartitionPlan, RegionState, Block]:
         """own: forms of one layer. deep: of all; None: the method's own rule for all."""
-        where, _, tensors = self._cut(setting)
+        where, _, tensors = self._cut(constraints)
         codecs: dict[str, str | None] | None = None
         if own is not None and deep is not None:
             codecs = {}
@@ -233,14 +235,14 @@ class FoldedRegion:
                 layer, like = self.place[t.node]
                 single = deep.get(self._deep_names(t.node, None)[0])
                 codecs[t.node] = own[like] if layer is not None and like in own else single
-        key = setting, tuple(sorted(codecs.items())) if codecs is not None else None
+        key = constraints, tuple(sorted(codecs.items())) if codecs is not None else None
         if key not in self._finished:
-            choice = Choice(setting, where, codecs)
+            choice = PartitionPlan(constraints, where, codecs)
             done = carry_out(SearchedPlan(self.region, choice), self._state)
             self._finished[key] = choice, done, self._block(done.cuts.swapped, done.cuts.final)
         return self._finished[key]
 
-    def carry_out(self, choice: Choice) -> FoldedCut:
+    def carry_out(self, choice: PartitionPlan) -> FoldedCut:
         """The cut of the deep model that ``choice`` ends in."""
         layers, rest = self.finished(choice)
         blocks = tuple(block for _, _, block in layers)
@@ -253,14 +255,14 @@ class FoldedRegion:
     def search(self) -> Search:
         return Search(self, self.free())
 
-    def choose(self, limit: Limit) -> Choice:
+    def choose(self, limit: Limit) -> PartitionPlan:
         """The choice for a budget of peak bytes. Raises `BudgetError` if nothing meets it: then not every capacity was looked
         at, which takes seconds each, and one between may need somewhat less than what the error says."""
         return within_peak(self.search, self.carry_out, limit)
 
     # --------------------------------------------------------------------------------------------------------- in words
 
-    def describe(self, choice: Choice) -> FoldedPlan:
+    def describe(self, choice: PartitionPlan) -> FoldedPlan:
         layers, rest = self.finished(choice)
         different = {id(done): done for _, done, _ in (*layers, rest)}
         records = {key: describe(self.whole, self.region.joint, done) for key, done in different.items()}
@@ -269,7 +271,7 @@ class FoldedRegion:
             traced = self.fold.traced(layer)
             key = self._rows(records[id(done)], traced), self._again(chosen, traced)
             kinds.setdefault(key, []).append(layer)
-        found = tuple(LayerKind(tuple(members), rows, again) for (rows, again), members in kinds.items())
+        found = tuple(LayerKind(tuple(members), rows, recompute) for (rows, recompute), members in kinds.items())
         record = records[id(rest[1])]
         others = LayerKind((), self._rows(record, None), self._again(rest[0], None))
         return FoldedPlan(self._plan(layers, rest), self.carry_out(choice), self.default, found, others, record.notes)
@@ -284,15 +286,17 @@ class FoldedRegion:
                 rows.append(replace(row, name="", module=path, reason="", source="", parameters=own))
         return tuple(rows)
 
-    def _again(self, choice: Choice, layer: int | None) -> tuple[str, ...]:
+    def _again(self, choice: PartitionPlan, layer: int | None) -> tuple[str, ...]:
         nodes = {n.name: n for n in self.region.joint.gm.graph.nodes}
-        again = [nodes[name] for name in sorted(choice.setting.again) if self.place[name][0] == layer]
-        return tuple(sorted(self.stack.place(module_path(n))[1] for n in again))
+        recompute = [nodes[name] for name in sorted(choice.constraints.recompute) if self.place[name][0] == layer]
+        return tuple(sorted(self.stack.place(module_path(n))[1] for n in recompute))
 
-    def _plan(self, layers: Sequence[tuple[Choice, RegionState, Block]], rest: tuple[Choice, RegionState, Block]) -> Plan:
+    def _plan(
+        self, layers: Sequence[tuple[PartitionPlan, RegionState, Block]], rest: tuple[PartitionPlan, RegionState, Block]
+    ) -> Plan:
         """The plan of the deep model, with all its layers spelled out."""
         parts = [(None, rest), *enumerate(layers)]
-        decisions, storages, again = [], [], []
+        decisions, storages, recompute = [], [], []
         for layer, (choice, done, _) in parts:
             traced = None if layer is None else self.fold.traced(layer)
 
@@ -300,16 +304,16 @@ class FoldedRegion:
                 return self._deep_names(node, layer)[0] if node in self.place else f"{node}@{layer}"
 
             for s in done.plan.storages:
-                if self._layer_in(done, s.root) == traced:
-                    moved = tuple(map(name, s.crossing))
-                    storages.append(replace(s, node=name(s.node), crossing=moved, root=name(s.root)))
+                if self._layer_in(done, s.base) == traced:
+                    moved = tuple(map(name, s.saved_for_backward))
+                    storages.append(replace(s, node=name(s.node), saved_for_backward=moved, base=name(s.base)))
             for d in done.plan.decisions:
                 if self.place[d.site][0] == traced:
                     matmuls = tuple(map(name, d.matmuls))
                     paths = tuple(self.stack.moved(p, layer) if layer is not None else p for p in d.parameters)
                     decisions.append(replace(d, site=name(d.site), matmuls=matmuls, parameters=paths))
-            again += [name(n) for n in sorted(choice.setting.again) if self.place[n][0] == traced]
-        return Plan(tuple(decisions), tuple(storages), tuple(again))
+            recompute += [name(n) for n in sorted(choice.constraints.recompute) if self.place[n][0] == traced]
+        return Plan(tuple(decisions), tuple(storages), tuple(recompute))
 
     def _layer_in(self, done: RegionState, name: str) -> int | None:
         if name in self.place:
@@ -322,6 +326,6 @@ class FoldedRegion:
 class FoldedSetting:
     """A cut of the deep model that was not looked at yet. layers, rest: see `FoldedRegion.settings`."""
 
-    setting: Setting
-    layers: list[Setting]
-    rest: Setting
+    constraints: PartitionConstraints
+    layers: list[PartitionConstraints]
+    rest: PartitionConstraints

@@ -10,8 +10,8 @@ from functools import cached_property
 
 from torch import fx
 
-from actpass.analysis.partitioned import Cut, Saved
-from actpass.extrapolation.fsdp import Moment
+from actpass.analysis.partitioned import PartitionedGraph, Saved
+from actpass.extrapolation.fsdp import KernelEvent
 from actpass.extrapolation.layer_map import Fold
 from actpass.extrapolation.layer_names import Names, Stack
 from actpass.extrapolation.unroll import Key, Layered, Unrolled, unroll
@@ -27,7 +27,7 @@ from actpass.torch_compat import invoke_subgraph
 class Block:
     """A cut of the traced model, to take layers from. before: the cut before what crosses it was coded."""
 
-    def __init__(self, cut: Cut, before: Cut, outputs: int, stack: Stack, names: Names) -> None:
+    def __init__(self, cut: PartitionedGraph, before: PartitionedGraph, outputs: int, stack: Stack, names: Names) -> None:
         self.cut, self.before, self.outputs, self.stack, self.names = cut, before, outputs, stack, names
 
     @cached_property
@@ -170,12 +170,12 @@ class FoldedCut:
         return gradients, saved, self.peak_bytes - gradients - saved
 
     @cached_property
-    def moments(self) -> tuple[list[Moment], list[Moment]]:
+    def moments(self) -> tuple[list[KernelEvent], list[KernelEvent]]:
         """Layer by layer, as under FSDP, where a layer's hooks let no kernel of another one come between."""
         forward, backward = (self._moments(u) for u in self.unrolled)
         return forward, [replace(m, level=m.level + self.returned_bytes) for m in backward]
 
-    def _moments(self, unrolled: Unrolled) -> list[Moment]:
+    def _moments(self, unrolled: Unrolled) -> list[KernelEvent]:
         program = unrolled.program
         found = []
         for kernel, level in zip(program.kernels, program.run(program.kernels, {}).levels, strict=True):
@@ -183,5 +183,5 @@ class FoldedCut:
             gradients: Counter[int | None] = Counter()
             for w in left:
                 gradients[w.layer] += program.bytes[w]
-            found.append(Moment(unrolled.layer_of[kernel], level, tuple(gradients.items())))
+            found.append(KernelEvent(unrolled.layer_of[kernel], level, tuple(gradients.items())))
         return found

@@ -41,7 +41,7 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
+class KernelEvent:
     """While one kernel runs. layer: its layer, None outside of all. level: live bytes above parameters, gradients that were
     made before counted whole. gradients: what it leaves behind for good, by the layer whose it is."""
 
@@ -112,13 +112,13 @@ class Sharded:
         """Unsharded parameters while ``layer`` runs and those of ``following`` arrive."""
         return self.root.nbytes + sum(self.layers[i].nbytes for i in (layer, following) if i is not None)
 
-    def forward_peak(self, moments: Sequence[Moment]) -> RankPeak:
+    def forward_peak(self, moments: Sequence[KernelEvent]) -> RankPeak:
         """Above sharded parameters and optimizer state."""
         last = len(self.layers) - 1
         peaks = (RankPeak(m.level, self.whole_parameters(m.layer, _next(m.layer, 1, last)), 0, 0) for m in moments)
         return max(peaks, key=lambda peak: peak.total)
 
-    def backward_peak(self, moments: Sequence[Moment]) -> RankPeak:
+    def backward_peak(self, moments: Sequence[KernelEvent]) -> RankPeak:
         """Above sharded parameters and optimizer state."""
         last = len(self.layers) - 1
         ends = self._ends(moments)
@@ -137,7 +137,7 @@ class Sharded:
                 sharded += gradients - kept
         return max(peaks, key=lambda peak: peak.total)
 
-    def _ends(self, moments: Sequence[Moment]) -> Mapping[int, Sequence[tuple[Unit, int]]]:
+    def _ends(self, moments: Sequence[KernelEvent]) -> Mapping[int, Sequence[tuple[Unit, int]]]:
         """By moment: the units whose last gradient is made then, and the bytes of all their gradients."""
         totals: dict[int | None, int] = {}
         last: dict[int | None, int] = {}

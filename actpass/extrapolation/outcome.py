@@ -9,7 +9,7 @@ from functools import cached_property
 from actpass.errors import BudgetError
 from actpass.extrapolation.extrapolate import FoldedPlan
 from actpass.extrapolation.sharded_budget import ShardedBudget
-from actpass.planner.budget import Choice, PeakBudget
+from actpass.planner.budget import PartitionPlan, PeakBudget
 
 UNLIMITED = sys.maxsize
 
@@ -21,7 +21,7 @@ class Outcome:
     where: str
     plan: FoldedPlan
     limit: PeakBudget | ShardedBudget
-    choice: Choice
+    choice: PartitionPlan
     failed: BudgetError | None
 
     @property

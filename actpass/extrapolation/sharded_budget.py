@@ -60,11 +60,11 @@ class ShardedBudget:
         """Bytes that no choice changes."""
         return self.resident + self.step
 
-    def error(self, cut: FoldedCut, method: str) -> BudgetError:
+    def error(self, cut: FoldedCut, options: str) -> BudgetError:
         needed, peak = self.needs(cut), self.peak(cut)
         return BudgetError(
             f"memory_budget={self.nbytes} bytes of peak on each of {self.sharded.ranks} ranks can't be met. The least that "
-            f"method={method!r} reaches here is {needed} bytes: {self.resident} of sharded parameters, optimizer state and "
+            f"{options} reaches here is {needed} bytes: {self.resident} of sharded parameters, optimizer state and "
             f"inputs, and the larger of {self.step} while the optimizer steps and {peak.total} predicted (and a margin) while "
             f"the backward runs: {peak.parameters} of whole parameters, {peak.gradients} of gradients, {peak.buffer} of "
             f"buffers and {peak.activations} of activations. Use memory_budget={needed} or more, more ranks, or a smaller "

@@ -1,4 +1,4 @@
-"""Optimizers that step inside the subspaces that the gradients lie in (``options={"gradients": "low_rank"}``).
+"""Optimizers that step inside the subspaces that the gradients lie in (``options={"weight_gradient_format": "low_rank"}``).
 
 One class, `ComposedOptimizer`, runs a chain of transforms (`actpass.optim.transforms`) on each parameter's gradient: on its
 coefficients, if it is in factors, else on the gradient itself, so that one optimizer serves ``model.parameters()``. The

@@ -19,8 +19,8 @@ _BASIS = ("basis_draw", "basis_method", "basis_rank", "basis_unbiased", "basis_w
 _RESTLESS = 10
 RESTLESS = (
     f"{_RESTLESS} optimizer steps in a row had another random basis each: moments of one mean little in the next, and a model "
-    'learns badly. Give options={"refresh_interval": 20} or more, without "complement": "fresh" of prac and sampled; or '
-    '"gradients": "dense" if each step is to have its own.'
+    'learns badly. Give options={"refresh_interval": 20} or more, without "resample": "every_step" of prac and sampled; or '
+    '"weight_gradient_format": "dense" if each step is to have its own.'
 )
 
 
@@ -140,18 +140,18 @@ class ComposedOptimizer(torch.optim.Optimizer):
         if before is None and "basis_draw" in state:  # loaded
             key = round_keys(state["basis_draw"], parameter.device)
             rank, unbiased = state["basis_rank"], bool(state["basis_unbiased"])
-            method = _name_of(int(state["basis_method"]))
+            projection = _name_of(int(state["basis_method"]))
             subspace = state.get("basis_subspace")
             if subspace is not None and basis.state is not None and torch.equal(subspace, basis.state):
                 subspace = basis.state
-            before = Basis(method, basis.width, rank, key, state["basis_draw"], unbiased, subspace)
+            before = Basis(projection, basis.width, rank, key, state["basis_draw"], unbiased, subspace)
         return None if before is None or before.spans_as(basis) else before
 
     def _remember(self, parameter: torch.Tensor, state: State, gradient: LowRankGradient) -> None:
         """What the basis can be made of again, in numbers, which is all that torch loads."""
         basis = gradient.basis
         state["basis_width"], state["basis_left"] = basis.width, gradient.left
-        state["basis_draw"], state["basis_method"] = basis.draw, _number_of(basis.method)
+        state["basis_draw"], state["basis_method"] = basis.draw, _number_of(basis.projection)
         state["basis_rank"], state["basis_unbiased"] = basis.rank, basis.unbiased
         if basis.state is not None:
             state["basis_subspace"] = basis.state

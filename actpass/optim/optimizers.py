@@ -59,10 +59,9 @@ class AdamW(_AdamWith):
 class CompActAdamW(ComposedOptimizer):
     """Y. Shamshoum et al., "CompAct", NAACL 2025, arXiv 2410.15352, algorithm 3: Adam on the coefficients, W -= lr alpha P N.
 
-    For ``options={"method": "gaussian", "gradients": "low_rank", "refresh_interval": 50}`` (the paper's P ~ N(0, 1/r), redrawn
-    every 50 steps, 200 at 1B); moments are kept when P changes. alpha: the paper's 0.25 for pre-training, 2 to 4 for
-    fine-tuning.
-    Dense gradients get AdamW's update, without alpha.
+    For ``options={"projection": "gaussian", "weight_gradient_format": "low_rank", "refresh_interval": 50}`` (the paper's P ~
+    N(0, 1/r), redrawn every 50 steps, 200 at 1B); moments are kept when P changes. alpha: the paper's 0.25 for pre-training, 2
+    to 4 for fine-tuning. Dense gradients get AdamW's update, without alpha.
     """
 
     for_low_rank = True
@@ -84,9 +83,9 @@ class CompActAdamW(ComposedOptimizer):
 class OasisAdamW(_AdamWith):
     """S. Choudhary, S. Saxena, D. Roy, "OASIS", 2026, arXiv 2604.09406: Adam in a subspace that moves, moments carried along.
 
-    For ``options={"method": "oasis", "gradients": "low_rank"}``; works with seeded bases as well. m goes through the overlap of
-    old and new basis, v by LDAdam's rule (`CarryMoments`). ``error_feedback=True`` keeps what m loses on the way, at the price
-    of one tensor of the parameter's size (`ErrorFeedback`).
+    For ``options={"projection": "oasis", "weight_gradient_format": "low_rank"}``; works with seeded bases as well. m goes
+    through the overlap of old and new basis, v by LDAdam's rule (`CarryMoments`). ``error_feedback=True`` keeps what m loses on
+    the way, at the price of one tensor of the parameter's size (`ErrorFeedback`).
     """
 
     for_low_rank = True
@@ -109,10 +108,10 @@ class LazySubspaceAdamW(_AdamWith):
     """Li et al., "Optimal low-rank stochastic gradient estimation", 2026, arXiv 2603.20632: K steps on B in W + B V^T, lift,
     redraw V.
 
-    For ``options={"method": "sampled", "gradients": "low_rank", "refresh_interval": K}``: V by the paper's law for a known
-    covariance, here that of the layer's input. Its other law, for none (``"haar"``), learns less in as many steps (README). A
-    step on B with V fixed moves W by the same step lifted, so W is moved at once, and the lift is nothing; B's optimizer begins
-    anew with each V.
+    For ``options={"projection": "sampled", "weight_gradient_format": "low_rank", "refresh_interval": K}``: V by the paper's law
+    for a known covariance, here that of the layer's input. Its other law, for none (``"haar"``), learns less in as many steps
+    (README). A step on B with V fixed moves W by the same step lifted, so W is moved at once, and the lift is nothing; B's
+    optimizer begins anew with each V.
     """
 
     for_low_rank = True

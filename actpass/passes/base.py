@@ -8,15 +8,15 @@ from typing import Any, Protocol
 
 from torch import fx
 
-from actpass.analysis.partitioned import Cut, Cuts, Setting
-from actpass.analysis.weight_gradients import Contraction, Finding
+from actpass.analysis.partitioned import PartitionConstraints, PartitionedGraph, PartitionStages
+from actpass.analysis.weight_gradients import WeightGradientMatmul, WeightGradientMatmuls
 from actpass.ir.joint_graph import Joint
 from actpass.ir.outputs import output_values
-from actpass.options.config import Config
+from actpass.options import Config
 from actpass.plan import Decision, Plan, SavedTensor, Storage
 
-NOTHING_FOUND, NOTHING_PLANNED = Finding((), ()), Plan()
-INDUCTORS_OWN = Setting(rebuild=False)
+NOTHING_FOUND, NOTHING_PLANNED = WeightGradientMatmuls((), ()), Plan()
+INDUCTORS_OWN = PartitionConstraints(recompute_materialized=False)
 
 
 class PlanSource(Protocol):
@@ -122,23 +122,23 @@ class RegionState:
     joint_inputs: Sequence[object]
     kwargs: Mapping[str, Any]
     config: Config
-    default: Cut | None = None
+    default: PartitionedGraph | None = None
     default_bytes: int = 0
     loss_rows: int | bool = False
     chunked: Chunked | None = None
     why_whole: str | None = None
-    finding: Finding = NOTHING_FOUND
+    finding: WeightGradientMatmuls = NOTHING_FOUND
     source: PlanSource | None = None
-    setting: Setting = INDUCTORS_OWN
-    exact: Cut | None = None
-    cut: Cut | None = None
-    uncoded: Cut | None = None
+    constraints: PartitionConstraints = INDUCTORS_OWN
+    exact: PartitionedGraph | None = None
+    cut: PartitionedGraph | None = None
+    uncoded: PartitionedGraph | None = None
     plan: Plan = NOTHING_PLANNED
     decoded: Mapping[str, SavedTensor] = field(default_factory=dict)
     inserted: frozenset[fx.Node] = frozenset()
     payloads: Mapping[Decision, str] = field(default_factory=dict)
     sketches: frozenset[fx.Node] = frozenset()
-    lifts: Mapping[fx.Node, tuple[fx.Node, Contraction, Decision]] = field(default_factory=dict)
+    lifts: Mapping[fx.Node, tuple[fx.Node, WeightGradientMatmul, Decision]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     off: tuple[str, ...] = ()
     stages: tuple[Stage, ...] = ()
@@ -149,16 +149,16 @@ class RegionState:
         return self.source
 
     @property
-    def partitioned(self) -> Cut:
+    def partitioned(self) -> PartitionedGraph:
         assert self.cut is not None, "the region is not cut yet"
         return self.cut
 
     @property
-    def cuts(self) -> Cuts:
+    def cuts(self) -> PartitionStages:
         """Where the region was and is cut."""
         assert self.default is not None, "nothing is to be compared with"
         assert self.exact is not None, "where to cut is not decided yet"
-        return Cuts(self.default, self.exact, self.uncoded or self.partitioned, self.partitioned)
+        return PartitionStages(self.default, self.exact, self.uncoded or self.partitioned, self.partitioned)
 
     @property
     def graphs(self) -> dict[str, fx.GraphModule]:

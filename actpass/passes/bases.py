@@ -28,15 +28,15 @@ class Bases:
     def seeded(self, decision: Decision, x: fx.Node, seed: fx.Node | None) -> fx.Node:
         """The basis that ``x`` is projected with."""
         val, width = value(x), decision.width
-        key = (decision.method, width, decision.rank, decision.scale, val.dtype, val.device)
+        key = (decision.projection, width, decision.rank, decision.projection_scaling, val.dtype, val.device)
         if key not in self._known:
             if seed is None:
                 raise GraphUnsupported("the step's seed did not arrive in the joint graph")
-            projection, rank = PROJECTIONS[decision.method], decision.rank
+            seeded, rank = PROJECTIONS[decision.projection], decision.rank
             assert rank is not None
 
             def draw(seed: torch.Tensor) -> torch.Tensor:
-                return projection.basis(seed, width, rank, unbiased=decision.scale == "unbiased", dtype=val.dtype)
+                return seeded.basis(seed, width, rank, unbiased=decision.projection_scaling == "unbiased", dtype=val.dtype)
 
             self._known[key] = self._drawn(draw, [seed], seed, None)
         return self._known[key]
@@ -52,7 +52,7 @@ class Bases:
         """The basis of a learned subspace. drawn_from: the subspace, None where none has arrived yet (the compiler asks which
         there will be; zeros stand for it then), and the seed of what is random in it. after: where to draw it; None: where the
         graph begins. sequence: of random numbers: sites of one are random alike."""
-        method, width, rank = LEARNED[decision.method], decision.width, decision.rank
+        projection, width, rank = LEARNED[decision.projection], decision.width, decision.rank
         state, seed = drawn_from
         assert rank is not None
         if seed is None:
@@ -63,23 +63,25 @@ class Bases:
                 return torch.zeros(width, rank, dtype=dtype, device=seed.device)
 
             return self._drawn(nothing, [seed], seed, after)
-        if tuple(value(state).shape) != state_shape(method, width, rank):
+        if tuple(value(state).shape) != state_shape(projection, width, rank):
             raise GraphUnsupported(f"a subspace of {tuple(value(state).shape)} arrived for {decision.site}")
-        noise = self._noise(method, (width, rank, sequence), seed, after) if method.draws else None
+        noise = self._noise(projection, (width, rank, sequence), seed, after) if projection.draws else None
 
         def draw(state: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
-            return method.draw(state, noise, rank).to(dtype)
+            return projection.draw(state, noise, rank).to(dtype)
 
         return self._drawn(draw, [state, noise], seed, after)
 
-    def _noise(self, method: LearnedProjection, what: tuple[int, int, int], seed: fx.Node, after: fx.Node | None) -> fx.Node:
+    def _noise(
+        self, projection: LearnedProjection, what: tuple[int, int, int], seed: fx.Node, after: fx.Node | None
+    ) -> fx.Node:
         """What is drawn for the bases of a width, a rank and a sequence, once. Behind ``after``: what Inductor makes in one go
         on a CPU takes its memory in one go, and the numbers of a basis are summed from twelve times their bytes."""
-        key = (method.name, *what)
+        key = (projection.name, *what)
         if key not in self._known:
 
             def noise(seed: torch.Tensor) -> torch.Tensor | None:
-                return method.noise(seed, *what)
+                return projection.noise(seed, *what)
 
             self._known[key] = self._drawn(noise, [seed], seed, after)
         return self._known[key]
@@ -103,7 +105,7 @@ class Sketches:
         the forward computes it."""
         if state is None:
             return
-        leading = LEARNED[decision.method].leading(decision.rank or 0)
+        leading = LEARNED[decision.projection].leading(decision.rank or 0)
         known, given = (0, None) if _is_of_backward(z) else (leading, z)
 
         def take(x: torch.Tensor, state: torch.Tensor, points: torch.Tensor, z: torch.Tensor | None) -> torch.Tensor:
@@ -131,7 +133,7 @@ class Sketches:
 def subspaces_of(joint: Joint, plan: Plan) -> dict[Decision, fx.Node]:
     """The subspace of each learned projection of ``plan``, in the order in which a region takes them; none where they have not
     arrived yet."""
-    learned = [d for d in plan.projections if d.method in LEARNED]
+    learned = [d for d in plan.projections if d.projection in LEARNED]
     if not joint.subspaces:
         return {}
     if len(joint.subspaces) < len(learned):

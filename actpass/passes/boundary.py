@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from actpass.analysis.partitioned import Cut, Saved
+from actpass.analysis.partitioned import PartitionedGraph, Saved
 from actpass.ir.copying import copy_module
 from actpass.ir.editor import GraphEditor
 from actpass.ir.joint_graph import tensor_bytes, value
@@ -21,7 +21,7 @@ from actpass.ir.traversal import ancestors
 class Boundary:
     """Edits both graphs of ``cut``. before, behind: the nodes of the forward and of the backward by name."""
 
-    def __init__(self, cut: Cut, num_fwd_outputs: int) -> None:
+    def __init__(self, cut: PartitionedGraph, num_fwd_outputs: int) -> None:
         forward, to_forward = copy_module(cut.forward)
         backward, to_backward = copy_module(cut.backward)
         self.forward, self.backward = GraphEditor(forward), GraphEditor(backward)
@@ -55,7 +55,7 @@ class Boundary:
             self.behind[name].replace_all_uses_with(self.backward.views(self.before[name], x, formed))
             self.backward.graph.erase_node(self.behind[name])
 
-    def close(self) -> Cut:
+    def close(self) -> PartitionedGraph:
         """The cut as it is now."""
         graph, count = self.forward.graph, self._num_fwd_outputs
         outputs, descriptions = output_values(graph), output_descriptions(graph)
@@ -78,7 +78,9 @@ class Boundary:
         return [Saved(c.name, c.name, c.name, tensor_bytes(c), user_visible=False) for c in self._saved.get(name, ())]
 
 
-def check_outputs(before: Cut, after: Cut, inserted: Iterable[fx.Node], sketches: frozenset[fx.Node], count: int) -> None:
+def check_outputs(
+    before: PartitionedGraph, after: PartitionedGraph, inserted: Iterable[fx.Node], sketches: frozenset[fx.Node], count: int
+) -> None:
     """The first ``count`` outputs of the forward, but the ``sketches``, are the same nodes and read nothing ``inserted``.
     Raises `AssertionError` otherwise: a bug."""
     now, was = (output_values(c.forward.graph)[:count] for c in (after, before))

@@ -22,7 +22,7 @@ from actpass.ir.joint_graph import rule_of, size_hint, value
 from actpass.ir.outputs import output_values, set_output_values
 from actpass.ir.traversal import ancestors
 from actpass.passes.base import RegionState
-from actpass.plan import Decision, Factored
+from actpass.plan import Decision, FactoredGradient
 
 aten = torch.ops.aten
 
@@ -42,7 +42,7 @@ class _Found:
     def way(self) -> Any:
         """Equal for coefficients that may be added: through one basis, which a seeded method has for all of one size."""
         d = self.decision
-        basis = (d.method, d.width, d.rank, d.scale, d.site if d.method in LEARNED else None)
+        basis = (d.projection, d.width, d.rank, d.projection_scaling, d.site if d.projection in LEARNED else None)
         return basis, self.left, self.swapped, self.dtypes
 
 
@@ -54,13 +54,13 @@ class LowRankGradients:
     serves: str | None = "projections"
 
     def run(self, state: RegionState) -> RegionState:
-        if not (state.plan.projections and state.config.factors_gradients):
+        if not (state.plan.projections and state.config.keeps_low_rank_gradients):
             return state
         state = _on_a_copy(state) if state.joint.coefficients else state
         joint, paths = state.joint, state.joint.parameter_path
         found = [(primal, f) for primal, f in _candidates(state) if state.decides.is_factored(paths[primal])]
         factored = tuple(_factored(paths[primal], primal, f) for primal, f in found)
-        state = replace(state, plan=replace(state.plan, factored=factored))
+        state = replace(state, plan=replace(state.plan, low_rank_gradients=factored))
         if not joint.coefficients:
             return state
         if len(joint.coefficients) != len(factored):
@@ -143,12 +143,12 @@ def _order(node: fx.Node, dims: int) -> tuple[int, ...]:
     return tuple(places)
 
 
-def _factored(path: str, primal: fx.Node, found: _Found) -> Factored:
+def _factored(path: str, primal: fx.Node, found: _Found) -> FactoredGradient:
     rank, left = found.decision.rank, found.left != found.swapped
     assert rank is not None
     *outer, rows, columns = (size_hint(s) for s in value(primal).shape)
     shape = (*outer, rank, columns) if left else (*outer, rows, rank)
-    return Factored(path, found.decision.site, left, shape)
+    return FactoredGradient(path, found.decision.site, "left" if left else "right", shape)
 
 
 def _return(state: RegionState, found: Sequence[tuple[fx.Node, _Found]]) -> frozenset[fx.Node]:
@@ -156,7 +156,7 @@ def _return(state: RegionState, found: Sequence[tuple[fx.Node, _Found]]) -> froz
     joint, editor = state.joint, GraphEditor(state.joint.gm)
     values = output_values(editor.graph)
     places = {p: joint.num_fwd_outputs + i for i, p in enumerate(joint.primals)}
-    for (primal, coefficients), factored, place in zip(found, state.plan.factored, joint.coefficients, strict=True):
+    for (primal, coefficients), factored, place in zip(found, state.plan.low_rank_gradients, joint.coefficients, strict=True):
         if tuple(value(place).shape) != factored.shape:
             raise GraphUnsupported(f"a place of {tuple(value(place).shape)} arrived for coefficients of {factored.shape}")
 

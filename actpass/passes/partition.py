@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from actpass.analysis.partitioned import Cut, Saved, Setting
+from actpass.analysis.partitioned import PartitionConstraints, PartitionedGraph, Saved
 from actpass.codecs import LEARNED
 from actpass.errors import GraphUnsupported
 from actpass.ir.copying import copy_module
@@ -44,7 +44,7 @@ class Partition:
     def run(self, state: RegionState) -> RegionState:
         if not state.plan.projections:
             return replace(state, cut=state.exact)
-        return replace(state, cut=cut(state.joint, state.joint_inputs, state.kwargs, state.setting))
+        return replace(state, cut=cut(state.joint, state.joint_inputs, state.kwargs, state.constraints))
 
     def check(self, before: RegionState, after: RegionState) -> None:
         """Of every projected site exactly what the plan says crosses.
@@ -65,8 +65,8 @@ class Partition:
                     f"the plan stores the payload of {d.site}, but {'x' if x in crossing else 'nothing'} crosses"
                 )
         own = {n.name for n in after.inserted} - set(after.payloads.values())
-        state = sum(s.nbytes for s in now.saved if s.root in own or s.root in now.seeds)
-        learned = any(d.method in LEARNED for d in plan.projections)
+        state = sum(s.nbytes for s in now.saved if s.base in own or s.base in now.seeds)
+        learned = any(d.projection in LEARNED for d in plan.projections)
         slack = max(_SLACK * exact.saved_bytes, _SLACK_BYTES) if learned else 0  # sketches move upstream's choices a little
         if now.saved_bytes - state > exact.saved_bytes + slack:
             raise GraphUnsupported(f"{now.saved_bytes} bytes cross, more than the {exact.saved_bytes} of the exact cut")
@@ -85,8 +85,8 @@ class _RunAgain(CustomKnapsackSolver):
     def __call__(
         self, memory: list[float], joint_graph: fx.Graph, max_memory: float, node_info: Any, candidates: list[fx.Node]
     ) -> tuple[list[int], list[int]]:
-        again = [i for i, node in enumerate(candidates) if node.name in self.names]
-        return [i for i in range(len(candidates)) if i not in set(again)], again
+        recompute = [i for i, node in enumerate(candidates) if node.name in self.names]
+        return [i for i in range(len(candidates)) if i not in set(recompute)], recompute
 
     def uuid(self) -> Any:
         return tuple(sorted(self.names))
@@ -96,31 +96,31 @@ def cut(
     joint: Joint,
     joint_inputs: Sequence[object],
     partition_kwargs: Mapping[str, Any],
-    setting: Setting,
-) -> Cut:
+    constraints: PartitionConstraints,
+) -> PartitionedGraph:
     """Run upstream's min-cut on a copy of ``joint``."""
     gm, _ = copy_module(joint.gm)
     patch: dict[str, Any] = {}
-    aggressive = bool(setting.again) or setting.part
-    if setting.rebuild:
+    aggressive = bool(constraints.recompute) or constraints.part
+    if constraints.recompute_materialized:
         patch["ban_recompute_materialized_backward"] = patch["ban_recompute_used_far_apart"] = False
         _recompute_parameter_casts(Joint(gm, joint.inputs, joint.num_fwd_outputs, joint.static))
-    if setting.stock is not None:
-        patch["activation_memory_budget"] = setting.stock
+    if constraints.stock is not None:
+        patch["activation_memory_budget"] = constraints.stock
     data = {n.name for n in joint.activations} if aggressive else set[str]()
     for node in gm.graph.nodes:
         once = aggressive and (_draws(node) or (node.name in data and _is_foreign(node)))
-        if node.name in setting.keep or once:
+        if node.name in constraints.must_save or once:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
     if aggressive:
         patch["activation_memory_budget"] = _LEAST_BUDGET
-        patch["activation_memory_budget_solver"] = _RunAgain(setting.again)
+        patch["activation_memory_budget_solver"] = _RunAgain(constraints.recompute)
         patch["activation_memory_budget_runtime_estimator"] = "testing"  # unused: what runs again is decided
     if joint.subspaces:  # they stay between steps, as parameters do: a basis that both passes read is made of them again
         stay = joint.static.union(i for i, primal in enumerate(joint.primals) if primal in joint.subspaces)
         partition_kwargs = {**partition_kwargs, "static_lifetime_input_indices": sorted(stay)}
     _put_behind_sums(GraphEditor(gm), joint.num_fwd_outputs)
-    with _region_budget(gm, setting, patch), functorch_config.patch(patch):
+    with _region_budget(gm, constraints, patch), functorch_config.patch(patch):
         forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **partition_kwargs)
     _take_from_behind(forward)
     seeds = tuple(n.name for n in (joint.seed, joint.learned_seed) if n is not None)
@@ -129,7 +129,7 @@ def cut(
     inputs: dict[str, fx.Node] = {n.name: n for n in backward.graph.find_nodes(op="placeholder")}
     tangents = [name for name, node in inputs.items() if is_tangent(node)]
     arrives = {name: held.get(name, name) for name in inputs if name in held or name in tangents}
-    return Cut(
+    return PartitionedGraph(
         forward,
         backward,
         saved,
@@ -170,7 +170,7 @@ def _take_from_behind(forward: fx.GraphModule) -> None:
 
 
 @contextmanager
-def _region_budget(gm: fx.GraphModule, setting: Setting, patch: dict[str, Any]) -> Iterator[None]:
+def _region_budget(gm: fx.GraphModule, constraints: PartitionConstraints, patch: dict[str, Any]) -> Iterator[None]:
     """While this lasts, a budget that the user's code gives (`torch.autograd.graph.region_activation_memory_budget`) stands in
     ``patch`` in place of the nodes' annotations: upstream asks that every node of the forward have one, those too that were
     inserted here, and takes it for more than what a plan says. Inductor's own cut reads them as they are, and checks them.
@@ -179,7 +179,7 @@ def _region_budget(gm: fx.GraphModule, setting: Setting, patch: dict[str, Any]) 
     upstream would save the inputs and nothing else, and run the copies again."""
     clones = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.clone.default)
     copies = any(n.meta.get("partitioner_tag") == "must_be_in_forward" for n in clones)
-    if setting == Setting(rebuild=False) and not copies:
+    if constraints == PartitionConstraints(recompute_materialized=False) and not copies:
         yield
         return
     graphs = [m.graph for m in gm.modules() if isinstance(m, fx.GraphModule)]  # those of called functions are shared

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from actpass.analysis.partitioned import Cut
+from actpass.analysis.partitioned import PartitionedGraph
 from actpass.codecs import LEARNED, decode
 from actpass.errors import GraphUnsupported
 from actpass.ir.joint_graph import value
@@ -57,10 +57,10 @@ class ProjectSaved:
         if plan.decoded:
             check_outputs(before.partitioned, cut, after.inserted, after.sketches, after.count)
             crossing = {s.holder for s in cut.saved} | {s.name for s in cut.saved}
-            left = [node for node, t in after.decoded.items() if crossing.intersection((node, *t.crossing))]
+            left = [node for node, t in after.decoded.items() if crossing.intersection((node, *t.saved_for_backward))]
             if left or not {after.payloads[d] for d in plan.decoded} <= crossing:
                 raise GraphUnsupported(f"{left[0] if left else 'nothing'} crosses, where a projection should")
-        if subspaces and len(subspaces) != sum(d.method in LEARNED for d in plan.projections):
+        if subspaces and len(subspaces) != sum(d.projection in LEARNED for d in plan.projections):
             raise GraphUnsupported(f"{len(subspaces)} subspaces arrived for {len(plan.projections)} projections")
 
 
@@ -84,7 +84,7 @@ class _Storing:
         rename(z, f"{_OWN}z")  # no name that another node has in the backward
         self.sketches.take(decision, x, z, state, False)
         passed = [n for n in (state, seed) if n is not None and n.name not in behind]  # a forward passes its inputs on, once
-        arrived, *others = boundary.send(tensor.crossing, [z, *passed], free=state)
+        arrived, *others = boundary.send(tensor.saved_for_backward, [z, *passed], free=state)
         behind |= {n.name: new for n, new in zip(passed, others, strict=True)}
         drawn_from = None if state is None else behind[state.name], None if seed is None else behind[seed.name]
         self._rebuild(decision, x, drawn_from, arrived, number)
@@ -94,7 +94,7 @@ class _Storing:
         self, decision: Decision, x: fx.Node, drawn_from: tuple[fx.Node | None, fx.Node | None], z: fx.Node, number: int
     ) -> None:
         """Form x_hat in the backward, in front of its first use."""
-        crossing, editor = self.tensors[decision.site].crossing, self.boundary.backward
+        crossing, editor = self.tensors[decision.site].saved_for_backward, self.boundary.backward
         reader = self.boundary.first_reader(crossing)
         basis = self.bases[1].learned(decision, value(x).dtype, drawn_from, reader.prev, number)
         # the product that rebuilds x is no matmul of the model
@@ -105,7 +105,7 @@ class _Storing:
     def inserted(self) -> frozenset[fx.Node]:
         return frozenset(self.boundary.forward.inserted | self.boundary.backward.inserted)
 
-    def close(self) -> Cut:
+    def close(self) -> PartitionedGraph:
         self.boundary.forward.name_inserted(_OWN)
         self.boundary.backward.name_inserted(_OWN)
         return self.boundary.close()

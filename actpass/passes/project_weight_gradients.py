@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from actpass.analysis.weight_gradients import Contraction
+from actpass.analysis.weight_gradients import WeightGradientMatmul
 from actpass.codecs import LEARNED, contract, encode
 from actpass.errors import GraphUnsupported
 from actpass.ir.copying import copy_module
@@ -65,18 +65,18 @@ class _Projecting:
     joint: Joint
     state: RegionState
     payloads: dict[Decision, str] = field(default_factory=dict)
-    lifts: dict[fx.Node, tuple[fx.Node, Contraction, Decision]] = field(default_factory=dict)
+    lifts: dict[fx.Node, tuple[fx.Node, WeightGradientMatmul, Decision]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.editor = GraphEditor(self.joint.gm)
         self.bases, self.sketches = Bases(self.editor), Sketches(self.editor, self.joint)
         self.subspaces = subspaces_of(self.joint, self.state.plan)
         self.nodes = {n.name: n for n in self.joint.gm.graph.nodes}
-        self.found: Mapping[str, Contraction] = {c.node: c for c in self.state.finding.contractions}
+        self.found: Mapping[str, WeightGradientMatmul] = {c.node: c for c in self.state.finding.contractions}
 
     def carry_out(self, decision: Decision) -> None:
         members, x, subspace = [self.found[name] for name in decision.matmuls], self.nodes[decision.site], None
-        if decision.method in LEARNED:
+        if decision.projection in LEARNED:
             subspace = self.subspaces.get(decision)
             seed = self.joint.seed if subspace is None else self.joint.learned_seed
             basis = self.bases.learned(decision, value(x).dtype, (subspace, seed))
@@ -96,7 +96,7 @@ class _Projecting:
         self.payloads[decision] = z.name
         return z
 
-    def _replace(self, contraction: Contraction, z: fx.Node, basis: fx.Node, decision: Decision) -> None:
+    def _replace(self, contraction: WeightGradientMatmul, z: fx.Node, basis: fx.Node, decision: Decision) -> None:
         """Put the factored gradient where the contraction's matmul was."""
         matmul = self.nodes[contraction.node]
         row = rule_of(matmul).matmul

@@ -83,12 +83,12 @@ class QuantizeSaved:
             return
         cut, coded_cut, storages = before.partitioned, after.partitioned, after.plan.storages
         check_outputs(cut, coded_cut, after.inserted, frozenset(), after.count)
-        coded = {s.root for s in storages if s.coded}
-        left = {s.root for s in storages if not s.coded}
-        both = {s.root for s in coded_cut.saved} & (coded - left)
+        coded = {s.base for s in storages if s.coded}
+        left = {s.base for s in storages if not s.coded}
+        both = {s.base for s in coded_cut.saved} & (coded - left)
         if both:
             raise AssertionError(f"{min(both)} still crosses, beside its codes")
-        planned = sum(s.stored_bytes for s in storages) + sum(s.nbytes for s in cut.saved if s.root in cut.seeds)
+        planned = sum(s.stored_bytes for s in storages) + sum(s.nbytes for s in cut.saved if s.base in cut.seeds)
         if coded_cut.saved_bytes != planned:
             raise AssertionError(f"{coded_cut.saved_bytes} bytes cross, not the {planned} that the plan says")
 
@@ -113,12 +113,12 @@ class _Coding:
 
     def store(self, storage: Storage, key: fx.Node | None) -> None:
         x = self.boundary.before[storage.node]
-        layout = layout_of(value(x), storage.codec, storage.group)
+        layout = layout_of(value(x), storage.codec, storage.group_size)
         if layout is None:
             raise GraphUnsupported(f"{storage.node} can't be divided into groups at symbolic sizes")
         codes = self._encode(x, key, layout, storage)
-        arrived = self.boundary.send(storage.crossing, codes)
-        self.boundary.show(storage.crossing, x, self._decode(x, arrived, layout, storage))
+        arrived = self.boundary.send(storage.saved_for_backward, codes)
+        self.boundary.show(storage.saved_for_backward, x, self._decode(x, arrived, layout, storage))
 
     def _encode(self, x: fx.Node, key: fx.Node | None, layout: Layout, storage: Storage) -> tuple[fx.Node, ...]:
         """Encode where ``x`` is made, by a function that all tensors of one size share: not fused with what comes later, which
@@ -132,7 +132,7 @@ class _Coding:
         def encode(x: torch.Tensor, *key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             groups = layout.seen_from(x).groups
             noise = rounding_noise(key[0], groups.rows, groups.columns) if key else None
-            return codec.encode(x if is_flat else flatten(x), groups, noise, rotate=storage.rotate)
+            return codec.encode(x if is_flat else flatten(x), groups, noise, rotate=storage.hadamard_rotation)
 
         # A view of a tensor in any other order would make Inductor copy what it has not yet decided to keep in that order.
         # Strides are of the key: a part of a wider tensor has gaps between its rows, and is copied where another is viewed.
@@ -151,15 +151,15 @@ class _Coding:
         def decode(codes: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor]:
             seen = layout.seen_from(codes)
             shape = seen.shape if seen.groups.padding else seen.groups.shape
-            return (codec.decode(codes, scale, seen.groups, shape, dtype, rotate=storage.rotate),)
+            return (codec.decode(codes, scale, seen.groups, shape, dtype, rotate=storage.hadamard_rotation),)
 
         def unflatten(x: torch.Tensor) -> torch.Tensor:
             return x.reshape(layout.seen_from(x).shape).permute(layout.inverse)
 
-        first = self.boundary.first_reader(storage.crossing)
+        first = self.boundary.first_reader(storage.saved_for_backward)
         where: dict[str, Any] = {"after": first.prev, "like": first}
         key = ("decode", *_signature(x, layout, storage), layout.groups.padding and layout.shape)
-        inline = all(_is_read_by_one_kernel(self.boundary.behind[name]) for name in storage.crossing)
+        inline = all(_is_read_by_one_kernel(self.boundary.behind[name]) for name in storage.saved_for_backward)
         (flat,) = (editor.splice if inline else editor.call)(decode, codes, key=key, **where)
         return editor.splice(unflatten, [flat], key=("unflatten", str(layout)), **where)
 
@@ -167,7 +167,7 @@ class _Coding:
 def _signature(x: fx.Node, layout: Layout, storage: Storage) -> tuple[Any, ...]:
     """All that the traced codec of a tensor depends on."""
     val = value(x)
-    return (storage.codec, storage.rounding, storage.rotate, str(layout.groups), val.dtype, val.device)
+    return (storage.codec, storage.rounding, storage.hadamard_rotation, str(layout.groups), val.dtype, val.device)
 
 
 def _is_read_by_one_kernel(tensor: fx.Node) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
-from actpass.plan.plan import SCORE, SCORE_AGAIN, SavedTensor
+from actpass.plan.plan import RECOMPUTED_SCORE, SCORE, SavedTensor
 
 
 class Codec(Protocol):
@@ -36,17 +36,17 @@ class CodecSet:
     """
 
     by_name: Mapping[str, Codec]
-    coarsest: str | None = None
+    coarsest_codec: str | None = None
 
     @cached_property
     def offered(self) -> tuple[str, ...]:
         """What a budget chooses from beside exact, the finest first."""
         found = sorted((n for n, c in self.by_name.items() if c.in_budgets), key=lambda n: self.by_name[n].error)
-        return tuple(found[: found.index(self.coarsest) + 1] if self.coarsest is not None else found)
+        return tuple(found[: found.index(self.coarsest_codec) + 1] if self.coarsest_codec is not None else found)
 
     def offered_for(self, t: SavedTensor) -> tuple[str, ...]:
         """Of `offered`, what ``t`` may take: for what fused attention reads, what is safe for recomputed scores."""
-        if t.role is None and SCORE_AGAIN not in t.kinds:
+        if t.role is None and RECOMPUTED_SCORE not in t.kinds:
             return self.offered
         return tuple(n for n in self.offered if self.by_name[n].safe_for_recomputed_scores)
 
@@ -55,10 +55,12 @@ class CodecSet:
 
     def safe_for(self, kind: str) -> tuple[str, ...] | None:
         """What a tensor with uses of ``kind`` may take, the finest first; None: all."""
-        if kind not in (SCORE, SCORE_AGAIN):
+        if kind not in (SCORE, RECOMPUTED_SCORE):
             return None
         found = [
-            n for n, c in self.by_name.items() if c.safe_for_scores or (kind == SCORE_AGAIN and c.safe_for_recomputed_scores)
+            n
+            for n, c in self.by_name.items()
+            if c.safe_for_scores or (kind == RECOMPUTED_SCORE and c.safe_for_recomputed_scores)
         ]
         return tuple(sorted(found, key=lambda n: self.by_name[n].error))
 
@@ -69,7 +71,7 @@ class CodecSet:
 
     def made_safe(self, codec: str, kinds: tuple[str, ...]) -> str:
         """``codec``, or what a tensor with uses of ``kinds`` takes in its place."""
-        for kind in (SCORE, SCORE_AGAIN):
+        for kind in (SCORE, RECOMPUTED_SCORE):
             safe = self.safe_for(kind) if kind in kinds else None
             if safe is not None and codec not in safe:
                 return self.coarsest_safe_for(kind)

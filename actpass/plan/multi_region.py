@@ -14,7 +14,7 @@ _CAPACITIES = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Level:
+class OperatingPoint:
     """A plan of one region. capacity: of saved bytes, from which the region finds it again. cost: see
     `actpass.plan.storage_options`. footprint: what it takes."""
 
@@ -23,7 +23,7 @@ class Level:
     footprint: Footprint
 
 
-def needs(calls: Sequence[Level]) -> int:
+def needs(calls: Sequence[OperatingPoint]) -> int:
     """Bytes to allow above what is resident for a step of ``calls``: the predicted peak and its margin."""
     return int(step_peak([c.footprint for c in calls]) * (1 + MARGIN)) + 1
 
@@ -31,7 +31,9 @@ def needs(calls: Sequence[Level]) -> int:
 K = TypeVar("K", bound=Hashable)
 
 
-def spread(calls: Sequence[K], ladders: Mapping[K, Sequence[Level]], limit: int) -> tuple[dict[K, Level], int]:
+def allocate_budget(
+    calls: Sequence[K], ladders: Mapping[K, Sequence[OperatingPoint]], limit: int
+) -> tuple[dict[K, OperatingPoint], int]:
     """The level of each region, and what the step then `needs`; more than ``limit`` if nothing is within it.
 
     calls: the regions of one step in the order of their forwards, a region once for each time it runs. A step's peak is what
@@ -39,7 +41,7 @@ def spread(calls: Sequence[K], ladders: Mapping[K, Sequence[Level]], limit: int)
     for the former the cheapest choice is looked at, and of those within ``limit`` the cheapest is taken. They are the same
     whatever the limit, so a smaller one never ends in a higher peak.
     """
-    found: list[tuple[bool, int, int, dict[K, Level]]] = []
+    found: list[tuple[bool, int, int, dict[K, OperatingPoint]]] = []
     for bound in sorted({_running(level) for r in calls for level in ladders[r]}):
         allowed = {r: [level for level in ladders[r] if _running(level) <= bound] for r in calls}
         if all(allowed.values()):
@@ -51,12 +53,12 @@ def spread(calls: Sequence[K], ladders: Mapping[K, Sequence[Level]], limit: int)
     return chosen, needed
 
 
-def _running(level: Level) -> int:
+def _running(level: OperatingPoint) -> int:
     """What a region takes while it runs."""
     return max(level.footprint.forward, level.footprint.backward)
 
 
-def _choices(calls: Sequence[K], ladders: Mapping[K, Sequence[Level]]) -> Iterator[dict[K, Level]]:
+def _choices(calls: Sequence[K], ladders: Mapping[K, Sequence[OperatingPoint]]) -> Iterator[dict[K, OperatingPoint]]:
     """The cheapest choice within each of some capacities of kept bytes."""
     counts = Counter(calls)
     menus = [[Option(level.footprint.kept * n, level.cost * n) for level in ladders[r]] for r, n in counts.items()]

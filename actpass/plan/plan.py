@@ -7,13 +7,13 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-SCHEMA_VERSION = 6
-KEEP = "keep"
-AGAIN = "again"
+SCHEMA_VERSION = 7
+SAVE = "save"
+RECOMPUTE = "again"
 """Not stored: the backward runs what it came from again."""
 SCORE = "score"
 """The kind of a query or key: a fused attention's backward exponentiates their product, less a statistic of the exact one."""
-SCORE_AGAIN = "score formed again"
+RECOMPUTED_SCORE = "recomputed score"
 """The kind of a query or key where the attention is run again in the backward: the statistic is that of what was stored."""
 EXPONENTIAL = "exponential"
 """The kind of a tensor that the backward exponentiates (logits): its absolute error becomes a factor."""
@@ -27,7 +27,7 @@ class Candidate:
     """A tensor x that weight-gradient contractions read from the same side, with the same wish.
 
     name: graph node of x. matmuls: nodes of the contractions. parameters: paths of the weights whose gradients they are.
-    groups, tokens, width: the shape of x at the traced size. outs: out-features M of each contraction. root: the node that
+    groups, tokens, width: the shape of x at the traced size. outs: out-features M of each contraction. base: the node that
     allocated the storage of x; x_bytes: that storage. element_size: bytes of one element. frees: whether the storage goes
     if every contraction that reads any part of it is projected (the exact cut saves it, and nothing else reads it).
     rank_multiple: the kernel that contracts takes only multiples of this (grouped matmul: rows of 16 bytes). narrow: whether
@@ -41,7 +41,7 @@ class Candidate:
     tokens: int
     width: int
     outs: tuple[int, ...]
-    root: str
+    base: str
     x_bytes: int
     element_size: int
     frees: bool
@@ -77,21 +77,21 @@ class Candidate:
 class Decision:
     """What happens to one candidate, or, without ``matmuls``, to a tensor that crosses with other uses and is decoded.
 
-        site: graph node of x. matmuls: the contractions it is about (no matmul is in two decisions). parameters: of those; of a
-        tensor that is decoded the one that its subspace belongs to. method: ``exact`` or a
-        projection. project_in: where z = x P is computed: ``forward`` (z is saved in place of x) or ``backward`` (x is there
-    anyway or is rebuilt for free: z costs no bytes, and the weight gradient fewer FLOPs). linear: whether the
-        backward is linear in x, so that an unbiased projection keeps the gradient unbiased.
+    site: graph node of x. matmuls: the weight-gradient matmuls it is about (no matmul is in two decisions). parameters: of
+    those; of a tensor that is decoded the one that its subspace belongs to. projection: its name; None: exact. project_in:
+    where z = x P is computed: ``forward`` (z is saved in place of x) or ``backward`` (x is there anyway or is rebuilt for
+    free: z costs no bytes, and the weight gradient fewer FLOPs). linear: whether the backward is linear in x, so that an
+    unbiased projection keeps the gradient unbiased.
     """
 
     site: str
     matmuls: tuple[str, ...]
     parameters: tuple[str, ...]
-    method: str
+    projection: str | None
     reason: str
     width: int = 0
     rank: int | None = None
-    scale: str = "unbiased"
+    projection_scaling: str = "unbiased"
     project_in: ProjectIn | None = None
     extra_flops: int = 0
     linear: bool = True
@@ -101,7 +101,7 @@ class Decision:
         return self.rank is not None
 
     @property
-    def decodes(self) -> bool:
+    def projects_activations(self) -> bool:
         """Whether the backward rebuilds x from z, for whatever use."""
         return self.projects and not self.matmuls
 
@@ -110,30 +110,30 @@ class Decision:
 class SavedTensor:
     """One memory that is kept alive from forward to backward.
 
-    node: the node to store in another form, the only crossing one or the one that all others are views of. crossing: the
-    nodes that cross. root: the node that allocated the memory. nbytes: of the memory. kinds: the kinds of its uses in the
+    node: the node to store in another form, the only crossing one or the one that all others are views of. saved_for_backward:
+    the nodes that cross. base: the node that allocated the memory. nbytes: of the memory. kinds: the kinds of its uses in the
     backward, sorted. linear: whether the backward is linear in it as a whole, so that an unbiased form keeps the gradient
     unbiased. paths: the module whose forward made it, and the weights whose gradients contract with it. obstacle: why it can
     only be kept as it is, or None.
 
-    again, again_flops: the matmuls and fused attentions that the backward would run again to rebuild it from all else that
-    is stored, and what that costs; empty if it can't or must not be. of_factors, of_factors_flops, factors: the same of the
-    scores of an attention that is not fused, if the ``factors`` elements of its queries and keys are stored in their place; its
-    statistics are formed again with them. attention, role: the fused attention that it belongs
+    recompute, recompute_flops: the matmuls and fused attentions that the backward would run again to rebuild it from all else
+    that is stored, and what that costs; empty if it can't or must not be. of_factors, of_factors_flops, factors: the same of
+    the scores of an attention that is not fused, if the ``factors`` elements of its queries and keys are stored in their place;
+    its statistics are formed again with them. attention, role: the fused attention that it belongs
     to, as its ``q`` or ``k`` (``score``), its ``v`` (``value``) or its ``output``. elements: how many it has. shape, dtype: of
     the node at the traced size.
     """
 
     node: str
-    crossing: tuple[str, ...]
-    root: str
+    saved_for_backward: tuple[str, ...]
+    base: str
     nbytes: int
     kinds: tuple[str, ...]
     linear: bool
     paths: tuple[str, ...]
     obstacle: str | None
-    again: tuple[str, ...] = ()
-    again_flops: int = 0
+    recompute: tuple[str, ...] = ()
+    recompute_flops: int = 0
     of_factors: tuple[str, ...] = ()
     of_factors_flops: int = 0
     factors: int = 0
@@ -148,43 +148,44 @@ class SavedTensor:
 class Storage:
     """How one memory that crosses from forward to backward is stored.
 
-    node: the graph node that is stored. crossing: the nodes that cross, views of it. root: the node that allocated the
-    memory. codec: ``keep`` or a low-bit form. group: elements that share a scale (None: the form's own choice). rounding:
-    ``stochastic`` or ``nearest``. rotate: Hadamard rotation inside the group.
+    node: the graph node that is stored. saved_for_backward: the nodes that cross, views of it. base: the node that allocated
+    the memory. codec: ``save`` or a low-bit format. group_size: elements that share a scale (None: the form's own choice).
+    rounding: ``stochastic`` or ``nearest``. hadamard_rotation: Hadamard rotation inside the group.
     nbytes, stored_bytes: of the memory as it is, and as it is stored. unbiased: whether the gradient's expectation is exact.
-    named: whether somebody asked for this form of this very tensor, which allows what is refused otherwise (fewer than 16 bits
+    forced: whether somebody asked for this form of this very tensor, which allows what is refused otherwise (fewer than 16 bits
     for a query). module, shape, dtype: of the node, for the reader of a plan.
     """
 
     node: str
-    crossing: tuple[str, ...]
-    root: str
+    saved_for_backward: tuple[str, ...]
+    base: str
     codec: str
     reason: str
     nbytes: int
     stored_bytes: int
     unbiased: bool = True
-    group: int | None = None
+    group_size: int | None = None
     rounding: str = "stochastic"
-    rotate: bool = False
-    named: bool = False
+    hadamard_rotation: bool = False
+    forced: bool = False
     module: str = ""
     shape: tuple[int, ...] = ()
     dtype: str = ""
 
     @property
     def coded(self) -> bool:
-        return self.codec != KEEP
+        return self.codec != SAVE
 
 
 @dataclass(frozen=True, slots=True)
-class Factored:
-    """A weight gradient that stays in its factors. parameter: its path. site: of the decision that projects its x. left:
-    whether the axis of the parameter that the basis spans is the last but one. shape: of the coefficients."""
+class FactoredGradient:
+    """A weight gradient that stays in its factors. parameter: its path. site: of the decision that projects its x. side:
+    ``left`` if the axis of the parameter that the basis spans is the last but one, else ``right``. shape: of the
+    coefficients."""
 
     parameter: str
     site: str
-    left: bool
+    side: Literal["left", "right"]
     shape: tuple[int, ...]
 
 
@@ -204,23 +205,23 @@ class Predicted:
 class Plan:
     """All that was decided for one region, and what it takes to decide the same again.
 
-    decisions, storages: one for every candidate and one for everything that crosses, in graph order. again: the matmuls and
-    fused attentions of the forward that the backward may run again. rebuild, keep: see `actpass.passes.partition.Setting`.
-    chunk_rows: of a piece of the loss; 0: it is formed whole. seeded: whether the region takes the step's seed as an input,
-    drawn from or not: upstream's min-cut breaks ties otherwise with one input more. graph: fingerprint of the joint graph that
-    the plan is for (`actpass.ir.fingerprint`); no node's name means anything in another. inputs: (name, dtype and shape) of the
-    region's inputs but parameters. modules: (node, module) for the nodes of ``again`` and ``keep``. least_shared_bytes:
-    Inductor fuses no loops that share fewer (its ``score_fusion_memory_threshold``), on which the peak depends. peak_growth: of
-    a graph's peak, what fusions may add (``fusion_memory_timeline_peak_memory_pct_threshold``); None: no limit is set.
-    predicted: what it takes. factored: the weight gradients that are never formed, in the order of the inputs that get their
-    coefficients.
+    decisions, storages: one for every candidate and one for everything that crosses, in graph order. recompute: the matmuls and
+    fused attentions of the forward that the backward may run again. recompute_materialized, must_save: see
+    `actpass.passes.partition.PartitionConstraints`. chunk_rows: of a piece of the loss; 0: it is formed whole. seeded: whether
+    the region takes the step's seed as an input, drawn from or not: upstream's min-cut breaks ties otherwise with one input
+    more. graph: fingerprint of the joint graph that the plan is for (`actpass.ir.fingerprint`); no node's name means anything
+    in another. inputs: (name, dtype and shape) of the region's inputs but parameters. modules: (node, module) for the nodes of
+    ``recompute`` and ``must_save``. least_shared_bytes: Inductor fuses no loops that share fewer (its
+    ``score_fusion_memory_threshold``), on which the peak depends. peak_growth: of a graph's peak, what fusions may add
+    (``fusion_memory_timeline_peak_memory_pct_threshold``); None: no limit is set. predicted: what it takes. low_rank_gradients:
+    the weight gradients that are never formed, in the order of the inputs that get their coefficients.
     """
 
     decisions: tuple[Decision, ...] = ()
     storages: tuple[Storage, ...] = ()
-    again: tuple[str, ...] = ()
-    rebuild: bool = False
-    keep: tuple[str, ...] = ()
+    recompute: tuple[str, ...] = ()
+    recompute_materialized: bool = False
+    must_save: tuple[str, ...] = ()
     chunk_rows: int = 0
     seeded: bool = False
     graph: str = ""
@@ -229,7 +230,7 @@ class Plan:
     least_shared_bytes: int = 0
     peak_growth: float | None = None
     predicted: Predicted | None = None
-    factored: tuple[Factored, ...] = ()
+    low_rank_gradients: tuple[FactoredGradient, ...] = ()
 
     @property
     def projections(self) -> tuple[Decision, ...]:
@@ -243,7 +244,7 @@ class Plan:
     @property
     def decoded(self) -> tuple[Decision, ...]:
         """The projections of which the backward rebuilds the tensor."""
-        return tuple(d for d in self.projections if d.decodes)
+        return tuple(d for d in self.projections if d.projects_activations)
 
     @property
     def coded(self) -> tuple[Storage, ...]:
@@ -257,7 +258,9 @@ class Plan:
     @property
     def is_default(self) -> bool:
         """Whether it is Inductor's own cut, untouched."""
-        return not (self.rebuild or self.chunk_rows or self.keep or self.again or self.coded or self.projections)
+        return not (
+            self.recompute_materialized or self.chunk_rows or self.must_save or self.recompute or self.coded or self.projections
+        )
 
     @property
     def bare(self) -> Plan:
@@ -274,10 +277,17 @@ class Plan:
     def hash(self) -> str:
         """The same in every process and on every rank for the same plan: of what is done, not of what is said about it (bytes,
         reasons), nor of what stays exact, nor of the graph it is done to."""
-        forms = [(s.node, s.codec, s.group, s.rounding, s.rotate) for s in self.coded]
-        projections = [(d.site, sorted(d.matmuls), d.method, d.rank, d.scale, d.project_in) for d in self.projections]
-        settings = [self.rebuild, self.chunk_rows, self.seeded, sorted(self.keep), sorted(self.again)]
-        factored = sorted((g.parameter, g.site, g.left) for g in self.factored)
-        done = [settings, sorted(forms, key=str), sorted(projections, key=str), *([factored] if factored else [])]
+        forms = [(s.node, s.codec, s.group_size, s.rounding, s.hadamard_rotation) for s in self.coded]
+        projections = [
+            (d.site, sorted(d.matmuls), d.projection, d.rank, d.projection_scaling, d.project_in) for d in self.projections
+        ]
+        settings = [self.recompute_materialized, self.chunk_rows, self.seeded, sorted(self.must_save), sorted(self.recompute)]
+        low_rank_gradients = sorted((g.parameter, g.site, g.side) for g in self.low_rank_gradients)
+        done = [
+            settings,
+            sorted(forms, key=str),
+            sorted(projections, key=str),
+            *([low_rank_gradients] if low_rank_gradients else []),
+        ]
         canonical = json.dumps(done, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
-from actpass.plan.plan import EXPONENTIAL, SCORE, SCORE_AGAIN, Candidate, Decision, Plan, SavedTensor
+from actpass.plan.plan import EXPONENTIAL, RECOMPUTED_SCORE, SCORE, Candidate, Decision, Plan, SavedTensor
 from actpass.plan.rank_allocation import RankSite
 
 KEPT = "kept exact, as asked"
@@ -14,62 +14,62 @@ AUTO = "auto"
 """The codec of a tensor whose form the policy chooses."""
 
 
-class Wish(Protocol):
-    """What the user asked for one tensor (`config.Treatment`)."""
+class TensorRequest(Protocol):
+    """What the user asked for one tensor (`actpass.options.TensorOptions`)."""
 
     @property
     def projection(self) -> str | None: ...
     @property
-    def policy(self) -> str: ...
+    def decided_by(self) -> str: ...
     @property
-    def codec(self) -> str | None: ...
+    def format(self) -> str | None: ...
     @property
-    def scale(self) -> str: ...
+    def projection_scaling(self) -> str: ...
     @property
-    def group(self) -> int | None: ...
+    def group_size(self) -> int | None: ...
     @property
     def rounding(self) -> str: ...
     @property
-    def rotate(self) -> bool: ...
+    def hadamard_rotation(self) -> bool: ...
     @property
-    def named(self) -> bool: ...
+    def forced(self) -> bool: ...
     @property
     def ranks_from_budget(self) -> bool: ...
     @property
-    def decodes(self) -> bool: ...
+    def projects_activations(self) -> bool: ...
     def rank_of(self, width: int) -> int: ...
-    def nonlinear_rank_of(self, width: int) -> int: ...
+    def activation_rank_of(self, width: int) -> int: ...
     def relative_variance(self, width: int, rank: int) -> float: ...
     def bytes_of_direction(self, rows: int, element_size: int) -> int: ...
     def state_bytes(self, width: int, rank: int) -> int: ...
 
 
-WishFor = Callable[[tuple[str, ...]], Wish]
+RequestFor = Callable[[tuple[str, ...]], TensorRequest]
 """The wish for a tensor that feeds the parameters of the given paths."""
 Ranks = Mapping[str, int]
 """Ranks that a budget gave, by `Candidate.key`."""
 
 
 def choose(
-    candidates: Iterable[Candidate], wish_for: WishFor, *, profitable_only: bool = True, ranks: Ranks | None = None
+    candidates: Iterable[Candidate], request_for: RequestFor, *, skip_unprofitable: bool = True, ranks: Ranks | None = None
 ) -> Plan:
     """Follow the wishes, and leave a tensor exact where its projection would cost FLOPs and free no bytes.
 
     ranks: for those of `rank_sites`. None: there is no limit, and what takes its rank from a budget stays exact.
     """
-    wishes = [(c, wish_for(c.parameters)) for c in candidates]
-    by_root: dict[str, list[tuple[Candidate, Wish]]] = {}
-    for c, wish in wishes:
-        by_root.setdefault(c.root, []).append((c, wish))
-    freed = {root: _freed_bytes(members, ranks) for root, members in by_root.items()}
-    return Plan(tuple(_decide(c, wish, freed[c.root], profitable_only, ranks) for c, wish in wishes))
+    requests = [(c, request_for(c.parameters)) for c in candidates]
+    by_root: dict[str, list[tuple[Candidate, TensorRequest]]] = {}
+    for c, request in requests:
+        by_root.setdefault(c.base, []).append((c, request))
+    freed = {base: _freed_bytes(members, ranks) for base, members in by_root.items()}
+    return Plan(tuple(_decide(c, request, freed[c.base], skip_unprofitable, ranks) for c, request in requests))
 
 
 def rank_sites(
     candidates: Sequence[Candidate],
-    wish_for: WishFor,
+    request_for: RequestFor,
     weights: Mapping[str, float] | None = None,
-    tails: Mapping[str, float] | None = None,
+    residual_energies: Mapping[str, float] | None = None,
 ) -> dict[str, RankSite]:
     """The candidates whose rank a budget decides, by their key: those whose projection is stored in place of x.
 
@@ -81,25 +81,25 @@ def rank_sites(
     tails: by path, the energy of x beyond the principal directions of a learned subspace, as far as one was measured; 1 for
     all others, which says the same of all.
     """
-    wishes = {c.key: wish_for(c.parameters) for c in candidates}
-    exact = {c.root for c in candidates if not c.frees or not _is_projected(c, wishes[c.key])}
-    found = [c for c in candidates if c.root not in exact and wishes[c.key].ranks_from_budget]
-    return {c.key: _rank_site(c, wishes[c.key], _weight(c, weights) * _tail(c, tails)) for c in found}
+    requests = {c.key: request_for(c.parameters) for c in candidates}
+    exact = {c.base for c in candidates if not c.frees or not _is_projected(c, requests[c.key])}
+    found = [c for c in candidates if c.base not in exact and requests[c.key].ranks_from_budget]
+    return {c.key: _rank_site(c, requests[c.key], _weight(c, weights) * _tail(c, residual_energies)) for c in found}
 
 
 def noise(
     candidates: Sequence[Candidate],
-    wish_for: WishFor,
+    request_for: RequestFor,
     sites: Mapping[str, RankSite],
     ranks: Ranks,
     weights: Mapping[str, float] | None = None,
-    tails: Mapping[str, float] | None = None,
+    residual_energies: Mapping[str, float] | None = None,
 ) -> float:
     """Expected squared relative error of the gradients of ``candidates`` when ``sites`` of them have ``ranks``: the mean of
     all, each by its weight (see `rank_sites`). A site at its largest rank has none: x is kept."""
     projected = [c for c in candidates if c.key in sites and ranks[c.key] < sites[c.key].most]
     error = math.fsum(
-        _weight(c, weights) * _tail(c, tails) * wish_for(c.parameters).relative_variance(c.width, ranks[c.key])
+        _weight(c, weights) * _tail(c, residual_energies) * request_for(c.parameters).relative_variance(c.width, ranks[c.key])
         for c in projected
     )
     return error / max(math.fsum(_weight(c, weights) for c in candidates), 1.0)
@@ -109,64 +109,64 @@ def _weight(c: Candidate, weights: Mapping[str, float] | None) -> float:
     return float(c.weight_elements) if weights is None else math.fsum(weights[p] for p in c.parameters)
 
 
-def _tail(c: Candidate, tails: Mapping[str, float] | None) -> float:
-    return (tails or {}).get(min(c.parameters), 1.0)
+def _tail(c: Candidate, residual_energies: Mapping[str, float] | None) -> float:
+    return (residual_energies or {}).get(min(c.parameters), 1.0)
 
 
-def _rank_site(c: Candidate, wish: Wish, weight: float) -> RankSite:
-    numerator = 4 * (wish.relative_variance(c.width, 2) - wish.relative_variance(c.width, 4))  # a of a / r - b
+def _rank_site(c: Candidate, request: TensorRequest, weight: float) -> RankSite:
+    numerator = 4 * (request.relative_variance(c.width, 2) - request.relative_variance(c.width, 4))  # a of a / r - b
     most = max(1, min(c.width, c.x_bytes // c.payload_bytes(1)))  # there x takes no more
-    direction = wish.bytes_of_direction(c.groups * c.tokens, c.element_size)
+    direction = request.bytes_of_direction(c.groups * c.tokens, c.element_size)
     return RankSite(weight * numerator, direction, most, c.rank_multiple)
 
 
-def _freed_bytes(members: list[tuple[Candidate, Wish]], ranks: Ranks | None) -> int:
+def _freed_bytes(members: list[tuple[Candidate, TensorRequest]], ranks: Ranks | None) -> int:
     """Bytes that go if the payloads of all ``members`` are stored in place of the storage that they share, less what their
     learned subspaces take; 0 if it stays, or if nothing is gained."""
-    if not all(c.frees and _is_projected(c, wish) for c, wish in members):
+    if not all(c.frees and _is_projected(c, request) for c, request in members):
         return 0
-    if ranks is None and any(wish.ranks_from_budget for _, wish in members):
+    if ranks is None and any(request.ranks_from_budget for _, request in members):
         return 0
-    each = [(c, wish, _rank(c, wish, ranks)) for c, wish in members]
-    payloads = sum(c.payload_bytes(rank) + wish.state_bytes(c.width, rank) for c, wish, rank in each)
+    each = [(c, request, _rank(c, request, ranks)) for c, request in members]
+    payloads = sum(c.payload_bytes(rank) + request.state_bytes(c.width, rank) for c, request, rank in each)
     return max(0, members[0][0].x_bytes - payloads)
 
 
-def _is_projected(c: Candidate, wish: Wish) -> bool:
-    return wish.projection is not None and (wish.named or wish.ranks_from_budget or not c.narrow)
+def _is_projected(c: Candidate, request: TensorRequest) -> bool:
+    return request.projection is not None and (request.forced or request.ranks_from_budget or not c.narrow)
 
 
-def _rank(c: Candidate, wish: Wish, ranks: Ranks | None) -> int:
-    if wish.ranks_from_budget:
+def _rank(c: Candidate, request: TensorRequest, ranks: Ranks | None) -> int:
+    if request.ranks_from_budget:
         return (ranks or {}).get(c.key, c.width)
-    return min(c.width, -(-wish.rank_of(c.width) // c.rank_multiple) * c.rank_multiple)
+    return min(c.width, -(-request.rank_of(c.width) // c.rank_multiple) * c.rank_multiple)
 
 
-def _decide(c: Candidate, wish: Wish, freed: int, profitable_only: bool, ranks: Ranks | None) -> Decision:
+def _decide(c: Candidate, request: TensorRequest, freed: int, skip_unprofitable: bool, ranks: Ranks | None) -> Decision:
     def exact(reason: str) -> Decision:
-        return Decision(c.name, c.matmuls, c.parameters, "exact", reason)
+        return Decision(c.name, c.matmuls, c.parameters, None, reason)
 
-    if wish.projection is None:
+    if request.projection is None:
         return exact(KEPT)
-    if not _is_projected(c, wish):
+    if not _is_projected(c, request):
         return exact(f"a weight of {c.width} x {max(c.outs)}, whose gradient has no more directions: narrow beside the others")
-    if wish.ranks_from_budget and not freed:
+    if request.ranks_from_budget and not freed:
         return exact(_why_no_rank(c, ranks))
-    rank = _rank(c, wish, ranks)
+    rank = _rank(c, request, ranks)
     extra = c.flops_at(rank) - c.flops
-    if profitable_only and extra >= 0 and not freed:
-        state = wish.state_bytes(c.width, rank)
+    if skip_unprofitable and extra >= 0 and not freed:
+        state = request.state_bytes(c.width, rank)
         cost = f"{extra / max(c.flops, 1):+.0%} FLOPs" + (f" and {state} bytes of its subspace" if state else "")
-        return exact(f"{wish.projection} at rank {rank} of {c.width} would cost {cost} and free no bytes")
+        return exact(f"{request.projection} at rank {rank} of {c.width} would cost {cost} and free no bytes")
     return Decision(
         c.name,
         c.matmuls,
         c.parameters,
-        wish.projection,
+        request.projection,
         f"z is stored in place of x: {freed} bytes freed" if freed else "projected in the backward, where x is at no cost",
         width=c.width,
         rank=rank,
-        scale=wish.scale,
+        projection_scaling=request.projection_scaling,
         project_in="forward" if freed else "backward",
         extra_flops=extra,
     )
@@ -183,7 +183,7 @@ def _why_no_rank(c: Candidate, ranks: Ranks | None) -> str:
 
 
 def choose_decoded(
-    tensors: Iterable[SavedTensor], owners: Mapping[str, str], wish_for: WishFor, *, profitable_only: bool = True
+    tensors: Iterable[SavedTensor], owners: Mapping[str, str], request_for: RequestFor, *, skip_unprofitable: bool = True
 ) -> tuple[Decision, ...]:
     """Which of ``tensors`` are stored as a projection that the backward decodes, whatever it does with them. owners: by node,
     the parameter that its subspace belongs to, where its last axis is one of features.
@@ -191,31 +191,31 @@ def choose_decoded(
     What is in the way of fewer bits is in the way here; queries, keys, values and outputs of fused attention stay (the paper's
     choice, see `CodecSet`), and what only weight gradients read is contracted or nothing.
     """
-    wishes = [(t, wish_for(t.paths)) for t in tensors if t.obstacle is None and t.kinds and t.kinds != ("contraction",)]
-    asked = [(t, wish) for t, wish in wishes if wish.decodes]
-    return tuple(_decoded(t, owners.get(t.node), wish, profitable_only) for t, wish in asked)
+    requests = [(t, request_for(t.paths)) for t in tensors if t.obstacle is None and t.kinds and t.kinds != ("contraction",)]
+    asked = [(t, request) for t, request in requests if request.projects_activations]
+    return tuple(_decoded(t, owners.get(t.node), request, skip_unprofitable) for t, request in asked)
 
 
-def _decoded(t: SavedTensor, owner: str | None, wish: Wish, profitable_only: bool) -> Decision:
+def _decoded(t: SavedTensor, owner: str | None, request: TensorRequest, skip_unprofitable: bool) -> Decision:
     def exact(reason: str) -> Decision:
-        return Decision(t.node, (), (owner,) if owner is not None else (), "exact", reason)
+        return Decision(t.node, (), (owner,) if owner is not None else (), None, reason)
 
-    if t.role is not None or {SCORE, SCORE_AGAIN} & set(t.kinds):
+    if t.role is not None or {SCORE, RECOMPUTED_SCORE} & set(t.kinds):
         return exact("not decoded from a projection: fused attention reads it")
     if EXPONENTIAL in t.kinds:
         return exact("not decoded from a projection: exponentiated in the backward, where its error becomes a factor")
     if owner is None:
         return exact("not decoded from a projection: its last axis is none that a weight of its module has")
     width = t.shape[-1]
-    rank, method = wish.nonlinear_rank_of(width), wish.projection
-    payload, state = t.nbytes * rank // width, wish.state_bytes(width, rank)
-    if method is None or payload >= t.nbytes or (profitable_only and payload + state >= t.nbytes):
+    rank, projection = request.activation_rank_of(width), request.projection
+    payload, state = t.nbytes * rank // width, request.state_bytes(width, rank)
+    if projection is None or payload >= t.nbytes or (skip_unprofitable and payload + state >= t.nbytes):
         return exact(f"its projection at rank {rank} of {width} would take {payload} bytes and its subspace {state}")
     return Decision(
         t.node,
         (),
         (owner,),
-        method,
+        projection,
         f"decoded from its projection: {t.nbytes - payload} bytes freed; uses: {', '.join(t.kinds)}",
         width=width,
         rank=rank,

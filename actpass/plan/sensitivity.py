@@ -30,9 +30,9 @@ class Sensitivity:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Sensitivities:
     """What `actpass.calibrate` measured. preconditioner: whose direction the gradient was compared in. Give it to a compile as
-    ``options={"calibration": calibration}``, or the path of its file."""
+    ``options={"sensitivities": sensitivities}``, or the path of its file."""
 
     rows: tuple[Sensitivity, ...]
     preconditioner: str
@@ -45,19 +45,19 @@ class Calibration:
         Path(path).write_text(json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, path: str | Path) -> Calibration:
+    def load(cls, path: str | Path) -> Sensitivities:
         """Read what `save` wrote. Raises `OptionError` for a file that is none."""
         try:
             return cls._read(json.loads(Path(path).read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise OptionError(
-                f"calibration={str(path)!r} is not usable: {reason}. Allowed: what actpass.calibrate returned, or the path of "
-                "a file that its save() wrote."
+                f"sensitivities={str(path)!r} is not usable: {reason}. Allowed: what actpass.calibrate returned, or the "
+                "path of a file that its save() wrote."
             ) from error
 
     @classmethod
-    def _read(cls, data: Mapping[str, Any]) -> Calibration:
+    def _read(cls, data: Mapping[str, Any]) -> Sensitivities:
         if data["schema_version"] != SCHEMA_VERSION:
             raise ValueError(f"schema_version {data['schema_version']!r} is not {SCHEMA_VERSION}")
         rows = tuple(

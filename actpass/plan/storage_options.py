@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 
 from actpass.plan.codec_set import CodecSet
 from actpass.plan.knapsack import Option
-from actpass.plan.plan import AGAIN, KEEP, SCORE, SCORE_AGAIN, SavedTensor
+from actpass.plan.plan import RECOMPUTE, RECOMPUTED_SCORE, SAVE, SCORE, SavedTensor
 from actpass.plan.policies import POLICIES
-from actpass.plan.policy import AUTO, WishFor
+from actpass.plan.policy import AUTO, RequestFor
 from actpass.plan.sensitivity import Sensitivity
 from actpass.plan.store import StoredBytes, store
 
@@ -56,14 +56,14 @@ class Costs:
 
     def flops_of_form(self, t: SavedTensor, codec: str, stored_bytes: int) -> int:
         """What is read and written to encode and decode, in FLOPs."""
-        return 0 if codec == KEEP else 2 * FLOPS_PER_BYTE * (t.nbytes + stored_bytes)
+        return 0 if codec == SAVE else 2 * FLOPS_PER_BYTE * (t.nbytes + stored_bytes)
 
     def error_of_form(self, t: SavedTensor, codec: str) -> float:
         """The squared relative error that it adds to the gradients."""
-        if codec == KEEP:
+        if codec == SAVE:
             return 0.0
         gaussian, known = self.codecs.by_name[codec].error, self.measured.get(t.node)
-        if known is not None and SCORE_AGAIN not in t.kinds:  # measured with the statistic of the exact scores
+        if known is not None and RECOMPUTED_SCORE not in t.kinds:  # measured with the statistic of the exact scores
             return dict(known.errors).get(codec, gaussian) * known.factor
         share = SHARE_IN_A_CONTRACTION if t.kinds == ("contraction",) else 1.0
         share *= CANCELLING if t.role in ("value", "output") else 1.0
@@ -71,28 +71,28 @@ class Costs:
 
 
 @dataclass(frozen=True, slots=True)
-class Menu:
+class StorageOptions:
     """Tensors whose forms are chosen together. options: what each choice takes and costs. forms: for each option, the form of
-    each member: a codec, `KEEP` or `AGAIN`. again: for each option, what the backward runs again."""
+    each member: a codec, `SAVE` or `RECOMPUTE`. recompute: for each option, what the backward runs again."""
 
     members: tuple[SavedTensor, ...]
     options: tuple[Option, ...]
     forms: tuple[tuple[str, ...], ...]
-    again: tuple[tuple[str, ...], ...]
+    recompute: tuple[tuple[str, ...], ...]
 
 
 _Choice = tuple[Option, tuple[str, ...], tuple[str, ...]]
 
 
-def menus(
+def storage_options(
     tensors: Sequence[SavedTensor],
-    wish_for: WishFor,
+    request_for: RequestFor,
     stored_bytes: StoredBytes,
     costs: Costs,
     *,
-    again: bool,
-    coarsest: str | None = None,
-) -> list[Menu]:
+    recompute: bool,
+    coarsest_codec: str | None = None,
+) -> list[StorageOptions]:
     """again: whether the backward may run anything again. coarsest: of the codecs that are offered, where a policy decides.
 
     The tensors of one fused attention are on one menu. With the logsumexp of the exact queries and keys only what is
@@ -102,55 +102,57 @@ def menus(
     groups: dict[str, list[SavedTensor]] = {}
     for t in tensors:
         groups.setdefault(t.attention or f"/{t.node}", []).append(t)
-    codecs = costs.codecs if coarsest is None else costs.codecs.no_coarser_than(coarsest)
+    codecs = costs.codecs if coarsest_codec is None else costs.codecs.no_coarser_than(coarsest_codec)
 
     def options(t: SavedTensor) -> tuple[str, ...]:
-        wish = wish_for(t.paths)
-        return POLICIES[wish.policy].options(t, wish, codecs)
+        request = request_for(t.paths)
+        return POLICIES[request.decided_by].options(t, request, codecs)
 
     def stored(t: SavedTensor, codec: str) -> _Choice:
-        s = store(t, wish_for(t.paths), stored_bytes, codec, costs.codecs)
+        s = store(t, request_for(t.paths), stored_bytes, codec, costs.codecs)
         return Option(s.stored_bytes, costs.of_form(t, s.codec, s.stored_bytes)), (s.codec,), ()
 
     def forms(t: SavedTensor, *, inexact: bool) -> list[_Choice]:
         allowed = options(t)
-        found = [stored(t, codec) for codec in allowed if codec != AGAIN]
-        if AGAIN in allowed and again and inexact and t.again:
-            found.append((Option(0, costs.of_time(t.again_flops)), (AGAIN,), t.again))
-        if AGAIN in allowed and again and inexact and t.of_factors:
+        found = [stored(t, codec) for codec in allowed if codec != RECOMPUTE]
+        if RECOMPUTE in allowed and recompute and inexact and t.recompute:
+            found.append((Option(0, costs.of_time(t.recompute_flops)), (RECOMPUTE,), t.recompute))
+        if RECOMPUTE in allowed and recompute and inexact and t.of_factors:
             nbytes = round(t.factors * codecs.bytes_of_a_factor)
-            found.append((Option(nbytes, costs.of_time(t.of_factors_flops)), (AGAIN,), t.of_factors))
-        return found if found or again else [stored(t, KEEP)]
+            found.append((Option(nbytes, costs.of_time(t.of_factors_flops)), (RECOMPUTE,), t.of_factors))
+        return found if found or recompute else [stored(t, SAVE)]
 
     found = []
     for members in groups.values():
         choices = _product(forms(t, inexact=t.role not in ("score", "output")) for t in members)
         output = next((t for t in members if t.role == "output"), None)
-        if output is not None and again and output.again and AGAIN in options(output):
+        if output is not None and recompute and output.recompute and RECOMPUTE in options(output):
             others = [replace(t, kinds=_consistent(t.kinds), role=None) for t in members if t is not output]
-            rerun = Option(0, costs.of_time(output.again_flops))
+            rerun = Option(0, costs.of_time(output.recompute_flops))
             at = members.index(output)
             for option, chosen, run in _product(forms(t, inexact=True) for t in others):
-                whole = (*chosen[:at], AGAIN, *chosen[at:])
-                choices.append((_plus(option, rerun), whole, (*output.again, *run)))
-        choices = _undominated(choices) or _product([stored(t, KEEP)] for t in members)
+                whole = (*chosen[:at], RECOMPUTE, *chosen[at:])
+                choices.append((_plus(option, rerun), whole, (*output.recompute, *run)))
+        choices = _undominated(choices) or _product([stored(t, SAVE)] for t in members)
         options_of, chosen_forms, runs = zip(*choices, strict=True)
-        found.append(Menu(tuple(members), options_of, chosen_forms, runs))
+        found.append(StorageOptions(tuple(members), options_of, chosen_forms, runs))
     return found
 
 
-def bytes_in(codec: str, tensors: Sequence[SavedTensor], wish_for: WishFor, stored_bytes: StoredBytes, codecs: CodecSet) -> int:
+def bytes_in(
+    codec: str, tensors: Sequence[SavedTensor], request_for: RequestFor, stored_bytes: StoredBytes, codecs: CodecSet
+) -> int:
     """Of ``tensors`` if all that a policy decides takes one codec, queries and keys like the rest."""
     total = 0
     for t in tensors:
-        wish = wish_for(t.paths)
+        request = request_for(t.paths)
         alike = replace(t, kinds=_consistent(t.kinds), role=None)
-        total += store(alike, wish, stored_bytes, codec if wish.codec == AUTO else wish.codec, codecs).stored_bytes
+        total += store(alike, request, stored_bytes, codec if request.format == AUTO else request.format, codecs).stored_bytes
     return total
 
 
 def _consistent(kinds: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(SCORE_AGAIN if k == SCORE else k for k in kinds)
+    return tuple(RECOMPUTED_SCORE if k == SCORE else k for k in kinds)
 
 
 def _plus(a: Option, b: Option) -> Option:

@@ -34,11 +34,11 @@ def differences(before: Sequence[Plan], after: Sequence[Plan]) -> Iterator[str]:
 def _region(one: Plan, other: Plan) -> Iterator[str]:
     rows = [*_forms(one, other), *_projections(one, other)]
     if rows:
-        header = ("module", "tensor", "shape", "was", "is", "before", "after")
+        header = ("module", "tensor", "shape", "was", "is", "bytes before", "bytes after")
         yield from table([header, *_folded(rows)])
-    for name in ("again", "keep"):
+    for name in ("recompute", "must_save"):
         yield from _names(name, one, other)
-    for name in ("rebuild", "chunk_rows", "seeded"):
+    for name in ("recompute_materialized", "chunk_rows", "seeded"):
         was, now = getattr(one, name), getattr(other, name)
         if was != now:
             yield f"{name}: {was} -> {now}"
@@ -63,7 +63,7 @@ def _form(s: Storage | None) -> str:
         return "not stored"
     if not s.coded:
         return s.codec
-    details = (f"group {s.group}" if s.group else "", s.rounding, "rotated" if s.rotate else "")
+    details = (f"group {s.group_size}" if s.group_size else "", s.rounding, "rotated" if s.hadamard_rotation else "")
     return " ".join((s.codec, *filter(None, details)))
 
 
@@ -77,7 +77,7 @@ def _projections(one: Plan, other: Plan) -> Iterator[_Row]:
         a, b = old.get(name), new.get(name)
         known = a or b
         assert known is not None
-        texts = [f"{d.method} rank {d.rank} ({d.scale}, in {d.project_in})" if d else "exact" for d in (a, b)]
+        texts = [f"{d.projection} rank {d.rank} ({d.projection_scaling}, in {d.project_in})" if d else "exact" for d in (a, b)]
         if texts[0] != texts[1]:
             yield ", ".join(known.parameters), name, "weight gradient" if known.matmuls else "decoded", texts[0], texts[1], 0, 0
 
@@ -97,7 +97,7 @@ def _folded(rows: Sequence[_Row]) -> Iterator[tuple[str, ...]]:
 
 def _names(name: str, one: Plan, other: Plan) -> Iterator[str]:
     """What is run again, or held, in one plan only."""
-    verb = {"again": "run again", "keep": "stored by name"}[name]
+    verb = {"recompute": "recomputed", "must_save": "saved by name"}[name]
     modules = {**dict(one.modules), **dict(other.modules)}
     old, new = getattr(one, name), getattr(other, name)
     for text, names in (("no longer", [n for n in old if n not in new]), ("now", [n for n in new if n not in old])):
@@ -122,8 +122,9 @@ def _totals(one: Plan, other: Plan) -> Iterator[str]:
     if a.peak_bytes is not None and b.peak_bytes is not None:
         yield f"predicted peak of the region: {megabytes(a.peak_bytes)} -> {megabytes(b.peak_bytes)}"
     yield (
-        f"run again: {a.extra_matmuls} matmuls and {a.extra_attention} attention -> {b.extra_matmuls} and {b.extra_attention}; "
-        f"backward matmuls: {a.backward_matmul_flops / 1e9:.2f} -> {b.backward_matmul_flops / 1e9:.2f} GFLOP"
+        f"recomputed: {a.extra_matmuls} matmuls and {a.extra_attention} attention -> {b.extra_matmuls} and "
+        f"{b.extra_attention}; backward matmuls: "
+        f"{a.backward_matmul_flops / 1e9:.2f} -> {b.backward_matmul_flops / 1e9:.2f} GFLOP"
     )
 
 

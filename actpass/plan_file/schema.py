@@ -12,10 +12,9 @@ from typing import Any
 
 from actpass.codecs import ALL_PROJECTIONS, QUANTIZERS
 from actpass.errors import PlanError
-from actpass.plan import KEEP, Decision, Factored, Plan, Predicted, Storage
+from actpass.plan import SAVE, Decision, FactoredGradient, Plan, Predicted, Storage
 
-SCHEMA_VERSION = 2
-EXACT = "exact"
+SCHEMA_VERSION = 3
 _LARGEST = 2**62
 
 Check = Callable[[str, Any], Any]
@@ -36,7 +35,8 @@ def parse(text: str, source: str) -> tuple[tuple[Plan, ...], str]:
     version = data.pop("schema_version")
     if version != SCHEMA_VERSION or isinstance(version, bool):
         raise PlanError(
-            f"{source}: schema_version is {version!r}. Allowed: {SCHEMA_VERSION}. Make the plan anew with this actpass."
+            f"{source}: schema_version is {version!r}. Allowed: {SCHEMA_VERSION} (the fields of older files "
+            "have other names). Make the plan anew with this actpass."
         )
     try:
         fields = _record(_FILE)("", data)
@@ -156,28 +156,28 @@ _DECISION: dict[str, Check] = {
     "site": _text,
     "matmuls": _distinct,
     "parameters": _tuple_of(_text),
-    "method": lambda where, value: _one_of(EXACT, *ALL_PROJECTIONS)(where, value),
+    "projection": _optional(lambda where, value: _one_of(*ALL_PROJECTIONS)(where, value)),
     "reason": _text,
     "width": _integer(),
     "rank": _optional(_integer(1)),
-    "scale": _one_of("unbiased", "none"),
+    "projection_scaling": _one_of("unbiased", "orthonormal"),
     "project_in": _optional(_one_of("forward", "backward")),
     "extra_flops": _integer(-_LARGEST),
     "linear": _flag,
 }
 _STORAGE: dict[str, Check] = {
     "node": _text,
-    "crossing": _tuple_of(_text),
-    "root": _text,
-    "codec": lambda where, value: _one_of(KEEP, *QUANTIZERS)(where, value),
+    "saved_for_backward": _tuple_of(_text),
+    "base": _text,
+    "codec": lambda where, value: _one_of(SAVE, *QUANTIZERS)(where, value),
     "reason": _text,
     "nbytes": _integer(),
     "stored_bytes": _integer(),
     "unbiased": _flag,
-    "group": _optional(_integer(8, 4096)),
+    "group_size": _optional(_integer(8, 4096)),
     "rounding": _one_of("stochastic", "nearest"),
-    "rotate": _flag,
-    "named": _flag,
+    "hadamard_rotation": _flag,
+    "forced": _flag,
     "module": _text,
     "shape": _tuple_of(_integer()),
     "dtype": _text,
@@ -185,7 +185,7 @@ _STORAGE: dict[str, Check] = {
 _FACTORED: dict[str, Check] = {
     "parameter": _text,
     "site": _text,
-    "left": _flag,
+    "side": _one_of("left", "right"),
     "shape": _tuple_of(_integer(1)),
 }
 _PREDICTED: dict[str, Check] = {
@@ -199,9 +199,9 @@ _PREDICTED: dict[str, Check] = {
 
 def _decision(where: str, value: Any) -> Decision:
     decision = Decision(**_record(_DECISION)(where, value))
-    if (decision.method == EXACT) != (decision.rank is None) or (decision.rank is None) != (decision.project_in is None):
-        shown = {"method": decision.method, "rank": decision.rank, "project_in": decision.project_in}
-        raise _error(where, shown, "exact with rank and project_in null, or a projection with both")
+    if (decision.projection is None) != (decision.rank is None) or (decision.rank is None) != (decision.project_in is None):
+        shown = {"projection": decision.projection, "rank": decision.rank, "project_in": decision.project_in}
+        raise _error(where, shown, "projection, rank and project_in all null, or none of them")
     return decision
 
 
@@ -209,8 +209,8 @@ def _storage(where: str, value: Any) -> Storage:
     return Storage(**_record(_STORAGE)(where, value))
 
 
-def _factored(where: str, value: Any) -> Factored:
-    return Factored(**_record(_FACTORED)(where, value))
+def _factored(where: str, value: Any) -> FactoredGradient:
+    return FactoredGradient(**_record(_FACTORED)(where, value))
 
 
 def _predicted(where: str, value: Any) -> Predicted:
@@ -236,17 +236,17 @@ def _unique(what: str, check: Check, name: Callable[[Any], tuple[str, ...]]) -> 
 _REGION: dict[str, Check] = {
     "graph": _text,
     "inputs": _pairs,
-    "rebuild": _flag,
+    "recompute_materialized": _flag,
     "chunk_rows": _integer(),
     "seeded": _flag,
-    "keep": _distinct,
-    "again": _distinct,
+    "must_save": _distinct,
+    "recompute": _distinct,
     "storages": _unique("tensor", _storage, lambda s: (s.node,)),
     "decisions": _unique("matmul or tensor", _decision, lambda d: d.matmuls or (d.site,)),
     "modules": _pairs,
     "least_shared_bytes": _integer(),
     "peak_growth": _optional(_fraction),
     "predicted": _optional(_predicted),
-    "factored": _unique("parameter", _factored, lambda g: (g.parameter,)),
+    "low_rank_gradients": _unique("parameter", _factored, lambda g: (g.parameter,)),
 }
 _FILE: dict[str, Check] = {"hash": _text, "regions": _tuple_of(region)}

@@ -14,22 +14,22 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from actpass.analysis.partitioned import Cut, Setting
-from actpass.analysis.projection_sites import find_candidates
+from actpass.analysis.partitioned import PartitionConstraints, PartitionedGraph
+from actpass.analysis.projection_sites import find_projection_sites
 from actpass.analysis.saved_tensors import EARLY_GRADIENT
-from actpass.analysis.weight_gradients import Contraction
+from actpass.analysis.weight_gradients import WeightGradientMatmul
 from actpass.codecs import LEARNED, QUANTIZERS
 from actpass.errors import BudgetError, LogitsReturned, PlanError
 from actpass.ir.fingerprint import fingerprint, plain_inputs
 from actpass.ir.joint_graph import Joint, storage_root
 from actpass.ir.op_queries import is_attention, is_matmul, is_reduction
-from actpass.options.config import Config, Treatment
+from actpass.options import Config, TensorOptions
 from actpass.passes.base import RegionState
-from actpass.plan import EXPONENTIAL, KEEP, SCORE, SCORE_AGAIN, Candidate, CodecSet, Decision, Plan, SavedTensor, Storage
-from actpass.plan.multi_region import Level
+from actpass.plan import EXPONENTIAL, RECOMPUTED_SCORE, SAVE, SCORE, Candidate, CodecSet, Decision, Plan, SavedTensor, Storage
+from actpass.plan.multi_region import OperatingPoint
 from actpass.plan.store import store
 from actpass.plan_file import ModelPlan
-from actpass.planner.budget import Choice, PeakBudget, Region, sizes_in
+from actpass.planner.budget import PartitionPlan, PeakBudget, Region, sizes_in
 from actpass.planner.plan_source import CarryOut, decodable
 
 _SHOWN = 8
@@ -51,7 +51,7 @@ class Following:
             why = state.why_whole or "no logits weigh"
             raise PlanError(f"the plan forms the loss in pieces, which is not possible: {why}.")
 
-    def plan(self, region: Region, carry_out: CarryOut, peak: PeakBudget | None) -> tuple[Choice, RegionState]:
+    def plan(self, region: Region, carry_out: CarryOut, peak: PeakBudget | None) -> tuple[PartitionPlan, RegionState]:
         choice = choose(region, self.given)
         done = carry_out(GivenPlan(region, choice, self.given))
         return check_budget(region, choice, done.partitioned, done.plan.storages, peak), done
@@ -62,17 +62,17 @@ class GivenPlan:
     """What ``given`` says of ``region``, checked against the graph."""
 
     region: Region
-    choice: Choice
+    choice: PartitionPlan
     given: Plan
     is_given: bool = True
 
     def decide_gradients(self) -> tuple[Decision, ...]:
         region = self.region
-        candidates = find_candidates(region.joint, region.finding, self.choice.cut, grouping(self.given))
+        candidates = find_projection_sites(region.joint, region.finding, self.choice.cut, grouping(self.given))
         return decide(region, self.given, candidates)
 
     def is_factored(self, parameter: str) -> bool:
-        return parameter in {g.parameter for g in self.given.factored}
+        return parameter in {g.parameter for g in self.given.low_rank_gradients}
 
     def decide_decoded(self, state: RegionState) -> tuple[tuple[Decision, ...], Mapping[str, SavedTensor]]:
         if not self.given.decoded:
@@ -82,7 +82,7 @@ class GivenPlan:
 
     def decide_storages(self, state: RegionState) -> tuple[tuple[Storage, ...], tuple[str, ...]]:
         """None while it is only asked which subspaces the region will take: the graph that forms are of comes with them."""
-        if not state.joint.subspaces and any(d.method in LEARNED for d in state.plan.projections):
+        if not state.joint.subspaces and any(d.projection in LEARNED for d in state.plan.projections):
             return (), ()
         return forms(self.region, self.given, state.joint, state.partitioned, state.plan.decisions)
 
@@ -124,16 +124,16 @@ def _shown(inputs: Sequence[tuple[str, str]]) -> str:
     return f"({', '.join(text for _, text in inputs)})"
 
 
-def choose(region: Region, plan: Plan) -> Choice:
+def choose(region: Region, plan: Plan) -> PartitionPlan:
     """The cut that ``plan`` asks for. Raises `PlanError` for what can't be run again or held."""
     nodes = {n.name: n for n in region.joint.gm.graph.nodes}
-    for name in plan.keep:
+    for name in plan.must_save:
         _check_kept(region.joint, nodes, name)
-    if plan.again:
+    if plan.recompute:
         _check_again(region, nodes, plan)
-    setting = Setting(plan.rebuild, frozenset(plan.again), frozenset(plan.keep))
-    untouched = setting == Setting(rebuild=False) and not plan.chunk_rows
-    return Choice(setting, region.default if untouched else region.cut(setting), {})
+    constraints = PartitionConstraints(plan.recompute_materialized, frozenset(plan.recompute), frozenset(plan.must_save))
+    untouched = constraints == PartitionConstraints(recompute_materialized=False) and not plan.chunk_rows
+    return PartitionPlan(constraints, region.default if untouched else region.cut(constraints), {})
 
 
 def _node(nodes: dict[str, fx.Node], name: str, where: str) -> fx.Node:
@@ -143,60 +143,62 @@ def _node(nodes: dict[str, fx.Node], name: str, where: str) -> fx.Node:
 
 
 def _check_kept(joint: Joint, nodes: dict[str, fx.Node], name: str) -> None:
-    node = _node(nodes, name, "keep")
+    node = _node(nodes, name, "must_save")
     if node.op != "call_function" or node in joint.backward:
-        raise PlanError(f"keep names {name!r}, which is no value that the forward computes. Allowed: those.")
+        raise PlanError(f"must_save names {name!r}, which is no value that the forward computes. Allowed: those.")
     if node.meta.get("recompute") is not None:
-        raise PlanError(f"keep names {name!r}, which lies inside the user's own activation checkpointing. Remove it from keep.")
+        raise PlanError(
+            f"must_save names {name!r}, which lies inside the user's own activation checkpointing. Remove it from must_save."
+        )
 
 
 def _check_again(region: Region, nodes: dict[str, fx.Node], plan: Plan) -> None:
     """By the rule of a search (`actpass.plan.storage_options`): only what a tensor takes to be rebuilt that crosses when
     nothing is run again, and a query or key only together with its attention."""
-    for name in plan.again:
-        node = _node(nodes, name, "again")
+    for name in plan.recompute:
+        node = _node(nodes, name, "recompute")
         if not (is_matmul(node) or is_attention(node) or is_reduction(node)) or node in region.joint.backward:
             raise PlanError(
-                f"again names {name!r}, which is {node.target}. Allowed: matmuls and fused attentions of the forward, and with "
-                "the scores of one that is not fused its statistics. All else is run again anyway where that is free."
+                f"recompute names {name!r}, which is {node.target}. Allowed: matmuls and fused attentions of the forward, and "
+                "with the scores of one that is not fused its statistics. All else is run again anyway where that is free."
             )
     allowed: set[str] = set()
     scores: dict[str, tuple[str, str]] = {}
-    for setting in _starts(region, plan):
-        for t in region.saved(region.joint, region.cut(setting), region.recomputation):
+    for constraints in _starts(region, plan):
+        for t in region.saved(region.joint, region.cut(constraints), region.recomputation):
             if t.role == "score" and t.attention is not None:
-                scores.update(dict.fromkeys(t.again, (t.node, t.attention)))
+                scores.update(dict.fromkeys(t.recompute, (t.node, t.attention)))
             else:
-                allowed.update(t.again, t.of_factors)
-            missing = sorted(set(t.of_factors) - set(plan.again))
+                allowed.update(t.recompute, t.of_factors)
+            missing = sorted(set(t.of_factors) - set(plan.recompute))
             if missing and len(missing) < len(t.of_factors):
                 raise PlanError(
-                    f"again names {_some(sorted(set(t.of_factors) - set(missing)))} without {_some(missing)}. Scores and "
+                    f"recompute names {_some(sorted(set(t.of_factors) - set(missing)))} without {_some(missing)}. Scores and "
                     "their softmax's statistics are of one another: name all of them, or none."
                 )
-    for name in plan.again:
+    for name in plan.recompute:
         if name not in allowed and name not in scores:
             raise PlanError(
-                f"again names {name!r}, which can't be run again with the same result, or to no end: something random, an "
+                f"recompute names {name!r}, which can't be run again with the same result, or to no end: something random, an "
                 "exponential, a custom operator or the user's own checkpointing lies between it and what is stored, or it is "
                 f"of the residual stream. Allowed here: {_some(sorted({*allowed, *scores}))}."
             )
         tensor, attention = scores.get(name, ("", name))
-        if name not in allowed and attention not in plan.again:
+        if name not in allowed and attention not in plan.recompute:
             raise PlanError(
-                f"again names {name!r}, which makes the query or key {tensor!r}, without its attention {attention!r}, whose "
-                f"logsumexp is that of the exact ones. Name {attention!r} as well, or neither."
+                f"recompute names {name!r}, which makes the query or key {tensor!r}, without its attention {attention!r}, "
+                f"whose logsumexp is that of the exact ones. Name {attention!r} as well, or neither."
             )
 
 
-def _starts(region: Region, plan: Plan) -> Iterator[Setting]:
+def _starts(region: Region, plan: Plan) -> Iterator[PartitionConstraints]:
     """The cuts, nothing run again, from which a search may have come to ``plan``."""
-    yield Setting(plan.rebuild)
+    yield PartitionConstraints(plan.recompute_materialized)
     sums = frozenset(n.name for n in region.recomputation.residual_sums)
-    if plan.rebuild and sums:
-        yield Setting(plan.rebuild, keep=sums)
-    if plan.keep and frozenset(plan.keep) != sums:
-        yield Setting(plan.rebuild, keep=frozenset(plan.keep))
+    if plan.recompute_materialized and sums:
+        yield PartitionConstraints(plan.recompute_materialized, must_save=sums)
+    if plan.must_save and frozenset(plan.must_save) != sums:
+        yield PartitionConstraints(plan.recompute_materialized, must_save=frozenset(plan.must_save))
 
 
 def _some(names: Sequence[str]) -> str:
@@ -204,7 +206,7 @@ def _some(names: Sequence[str]) -> str:
     return (", ".join(names[:_SHOWN]) or "nothing") + more
 
 
-def grouping(plan: Plan) -> Callable[[Contraction], Hashable]:
+def grouping(plan: Plan) -> Callable[[WeightGradientMatmul], Hashable]:
     """By which contractions that read one tensor are one candidate: by the plan's decisions."""
     of = _by_matmul(plan)
     return lambda c: of.get(c.node)
@@ -217,7 +219,7 @@ def _by_matmul(plan: Plan) -> dict[str, Decision]:
 def decide(region: Region, plan: Plan, candidates: Sequence[Candidate]) -> tuple[Decision, ...]:
     """The decisions of ``plan`` over ``candidates``, which were grouped by it. Raises `PlanError`."""
     known = {c.node for c in region.finding.contractions}
-    alone = {matmul: reason for matmul, _, reason in region.finding.left_alone}
+    alone = {matmul: reason for matmul, _, reason in region.finding.rejected}
     for d in plan.decisions:
         for m in d.matmuls:
             if m not in known:
@@ -228,7 +230,7 @@ def decide(region: Region, plan: Plan, candidates: Sequence[Candidate]) -> tuple
     for c, d in asked:
         if d is not None:
             _check_decision(c, d)
-    return tuple(_decision(c, d, [e for other, e in asked if other.root == c.root], candidates) for c, d in asked)
+    return tuple(_decision(c, d, [e for other, e in asked if other.base == c.base], candidates) for c, d in asked)
 
 
 def _check_decision(c: Candidate, d: Decision) -> None:
@@ -245,9 +247,9 @@ def _check_decision(c: Candidate, d: Decision) -> None:
 def _decision(c: Candidate, d: Decision | None, siblings: list[Decision | None], candidates: Sequence[Candidate]) -> Decision:
     """siblings: what is asked for all that read the storage that ``c`` reads."""
     if d is None or d.rank is None:
-        return Decision(c.name, c.matmuls, c.parameters, "exact", "exact, as the plan says")
+        return Decision(c.name, c.matmuls, c.parameters, None, "exact, as the plan says")
     in_forward = d.project_in == "forward"
-    members = [m for m in candidates if m.root == c.root]
+    members = [m for m in candidates if m.base == c.base]
     leaves = all(m.frees for m in members) and all(s is not None and s.project_in == "forward" for s in siblings)
     payloads = sum(m.payload_bytes(s.rank or 0) for m, s in zip(members, siblings, strict=True) if s is not None)
     if in_forward and not (leaves and payloads < c.x_bytes):
@@ -279,13 +281,13 @@ def decide_decoded(plan: Plan, tensors: Sequence[SavedTensor], owners: Mapping[s
         if t is None or d.site not in owners:
             why = "it does not cross from forward to backward" if t is None else "its last axis is not one of features"
             raise PlanError(f"a decision decodes {d.site!r}, which is not possible: {why}. Remove it.")
-        if t.obstacle is not None or t.role is not None or {SCORE, SCORE_AGAIN, EXPONENTIAL} & set(t.kinds):
+        if t.obstacle is not None or t.role is not None or {SCORE, RECOMPUTED_SCORE, EXPONENTIAL} & set(t.kinds):
             why = t.obstacle or "fused attention or an exponential of the backward reads it"
             raise PlanError(f"a decision decodes {_tensor(t)}, which is not possible: {why}. Remove it.")
         width, rank = t.shape[-1], d.rank or 0
-        if d.method not in LEARNED or not rank < width:
+        if d.projection not in LEARNED or not rank < width:
             raise PlanError(
-                f"the decision on {d.site!r} has the method {d.method!r} and the rank {d.rank}. Allowed: "
+                f"the decision on {d.site!r} has the projection {d.projection!r} and the rank {d.rank}. Allowed: "
                 f"{', '.join(LEARNED)}, and an int in [1, {width - 1}]."
             )
         flops, owner = 4 * t.elements * rank, (owners[d.site],)
@@ -295,7 +297,7 @@ def decide_decoded(plan: Plan, tensors: Sequence[SavedTensor], owners: Mapping[s
 
 
 def forms(
-    region: Region, plan: Plan, joint: Joint, cut: Cut, decisions: Sequence[Decision]
+    region: Region, plan: Plan, joint: Joint, cut: PartitionedGraph, decisions: Sequence[Decision]
 ) -> tuple[tuple[Storage, ...], tuple[str, ...]]:
     """In which form ``plan`` stores what crosses ``cut`` of ``joint``, and notes on its entries for what does not cross. Raises
     `PlanError` for a form that is not possible."""
@@ -307,15 +309,22 @@ def forms(
         entry = entries.get(t.node)
         if entry is None or not entry.coded:
             reason = t.obstacle or ("kept, as the plan says" if entry is not None else "kept: the plan does not name it")
-            return replace(store(t, Treatment("exact"), sizes, None, codecs), reason=reason)
-        wish = Treatment(entry.codec, group=entry.group, rounding=entry.rounding, rotate=entry.rotate, named=True)
+            return replace(store(t, TensorOptions(policy="exact"), sizes, None, codecs), reason=reason)
+        request = TensorOptions(
+            policy="exact",
+            codec=entry.codec,
+            group_size=entry.group_size,
+            rounding=entry.rounding,
+            hadamard_rotation=entry.hadamard_rotation,
+            forced=True,
+        )
         _check_form(t, entry, codecs)
-        stored = store(t, wish, sizes, entry.codec, codecs)
+        stored = store(t, request, sizes, entry.codec, codecs)
         if not stored.coded:
             raise PlanError(
-                f"the plan stores {_tensor(t)} in {entry.codec}, which {stored.reason}. Allowed: keep, or fewer bits."
+                f"the plan stores {_tensor(t)} in {entry.codec}, which {stored.reason}. Allowed: save, or fewer bits."
             )
-        return replace(stored, named=entry.named)
+        return replace(stored, forced=entry.forced)
 
     storages = tuple(form(t) for t in tensors)
     crossing = {t.node for t in tensors}
@@ -332,32 +341,32 @@ def _check_form(t: SavedTensor, entry: Storage, codecs: CodecSet) -> None:
         return PlanError(f"the plan stores {_tensor(t)} in {entry.codec}, which is not possible: {why}. Allowed: {allowed}.")
 
     if t.obstacle is not None:
-        raise refuse(t.obstacle, KEEP)
-    if entry.named:
+        raise refuse(t.obstacle, SAVE)
+    if entry.forced:
         return
     if EXPONENTIAL in t.kinds:
-        raise refuse("its error becomes a factor, the backward exponentiates it", f'{KEEP}, or any form with "named": true')
+        raise refuse("its error becomes a factor, the backward exponentiates it", f'{SAVE}, or any form with "forced": true')
     for kind in t.kinds:
         safe = codecs.safe_for(kind)
         if safe is not None and entry.codec not in safe:
             raise refuse(
                 "it is a query or key of fused attention, whose backward exponentiates their product"
                 + (" with the logsumexp of the exact ones" if kind == SCORE else ""),
-                f'{", ".join((KEEP, *safe))}, or any form with "named": true',
+                f'{", ".join((SAVE, *safe))}, or any form with "forced": true',
             )
 
 
 def _notes(
-    region: Region, plan: Plan, joint: Joint, idle: Sequence[Storage], cut: Cut, decisions: Sequence[Decision]
+    region: Region, plan: Plan, joint: Joint, idle: Sequence[Storage], cut: PartitionedGraph, decisions: Sequence[Decision]
 ) -> Iterator[str]:
     nodes = {**{n.name: n for n in region.joint.gm.graph.nodes}, **{n.name: n for n in joint.gm.graph.nodes}}
-    stored = {nodes[name] for s in cut.saved for name in (s.name, s.root) if name in nodes}
+    stored = {nodes[name] for s in cut.saved for name in (s.name, s.base) if name in nodes}
     projected = {storage_root(nodes[d.site]) for d in decisions if d.project_in == "forward"}
     for s in idle:
         node = _node(nodes, s.node, "storages")
         root = storage_root(node)
         made = region.recomputation.producers(root, stored) if root in region.recomputation.hidden else None
-        if made and {n.name for n in made} <= set(plan.again):
+        if made and {n.name for n in made} <= set(plan.recompute):
             yield f"{s.node} of the plan is not stored: the backward runs {', '.join(n.name for n in made)} again"
         elif root in projected:
             yield f"{s.node} of the plan is not stored: its projection is"
@@ -366,11 +375,13 @@ def _notes(
         else:
             raise PlanError(
                 f"the plan stores {s.node!r} in {s.codec}, but it does not cross from forward to backward: the backward "
-                f"rebuilds it exactly, or does not read it. Remove its entry, or add {s.node!r} to keep."
+                f"rebuilds it exactly, or does not read it. Remove its entry, or add {s.node!r} to must_save."
             )
 
 
-def check_budget(region: Region, choice: Choice, done: Cut, tensors: Sequence[Storage], peak: PeakBudget | None) -> Choice:
+def check_budget(
+    region: Region, choice: PartitionPlan, done: PartitionedGraph, tensors: Sequence[Storage], peak: PeakBudget | None
+) -> PartitionPlan:
     """``choice``, if what it became is within the budget that is given beside the plan. Raises `BudgetError`."""
     budget = region.config.memory_budget
     plan, other = ("the plan that is given", ", or another plan") if region.config.plan else ("what was decided", "")
@@ -383,7 +394,7 @@ def check_budget(region: Region, choice: Choice, done: Cut, tensors: Sequence[St
                 f"more{other}.",
                 needed,
             )
-        level = Level(0, 0, done.footprint)
+        level = OperatingPoint(0, 0, done.footprint)
         return replace(choice, levels=(level,) if peak.part else ())
     if isinstance(budget, float):
         early = sum(s.nbytes for s in tensors if s.reason == EARLY_GRADIENT)

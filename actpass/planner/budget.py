@@ -19,29 +19,37 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar
 
-from actpass.analysis.partitioned import Cut, Setting
-from actpass.analysis.projection_sites import find_candidates
+from actpass.analysis.partitioned import PartitionConstraints, PartitionedGraph
+from actpass.analysis.projection_sites import find_projection_sites
 from actpass.analysis.rematerialization import Recomputation
 from actpass.analysis.saved_tensors import EARLY_GRADIENT, find_saved
-from actpass.analysis.weight_gradients import Finding
+from actpass.analysis.weight_gradients import WeightGradientMatmuls
 from actpass.codecs import QUANTIZERS
 from actpass.errors import BudgetError
 from actpass.ir.joint_graph import Joint, module_path, tensor_bytes, value
 from actpass.memory.footprint import MARGIN, Footprint, step_peak
 from actpass.memory.resident import Resident
-from actpass.options.config import Config
+from actpass.options import Config
 from actpass.passes.partition import cut
 from actpass.passes.quantize_saved import layout_of
 from actpass.plan import Candidate, CodecSet, SavedTensor, Storage, choose_storage, noise, rank_sites
 from actpass.plan.knapsack import Option, least_bytes, solve
-from actpass.plan.multi_region import Level, needs
-from actpass.plan.plan import AGAIN, KEEP
+from actpass.plan.multi_region import OperatingPoint, needs
+from actpass.plan.plan import RECOMPUTE, SAVE
 from actpass.plan.policies import wanted_again
-from actpass.plan.policy import WishFor
+from actpass.plan.policy import RequestFor
 from actpass.plan.rank_allocation import RankSite, bytes_at, choose_ranks
 from actpass.plan.rank_allocation import least_bytes as least_bytes_of_ranks
 from actpass.plan.sensitivity import Sensitivity
-from actpass.plan.storage_options import NOISE_PER_STEP, SHARE_IN_A_CONTRACTION, UNIT, Costs, Menu, bytes_in, menus
+from actpass.plan.storage_options import (
+    NOISE_PER_STEP,
+    SHARE_IN_A_CONTRACTION,
+    UNIT,
+    Costs,
+    StorageOptions,
+    bytes_in,
+    storage_options,
+)
 from actpass.plan.store import StoredBytes
 from actpass.torch_compat import Sizes, size_hint
 
@@ -103,13 +111,13 @@ class PeakBudget:
             needed,
         )
 
-    def error(self, cut: Any, method: str) -> BudgetError:
+    def error(self, cut: Any, options: str) -> BudgetError:
         """For when even ``cut`` needs too much."""
         needed = self.needs(cut)
         step = cut.footprint.gradients + self.resident.scratch
         largest = ", ".join(f"{name} ({nbytes})" for name, nbytes in cut.largest_at_peak[:3])
         return BudgetError(
-            f"memory_budget={self.nbytes} bytes of peak can't be met. The least that method={method!r} reaches here is "
+            f"memory_budget={self.nbytes} bytes of peak can't be met. The least that {options} reaches here is "
             f"{needed} bytes: {self.resident}, and above them the larger of {step} while the optimizer steps and "
             f"{cut.peak_bytes} predicted before (and a margin), the largest of which are {largest}. Use "
             f"memory_budget={needed} or more, or a smaller batch.",
@@ -118,17 +126,17 @@ class PeakBudget:
 
 
 @dataclass(frozen=True)
-class Choice:
+class PartitionPlan:
     """setting, cut: where the joint graph is cut. codecs: by node, the form of what ``auto`` decides; None: its own rule. note:
     what the user should know of it. levels: what else a part of a step could be, for one plan over all parts. ranks: of the
     projections that take theirs from the budget, by `Candidate.key`; None: there is no limit. limited: whether a larger budget
     of peak bytes may give another."""
 
-    setting: Setting
-    cut: Cut
+    constraints: PartitionConstraints
+    cut: PartitionedGraph
     codecs: Mapping[str, str | None] | None
     note: str | None = None
-    levels: tuple[Level, ...] = ()
+    levels: tuple[OperatingPoint, ...] = ()
     ranks: Mapping[str, int] | None = None
     limited: bool = False
 
@@ -136,7 +144,7 @@ class Choice:
     def key(self) -> Hashable:
         """Equal for choices that are carried out alike."""
         codecs, ranks = (None if m is None else tuple(sorted(m.items(), key=str)) for m in (self.codecs, self.ranks))
-        return self.setting, codecs, ranks
+        return self.constraints, codecs, ranks
 
 
 @dataclass(frozen=True)
@@ -148,19 +156,21 @@ class Region:
     joint_inputs: Sequence[object]
     kwargs: Mapping[str, Any]
     config: Config
-    finding: Finding
-    default: Cut
+    finding: WeightGradientMatmuls
+    default: PartitionedGraph
     chunk_rows: int
-    _saved: dict[tuple[int, bool], tuple[Cut, list[SavedTensor]]] = field(default_factory=dict, compare=False, repr=False)
+    _saved: dict[tuple[int, bool], tuple[PartitionedGraph, list[SavedTensor]]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
-    def cut(self, setting: Setting) -> Cut:
-        return cut(self.joint, self.joint_inputs, self.kwargs, setting)
+    def cut(self, constraints: PartitionConstraints) -> PartitionedGraph:
+        return cut(self.joint, self.joint_inputs, self.kwargs, constraints)
 
-    def tensors(self, cut: Cut) -> list[SavedTensor]:
+    def tensors(self, cut: PartitionedGraph) -> list[SavedTensor]:
         """What crosses ``cut``, and what it takes to run it again."""
         return self.saved(self.joint, cut, self.recomputation)
 
-    def sizes(self, cut: Cut) -> StoredBytes:
+    def sizes(self, cut: PartitionedGraph) -> StoredBytes:
         return sizes_in(cut)
 
     @cached_property
@@ -177,43 +187,45 @@ class Region:
     def _weights(self) -> dict[str, tuple[str, ...]]:
         return {c.node: c.parameters for c in self.finding.contractions}
 
-    def saved(self, joint: Joint, cut: Cut, recomputation: Recomputation | None = None) -> list[SavedTensor]:
+    def saved(self, joint: Joint, cut: PartitionedGraph, recomputation: Recomputation | None = None) -> list[SavedTensor]:
         """What crosses ``cut`` of ``joint``: of this one (each cut is read once), or of what was rewritten of it."""
         key = id(cut), recomputation is not None
         if joint is self.joint and key in self._saved:
             return self._saved[key][1]
-        found = find_saved(cut, joint, self._weights, self.config.smallest, recomputation)
+        found = find_saved(cut, joint, self._weights, self.config.min_tensor_bytes, recomputation)
         if joint is self.joint:
             self._saved[key] = cut, found  # the cut as well: an id without its owner may come again
         return found
 
-    def costs(self, cut: Cut, tensors: Sequence[SavedTensor]) -> Costs:
+    def costs(self, cut: PartitionedGraph, tensors: Sequence[SavedTensor]) -> Costs:
         """What forms of ``tensors``, which cross ``cut``, are weighed by."""
         return Costs(self.step_flops, sum(t.elements for t in tensors), CodecSet(QUANTIZERS), self._measured(cut, tensors))
 
-    def _measured(self, cut: Cut, tensors: Sequence[SavedTensor]) -> dict[str, Sensitivity]:
+    def _measured(self, cut: PartitionedGraph, tensors: Sequence[SavedTensor]) -> dict[str, Sensitivity]:
         """By node, what a calibration says of ``tensors``. Only how they compare: all together weigh their share of all
         elements, against which `NOISE_PER_STEP` was set."""
-        calibration, nodes = self.config.calibration, {n.name: n for n in cut.forward.graph.nodes}
-        if calibration is None:
+        sensitivities, nodes = self.config.sensitivities, {n.name: n for n in cut.forward.graph.nodes}
+        if sensitivities is None:
             return {}
-        rows = {t.node: calibration.find(module_path(nodes[t.node]), t.node) for t in tensors}
+        rows = {t.node: sensitivities.find(module_path(nodes[t.node]), t.node) for t in tensors}
         known = {node: row for node, row in rows.items() if row is not None}
         elements = sum(t.elements for t in tensors if t.node in known) / max(sum(t.elements for t in tensors), 1)
         scale = elements / (sum(row.factor for row in known.values()) or 1.0)
         return {node: replace(row, factor=row.factor * scale) for node, row in known.items()}
 
-    def candidates(self, cut: Cut) -> list[Candidate]:
+    def candidates(self, cut: PartitionedGraph) -> list[Candidate]:
         """What a projection could do to the weight gradients, where ``cut`` says what is stored."""
-        return find_candidates(self.joint, self.finding, cut, lambda c: self.config.treatment_of_any(c.parameters))
+        return find_projection_sites(self.joint, self.finding, cut, lambda c: self.config.tensor_options_of_any(c.parameters))
 
-    def storages(self, joint: Joint, choice: Choice) -> tuple[Storage, ...]:
+    def storages(self, joint: Joint, choice: PartitionPlan) -> tuple[Storage, ...]:
         """In which form everything that crosses is stored."""
         tensors = self.saved(joint, choice.cut)
-        return choose_storage(tensors, self.config.treatment_of_any, sizes_in(choice.cut), CodecSet(QUANTIZERS), choice.codecs)
+        return choose_storage(
+            tensors, self.config.tensor_options_of_any, sizes_in(choice.cut), CodecSet(QUANTIZERS), choice.codecs
+        )
 
 
-def sizes_in(cut: Cut) -> StoredBytes:
+def sizes_in(cut: PartitionedGraph) -> StoredBytes:
     """Bytes of a tensor that crosses ``cut`` in a codec and a group size."""
     nodes = {n.name: n for n in cut.forward.graph.nodes}
 
@@ -224,7 +236,7 @@ def sizes_in(cut: Cut) -> StoredBytes:
     return stored_bytes
 
 
-def choose_cut(region: Region, cut_of: Callable[[Choice], Cut], peak: PeakBudget | None) -> Choice:
+def choose_cut(region: Region, cut_of: Callable[[PartitionPlan], PartitionedGraph], peak: PeakBudget | None) -> PartitionPlan:
     """The cut and the forms that the configuration asks for.
 
     peak: the budget, if it is one of peak bytes. cut_of: a choice as it will be compiled. Raises `BudgetError` where nothing
@@ -232,8 +244,8 @@ def choose_cut(region: Region, cut_of: Callable[[Choice], Cut], peak: PeakBudget
     """
     budget = region.config.memory_budget
     if budget == 1.0:
-        return Choice(Setting(rebuild=False), region.default, {})
-    free = free_choice(region)
+        return PartitionPlan(PartitionConstraints(recompute_materialized=False), region.default, {})
+    free = no_recompute_partition(region)
     if budget is None:
         return _with_recomputation(region, free)
     if not region.config.ranks_from_budget:
@@ -244,19 +256,23 @@ def choose_cut(region: Region, cut_of: Callable[[Choice], Cut], peak: PeakBudget
     return replace(choice, note="; ".join(notes) or None)
 
 
-def _with_recomputation(region: Region, free: Choice) -> Choice:
+def _with_recomputation(region: Region, free: PartitionPlan) -> PartitionPlan:
     """``free``, or the cut that runs again what the policies want to be."""
-    wish_for = region.config.treatment_of_any
+    request_for = region.config.tensor_options_of_any
     tensors = region.tensors(free.cut) if region.config.recomputes else []
-    again = wanted_again(tensors, wish_for, sizes_in(free.cut), CodecSet(QUANTIZERS))
-    if not again:
+    recompute = wanted_again(tensors, request_for, sizes_in(free.cut), CodecSet(QUANTIZERS))
+    if not recompute:
         return free
-    names = frozenset(name for t in again for name in t.again or t.of_factors)
-    setting = Setting(free.setting.rebuild, names, free.setting.keep - {t.root for t in again})
-    return Choice(setting, region.cut(setting), None)
+    names = frozenset(name for t in recompute for name in t.recompute or t.of_factors)
+    constraints = PartitionConstraints(
+        free.constraints.recompute_materialized, names, free.constraints.must_save - {t.base for t in recompute}
+    )
+    return PartitionPlan(constraints, region.cut(constraints), None)
 
 
-def _within(search: Search[Region] | _Ranks, cut_of: Callable[[Choice], Cut], peak: PeakBudget | None) -> Choice:
+def _within(
+    search: Search[Region] | _Ranks, cut_of: Callable[[PartitionPlan], PartitionedGraph], peak: PeakBudget | None
+) -> PartitionPlan:
     """The best choice within the budget of the search's region."""
     region = search.region
     budget = region.config.memory_budget
@@ -276,19 +292,19 @@ def _within(search: Search[Region] | _Ranks, cut_of: Callable[[Choice], Cut], pe
     if smallest.stored <= capacity + early:  # as little on top as can be: a larger budget never saves less
         note = f"the gradients that are formed early with the loss, {early} bytes, come on top of memory_budget={budget}"
         return replace(smallest.choice, note=note)
-    if region.default.saved_bytes <= region.config.smallest:  # a loss behind a graph break: nothing to win there
+    if region.default.saved_bytes <= region.config.min_tensor_bytes:  # a loss behind a graph break: nothing to win there
         return smallest.choice
     least = smallest.stored - early
     fraction = math.ceil(100 * least / max(region.default.saved_bytes, 1)) / 100
     raise BudgetError(
         f"memory_budget={budget} asks to save {capacity} of the {region.default.saved_bytes} bytes that Inductor's default "
-        f"saves for backward. The least that method={region.config.treatment.method!r} reaches here is {least} bytes: use "
-        f"memory_budget={fraction:.2f} or more.{search.in_the_way}",
+        f"saves for backward. The least that {region.config.tensor_options.described} reaches here is {least} bytes: use "
+        f"memory_budget={fraction:.2f} or more.{search.reason_not_quantizable}",
         fraction,
     )
 
 
-def free_choice(region: Region) -> Choice:
+def no_recompute_partition(region: Region) -> PartitionPlan:
     """The cut that runs no matmul again and has the fewest bytes, as they will be stored.
 
     The residual stream is asked for as such where that costs nothing: upstream would as soon save every addend of it, which
@@ -298,37 +314,40 @@ def free_choice(region: Region) -> Choice:
     free = _free_cut(region)
     weights = _attention_weights(region)
     if weights:
-        setting = Setting(rebuild=True, keep=free.setting.keep | weights)
-        free = min(free, Choice(setting, region.cut(setting), None), key=lambda choice: _stored(region, choice))
-    default = Choice(Setting(rebuild=False), region.default, None)
+        constraints = PartitionConstraints(recompute_materialized=True, must_save=free.constraints.must_save | weights)
+        free = min(free, PartitionPlan(constraints, region.cut(constraints), None), key=lambda choice: _stored(region, choice))
+    default = PartitionPlan(PartitionConstraints(recompute_materialized=False), region.default, None)
     if not region.chunk_rows and _stored(region, free) > _stored(region, default):
         return default
     return free
 
 
-def _free_cut(region: Region) -> Choice:
+def _free_cut(region: Region) -> PartitionPlan:
     """The residual stream is asked for where that takes no more bytes. Mostly the graph says so, or the cut without asking;
     if not, both are cut."""
     sums = region.recomputation.residual_sums
     more = {n.name: region.recomputation.extra_bytes(n) for n in sums}
-    plain, kept = Setting(rebuild=True), Setting(rebuild=True, keep=frozenset(more))
+    plain, kept = (
+        PartitionConstraints(recompute_materialized=True),
+        PartitionConstraints(recompute_materialized=True, must_save=frozenset(more)),
+    )
     if not any(n != 0 for n in more.values()):
-        return Choice(kept, region.cut(kept), None)
+        return PartitionPlan(kept, region.cut(kept), None)
     found = region.cut(plain)
-    again = [more[n.name] for n in found.backward.graph.nodes if n.op == "call_function" and n.name in more]
-    if not again:  # each that is needed is stored as it is
-        return Choice(kept, found, None)
+    recompute = [more[n.name] for n in found.backward.graph.nodes if n.op == "call_function" and n.name in more]
+    if not recompute:  # each that is needed is stored as it is
+        return PartitionPlan(kept, found, None)
     first = max(map(tensor_bytes, sums))  # what the others are rebuilt from
-    if None not in again and sum(n or 0 for n in again) > first:
-        return Choice(plain, found, None)
-    choices = Choice(kept, region.cut(kept), None), Choice(plain, found, None)
+    if None not in recompute and sum(n or 0 for n in recompute) > first:
+        return PartitionPlan(plain, found, None)
+    choices = PartitionPlan(kept, region.cut(kept), None), PartitionPlan(plain, found, None)
     return min(choices, key=lambda choice: choice.cut.saved_bytes)
 
 
 def _attention_weights(region: Region) -> frozenset[str]:
     """What Inductor's default saves of a softmax over attention's scores."""
     nodes = {n.name: n for n in region.joint.gm.graph.nodes}
-    saved = [nodes[name] for name in {s.root: None for s in region.default.saved} if name in nodes]
+    saved = [nodes[name] for name in {s.base: None for s in region.default.saved} if name in nodes]
     found: set[str] = set()
     for node in saved:
         scores = region.recomputation.scores_behind(node)
@@ -339,16 +358,16 @@ def _attention_weights(region: Region) -> frozenset[str]:
     return frozenset(found)
 
 
-def alternatives(region: Region, count: int) -> list[tuple[int, Choice]]:
+def alternatives(region: Region, count: int) -> list[tuple[int, PartitionPlan]]:
     """(capacity, choice) for ``count`` capacities of saved bytes, from the most that is of use down to the least, or a 64th."""
-    search = Search(region, free_choice(region))
+    search = Search(region, no_recompute_partition(region))
     most, least = search.most, max(search.least, search.most // _RANGE)
     ratio = (least / most) ** (1 / (count - 1)) if most else 1.0
     capacities = [max(search.least, round(most * ratio**i)) for i in range(count)]
     return [(capacity, search.at(capacity).choice) for capacity in capacities]
 
 
-def _stored(region: Region, choice: Choice) -> int:
+def _stored(region: Region, choice: PartitionPlan) -> int:
     return sum(s.stored_bytes for s in region.storages(region.joint, choice))
 
 
@@ -356,7 +375,7 @@ def _stored(region: Region, choice: Choice) -> int:
 class _Found:
     """choice, the bytes that it stores, and what it costs."""
 
-    choice: Choice
+    choice: PartitionPlan
     stored: int
     cost: int
 
@@ -367,7 +386,7 @@ class Searched(Protocol):
 
     @property
     def config(self) -> Config: ...
-    def cut(self, setting: Setting) -> Any: ...
+    def cut(self, constraints: PartitionConstraints) -> Any: ...
     def tensors(self, cut: Any) -> list[SavedTensor]: ...
     def sizes(self, cut: Any) -> StoredBytes: ...
     def costs(self, cut: Any, tensors: Sequence[SavedTensor]) -> Costs: ...
@@ -380,11 +399,17 @@ class _Crossing:
     """What crosses one cut, and the menus of it."""
 
     def __init__(
-        self, setting: Setting, cut: Any, tensors: list[SavedTensor], wish_for: WishFor, sizes: StoredBytes, costs: Costs
+        self,
+        constraints: PartitionConstraints,
+        cut: Any,
+        tensors: list[SavedTensor],
+        request_for: RequestFor,
+        sizes: StoredBytes,
+        costs: Costs,
     ) -> None:
-        self.setting, self.cut, self.tensors = setting, cut, tensors
-        self._wish_for, self._sizes, self._costs = wish_for, sizes, costs
-        self._menus: dict[tuple[str | None, bool], list[Menu]] = {}
+        self.constraints, self.cut, self.tensors = constraints, cut, tensors
+        self._wish_for, self._sizes, self._costs = request_for, sizes, costs
+        self._menus: dict[tuple[str | None, bool], list[StorageOptions]] = {}
         self._bytes: dict[str, int] = {}
 
     @property
@@ -392,10 +417,12 @@ class _Crossing:
         """The codecs that are offered, the finest first."""
         return self._costs.codecs.offered
 
-    def menus(self, coarsest: str | None, *, again: bool) -> list[Menu]:
-        key = coarsest, again
+    def storage_options(self, coarsest_codec: str | None, *, recompute: bool) -> list[StorageOptions]:
+        key = coarsest_codec, recompute
         if key not in self._menus:
-            self._menus[key] = menus(self.tensors, self._wish_for, self._sizes, self._costs, again=again, coarsest=coarsest)
+            self._menus[key] = storage_options(
+                self.tensors, self._wish_for, self._sizes, self._costs, recompute=recompute, coarsest_codec=coarsest_codec
+            )
         return self._menus[key]
 
     def bytes_in(self, width: str) -> int:
@@ -408,18 +435,18 @@ class Search(Generic[R]):
     """Choices within capacities of saved bytes. stride: each how manieth capacity is looked at where a search by halves finds
     none that fits."""
 
-    in_the_way = ""
+    reason_not_quantizable = ""
     stride = 4
 
-    def __init__(self, region: R, free: Choice) -> None:
+    def __init__(self, region: R, free: PartitionPlan) -> None:
         self.region, self.free = region, free
-        self._base = self._crossing(free.setting, free.cut)
+        self._base = self._crossing(free.constraints, free.cut)
         self._cuts = {frozenset[str](): self._base}
 
-    def _crossing(self, setting: Setting, cut: Any) -> _Crossing:
+    def _crossing(self, constraints: PartitionConstraints, cut: Any) -> _Crossing:
         tensors = self.region.tensors(cut)
         sizes, costs = self.region.sizes(cut), self.region.costs(cut, tensors)
-        return _Crossing(setting, cut, tensors, self.region.config.treatment_of_any, sizes, costs)
+        return _Crossing(constraints, cut, tensors, self.region.config.tensor_options_of_any, sizes, costs)
 
     @property
     def tensors(self) -> list[SavedTensor]:
@@ -428,7 +455,7 @@ class Search(Generic[R]):
 
     @property
     def _options(self) -> list[tuple[Option, ...]]:
-        return [m.options for m in self._base.menus(None, again=True)]
+        return [m.options for m in self._base.storage_options(None, recompute=True)]
 
     @property
     def least(self) -> int:
@@ -454,44 +481,48 @@ class Search(Generic[R]):
         widths = self._base.widths
         widest = next((i for i, w in enumerate(widths) if self._base.bytes_in(w) <= capacity), len(widths) - 1)
         found: list[_Found] = []
-        for coarsest in widths[widest:]:
-            found.append(self._at(capacity, coarsest))
+        for coarsest_codec in widths[widest:]:
+            found.append(self._at(capacity, coarsest_codec))
             if found[-1].stored <= capacity:
                 return found[-1]
         return min(found, key=lambda f: f.stored)
 
-    def _at(self, capacity: int, coarsest: str) -> _Found:
+    def _at(self, capacity: int, coarsest_codec: str) -> _Found:
         found: list[_Found] = []
         target = capacity
         for _ in range(_TRIES):
-            found.append(self._settle(self._rerun(target, coarsest), capacity, coarsest))
+            found.append(self._settle(self._rerun(target, coarsest_codec), capacity, coarsest_codec))
             if found[-1].stored <= capacity:
                 return found[-1]
             if target <= self.least:
                 break
             target = max(self.least, target - (found[-1].stored - capacity))
-        found.append(self._settle([], capacity, coarsest))
+        found.append(self._settle([], capacity, coarsest_codec))
         return min(found, key=lambda f: f.stored)
 
-    def _rerun(self, capacity: int, coarsest: str) -> list[tuple[Menu, int]]:
-        listed = self._base.menus(coarsest, again=True)
-        return [(m, k) for m, k in zip(listed, _solve(listed, capacity), strict=True) if m.again[k]]
+    def _rerun(self, capacity: int, coarsest_codec: str) -> list[tuple[StorageOptions, int]]:
+        listed = self._base.storage_options(coarsest_codec, recompute=True)
+        return [(m, k) for m, k in zip(listed, _solve(listed, capacity), strict=True) if m.recompute[k]]
 
-    def _settle(self, rerun: list[tuple[Menu, int]], capacity: int, coarsest: str) -> _Found:
+    def _settle(self, rerun: list[tuple[StorageOptions, int]], capacity: int, coarsest_codec: str) -> _Found:
         """Cut with what is run again, and choose the forms of what then crosses."""
-        names = frozenset(name for menu, k in rerun for name in menu.again[k])
+        names = frozenset(name for menu, k in rerun for name in menu.recompute[k])
         if names not in self._cuts:
-            gone = {t.root for menu, k in rerun for t, form in zip(menu.members, menu.forms[k], strict=True) if form == AGAIN}
-            setting = Setting(self.free.setting.rebuild, names, self.free.setting.keep - gone)
-            self._cuts[names] = self._crossing(setting, self.region.cut(setting))
+            gone = {
+                t.base for menu, k in rerun for t, form in zip(menu.members, menu.forms[k], strict=True) if form == RECOMPUTE
+            }
+            constraints = PartitionConstraints(
+                self.free.constraints.recompute_materialized, names, self.free.constraints.must_save - gone
+            )
+            self._cuts[names] = self._crossing(constraints, self.region.cut(constraints))
         crossing = self._cuts[names]
-        listed = crossing.menus(coarsest, again=False)
+        listed = crossing.storage_options(coarsest_codec, recompute=False)
         taken = [(m, k) for m, k in zip(listed, _solve(listed, capacity), strict=True)]
         codecs = {t.node: form for menu, k in taken for t, form in zip(menu.members, menu.forms[k], strict=True)}
-        chosen = {node: None if form == KEEP else form for node, form in codecs.items()}
-        again = sum(menu.options[k].cost for menu, k in rerun)
+        chosen = {node: None if form == SAVE else form for node, form in codecs.items()}
+        recompute = sum(menu.options[k].cost for menu, k in rerun)
         stored, cost = (sum(getattr(menu.options[k], name) for menu, k in taken) for name in ("nbytes", "cost"))
-        return _Found(Choice(crossing.setting, crossing.cut, chosen), stored, cost + again)
+        return _Found(PartitionPlan(crossing.constraints, crossing.cut, chosen), stored, cost + recompute)
 
 
 class _Ranks:
@@ -499,14 +530,14 @@ class _Ranks:
 
     stride = 8  # each look rewrites and cuts anew
 
-    def __init__(self, region: Region, free: Choice, cut_of: Callable[[Choice], Cut]) -> None:
+    def __init__(self, region: Region, free: PartitionPlan, cut_of: Callable[[PartitionPlan], PartitionedGraph]) -> None:
         self.region, self.free, self._cut_of = region, free, cut_of
         self.candidates = region.candidates(free.cut)
-        self.tails = dict(region.config.tails)
-        self.sites = rank_sites(self.candidates, region.config.treatment_of_any, tails=self.tails)
-        self._cuts: dict[tuple[int, ...], Cut] = {}
+        self.residual_energies = dict(region.config.residual_energies)
+        self.sites = rank_sites(self.candidates, region.config.tensor_options_of_any, residual_energies=self.residual_energies)
+        self._cuts: dict[tuple[int, ...], PartitionedGraph] = {}
 
-    def cut_of(self, choice: Choice) -> Cut:
+    def cut_of(self, choice: PartitionPlan) -> PartitionedGraph:
         """As given, once for the same ranks."""
         ranks = tuple((choice.ranks or {}).values())
         if ranks not in self._cuts:
@@ -559,16 +590,16 @@ class _Ranks:
         error = UNIT * NOISE_PER_STEP * SHARE_IN_A_CONTRACTION * self._noise(choice)
         return _Found(choice, self.cut_of(choice).saved_bytes, round(error))
 
-    def _noise(self, choice: Choice) -> float:
-        wish_for, ranks = self.region.config.treatment_of_any, choice.ranks or {}
-        return noise(self.candidates, wish_for, self.sites, ranks, tails=self.tails)
+    def _noise(self, choice: PartitionPlan) -> float:
+        request_for, ranks = self.region.config.tensor_options_of_any, choice.ranks or {}
+        return noise(self.candidates, request_for, self.sites, ranks, residual_energies=self.residual_energies)
 
     @property
-    def in_the_way(self) -> str:
+    def reason_not_quantizable(self) -> str:
         """What no rank makes smaller, the largest first; the end of an error."""
-        roots = {c.root for c in self.candidates if c.key in self.sites}
+        roots = {c.base for c in self.candidates if c.key in self.sites}
         storages = self.region.storages(self.region.joint, self.free)
-        others = sorted((-s.stored_bytes, s.node) for s in storages if s.root not in roots)
+        others = sorted((-s.stored_bytes, s.node) for s in storages if s.base not in roots)
         listed = ", ".join(f"{name} ({-nbytes})" for nbytes, name in others[:3])
         return (
             f" Only {len(roots)} of the tensors that are stored serve weight gradients alone, and no rank makes another "
@@ -576,7 +607,7 @@ class _Ranks:
             "memory_budget does that."
         )
 
-    def note(self, choice: Choice) -> str | None:
+    def note(self, choice: PartitionPlan) -> str | None:
         """What the ranks come to; None without any."""
         if not self.sites or choice.ranks is None:
             return None
@@ -589,7 +620,7 @@ class _Ranks:
         )
 
 
-def _solve(listed: list[Menu], capacity: int) -> tuple[int, ...]:
+def _solve(listed: list[StorageOptions], capacity: int) -> tuple[int, ...]:
     """The option of each menu: the cheapest within ``capacity``, or the smallest."""
     options = [m.options for m in listed]
     solution = solve(options, max(capacity, least_bytes(options)))
@@ -597,13 +628,13 @@ def _solve(listed: list[Menu], capacity: int) -> tuple[int, ...]:
     return solution.chosen
 
 
-def _least_of_ladder(search: Search[Any] | _Ranks, cut_of: Callable[[Choice], Cut]) -> Choice:
+def _least_of_ladder(search: Search[Any] | _Ranks, cut_of: Callable[[PartitionPlan], PartitionedGraph]) -> PartitionPlan:
     """The choice with the least peak, and all of the ladder."""
-    levels: list[tuple[Level, Choice]] = []
+    levels: list[tuple[OperatingPoint, PartitionPlan]] = []
     for capacity in search.capacities(_STEP_OF_LADDER):
         found = search.at(capacity)
         footprint = cut_of(found.choice).footprint
-        levels.append((Level(capacity, found.cost, footprint), found.choice))
+        levels.append((OperatingPoint(capacity, found.cost, footprint), found.choice))
     _, choice = min(levels, key=lambda item: (needs([item[0]]), item[0].cost))
     return replace(choice, levels=tuple(level for level, _ in levels))
 
@@ -615,13 +646,13 @@ class Limit(Protocol):
     def nbytes(self) -> int: ...
     def needs(self, cut: Any) -> int: ...
     def floor(self, cut: Any) -> int: ...
-    def error(self, cut: Any, method: str) -> BudgetError: ...
+    def error(self, cut: Any, options: str) -> BudgetError: ...
 
 
-def within_peak(search: Search[Any] | _Ranks, cut_of: Callable[[Choice], Any], budget: Limit) -> Choice:
+def within_peak(search: Search[Any] | _Ranks, cut_of: Callable[[PartitionPlan], Any], budget: Limit) -> PartitionPlan:
     """The choice of the largest capacity whose predicted peak is within ``budget``. Raises its error if there is none."""
     capacities = search.capacities(_STEP)
-    known: dict[int, tuple[Choice, Any]] = {}
+    known: dict[int, tuple[PartitionPlan, Any]] = {}
     cuts: dict[Hashable, Any] = {}  # several capacities may give one choice
 
     def fits(i: int) -> bool:
@@ -644,4 +675,4 @@ def within_peak(search: Search[Any] | _Ranks, cut_of: Callable[[Choice], Any], b
     if low >= 0 and budget.needs(known[low][1]) <= budget.nbytes:
         return replace(known[low][0], limited=low > 0)
     least = known[low] if low >= 0 else min(known.values(), key=lambda item: budget.needs(item[1]))
-    raise budget.error(least[1], search.region.config.treatment.method)
+    raise budget.error(least[1], search.region.config.tensor_options.described)

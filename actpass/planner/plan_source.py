@@ -9,10 +9,10 @@ from typing import Protocol
 from actpass.analysis.projection_sites import find_owners
 from actpass.errors import LogitsReturned
 from actpass.ir.joint_graph import value
-from actpass.options.config import Config
+from actpass.options import Config
 from actpass.passes.base import PlanSource, RegionState
 from actpass.plan import Decision, SavedTensor, Storage, choose, choose_decoded
-from actpass.planner.budget import Choice, PeakBudget, Region, choose_cut
+from actpass.planner.budget import PartitionPlan, PeakBudget, Region, choose_cut
 
 
 class RegionPlan(PlanSource, Protocol):
@@ -22,7 +22,7 @@ class RegionPlan(PlanSource, Protocol):
     def region(self) -> Region: ...
 
     @property
-    def choice(self) -> Choice: ...
+    def choice(self) -> PartitionPlan: ...
 
 
 CarryOut = Callable[[RegionPlan], RegionState]
@@ -42,7 +42,7 @@ class Planner(Protocol):
         """Raises where the loss of ``state`` must not be as it is."""
         ...
 
-    def plan(self, region: Region, carry_out: CarryOut, peak: PeakBudget | None) -> tuple[Choice, RegionState]:
+    def plan(self, region: Region, carry_out: CarryOut, peak: PeakBudget | None) -> tuple[PartitionPlan, RegionState]:
         """What is chosen, and what it became. peak: the budget, if it is one of peak bytes."""
         ...
 
@@ -54,13 +54,13 @@ class Searching:
     is_given: bool = False
 
     def loss_rows(self, config: Config) -> int | bool:
-        return config.memory_budget != 1.0 and config.chunk_loss
+        return config.memory_budget != 1.0 and config.chunked_loss
 
     def check_loss(self, state: RegionState) -> None:
         if state.joint.inputs.deferred and state.chunked is None:
             raise LogitsReturned(state.why_whole or "they do not weigh")
 
-    def plan(self, region: Region, carry_out: CarryOut, peak: PeakBudget | None) -> tuple[Choice, RegionState]:
+    def plan(self, region: Region, carry_out: CarryOut, peak: PeakBudget | None) -> tuple[PartitionPlan, RegionState]:
         choice = choose_cut(region, lambda choice: carry_out(SearchedPlan(region, choice)).partitioned, peak)
         return choice, carry_out(SearchedPlan(region, choice))
 
@@ -70,26 +70,26 @@ class SearchedPlan:
     """What the options and a ``choice`` say of ``region``."""
 
     region: Region
-    choice: Choice
+    choice: PartitionPlan
     is_given: bool = False
 
     def decide_gradients(self) -> tuple[Decision, ...]:
         config = self.region.config
-        profitable_only = config.profitable_only and not config.factors_gradients
+        skip_unprofitable = config.skip_unprofitable and not config.keeps_low_rank_gradients
         candidates = self.region.candidates(self.choice.cut)
-        wish_for, ranks = config.treatment_of_any, self.choice.ranks
-        return choose(candidates, wish_for, profitable_only=profitable_only, ranks=ranks).decisions
+        request_for, ranks = config.tensor_options_of_any, self.choice.ranks
+        return choose(candidates, request_for, skip_unprofitable=skip_unprofitable, ranks=ranks).decisions
 
     def is_factored(self, parameter: str) -> bool:
         return True
 
     def decide_decoded(self, state: RegionState) -> tuple[tuple[Decision, ...], Mapping[str, SavedTensor]]:
         config = self.region.config
-        if not config.decodes:
+        if not config.projects_activations:
             return (), {}
         tensors, owners = decodable(self.region, state)
-        only = config.profitable_only
-        return choose_decoded(tensors.values(), owners, config.treatment_of_any, profitable_only=only), tensors
+        only = config.skip_unprofitable
+        return choose_decoded(tensors.values(), owners, config.tensor_options_of_any, skip_unprofitable=only), tensors
 
     def decide_storages(self, state: RegionState) -> tuple[tuple[Storage, ...], tuple[str, ...]]:
         return self.region.storages(state.joint, replace(self.choice, cut=state.partitioned)), ()
@@ -99,6 +99,6 @@ def decodable(region: Region, state: RegionState) -> tuple[dict[str, SavedTensor
     """What crosses the cut of ``state``, but projections that are stored for a weight gradient, by node, and the parameters
     that subspaces of it belong to."""
     known = {n.name for n in region.joint.gm.graph.nodes}
-    tensors = {t.node: t for t in region.saved(state.joint, state.partitioned) if {t.node, t.root} <= known}
+    tensors = {t.node: t for t in region.saved(state.joint, state.partitioned) if {t.node, t.base} <= known}
     paths = {path: value(node).dim() for node, path in region.joint.parameter_path.items()}
     return tensors, find_owners(region.joint, region.finding, state.partitioned, list(tensors.values()), paths)

@@ -9,7 +9,7 @@ from functools import cached_property
 
 from torch import fx
 
-from actpass.analysis.partitioned import Cut
+from actpass.analysis.partitioned import PartitionedGraph
 from actpass.analysis.saved_tensors import EARLY_GRADIENT
 from actpass.ir.joint_graph import Joint, is_tangent, module_path, storage_root, tensor_bytes
 from actpass.ir.outputs import output_values
@@ -23,7 +23,7 @@ _LEAST_SHARE = 1 / 4096
 """Of a region's peak: the lifetimes of smaller tensors are not recorded."""
 
 
-def curve_of(cut: Cut) -> Curve:
+def curve_of(cut: PartitionedGraph) -> Curve:
     """The live bytes of a region that is cut so; the maxima are those of ``cut.footprint``."""
     forward, backward = cut.timelines
     footprint = cut.footprint
@@ -31,7 +31,9 @@ def curve_of(cut: Cut) -> Curve:
     return Curve(thin(forward.levels), thin(behind), footprint.held, footprint.gradients, footprint.passed, footprint.tangents)
 
 
-def curves_of(default: Cut, final: Cut, joint: Joint, plan: Plan, kind_of: Callable[[fx.Node], str]) -> Curves:
+def curves_of(
+    default: PartitionedGraph, final: PartitionedGraph, joint: Joint, plan: Plan, kind_of: Callable[[fx.Node], str]
+) -> Curves:
     """The curves of Inductor's default and of the plan. joint: the graph that was planned. kind_of: the kind of a tensor of the
     forward, from its node."""
     words = _Words(final, joint, plan, kind_of)
@@ -107,7 +109,7 @@ def _largest(found: list[Held]) -> tuple[Held, ...]:
 class _Words:
     """Words for the nodes of a partitioned pair of graphs."""
 
-    cut: Cut
+    cut: PartitionedGraph
     joint: Joint
     plan: Plan
     kind_of: Callable[[fx.Node], str]
@@ -139,7 +141,7 @@ class _Words:
     @cached_property
     def early(self) -> frozenset[str]:
         """Gradients that the forward forms together with the loss."""
-        return frozenset(s.root for s in self.plan.storages if s.reason == EARLY_GRADIENT)
+        return frozenset(s.base for s in self.plan.storages if s.reason == EARLY_GRADIENT)
 
     @cached_property
     def gradients(self) -> dict[fx.Node, str]:
@@ -153,7 +155,9 @@ class _Words:
         """What the backward computes from a gradient."""
         reached: set[fx.Node] = set()
         for node in self.cut.backward.graph.nodes:
-            starts = is_tangent(node) or (node.op == "placeholder" and self.root_of(self.crossing(node)) in self.early)
+            starts = is_tangent(node) or (
+                node.op == "placeholder" and self.root_of(self.saved_for_backward(node)) in self.early
+            )
             if starts or any(a in reached for a in node.all_input_nodes):
                 reached.add(node)
         return frozenset(reached)
@@ -166,7 +170,7 @@ class _Words:
         made = [n for n in roots if n.op == "call_function"]
         return [Held(f"returned {self.kind_of(n)}", _module(n), tensor_bytes(n)) for n in made]
 
-    def crossing(self, node: fx.Node) -> str:
+    def saved_for_backward(self, node: fx.Node) -> str:
         """The forward's name of what arrives in the backward as ``node``."""
         return self.cut.arrives.get(node.name, node.name)
 
@@ -185,8 +189,8 @@ class _Words:
     def in_backward(self, node: fx.Node, nbytes: int) -> Held:
         if node in self.gradients:
             return Held("gradient of", self.gradients[node], nbytes)
-        if node.op == "placeholder" and self.crossing(node) in self.forward:
-            return self.in_forward(self.forward[self.crossing(node)], nbytes)
+        if node.op == "placeholder" and self.saved_for_backward(node) in self.forward:
+            return self.in_forward(self.forward[self.saved_for_backward(node)], nbytes)
         code = self._decoded(node)
         if code is not None:
             _, tensor = self.codes[code]
@@ -198,7 +202,7 @@ class _Words:
     def _decoded(self, node: fx.Node) -> str | None:
         """The codes that ``node`` was decoded from by a function of their own."""
         call = _call(node)
-        arrived = map(self.crossing, call.all_input_nodes) if call is not None else ()
+        arrived = map(self.saved_for_backward, call.all_input_nodes) if call is not None else ()
         return next((name for name in arrived if name in self.codes), None)
 
 

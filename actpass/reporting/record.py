@@ -13,8 +13,8 @@ import torch
 from torch import fx
 
 from actpass.analysis.linearity import Use
-from actpass.analysis.partitioned import Cut, Cuts, Saved
-from actpass.analysis.weight_gradients import Finding
+from actpass.analysis.partitioned import PartitionedGraph, PartitionStages, Saved
+from actpass.analysis.weight_gradients import WeightGradientMatmuls
 from actpass.codecs import ALL_PROJECTIONS, LEARNED
 from actpass.ir.fingerprint import fingerprint, plain_inputs
 from actpass.ir.joint_graph import Joint, builtin_name, module_path, rule_of, source_line, storage_root, tensor_bytes
@@ -23,10 +23,10 @@ from actpass.ir.op_queries import is_attention, is_matmul, is_reduction
 from actpass.ir.op_rules import RULES
 from actpass.memory.footprint import Footprint
 from actpass.memory.memory_curve import Curve, Curves, Held, Lifetime, Lifetimes
-from actpass.options.config import Config, matches
+from actpass.options import Config, matches
 from actpass.passes.base import RegionState
 from actpass.plan import KEPT, Decision, Plan, Storage
-from actpass.plan.multi_region import Level
+from actpass.plan.multi_region import OperatingPoint
 from actpass.plan.pareto import Point, Tradeoff
 from actpass.reporting.peak_breakdown import curves_of
 from actpass.torch_compat import Sizes, size_hint
@@ -38,13 +38,13 @@ SCHEMA_VERSION = 8
 class SiteRow:
     """A tensor that Inductor's default saves, or that is saved now, or that a weight gradient reads.
 
-    form: ``keep`` (stored as it is), ``quantize`` (stored in few bits), ``recompute`` (not stored, rebuilt from what is),
+    form: ``save`` (stored as it is), ``quantize`` (stored in few bits), ``recompute`` (not stored, rebuilt from what is),
     ``project`` (its projection is stored), ``chunk`` (never formed whole), ``input`` (an input of the region, never saved),
-    ``state`` (a basis or the seed). method, rank: how the weight gradients that read it are formed; None: exactly. codec:
+    ``state`` (a basis or the seed). projection, rank: how the weight gradients that read it are formed; None: exactly. codec:
     the low-bit form in which it (or its projection) is stored. bytes_before: under Inductor's default cut. bytes_after:
     now. unbiased: whether the expected gradient is the exact one. relative_variance: of each weight gradient's estimate, in
     closed form; 0 if exact. extra_flops: in the backward's matmuls against exact weight gradients (negative: saved). decoded:
-    the method, rank and width of the projection that is stored and that the backward rebuilds it from, for whatever use.
+    the name, rank and width of the projection that is stored and that the backward rebuilds it from, for whatever use.
     """
 
     name: str
@@ -56,7 +56,7 @@ class SiteRow:
     dtype: str
     uses: tuple[Use, ...]
     form: str
-    method: str | None
+    projection: str | None
     rank: int | None
     codec: str | None
     bytes_before: int
@@ -96,7 +96,7 @@ class Totals:
 @dataclass(frozen=True, slots=True)
 class Record:
     """active: whether the pass decided this region. inactive_because: why not. notes: what the user should know.
-    left_alone: (matmul, parameter, reason) for every weight gradient that is no site. footprint, footprint_default: what it
+    rejected: (matmul, parameter, reason) for every weight gradient that is no site. footprint, footprint_default: what it
     takes in memory, as predicted, now and as Inductor's default; None if it is not known. levels: of a part of a step, what it
     could be instead. curves: live bytes over the step. tradeoff: what other budgets would give, where it was asked for.
     whole: why logits that are returned are not deferred; None: they are, or none are returned. limited: whether more room under
@@ -104,17 +104,17 @@ class Record:
 
     active: bool
     inactive_because: str | None
-    method: str
+    options: str
     sites: tuple[SiteRow, ...]
     totals: Totals
     plan: dict[str, Any]
     plan_hash: str
-    left_alone: tuple[tuple[str, str, str], ...] = ()
+    rejected: tuple[tuple[str, str, str], ...] = ()
     notes: tuple[str, ...] = ()
     parameters: tuple[tuple[str, tuple[int, ...]], ...] = ()
     footprint: Footprint | None = None
     footprint_default: Footprint | None = None
-    levels: tuple[Level, ...] = ()
+    levels: tuple[OperatingPoint, ...] = ()
     curves: Curves | None = None
     tradeoff: Tradeoff | None = None
     whole: str | None = None
@@ -143,10 +143,10 @@ class Record:
             for s in fields["sites"]
         )
         fields["totals"] = Totals(**fields["totals"])
-        fields["left_alone"] = tuple(tuple(x) for x in fields["left_alone"])
+        fields["rejected"] = tuple(tuple(x) for x in fields["rejected"])
         fields["notes"] = tuple(fields["notes"])
         fields["sizes"] = tuple(tuple(x) for x in fields["sizes"])
-        fields["levels"] = tuple(Level(**{**x, "footprint": Footprint(**x["footprint"])}) for x in fields["levels"])
+        fields["levels"] = tuple(OperatingPoint(**{**x, "footprint": Footprint(**x["footprint"])}) for x in fields["levels"])
         for name in ("footprint", "footprint_default"):
             fields[name] = Footprint(**fields[name]) if fields[name] is not None else None
         fields["parameters"] = tuple((path, tuple(shape)) for path, shape in fields["parameters"])
@@ -197,20 +197,20 @@ def describe(whole: Joint, joint: Joint, done: RegionState) -> Record:
         rows[root] = _with_decision(rows[root], decision, done, stored)
     payloads = {z: root_of[d.site] for d, z in done.payloads.items()}
     for saved in cuts.final.saved:
-        if saved.root not in nodes and saved.root not in payloads:
-            rows[saved.root] = _state_row(saved, cuts.final)
+        if saved.base not in nodes and saved.base not in payloads:
+            rows[saved.base] = _state_row(saved, cuts.final)
     for storage in plan.storages:
-        root = payloads.get(storage.root, storage.root)
+        root = payloads.get(storage.base, storage.base)
         rows[root] = _with_storage(rows[root], storage)
     return Record(
         active=True,
         inactive_because=None,
-        method=config.treatment.method if config.plan is None else "plan",
+        options=config.tensor_options.described if config.plan is None else "plan",
         sites=tuple(rows.values()),
         totals=_totals(cuts.default, cuts.swapped),
         plan=plan.to_dict(),
         plan_hash=plan.hash,
-        left_alone=finding.left_alone,
+        rejected=finding.rejected,
         notes=(
             *_loss_notes(done),
             *_notes(plan, rows.values(), cuts, config, finding, joint.inputs.deferred),
@@ -222,12 +222,12 @@ def describe(whole: Joint, joint: Joint, done: RegionState) -> Record:
     )
 
 
-def describe_fallback(joint: Joint, default: Cut, config: Config, reason: str) -> Record:
+def describe_fallback(joint: Joint, default: PartitionedGraph, config: Config, reason: str) -> Record:
     """The record of a region that was left to Inductor alone."""
     nodes = {n.name: n for n in joint.gm.graph.nodes}
     before = _by_root(default.saved)
     rows = (
-        replace(_row(nodes[root], nbytes, nbytes, _uses(root, default, [])), form="keep", reason="region left to Inductor")
+        replace(_row(nodes[root], nbytes, nbytes, _uses(root, default, [])), form="save", reason="region left to Inductor")
         for root, nbytes in before.items()
         if root in nodes
     )
@@ -235,7 +235,7 @@ def describe_fallback(joint: Joint, default: Cut, config: Config, reason: str) -
     return Record(
         active=False,
         inactive_because=reason,
-        method=config.treatment.method if config.plan is None else "plan",
+        options=config.tensor_options.described if config.plan is None else "plan",
         sites=tuple(rows),
         totals=_totals(default, default),
         plan=plan.to_dict(),
@@ -252,7 +252,7 @@ def describe_unknown(config: Config, reason: str) -> Record:
     return Record(
         active=False,
         inactive_because=reason,
-        method=config.treatment.method if config.plan is None else "plan",
+        options=config.tensor_options.described if config.plan is None else "plan",
         sites=(),
         totals=Totals(None, 0, 0, 0, 0, 0, 0),
         plan=plan.to_dict(),
@@ -264,21 +264,21 @@ def describe_unknown(config: Config, reason: str) -> Record:
 def _by_root(saved: Iterable[Saved]) -> dict[str, int]:
     total: dict[str, int] = {}
     for s in saved:
-        total[s.root] = total.get(s.root, 0) + s.nbytes
+        total[s.base] = total.get(s.base, 0) + s.nbytes
     return total
 
 
-def _stored(final: Cut, plan: Plan) -> dict[str, int]:
+def _stored(final: PartitionedGraph, plan: Plan) -> dict[str, int]:
     """Bytes by root, as they are stored."""
     total = _by_root(final.saved)
     for s in plan.coded:
-        total[s.root] += s.stored_bytes - s.nbytes
+        total[s.base] += s.stored_bytes - s.nbytes
     return total
 
 
-def _uses(root: str, where: Cut, contractions: list[str]) -> tuple[Use, ...]:
+def _uses(root: str, where: PartitionedGraph, contractions: list[str]) -> tuple[Use, ...]:
     placeholders = {n.name: n for n in where.backward.graph.find_nodes(op="placeholder")}
-    crossing = [s.name for s in where.saved if s.root == root]
+    crossing = [s.name for s in where.saved if s.base == root]
     found = [u for name in crossing if name in placeholders for u in where.uses.of(placeholders[name], contractions)[0]]
     return tuple(dict.fromkeys(found))
 
@@ -295,8 +295,8 @@ def _row(node: fx.Node, bytes_before: int, bytes_after: int, uses: tuple[Use, ..
         shape=tuple(size_hint(s) for s in tensor.shape) if tensor is not None else (),
         dtype=str(tensor.dtype).removeprefix("torch.") if tensor is not None else "",
         uses=uses,
-        form="keep",
-        method=None,
+        form="save",
+        projection=None,
         rank=None,
         codec=None,
         bytes_before=bytes_before,
@@ -321,20 +321,20 @@ def _kind(node: fx.Node, uses: tuple[Use, ...]) -> str:
     return "statistics" if is_reduction(node) else rule_of(node).told_as or "pointwise"
 
 
-def _form(joint: Joint, node: fx.Node, kept: bool, uses: tuple[Use, ...], cut: Cut) -> tuple[str, str]:
+def _form(joint: Joint, node: fx.Node, kept: bool, uses: tuple[Use, ...], cut: PartitionedGraph) -> tuple[str, str]:
     if node in (joint.seed, joint.learned_seed):
         return "state", "the step's seed" if node is joint.seed else "the seed of learned bases"
     if node.op == "placeholder":
         return "input", "an input of the region: never saved"
     if kept:
-        return "keep", _why_kept(node.name, uses, cut)
+        return "save", _why_kept(node.name, uses, cut)
     if is_matmul(node) or is_attention(node):
         return "recompute", "run again in the backward, exactly"
     return "recompute", "rebuilt exactly from what is saved"
 
 
-def _why_kept(root: str, uses: tuple[Use, ...], cut: Cut) -> str:
-    if any(s.user_visible for s in cut.saved if s.root == root):
+def _why_kept(root: str, uses: tuple[Use, ...], cut: PartitionedGraph) -> str:
+    if any(s.user_visible for s in cut.saved if s.base == root):
         return "also returned to the caller"
     kinds = sorted({u.kind for u in uses})
     return f"rebuilding it would not be free; uses: {', '.join(kinds)}" if kinds else "rebuilding it would not be free"
@@ -349,10 +349,10 @@ def _with_storage(row: SiteRow, s: Storage) -> SiteRow:
     reason = f"stored in {s.codec}, {s.rounding} rounding; {s.reason}{biased}"
     return replace(
         row,
-        form="quantize" if row.form == "keep" else row.form,
+        form="quantize" if row.form == "save" else row.form,
         codec=s.codec if row.codec in (None, s.codec) else f"{row.codec}, {s.codec}",
         unbiased=row.unbiased and s.unbiased,
-        reason=reason if row.form == "keep" else row.reason if reason in row.reason else f"{row.reason}; {reason}",
+        reason=reason if row.form == "save" else row.reason if reason in row.reason else f"{row.reason}; {reason}",
     )
 
 
@@ -365,23 +365,23 @@ def _with_decision(row: SiteRow, d: Decision, done: RegionState, after: dict[str
         return replace(
             row,
             form="project",
-            decoded=f"{d.method} {d.rank}/{d.width}",
+            decoded=f"{d.projection} {d.rank}/{d.width}",
             bytes_after=row.bytes_after + after.get(done.payloads[d], 0),
             unbiased=row.unbiased and _is_unbiased(d, config),
             reason=f"{d.reason}{'' if _is_unbiased(d, config) else '; biased'}",
         )
-    if not d.projects or d.rank is None:
-        return row if d.method == "exact" and d.reason == KEPT else replace(row, reason=f"{row.reason}; {d.reason}")
+    if d.projection is None or d.rank is None:
+        return row if d.projection is None and d.reason == KEPT else replace(row, reason=f"{row.reason}; {d.reason}")
     in_forward = d.project_in == "forward"
     stored = after.get(done.payloads[d], 0) if in_forward else 0
     return replace(
         row,
         form="project" if in_forward else row.form,
-        method=d.method if row.method in (None, d.method) else f"{row.method}, {d.method}",
+        projection=d.projection if row.projection in (None, d.projection) else f"{row.projection}, {d.projection}",
         rank=max(d.rank, row.rank or 0),
         bytes_after=row.bytes_after + stored,
         unbiased=row.unbiased and _is_unbiased(d, config),
-        relative_variance=max(row.relative_variance, ALL_PROJECTIONS[d.method].relative_variance(d.width, d.rank)),
+        relative_variance=max(row.relative_variance, ALL_PROJECTIONS[d.projection].relative_variance(d.width, d.rank)),
         extra_flops=row.extra_flops + d.extra_flops,
         reason=d.reason if in_forward else f"{row.reason}; {d.reason}",
     )
@@ -389,17 +389,19 @@ def _with_decision(row: SiteRow, d: Decision, done: RegionState, after: dict[str
 
 def _is_unbiased(d: Decision, config: Config) -> bool:
     """Whether the expected gradient is the exact one."""
-    if d.method in LEARNED:
-        return d.linear and LEARNED[d.method].unbiased and config.draws_afresh
-    return d.scale == "unbiased"
+    if d.projection in LEARNED:
+        return d.linear and LEARNED[d.projection].unbiased and config.resamples_every_step
+    return d.projection_scaling == "unbiased"
 
 
-def _state_row(saved: Saved, cut: Cut) -> SiteRow:
-    node = next(n for n in cut.forward.graph.nodes if n.name == saved.root)
+def _state_row(saved: Saved, cut: PartitionedGraph) -> SiteRow:
+    node = next(n for n in cut.forward.graph.nodes if n.name == saved.base)
     return replace(_row(node, 0, saved.nbytes, ()), form="state", reason="a basis that both passes read")
 
 
-def _memory(default: Cut, final: Cut, joint: Joint, plan: Plan, rows: Mapping[str, SiteRow]) -> dict[str, Any]:
+def _memory(
+    default: PartitionedGraph, final: PartitionedGraph, joint: Joint, plan: Plan, rows: Mapping[str, SiteRow]
+) -> dict[str, Any]:
     """The predictions."""
 
     def kind_of(node: fx.Node) -> str:
@@ -413,7 +415,7 @@ def _memory(default: Cut, final: Cut, joint: Joint, plan: Plan, rows: Mapping[st
     return {"footprint_default": stock, "footprint": final.footprint, "curves": curves}
 
 
-def _totals(default: Cut, final: Cut) -> Totals:
+def _totals(default: PartitionedGraph, final: PartitionedGraph) -> Totals:
     stock = count_matmuls(default.forward.graph, default.backward.graph)
     ours = count_matmuls(final.forward.graph, final.backward.graph)
     return Totals(
@@ -437,20 +439,22 @@ def _loss_notes(done: RegionState) -> Iterator[str]:
         yield f"the loss is formed whole: {done.why_whole}"
 
 
-def _notes(plan: Plan, sites: Iterable[SiteRow], cuts: Cuts, config: Config, finding: Finding, deferred: int) -> Iterable[str]:
+def _notes(
+    plan: Plan, sites: Iterable[SiteRow], cuts: PartitionStages, config: Config, finding: WeightGradientMatmuls, deferred: int
+) -> Iterable[str]:
     read = [c.parameters for c in finding.contractions]
-    used = {config.treatment_of(paths)[1] for paths in read}
-    for pattern, _ in config.overrides:
+    used = {config.tensor_options_of(paths)[1] for paths in read}
+    for pattern, _ in config.module_overrides:
         if pattern not in used and not any(matches(pattern, s.module) for s in sites):
             yield f"override {pattern!r} decided no site of this region"
-    if not plan.projections and any(config.treatment_of(paths)[0].projection for paths in read or [()]):
+    if not plan.projections and any(config.tensor_options_of(paths)[0].projection for paths in read or [()]):
         yield f"no site is projected: {_first_reason(plan, finding)}"
-    factored = {g.parameter for g in plan.factored}
-    if factored:
+    low_rank_gradients = {g.parameter for g in plan.low_rank_gradients}
+    if low_rank_gradients:
         held, whole = _numbers(plan)
-        yield f"{len(factored)} weight gradients stay in their factors: {held} numbers in place of {whole}"
-    dense = sorted({path for d in plan.projections for path in d.parameters} - factored)
-    if dense and config.factors_gradients:
+        yield f"{len(low_rank_gradients)} weight gradients stay in their factors: {held} numbers in place of {whole}"
+    dense = sorted({path for d in plan.projections for path in d.parameters} - low_rank_gradients)
+    if dense and config.keeps_low_rank_gradients:
         more = f" and {len(dense) - 3} more" if len(dense) > 3 else ""
         yield (
             f"the gradients of {', '.join(dense[:3])}{more} are projected but dense: a gradient stays in factors where it is "
@@ -489,18 +493,18 @@ def _missing_rules(joint: Joint, sites: Iterable[SiteRow]) -> Iterator[str]:
 def _numbers(plan: Plan) -> tuple[int, int]:
     """Of the gradients that stay in factors: coefficients, and what the dense ones would have."""
     held = whole = 0
-    for g in plan.factored:
+    for g in plan.low_rank_gradients:
         d = next(d for d in plan.projections if d.site == g.site and g.parameter in d.parameters)
         held += math.prod(g.shape)
         whole += math.prod(g.shape) // (d.rank or d.width) * d.width
     return held, whole
 
 
-def _first_reason(plan: Plan, finding: Finding) -> str:
+def _first_reason(plan: Plan, finding: WeightGradientMatmuls) -> str:
     if plan.decisions:
         return plan.decisions[0].reason
-    if finding.left_alone:
-        return finding.left_alone[0][2]
+    if finding.rejected:
+        return finding.rejected[0][2]
     return "the region has no weight gradient that is a matmul"
 
 

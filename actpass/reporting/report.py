@@ -90,13 +90,13 @@ class Report:
         return ModelPlan(tuple(replace(p, predicted=_predicted(r)) for p, r in regions))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: ``schema_version``, ``active``, ``why``, ``totals``, ``regions`` (see `Record`),
+        """Plain data: ``schema_version``, ``active``, ``reason``, ``totals``, ``regions`` (see `Record`),
         ``subspaces`` (see `SubspaceRow`), ``notes``."""
         totals = self.totals
         return {
             "schema_version": SCHEMA_VERSION,
             "active": self.active,
-            "why": self._status(),
+            "reason": self._status(),
             "totals": {f.name: getattr(totals, f.name) for f in fields(totals)},
             "regions": [r.to_dict() for r in self.regions],
             "subspaces": [asdict(s) for s in self.subspaces],
@@ -155,7 +155,7 @@ class Report:
         if not steps or len(steps) < len(self.regions):
             raise ReportError(
                 "plot_pareto: this report does not say what other budgets would give. Make one with "
-                "report = actpass.explore(model, *inputs, options=...), under method='auto'."
+                "report = actpass.explore(model, *inputs, options=...), under policy='auto'."
             )
         draw_pareto(check_path(path), add_up(steps))
 
@@ -169,8 +169,8 @@ class Report:
         known = [s for s in self.subspaces if s.captured]
         if not known:
             raise ReportError(
-                "plot_spectra: no sketch has been taken yet. Train a step with a learned method (pca, prac, oasis, sampled) "
-                "and make the report then."
+                "plot_spectra: no sketch has been taken yet. Train a step with a learned projection (pca, prac, oasis, "
+                "sampled) and make the report then."
             )
         draw_spectra(check_path(path), known)
 
@@ -181,7 +181,7 @@ class Report:
         yield f"actpass: {self._status()}"
         for number, region in enumerate(self.regions):
             if len(self.regions) > 1:
-                yield f"-- region {number} of {len(self.regions)}"
+                yield f"-- graph {number}/{len(self.regions)}"
             yield from _region_lines(region)
         if self.regions:
             yield from lines(self.subspaces)
@@ -201,13 +201,13 @@ class Report:
         off = [r.inactive_because for r in self.regions if not r.active]
         if len(off) == len(self.regions):
             return f"inactive, because {off[0]}"
-        projected = sum(s.method is not None for r in self.regions for s in r.sites)
+        projected = sum(s.projection is not None for r in self.regions for s in r.sites)
         decoded = sum(s.decoded is not None for r in self.regions for s in r.sites)
         coded = sum(s.codec is not None for r in self.regions for s in r.sites)
         recomputed = sum(s.form == "recompute" and s.bytes_before > 0 for r in self.regions for s in r.sites)
         partly = f"; {len(off)} of {len(self.regions)} regions inactive, because {off[0]}" if off else ""
         return (
-            f"active, method={self.regions[0].method}: {recomputed} saved tensors rebuilt instead, {coded} stored in few bits, "
+            f"active, {self.regions[0].options}: {recomputed} saved tensors rebuilt instead, {coded} stored in few bits, "
             f"{projected} contracted through a projection{f', {decoded} decoded from one' if decoded else ''}{partly}"
         )
 
@@ -231,13 +231,13 @@ def _peak(footprints: Sequence[Footprint | None]) -> int | None:
 
 
 def _region_lines(region: Record) -> Iterator[str]:
-    header = ("tensor", "module", "shape", "dtype", "form", "weight grad", "before", "after", "unbiased", "why")
+    header = ("tensor", "module", "shape", "dtype", "form", "weight grad", "inductor bytes", "stored bytes", "biased", "reason")
     rows = [header, *(_cells(row, count) for row, count in folded(region.sites))]
     yield from table(rows)
     for kind, before, after in subtotals(region.sites):
         yield f"  {kind:<16} {_mb(before):>10} -> {_mb(after):>10}"
-    for (_, parameter, reason), count in folded_left_alone(region.left_alone):
-        yield f"  left alone: {parameter}{times(count)}: {reason}"
+    for (_, parameter, reason), count in folded_left_alone(region.rejected):
+        yield f"  not projected: {parameter}{times(count)}: {reason}"
     for note in region.notes:
         yield f"  note: {note}"
 
@@ -260,14 +260,14 @@ def _total_lines(t: Totals, step_bytes: int | None) -> Iterator[str]:
         )
     yield (
         f"backward matmuls: {t.backward_matmul_flops_default / 1e9:.2f} -> {t.backward_matmul_flops / 1e9:.2f} GFLOP "
-        f"({t.backward_matmul_flops / max(t.backward_matmul_flops_default, 1):.2f}); run again: {t.extra_matmuls} matmuls, "
+        f"({t.backward_matmul_flops / max(t.backward_matmul_flops_default, 1):.2f}); recomputed: {t.extra_matmuls} matmuls, "
         f"{t.extra_attention} attention"
     )
 
 
 def _cells(row: SiteRow, count: int) -> tuple[str, ...]:
     module = fold_indices(row.module) if count > 1 else row.module
-    how = "exact" if row.method is None else f"{row.method} {row.rank}"
+    how = "exact" if row.projection is None else f"{row.projection} {row.rank}"
     return (
         f"{row.kind}{times(count)}",
         module or "-",
@@ -277,6 +277,6 @@ def _cells(row: SiteRow, count: int) -> tuple[str, ...]:
         how if row.parameters else "-",
         _mb(row.bytes_before * count),
         _mb(row.bytes_after * count),
-        "yes" if row.unbiased else "NO",
+        "no" if row.unbiased else "yes",
         row.reason,
     )

@@ -19,7 +19,7 @@ def folded(sites: Iterable[SiteRow]) -> list[tuple[SiteRow, int]]:
             s.shape,
             s.dtype,
             s.form,
-            s.method,
+            s.projection,
             s.rank,
             s.codec,
             s.decoded,

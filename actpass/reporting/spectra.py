@@ -17,7 +17,7 @@ class SubspaceRow:
     nbytes: of its state."""
 
     parameter: str
-    method: str
+    projection: str
     width: int
     rank: int
     principal: int
@@ -35,7 +35,7 @@ def lines(rows: Sequence[SubspaceRow]) -> Iterator[str]:
     """One for all layers that are alike, and their bytes together."""
     if not rows:
         return
-    cells = [("subspace of", "method", "rank", "width", "energy beyond the principal directions", "moved")]
+    cells = [("subspace of", "projection", "rank", "width", "energy beyond the principal directions", "moved")]
     for name, members in folded(rows):
         tails = [r.tail for r in members if r.tail is not None]
         first = members[0]
@@ -43,7 +43,7 @@ def lines(rows: Sequence[SubspaceRow]) -> Iterator[str]:
         beyond = f"{min(tails):.3f} to {max(tails):.3f}" if len(tails) > 1 else f"{tails[0]:.3f}" if tails else "-"
         rank = f"{first.principal}+{first.rank - first.principal}" if first.principal < first.rank else f"{first.rank}"
         times = f" (x{len(members)})" if len(members) > 1 else ""
-        cells.append((f"{name}{times}", first.method, rank, f"{first.width}", beyond, f"{max(r.moves for r in members)}x"))
+        cells.append((f"{name}{times}", first.projection, rank, f"{first.width}", beyond, f"{max(r.moves for r in members)}x"))
     yield from table(cells)
     yield f"learned subspaces take {megabytes(sum(r.nbytes for r in rows))}"
 
@@ -51,5 +51,5 @@ def lines(rows: Sequence[SubspaceRow]) -> Iterator[str]:
 def folded(rows: Iterable[SubspaceRow]) -> list[tuple[str, list[SubspaceRow]]]:
     groups: dict[tuple[str, str, int, int], list[SubspaceRow]] = {}
     for row in rows:
-        groups.setdefault((fold_indices(row.parameter), row.method, row.width, row.rank), []).append(row)
+        groups.setdefault((fold_indices(row.parameter), row.projection, row.width, row.rank), []).append(row)
     return [(key[0], members) for key, members in groups.items()]

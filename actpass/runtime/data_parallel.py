@@ -40,8 +40,8 @@ _bucketed: WeakSet[DistributedDataParallel] = WeakSet()
 
 
 def reduce_low_rank(ddp: nn.Module) -> None:
-    """Let the ranks average the coefficients of low-rank gradients (``options={"gradients": "low_rank"}``) where DDP averages
-    dense ones: R / N of the bytes between ranks, no buckets for them, and `LowRankGradient` after the backward.
+    """Let the ranks average the coefficients of low-rank gradients (``options={"weight_gradient_format": "low_rank"}``) where
+    DDP averages dense ones: R / N of the bytes between ranks, no buckets for them, and `LowRankGradient` after the backward.
 
     ddp: the `torch.nn.parallel.DistributedDataParallel` (or what `torch.compile` made of it), before the backward; call it
     on all of its ranks. From then on DDP leaves the weights with two or three axes alone, except embeddings; a gradient of
@@ -112,7 +112,7 @@ class _Facts(NamedTuple):
 
     shape: tuple[int, ...]
     left: bool
-    method: str
+    projection: str
     width: int
     rank: int
     unbiased: bool
@@ -207,13 +207,13 @@ def _facts(gradient: torch.Tensor | None) -> _Facts | str | None:
         return None
     b = gradient.basis
     draw, state = (b.draw if b.draws else None), (None if b.state is None else _fingerprint(b.state))
-    return _Facts(tuple(gradient.coefficients.shape), gradient.left, b.method, b.width, b.rank, b.unbiased, draw, state)
+    return _Facts(tuple(gradient.coefficients.shape), gradient.left, b.projection, b.width, b.rank, b.unbiased, draw, state)
 
 
 def _said(facts: _Facts) -> str:
     made = [f"drawn from {facts.draw}"] if facts.draw is not None else []
     made += [f"a subspace with the sum {facts.state}"] if facts.state is not None else []
-    return f"{facts.method} of rank {facts.rank}, {' and '.join(made)}"
+    return f"{facts.projection} of rank {facts.rank}, {' and '.join(made)}"
 
 
 def _make_dense(parameter: nn.Parameter) -> None:
@@ -226,7 +226,7 @@ def _make_dense(parameter: nn.Parameter) -> None:
 def _take_part(parameter: nn.Parameter, facts: _Facts) -> None:
     """Zeros in the subspace of the other ranks, for a gradient that there is none of here."""
     draw = facts.draw or 0
-    basis = Basis(facts.method, facts.width, facts.rank, round_keys(draw, parameter.device), draw, facts.unbiased)
+    basis = Basis(facts.projection, facts.width, facts.rank, round_keys(draw, parameter.device), draw, facts.unbiased)
     zeros = LowRankGradient(parameter.new_zeros(facts.shape), basis, left=facts.left)
     parameter.grad = zeros if parameter.grad is None else parameter.grad.add_(zeros)
 

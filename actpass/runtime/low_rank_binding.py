@@ -14,9 +14,9 @@ from actpass.codecs import LEARNED
 from actpass.codecs.generator import step_seed
 from actpass.errors import ActpassWarning
 from actpass.low_rank_gradient import Basis, Coefficients, LowRankGradient
-from actpass.options.config import Config
+from actpass.options import Config
 from actpass.runtime.data_parallel import note_buckets
-from actpass.runtime.step_counter import CLOCK
+from actpass.runtime.step_counter import STEP_COUNTER
 from actpass.torch_compat import FakeTensor, active_ddp
 
 
@@ -29,7 +29,7 @@ class Factor:
     position: int
     shape: tuple[int, ...]
     left: bool
-    method: str
+    projection: str
     width: int
     rank: int
     unbiased: bool
@@ -39,13 +39,15 @@ class Factor:
 def factors_of(plan: Mapping[str, Any], paths: Sequence[str | None]) -> tuple[Factor, ...]:
     """Those of a plan (as its `to_dict` has it). paths: of the region's inputs."""
     projected = [d for d in plan["decisions"] if d["rank"] is not None]
-    learned = [d for d in projected if d["method"] in LEARNED]
+    learned = [d for d in projected if d["projection"] in LEARNED]
     found = []
-    for g in plan["factored"]:
+    for g in plan["low_rank_gradients"]:
         d = next(d for d in projected if d["site"] == g["site"] and g["parameter"] in d["parameters"] and d["matmuls"])
         state = learned.index(d) if d in learned else None
-        position, unbiased = paths.index(g["parameter"]), d["scale"] == "unbiased"
-        found.append(Factor(position, tuple(g["shape"]), g["left"], d["method"], d["width"], d["rank"], unbiased, state))
+        position, unbiased = paths.index(g["parameter"]), d["projection_scaling"] == "unbiased"
+        found.append(
+            Factor(position, tuple(g["shape"]), g["side"] == "left", d["projection"], d["width"], d["rank"], unbiased, state)
+        )
     return tuple(found)
 
 
@@ -116,16 +118,16 @@ def with_coefficients(
             return fn(*args, *(args[f.position].new_zeros(()).expand(f.shape) for f in factors))
         if (ddp := active_ddp()) is not None:
             note_buckets(ddp)
-        step, state = CLOCK.steps, args[count:]
+        step, state = STEP_COUNTER.steps, args[count:]
         bases: dict[Any, Basis] = {}
         places = []
         for f in factors:
             at = 0 if f.state is None else 1
             draw = step_seed(config.seed, config.draw_at(step) if f.state is None else config.learned_draw_at(step))
-            key = (f.method, f.width, f.rank, f.unbiased, f.state, draw)
+            key = (f.projection, f.width, f.rank, f.unbiased, f.state, draw)
             if key not in bases:
                 subspace = None if f.state is None else state[3 + f.state]
-                new = Basis(f.method, f.width, f.rank, state[at], draw, f.unbiased, subspace)
+                new = Basis(f.projection, f.width, f.rank, state[at], draw, f.unbiased, subspace)
                 bases[key] = kept.get(key, new)
             places.append(Coefficients.apply(args[f.position], bases[key], f.left, f.shape, copies))
         kept.clear()

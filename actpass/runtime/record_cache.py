@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from actpass.ir.graph_inputs import GraphInputs
-from actpass.options.config import Config
+from actpass.options import Config
 from actpass.registry import foreign_sources
 from actpass.reporting import Record
 from actpass.torch_compat import functorch_config, records_dir, returns_to_a_graph_break

@@ -19,7 +19,7 @@ from actpass.errors import ActpassWarning, BudgetError
 from actpass.memory import optimizer_state as optimizers
 from actpass.memory.footprint import MARGIN
 from actpass.memory.resident import Resident, again
-from actpass.options.config import Config
+from actpass.options import Config
 from actpass.planner.budget import PeakBudget
 from actpass.reporting import Record
 from actpass.runtime import replan as steps

@@ -14,7 +14,7 @@ import torch
 
 from actpass.errors import BudgetError
 from actpass.memory.footprint import MARGIN, step_peak
-from actpass.plan.multi_region import Level, spread
+from actpass.plan.multi_region import OperatingPoint, allocate_budget
 from actpass.planner.budget import PeakBudget
 from actpass.reporting import Record
 from actpass.runtime.progress import log
@@ -43,7 +43,7 @@ _last: list[tuple[weakref.ref[Part], int | None]] = []
 """Those of the last step."""
 _planned: set[tuple[Any, ...]] = set()
 """Sequences of parts for which there is a plan, with what was resident."""
-_capacities: dict[_Part, tuple[int, tuple[Level, ...]]] = {}
+_capacities: dict[_Part, tuple[int, tuple[OperatingPoint, ...]]] = {}
 """What the plan gave a part, and what it could choose from."""
 _parts: set[types.CodeType | None] = set()
 """Codes that were seen to be one of several in a step."""
@@ -138,7 +138,7 @@ def _spread(noted: _Calls) -> None:
     if not keys or (resident, *keys) in _planned or not all(ladders.values()):
         return
     nbytes = min(p.nbytes for p in peaks)
-    chosen, needed = spread(keys, ladders, nbytes - resident)
+    chosen, needed = allocate_budget(keys, ladders, nbytes - resident)
     footprints = [regions[k].record.footprint for k in keys]
     gradients = sum(f.gradients for f in footprints if f is not None)
     needed = max(needed, gradients + max(p.resident.scratch for p in peaks))  # while the optimizer steps

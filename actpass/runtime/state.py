@@ -7,9 +7,9 @@ things stay: the count of compilations under a process group, because the other 
 
 from __future__ import annotations
 
-from actpass.options.config import global_budget
+from actpass.options import global_budget
 from actpass.runtime import low_rank_binding, progress, regions, subspaces
-from actpass.runtime.step_counter import CLOCK
+from actpass.runtime.step_counter import STEP_COUNTER
 
 
 def reset() -> None:
@@ -20,4 +20,4 @@ def reset() -> None:
     low_rank_binding.clear()
     progress.clear()
     global_budget.set(None)
-    CLOCK.steps, CLOCK.drawn = 0, False
+    STEP_COUNTER.steps, STEP_COUNTER.drawn = 0, False

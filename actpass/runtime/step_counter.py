@@ -14,7 +14,7 @@ SCHEMA_VERSION = 1
 
 
 @dataclass
-class Clock:
+class StepCounter:
     """steps: optimizer steps seen since training began. drawn: whether a training forward has read the clock since then; a
     step without one (a second optimizer in the same training step, an unrelated one) does not advance it."""
 
@@ -47,7 +47,7 @@ class Clock:
         self.steps, self.drawn = steps, drawn
 
 
-CLOCK = Clock()
+STEP_COUNTER = StepCounter()
 """The process's clock. One, because every region of a training step must see the same step."""
 
 _hook: Any = None
@@ -57,4 +57,4 @@ def start() -> None:
     """Let every torch optimizer's step advance the clock (once a process; a region that draws asks for it)."""
     global _hook
     if _hook is None:
-        _hook = register_optimizer_step_post_hook(lambda *_: CLOCK.advance())
+        _hook = register_optimizer_step_post_hook(lambda *_: STEP_COUNTER.advance())

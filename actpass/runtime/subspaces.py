@@ -21,9 +21,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 from actpass.codecs import LEARNED
 from actpass.codecs.generator import round_keys, step_seed
 from actpass.codecs.precision import as_written
-from actpass.codecs.projections.learned import Spectrum, first_state, moved, nudged, resized, state_shape
+from actpass.codecs.projections.learned import (
+    Spectrum,
+    approximate_step,
+    first_state,
+    power_iteration_step,
+    resized,
+    state_shape,
+)
 from actpass.errors import StateError
-from actpass.options.config import Config
+from actpass.options import Config
 from actpass.reporting.spectra import SubspaceRow
 from actpass.runtime import plan_agreement as ranks
 from actpass.torch_compat import FakeTensor, stand_ins
@@ -48,7 +55,7 @@ class Site:
     region's arguments, of the parameter that the subspace belongs to. path: of that parameter. number: which of its
     subspaces of this method and width it is."""
 
-    method: str
+    projection: str
     width: int
     rank: int
     position: int
@@ -57,11 +64,11 @@ class Site:
 
     @property
     def name(self) -> str:
-        return f"{self.method}.{self.width}.{self.number}"
+        return f"{self.projection}.{self.width}.{self.number}"
 
     @property
     def shape(self) -> tuple[int, int]:
-        return state_shape(LEARNED[self.method], self.width, self.rank)
+        return state_shape(LEARNED[self.projection], self.width, self.rank)
 
     @property
     def nbytes(self) -> int:
@@ -74,10 +81,10 @@ def sites_of(plan: Mapping[str, Any], paths: Sequence[str | None]) -> tuple[Site
     inputs."""
     found: list[Site] = []
     for d in plan["decisions"]:
-        if d["method"] in LEARNED and d["rank"] is not None:
+        if d["projection"] in LEARNED and d["rank"] is not None:
             path = min(d["parameters"])  # the same in every graph, whatever order its backward has
-            number = sum((s.path, s.method, s.width) == (path, d["method"], d["width"]) for s in found)
-            found.append(Site(d["method"], d["width"], d["rank"], paths.index(path), path, number))
+            number = sum((s.path, s.projection, s.width) == (path, d["projection"], d["width"]) for s in found)
+            found.append(Site(d["projection"], d["width"], d["rank"], paths.index(path), path, number))
     return tuple(found)
 
 
@@ -87,7 +94,7 @@ class Subspace:
     of the sketches of the optimizer step ``step``. spectrum: what the last sketch said by which the directions were sorted,
     that of the step ``sorted_at``. moves: how often it moved. begun: whether the first batch was shown."""
 
-    method: str
+    projection: str
     rank: int
     state: torch.Tensor
     sketched: torch.Tensor | None = None
@@ -106,7 +113,7 @@ class Subspace:
     @property
     def size(self) -> float:
         """How far the next move goes."""
-        return LEARNED[self.method].step_size if self.moves >= _WHOLE_MOVES else 1.0
+        return LEARNED[self.projection].step_size if self.moves >= _WHOLE_MOVES else 1.0
 
     @property
     def sorts(self) -> bool:
@@ -115,14 +122,14 @@ class Subspace:
 
     def move(self, sketched: torch.Tensor) -> None:
         self.sketched = None
-        self.state, spectrum = moved(LEARNED[self.method], self.state, sketched, self.rank, self.size)
+        self.state, spectrum = power_iteration_step(LEARNED[self.projection], self.state, sketched, self.rank, self.size)
         if spectrum is not None:
             self.spectrum, self.sorted_at = spectrum, self.step
             self.moves += 1
 
     def to_dict(self) -> dict[str, Any]:
         spectrum = None if self.spectrum is None else self.spectrum.captured
-        plain = {"method": self.method, "rank": self.rank, "state": self.state, "sketched": self.sketched}
+        plain = {"projection": self.projection, "rank": self.rank, "state": self.state, "sketched": self.sketched}
         return {**plain, "step": self.step, "spectrum": spectrum, "sorted_at": self.sorted_at, "moves": self.moves}
 
     @classmethod
@@ -131,7 +138,7 @@ class Subspace:
         sketched = data["sketched"]
         fresh = None if sketched is None else sketched.clone()
         step, sorted_at = data["step"], data.get("sorted_at", data["step"])  # a state of before the second was kept
-        return cls(data["method"], data["rank"], data["state"].clone(), fresh, step, spectrum, sorted_at, data["moves"])
+        return cls(data["projection"], data["rank"], data["state"].clone(), fresh, step, spectrum, sorted_at, data["moves"])
 
 
 def _move(subspaces: Sequence[Subspace], sketches: Sequence[torch.Tensor]) -> None:
@@ -151,7 +158,7 @@ def _move(subspaces: Sequence[Subspace], sketches: Sequence[torch.Tensor]) -> No
 def _nudge(subspaces: Sequence[Subspace], sketches: Sequence[torch.Tensor], size: float, *, sort: bool) -> None:
     """All of one shape, each of which has a spectrum. Where they are sorted it is known of which the factors failed (a GPU
     is waited for then), and these move by eigenvectors."""
-    states, captured = nudged(torch.stack([s.state for s in subspaces]), torch.stack(list(sketches)), size, sort=sort)
+    states, captured = approximate_step(torch.stack([s.state for s in subspaces]), torch.stack(list(sketches)), size, sort=sort)
     failed = captured.isnan().any(1).tolist() if captured is not None else [False] * len(subspaces)
     for i, (subspace, sketched) in enumerate(zip(subspaces, sketches, strict=True)):
         if failed[i]:
@@ -210,7 +217,7 @@ class WithSubspaces:
         due = [s for s in held if s.sketched is not None and s.step < step]
         with as_written(device):
             _move(due, ranks.summed([s.sketched for s in due if s.sketched is not None]))
-        shown = [config.sketches_at(s.method, step) or not s.moves for s in held]
+        shown = [config.sketches_at(s.projection, step) or not s.moves for s in held]
         points = self._points(step) if any(shown) else self._fewest
         outputs, sketches = self._call(args, keys, points, held)
         for subspace, sketched, show in zip(held, sketches, shown, strict=True):
@@ -245,7 +252,7 @@ class WithSubspaces:
         return torch.zeros(2, dtype=torch.float32, device=self.device)
 
     def _empty(self, site: Site) -> Subspace:
-        return Subspace(site.method, site.rank, torch.zeros(site.shape, dtype=torch.float32, device=self.device))
+        return Subspace(site.projection, site.rank, torch.zeros(site.shape, dtype=torch.float32, device=self.device))
 
 
 def _same(x: torch.Tensor) -> torch.Tensor:
@@ -270,23 +277,23 @@ def _scratch_copy(argument: Any, *, written: bool) -> Any:
 
 
 def _held(store: Store, site: Site, parameter: torch.Tensor, seed: int, device: torch.device) -> Subspace:
-    own, method = store.of(parameter), LEARNED[site.method]
+    own, projection = store.of(parameter), LEARNED[site.projection]
     found = own.get(site.name)
     key = functools.partial(round_keys, step_seed(seed, site.number), device)
     if found is None:
-        state = first_state(method, key(), site.width, site.rank)
-        found = own[site.name] = Subspace(site.method, site.rank, state, begun=False)
+        state = first_state(projection, key(), site.width, site.rank)
+        found = own[site.name] = Subspace(site.projection, site.rank, state, begun=False)
     if found.state.device != device:
         found.state = found.state.to(device)
         found.sketched = None if found.sketched is None else found.sketched.to(device)
     if found.rank != site.rank:
-        found.state, found.rank, found.sketched = resized(method, found.state, key(), site.rank), site.rank, None
+        found.state, found.rank, found.sketched = resized(projection, found.state, key(), site.rank), site.rank, None
     return found
 
 
 def most_points(sites: Sequence[Site]) -> int:
     """How many tokens a sketch samples."""
-    return max(max(LEARNED[site.method].points, _POINTS_PER_DIRECTION * site.shape[1]) for site in sites)
+    return max(max(LEARNED[site.projection].points, _POINTS_PER_DIRECTION * site.shape[1]) for site in sites)
 
 
 def _points(seed: int, step: int, count: int, device: torch.device) -> torch.Tensor:
@@ -298,7 +305,7 @@ def _points(seed: int, step: int, count: int, device: torch.device) -> torch.Ten
     return points.clamp_(max=1 - 2**-24).to(device)
 
 
-def tails(inputs: Sequence[Any], paths: Sequence[str | None]) -> tuple[tuple[str, float], ...]:
+def residual_energies(inputs: Sequence[Any], paths: Sequence[str | None]) -> tuple[tuple[str, float], ...]:
     """The energy beyond the principal directions that the last sketch of each parameter's first subspace showed, by the
     parameter's path; of those among ``inputs`` that have one."""
     found: dict[str, float] = {}
@@ -306,7 +313,7 @@ def tails(inputs: Sequence[Any], paths: Sequence[str | None]) -> tuple[tuple[str
         if path is not None and not isinstance(parameter, FakeTensor):
             for s in STORE.of(parameter).values():
                 if s.spectrum is not None and path not in found:
-                    found[path] = s.spectrum.tail(LEARNED[s.method].principal(s.rank))
+                    found[path] = s.spectrum.tail(LEARNED[s.projection].principal(s.rank))
     return tuple(found.items())
 
 
@@ -322,9 +329,9 @@ def rows(model: torch.nn.Module) -> Iterator[SubspaceRow]:
     for name, owner in owners(model).items():
         for s in STORE.of(owner).values():
             captured = () if s.spectrum is None else tuple(s.spectrum.captured.tolist())
-            principal = LEARNED[s.method].principal(s.rank)
+            principal = LEARNED[s.projection].principal(s.rank)
             nbytes = s.state.numel() * s.state.element_size()
-            yield SubspaceRow(name, s.method, s.state.shape[0] - 1, s.rank, principal, s.moves, nbytes, captured)
+            yield SubspaceRow(name, s.projection, s.state.shape[0] - 1, s.rank, principal, s.moves, nbytes, captured)
 
 
 def state_dict(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
@@ -363,14 +370,14 @@ def _gather(model: torch.nn.Module) -> None:
 
 
 def _checked(name: str, data: Mapping[str, Any]) -> Subspace:
-    method, width, _ = name.split(".")
+    projection, width, _ = name.split(".")
     found = Subspace.from_dict(data)
-    if found.method != method or method not in LEARNED:
-        raise ValueError(f"{name!r} holds the method {found.method!r}. Allowed: {', '.join(LEARNED)}")
+    if found.projection != projection or projection not in LEARNED:
+        raise ValueError(f"{name!r} holds the projection {found.projection!r}. Allowed: {', '.join(LEARNED)}")
     if not 1 <= found.rank <= int(width):
         raise ValueError(f"{name!r} has the rank {found.rank}")
     for tensor in (found.state, found.sketched):
-        if tensor is not None and tuple(tensor.shape) != state_shape(LEARNED[method], int(width), found.rank):
+        if tensor is not None and tuple(tensor.shape) != state_shape(LEARNED[projection], int(width), found.rank):
             raise ValueError(f"{name!r}, rank {found.rank}, has a tensor of {tuple(tensor.shape)}")
     if not bool(torch.isfinite(found.state).all()):
         raise ValueError(f"{name!r} has a state that is not finite")

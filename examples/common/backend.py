@@ -14,10 +14,9 @@ from torch import nn
 from . import UsageError
 
 BACKENDS = ("eager", "inductor", "actcomp")
-METHODS = (
-    *("auto", "exact", "int8", "int4", "int2", "fp8", "fp8_e5m2"),
-    *("gaussian", "rademacher", "sparse", "haar", "srht", "pca", "prac", "oasis", "sampled"),
-)
+POLICIES = ("auto", "exact")
+CODECS = ("int16", "int8", "int4", "int2", "float8_e4m3", "float8_e5m2")
+PROJECTIONS = ("gaussian", "rademacher", "sparse", "haar", "srht", "pca", "prac", "oasis", "sampled")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +95,10 @@ def _is_option_error(error: BaseException) -> bool:
 
 
 def parse_override(text: str) -> tuple[str, str | dict[str, Any]]:
-    """`lm_head=keep`, `*.mlp=haar`, or `*.mlp={"method": "haar", "rank": 64}`."""
+    """`lm_head=save`, `*.mlp=haar`, or `*.mlp={"projection": "haar", "rank": 64}`."""
     pattern, equals, form = text.partition("=")
     if not (pattern and equals and form):
-        raise UsageError(f"--override {text!r} is not PATTERN=FORM, e.g. lm_head=keep")
+        raise UsageError(f"--override {text!r} is not PATTERN=FORM, e.g. lm_head=save")
     if not form.startswith("{"):
         return pattern, form
     try:

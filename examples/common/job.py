@@ -130,15 +130,16 @@ def comparison_rows(settings: Settings) -> list[Row]:
     settings = replace(settings, compare=False, out=defaults().out)
     uncompressed: dict[str, Any] = dict.fromkeys(COMPRESSION) | {"override": (), "optimizer": "adamw"}
     plain = replace(settings, **uncompressed)
-    method = "haar" if settings.method in (None, "auto", "exact") else settings.method
-    rank = settings.rank or 0.25
+    last = settings if settings.codec or settings.projection else replace(settings, policy=None, projection="haar")
+    last = replace(last, rank=settings.rank or 0.25) if last.projection else last
+    formats = " ".join(str(name) for name in (last.projection, last.rank, last.codec) if name)
     variants = {
         "eager": replace(plain, backend="eager"),
         BASELINE: replace(plain, backend="inductor"),
         "Inductor, full recompute": replace(plain, backend="inductor", inductor_budget=0.0),
-        "actcomp exact": replace(plain, method="exact"),
-        "actcomp auto": replace(plain, method="auto"),
-        f"actcomp {method} {rank}": replace(settings, method=method, rank=rank),
+        "actcomp exact": replace(plain, policy="exact"),
+        "actcomp auto": replace(plain, policy="auto"),
+        f"actcomp {formats}": last,
     }
     return [Row(label, to_arguments(row, defaults())) for label, row in variants.items()]
 

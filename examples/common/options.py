@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from actpass.optim import OPTIMIZERS
 
-from .backend import BACKENDS, METHODS
+from .backend import BACKENDS, CODECS, POLICIES, PROJECTIONS
 
 Group = argparse._ArgumentGroup
 
@@ -96,16 +96,22 @@ def add_backend_options(group: Group) -> None:
         metavar="X",
         help="inductor: its activation_memory_budget, from 0 (recompute all) to 1",
     )
-    add("--method", choices=METHODS, help="actcomp: form of what is saved for backward (auto)")
+    add("--policy", choices=POLICIES, help="actcomp: who chooses the storage formats (auto without codec and projection)")
+    add("--codec", choices=CODECS, help="actcomp: low-bit format of all that is saved for backward")
+    add("--projection", choices=PROJECTIONS, help="actcomp: what weight gradients are formed through")
     add("--rank", type=rank, help="actcomp: of a projection, integer or fraction of the width")
-    add("--scale", choices=("unbiased", "none"), help="actcomp: of a projection")
+    add("--projection-scaling", choices=("unbiased", "orthonormal"), help="actcomp: of a projection")
     add(
         "--refresh-interval",
         type=whole(1),
         metavar="N",
         help="actcomp: optimizer steps for which a basis stays",
     )
-    add("--gradients", choices=("dense", "low_rank"), help="actcomp: low_rank keeps weight gradients in their factors (dense)")
+    add(
+        "--weight-gradient-format",
+        choices=("dense", "low_rank"),
+        help="actcomp: low_rank keeps weight gradients in their factors (dense)",
+    )
     add(
         "--memory-budget",
         type=number(0, 1),
@@ -115,9 +121,9 @@ def add_backend_options(group: Group) -> None:
     add(
         "--override",
         action="append",
-        metavar="PATTERN=FORM",
-        help="actcomp: the form for modules whose path matches: keep, a method, or JSON such as "
-        '{"method": "haar", "rank": 64}; may be given several times',
+        metavar="PATTERN=FORMAT",
+        help="actcomp: for modules whose path matches: save, a codec, projection or policy, or JSON such as "
+        '{"projection": "haar", "rank": 64}; may be given several times',
     )
 
 
@@ -132,6 +138,6 @@ def add_output_options(group: Group) -> None:
         "--compare",
         action="store_true",
         help="run eager, Inductor, Inductor with full recompute, actcomp exact and auto, and actcomp with "
-        "--method and --rank (haar, 0.25), each from the same weights on the same batches",
+        "--codec, --projection and --rank (haar, 0.25), each from the same weights on the same batches",
     )
     add("--out", metavar="DIR", help="--compare: where its table and picture go")

@@ -41,11 +41,13 @@ class Settings:
     eval_batches: int = 4
     backend: str = "actcomp"
     inductor_budget: float | None = None
-    method: str | None = None
+    policy: str | None = None
+    codec: str | None = None
+    projection: str | None = None
     rank: int | float | None = None
-    scale: str | None = None
+    projection_scaling: str | None = None
     refresh_interval: int | None = None
-    gradients: str | None = None
+    weight_gradient_format: str | None = None
     memory_budget: float | None = None
     override: tuple[str, ...] = ()
     save: str | None = None
@@ -77,7 +79,10 @@ class Usual(Protocol):
     def lr(self) -> float: ...
 
 
-COMPRESSION = ("method", "rank", "scale", "refresh_interval", "gradients", "memory_budget", "override")
+COMPRESSION = (
+    *("policy", "codec", "projection", "rank", "projection_scaling", "refresh_interval", "weight_gradient_format"),
+    *("memory_budget", "override"),
+)
 # What may change between a checkpoint and its continuation: nothing that the weights depend on.
 NOT_OF_THE_RUN = {*("save", "save_every", "resume", "metrics", "compare", "out", "eval_every", "eval_batches")}
 
@@ -108,8 +113,8 @@ def find_problem(settings: Settings) -> str | None:
     given = [name for name in COMPRESSION if getattr(settings, name)]
     if given and settings.backend != "actcomp":
         return f"--{given[0].replace('_', '-')} goes with --backend actcomp"
-    if getattr(OPTIMIZERS[settings.optimizer], "for_low_rank", False) and settings.gradients != "low_rank":
-        return f"--optimizer {settings.optimizer} goes with --gradients low_rank"
+    if getattr(OPTIMIZERS[settings.optimizer], "for_low_rank", False) and settings.weight_gradient_format != "low_rank":
+        return f"--optimizer {settings.optimizer} goes with --weight-gradient-format low_rank"
     if (settings.save_every or settings.resume) and not settings.save:
         return "--save-every and --resume need --save DIR"
     if settings.compare and (settings.save or settings.metrics or settings.backend != "actcomp"):
@@ -158,7 +163,7 @@ def make_backend(settings: Settings) -> Backend:
     """The backend with the options that were given; actcomp's own defaults for the others."""
     options = {name: getattr(settings, name) for name in COMPRESSION if name != "override"}
     options |= {
-        "overrides": dict(map(parse_override, settings.override)) or None,
+        "module_overrides": dict(map(parse_override, settings.override)) or None,
         "seed": settings.seed,
     }
     given = {name: value for name, value in options.items() if value is not None}

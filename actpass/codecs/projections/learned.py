@@ -6,8 +6,8 @@ The compiled region takes the state as an input and, on a refresh step, gives ba
 Y = X_S^T (X_S Q), one block power step on S sampled tokens, and their energy |X_S|^2. State and sketch are (N + 1, K): Q or
 Y, and a row for what else a method keeps (the probabilities of `sampled`) or a sketch says (the energy). No (T, N) matrix is
 ever factored. Between two steps `moved` turns Q and Y into the next Q: a K x K eigenproblem and QR of N x K in float64, of
-`sampled`, whose K is N, N x N; small moves do with Cholesky factors of K x K (`nudged`). Inside a step only `prac` factors, its
-random part of N x r2.
+`sampled`, whose K is N, N x N; small moves do with Cholesky factors of K x K (`approximate_step`). Inside a step only `prac`
+factors, its random part of N x r2.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class LearnedProjection(ABC):
     draws: ClassVar[bool] = False
     """Whether a part of the basis is random."""
     default_rank: ClassVar[float] = 0.25
-    default_nonlinear_rank: ClassVar[float | None] = None
+    default_activation_rank: ClassVar[float | None] = None
     """Of tensors that are decoded for other uses than weight gradients; None: they are not, unless asked for."""
     refresh_interval: ClassVar[int] = 20
     """Optimizer steps between two sketches, where ``refresh_interval`` is not given. This project's choice: a warm block power
@@ -133,8 +133,8 @@ def sketch(
     return torch.cat([sample_SN.t() @ projected_SK, energy_12[:, :1].expand(1, state.shape[1])])
 
 
-def moved(
-    method: LearnedProjection, state: torch.Tensor, sketched: torch.Tensor, rank: int, size: float
+def power_iteration_step(
+    projection: LearnedProjection, state: torch.Tensor, sketched: torch.Tensor, rank: int, size: float
 ) -> tuple[torch.Tensor, Spectrum | None]:
     """The next state, and the spectrum in the present one. size: how far to move; see `LearnedProjection.step_size`.
 
@@ -151,10 +151,10 @@ def moved(
     seen_K = energies_K > RIDGE * energies_K[0]
     stepped_NK = (1 - size) * basis_NK + size * product_NK / torch.where(seen_K, energies_K, 1.0)
     basis_NK = _upright(torch.where(seen_K, stepped_NK, basis_NK))
-    return _state(method, basis_NK, energies_K, rank), Spectrum(energies_K / energy)
+    return _state(projection, basis_NK, energies_K, rank), Spectrum(energies_K / energy)
 
 
-def nudged(
+def approximate_step(
     states: torch.Tensor, sketched: torch.Tensor, size: float, *, sort: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The next states after a small move, by `moved`'s formula without its eigenvectors: Q + size (Y (Q^T Y)^-1 - Q), made
@@ -191,31 +191,31 @@ def nudged(
     return torch.cat([next_NK, states[..., -1:, :]], -2), energies_K
 
 
-def first_state(method: LearnedProjection, key: torch.Tensor, width: int, rank: int) -> torch.Tensor:
+def first_state(projection: LearnedProjection, key: torch.Tensor, width: int, rank: int) -> torch.Tensor:
     """Random directions to begin the iteration with."""
-    columns = method.columns(width, rank)
+    columns = projection.columns(width, rank)
     basis_NK = _upright(normals(key, stream(width, 42), width * columns).view(width, columns).double())
-    return _state(method, basis_NK, torch.ones(columns, dtype=torch.float64, device=key.device), rank)
+    return _state(projection, basis_NK, torch.ones(columns, dtype=torch.float64, device=key.device), rank)
 
 
-def resized(method: LearnedProjection, state: torch.Tensor, key: torch.Tensor, rank: int) -> torch.Tensor:
+def resized(projection: LearnedProjection, state: torch.Tensor, key: torch.Tensor, rank: int) -> torch.Tensor:
     """The subspace for another rank: its leading directions, and behind them random ones where they are too few."""
-    width, wanted = state.shape[0] - 1, method.columns(state.shape[0] - 1, rank)
+    width, wanted = state.shape[0] - 1, projection.columns(state.shape[0] - 1, rank)
     basis_NK, roots_K = state[:-1, :wanted].double(), state[-1, :wanted].double()
     missing = wanted - basis_NK.shape[1]
     if missing:
         more_NK = normals(key, stream(width, 43), width * missing).view(width, missing)
         basis_NK = _upright(torch.cat([basis_NK, more_NK.double()], 1))
         roots_K = torch.cat([roots_K, torch.zeros(missing, dtype=torch.float64, device=key.device)])
-    return _state(method, basis_NK, roots_K.square(), rank)
+    return _state(projection, basis_NK, roots_K.square(), rank)
 
 
-def state_shape(method: LearnedProjection, width: int, rank: int) -> tuple[int, int]:
-    return width + 1, method.columns(width, rank)
+def state_shape(projection: LearnedProjection, width: int, rank: int) -> tuple[int, int]:
+    return width + 1, projection.columns(width, rank)
 
 
-def _state(method: LearnedProjection, basis_NK: torch.Tensor, energies_K: torch.Tensor, rank: int) -> torch.Tensor:
-    return torch.cat([basis_NK, method.last_row(energies_K, rank).unsqueeze(0)]).float()
+def _state(projection: LearnedProjection, basis_NK: torch.Tensor, energies_K: torch.Tensor, rank: int) -> torch.Tensor:
+    return torch.cat([basis_NK, projection.last_row(energies_K, rank).unsqueeze(0)]).float()
 
 
 def _upright(columns_NK: torch.Tensor) -> torch.Tensor:

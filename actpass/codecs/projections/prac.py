@@ -16,11 +16,11 @@ class Prac(LearnedProjection):
 
     Source: Li, Zhang, Fang, "PRAC", ICML 2026, arXiv 2602.23111: x ~ x Q1 Q1^T + k x Q2 Q2^T. Unbiased with the complement
     drawn from the step's key, as here by default with dense gradients: E[Q2 Q2^T] = (I - Q1 Q1^T) r2 / (N - r1). Relative
-    variance (k - 1) tail, tail the energy beyond Q1. With ``complement="frozen"``, the paper's, Q2 stays until the next
+    variance (k - 1) tail, tail the energy beyond Q1. With ``resample="every_refresh"``, the paper's, Q2 stays until the next
     refresh, and the gradients between two are biased. The paper's ranks are r1 = r2 = 0.3 N for inputs of linear layers (rank
-    0.6, the default), and 0.2 N for those of norms and activation functions (``nonlinear_rank`` 0.4), which are decoded,
+    0.6, the default), and 0.2 N for those of norms and activation functions (``activation_rank`` 0.4), which are decoded,
     x_hat = z P^T, and whose gradients are biased. This project's choice: r1 is half of the rank, rounded down, and
-    ``nonlinear_rank`` holds for all that crosses with other uses than weight gradients, fused attention's tensors excepted.
+    ``activation_rank`` holds for all that crosses with other uses than weight gradients, fused attention's tensors excepted.
     """
 
     name = "prac"
@@ -29,7 +29,7 @@ class Prac(LearnedProjection):
     known_variance = True
     step_size = HALF_WAY
     default_rank = 0.6
-    default_nonlinear_rank = 0.4
+    default_activation_rank = 0.4
 
     def principal(self, rank: int) -> int:
         return rank // 2

@@ -18,7 +18,7 @@ class Sampled(LearnedProjection):
     Unbiased: E[P P^T] = sum q_i q_i^T. Relative variance sum (1 / pi_i - 1) sigma_i / sum sigma_i. The state has
     all N directions and pi. This project's choice: sigma is the energy of x along a direction, and the draw
     is systematic sampling (W. Madow, 1949): one uniform number, always R directions. Drawn at each step, or with low-rank
-    gradients once between two refreshes (``complement``), which is the paper's: V stays for K steps.
+    gradients once between two refreshes (``resample``), which is the paper's: V stays for K steps.
     """
 
     name = "sampled"

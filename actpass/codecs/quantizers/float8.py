@@ -54,5 +54,5 @@ class Float8(Quantizer):
         return payload.to(torch.float32).unsqueeze(0)
 
 
-register_codec(Float8("fp8", torch.float8_e4m3fn, 64))
-register_codec(Float8("fp8_e5m2", torch.float8_e5m2, 64))
+register_codec(Float8("float8_e4m3", torch.float8_e4m3fn, 64))
+register_codec(Float8("float8_e5m2", torch.float8_e5m2, 64))

@@ -32,9 +32,9 @@ class Quantizer(ABC):
 
     Stochastic rounding: E[x_hat] = x, each element independently. ``nearest``: at most half a step off, biased. A NaN or an
     infinity makes its whole group NaN or infinite, never a number. About 25 pointwise operations an element to encode, 5 to
-    decode; ``rotate`` adds a product with a (G, G) matrix to each.
+    decode; ``hadamard_rotation`` adds a product with a (G, G) matrix to each.
 
-    name: what ``options={"method": ...}`` takes. bits: of one code; codes below a byte are packed. group: the group size G
+    name: what ``options={"codec": ...}`` takes. bits: of one code; codes below a byte are packed. group: the group size G
     that is used where none is asked for.
     """
 

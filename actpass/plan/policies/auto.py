@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from actpass.plan.codec_set import CodecSet
-from actpass.plan.plan import AGAIN, KEEP, SCORE_AGAIN, SavedTensor, Storage
+from actpass.plan.plan import RECOMPUTE, RECOMPUTED_SCORE, SAVE, SavedTensor, Storage
 from actpass.plan.policies.policy import Facts, Policy, register_policy
-from actpass.plan.policy import Wish
+from actpass.plan.policy import TensorRequest
 
 SAVES_LITTLE = "exact: beside the others it would save next to nothing"
 SMALL, FEW = 1 / 32, 0.04
@@ -25,7 +25,7 @@ class Auto(Policy):
 
     def decide(self, facts: Facts) -> tuple[Storage, ...]:
         small = _small(facts)
-        finer = facts.codecs.coarsest_safe_for(SCORE_AGAIN)
+        finer = facts.codecs.coarsest_safe_for(RECOMPUTED_SCORE)
 
         def form(t: SavedTensor) -> Storage:
             if t.node in small:
@@ -34,8 +34,8 @@ class Auto(Policy):
 
         return tuple(map(form, facts.tensors))
 
-    def options(self, t: SavedTensor, wish: Wish, codecs: CodecSet) -> tuple[str, ...]:
-        return KEEP, *codecs.offered_for(t), AGAIN
+    def options(self, t: SavedTensor, request: TensorRequest, codecs: CodecSet) -> tuple[str, ...]:
+        return SAVE, *codecs.offered_for(t), RECOMPUTE
 
 
 def _small(facts: Facts) -> frozenset[str]:

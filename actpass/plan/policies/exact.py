@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from actpass.plan.codec_set import CodecSet
-from actpass.plan.plan import AGAIN, KEEP, SavedTensor, Storage
+from actpass.plan.plan import RECOMPUTE, SAVE, SavedTensor, Storage
 from actpass.plan.policies.policy import Facts, Policy, register_policy
-from actpass.plan.policy import Wish
+from actpass.plan.policy import TensorRequest
 from actpass.plan.store import store
 
 
@@ -14,7 +14,7 @@ class Exact(Policy):
     """A budget is met by running again."""
 
     def decide(self, facts: Facts) -> tuple[Storage, ...]:
-        return tuple(store(t, facts.wish_for(t.paths), facts.stored_bytes, None, facts.codecs) for t in facts.tensors)
+        return tuple(store(t, facts.request_for(t.paths), facts.stored_bytes, None, facts.codecs) for t in facts.tensors)
 
-    def options(self, t: SavedTensor, wish: Wish, codecs: CodecSet) -> tuple[str, ...]:
-        return KEEP, AGAIN
+    def options(self, t: SavedTensor, request: TensorRequest, codecs: CodecSet) -> tuple[str, ...]:
+        return SAVE, RECOMPUTE

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar
 
 from actpass.plan.codec_set import CodecSet
-from actpass.plan.plan import AGAIN, SavedTensor, Storage
-from actpass.plan.policy import KEPT, Wish, WishFor
+from actpass.plan.plan import RECOMPUTE, SavedTensor, Storage
+from actpass.plan.policy import KEPT, RequestFor, TensorRequest
 from actpass.plan.store import StoredBytes, keep, store
 from actpass.registry import Registry, instance_of
 
@@ -26,7 +26,7 @@ class Facts:
 
     tensors: tuple[SavedTensor, ...]
     everything: tuple[SavedTensor, ...]
-    wish_for: WishFor
+    request_for: RequestFor
     stored_bytes: StoredBytes
     codecs: CodecSet
     may_recompute: bool = False
@@ -37,23 +37,23 @@ class Facts:
 
     def quantize(self, t: SavedTensor, codec: str) -> Storage:
         """``t`` in ``codec``, or what is possible and safe in its place; the reason says why."""
-        return store(t, self.wish_for(t.paths), self.stored_bytes, codec, self.codecs)
+        return store(t, self.request_for(t.paths), self.stored_bytes, codec, self.codecs)
 
     def can_recompute(self, t: SavedTensor) -> bool:
         """Whether the backward may run again what ``t`` comes from. A query or key only together with its attention."""
-        return self.may_recompute and bool(t.again or t.of_factors)
+        return self.may_recompute and bool(t.recompute or t.of_factors)
 
     def recompute(self, t: SavedTensor) -> Storage:
         """``t`` not stored. Raises `ValueError` if it `can_recompute` not."""
         if not self.can_recompute(t):
             raise ValueError(f"{t.node} can't be run again. Ask `can_recompute` first.")
-        return replace(keep(t, "run again"), codec=AGAIN, stored_bytes=0)
+        return replace(keep(t, "run again"), codec=RECOMPUTE, stored_bytes=0)
 
 
 class Policy(ABC):
     """Both methods say the same, without a memory budget and with one.
 
-    name: what ``options={"method": ...}`` takes. needs_codec: whether the user names a codec beside it. recomputes: whether
+    name: what ``options={"policy": ...}`` takes. needs_codec: whether the user names a codec beside it. recomputes: whether
     `decide` may ask for recomputation, which takes a cut more.
     """
 
@@ -66,9 +66,9 @@ class Policy(ABC):
         """Without a budget: one form for each of ``facts.tensors``, in their order."""
 
     @abstractmethod
-    def options(self, t: SavedTensor, wish: Wish, codecs: CodecSet) -> tuple[str, ...]:
-        """With a budget: the forms of ``t`` that it may choose from, by what they take and cost: `KEEP`, codecs, and `AGAIN`,
-        which counts where ``t`` can be run again. codecs: those ``offered`` are no coarser than all need to be."""
+    def options(self, t: SavedTensor, request: TensorRequest, codecs: CodecSet) -> tuple[str, ...]:
+        """With a budget: the forms of ``t`` that it may choose from, by what they take and cost: `SAVE`, codecs, and
+        `RECOMPUTE`, which counts where ``t`` can be run again. codecs: those ``offered`` are no coarser than all need to be."""
 
 
 POLICIES: Registry[Policy] = Registry("policy", "actpass.policies")

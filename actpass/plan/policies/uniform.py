@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from actpass.plan.codec_set import CodecSet
-from actpass.plan.plan import AGAIN, KEEP, SavedTensor, Storage
+from actpass.plan.plan import RECOMPUTE, SAVE, SavedTensor, Storage
 from actpass.plan.policies.policy import Facts, Policy, register_policy
-from actpass.plan.policy import Wish
+from actpass.plan.policy import TensorRequest
 
 
 @register_policy("uniform")
@@ -15,7 +15,7 @@ class Uniform(Policy):
     needs_codec = True
 
     def decide(self, facts: Facts) -> tuple[Storage, ...]:
-        return tuple(facts.quantize(t, facts.wish_for(t.paths).codec or KEEP) for t in facts.tensors)
+        return tuple(facts.quantize(t, facts.request_for(t.paths).format or SAVE) for t in facts.tensors)
 
-    def options(self, t: SavedTensor, wish: Wish, codecs: CodecSet) -> tuple[str, ...]:
-        return wish.codec or KEEP, AGAIN
+    def options(self, t: SavedTensor, request: TensorRequest, codecs: CodecSet) -> tuple[str, ...]:
+        return request.format or SAVE, RECOMPUTE

@@ -153,7 +153,7 @@ def _region(region: Record, title: str) -> Markup:
     notes = region.notes if region.inactive_because is None else (f"left alone: {region.inactive_because}", *region.notes)
     alone = [
         (code_cell(parameter), number_cell(f"{count}", count), code_cell(matmul), long_cell(why))
-        for (matmul, parameter, why), count in folded_left_alone(region.left_alone)
+        for (matmul, parameter, why), count in folded_left_alone(region.rejected)
     ]
     header = ("parameter", "how many", "matmul", "why")
     return join(
@@ -183,20 +183,20 @@ def _footprint(region: Record) -> Markup | None:
 def _subspaces(rows: Sequence[SubspaceRow]) -> Markup:
     cells = []
     for name, members in folded_subspaces(rows):
-        first, tails = members[0], [r.tail for r in members if r.tail is not None]
+        first, residual_energies = members[0], [r.tail for r in members if r.tail is not None]
         cells.append(
             (
                 code_cell(name if len(members) > 1 else first.parameter),
                 number_cell(f"{len(members)}", len(members)),
-                first.method,
+                first.projection,
                 number_cell(f"{first.rank}", first.rank),
                 number_cell(f"{first.width}", first.width),
-                number_cell(f"{max(tails):.3f}", max(tails)) if tails else "-",
+                number_cell(f"{max(residual_energies):.3f}", max(residual_energies)) if residual_energies else "-",
                 number_cell(f"{max(r.moves for r in members)}", max(r.moves for r in members)),
                 bytes_cell(sum(r.nbytes for r in members)),
             )
         )
-    header = ("subspace of", "how many", "method", "rank", "width", "energy outside, at most", "moved", "bytes")
+    header = ("subspace of", "how many", "projection", "rank", "width", "energy outside, at most", "moved", "bytes")
     text = "Directions that follow the data. What is outside of them is lost, or drawn at random."
     return section("Learned subspaces", "subspaces", paragraphs(text), table("Learned subspaces", header, cells))
 

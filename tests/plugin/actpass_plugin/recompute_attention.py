@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from actpass.plan import CodecSet, Facts, Policy, SavedTensor, Storage, register_policy
-from actpass.plan.plan import AGAIN, KEEP
-from actpass.plan.policy import Wish
+from actpass.plan.plan import RECOMPUTE, SAVE
+from actpass.plan.policy import TensorRequest
 
 
 @register_policy("recompute_attention")
@@ -16,8 +16,8 @@ class RecomputeAttention(Policy):
 
     def decide(self, facts: Facts) -> tuple[Storage, ...]:
         return tuple(
-            facts.recompute(t) if t.role == "output" and facts.can_recompute(t) else facts.keep(t) for t in facts.tensors
+            facts.recompute(t) if t.role == "output" and facts.can_recompute(t) else facts.must_save(t) for t in facts.tensors
         )
 
-    def options(self, t: SavedTensor, wish: Wish, codecs: CodecSet) -> tuple[str, ...]:
-        return (AGAIN,) if t.role == "output" and t.again else (KEEP, *codecs.offered_for(t), AGAIN)
+    def options(self, t: SavedTensor, request: TensorRequest, codecs: CodecSet) -> tuple[str, ...]:
+        return (RECOMPUTE,) if t.role == "output" and t.recompute else (SAVE, *codecs.offered_for(t), RECOMPUTE)
