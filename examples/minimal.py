@@ -1,4 +1,4 @@
-"""Train a tiny transformer with ``backend="actcomp"`` and print what was saved for the backward.   python examples/minimal.py"""
+"""Train a tiny transformer with ``backend="actcomp"`` and print what was saved for the backward: python examples/minimal.py"""
 
 import torch
 import torch.nn.functional as F

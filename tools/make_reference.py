@@ -2,6 +2,8 @@
 
     python tools/make_reference.py            write docs/reference/{options,api,optim,errors}.md
     python tools/make_reference.py --check    exit with 1 if a page is not what would be written
+
+`tests/test_docs.py` checks it, too.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ def options_page() -> str:
     names = known_options()
     return page(
         "Options",
-        'Given as `torch.compile(model, backend="actcomp", options={...})`. All are optional. An unknown name or a value out of\n'
-        "range raises `OptionError`, which names the value, what is allowed, and the nearest known name.",
+        'Given as `torch.compile(model, backend="actcomp", options={...})`. All are optional. An unknown name or a value out\n'
+        "of range raises `OptionError`, which names the value, what is allowed, and the nearest known name.",
         "Known: " + ", ".join(f"`{n}`" for n in names) + ".",
         markdown(listed.strip()),
         markdown(f"Raises {raised.strip()}"),
@@ -85,7 +87,8 @@ def optim_page() -> str:
 
 def errors_page() -> str:
     found = [v for v in vars(errors).values() if inspect.isclass(v) and v.__module__ == errors.__name__]
-    rows = [f"### {e.__name__}({', '.join(b.__name__ for b in e.__bases__)})\n\n{markdown(inspect.getdoc(e) or '')}" for e in found]
+    bases = {e: ", ".join(b.__name__ for b in e.__bases__) for e in found}
+    rows = [f"### {e.__name__}({bases[e]})\n\n{markdown(inspect.getdoc(e) or '')}" for e in found]
     return page("Errors", markdown(inspect.getdoc(errors) or ""), *rows)
 
 
@@ -93,9 +96,9 @@ def class_entries(cls: type, name: str) -> Iterator[str]:
     yield entry(cls, name)
     for attribute, value in vars(cls).items():
         function = value.__func__ if isinstance(value, classmethod | staticmethod) else value
-        if not attribute.startswith("_") and (inspect.isfunction(function) or isinstance(function, property)):
-            if function.__doc__:
-                yield entry(function, f"{cls.__name__}.{attribute}", level="####")
+        is_shown = (inspect.isfunction(function) or isinstance(function, property)) and function.__doc__
+        if is_shown and not attribute.startswith("_"):
+            yield entry(function, f"{cls.__name__}.{attribute}", level="####")
 
 
 def entry(value: Any, name: str, level: str = "###") -> str:

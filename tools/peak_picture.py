@@ -2,6 +2,8 @@
 
     python tools/inspect_graph.py llama-mini --batch 8 --seq 128 --plot-peak peak.png     # also writes peak.csv
     python tools/peak_picture.py peak.csv docs/assets/peak.svg --title "Predicted memory over a step, llama-mini, 8 x 128, fp32"
+
+The same numbers give the same bytes.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ def read(path: Path) -> dict[str, Curve]:
 
 
 def draw(curves: dict[str, Curve], title: str, path: Path) -> None:
-    """Write the picture as SVG: the same bytes for the same curves."""
+    """Write the picture as SVG."""
     plt.rcParams.update({"svg.hashsalt": "actpass", "svg.fonttype": "none", "font.family": "sans-serif"})
     figure, axes = plt.subplots(figsize=(7.2, 3.0), layout="constrained")
     for name, (positions, megabytes) in curves.items():
