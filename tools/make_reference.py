@@ -65,9 +65,22 @@ def api_page() -> str:
         *(entry(getattr(actpass, n), f"actpass.{n}") for n in functions),
         entry(actpass.distributed.reduce_low_rank, "actpass.distributed.reduce_low_rank"),
         entry(actpass.memory.profiler.measure, "actpass.memory.profiler.measure"),
+        "## Extension points",
+        "See [Architecture](../architecture.md#where-to-add-what).",
+        *extension_entries(),
         "## Classes",
         *(part for n in classes for part in class_entries(getattr(actpass, n), f"actpass.{n}")),
     )
+
+
+def extension_entries() -> list[str]:
+    """Every ``register_...`` function that adds to the package, by the shortest path that leads to it."""
+    found: dict[str, str] = {}
+    for path in sorted((m for m in sys.modules if m.startswith("actpass.")), key=lambda m: (m.count("."), m)):
+        for name, value in vars(sys.modules[path]).items():
+            if name.startswith("register_") and value.__module__.startswith("actpass.") and not hasattr(actpass, name):
+                found.setdefault(name, entry(value, f"{path}.{name}"))
+    return [found[name] for name in sorted(found)]
 
 
 def optim_page() -> str:
