@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from .test_package import STAGES
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = sorted((README, ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")))
@@ -118,6 +120,11 @@ def test_links_lead_somewhere(page: Path):
         assert target.is_file(), f"{name(page)}: {link}"
         assert target.is_relative_to(ROOT), f"{name(page)}: {link} leaves the repository"
         assert not anchor or anchor in anchors(target), f"{name(page)}: {link}"
+
+
+def test_architecture_has_every_stage():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert not [stage for stage in STAGES if f"`{stage}`" not in text]
 
 
 def test_every_page_is_in_the_site():
