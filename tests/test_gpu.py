@@ -87,7 +87,9 @@ def test_low_rank_gradients_are_the_dense_ones_on_cuda(method: str, mode: str | 
         clear()
         STORE.clear()
         STEP_COUNTER.steps = 0
-        run = torch.compile(model, backend="actcomp", options={**options, "skip_unprofitable": False, "weight_gradient_format": gradients})
+        run = torch.compile(
+            model, backend="actcomp", options={**options, "skip_unprofitable": False, "weight_gradient_format": gradients}
+        )
         model.zero_grad()
         for _ in range(4):
             if mode is not None:

@@ -23,7 +23,7 @@ import actpass.optim
 import actpass.optim.transforms
 from actpass import errors
 from actpass.backend.backend import actcomp
-from actpass.options.config import parse
+from actpass.options import parse
 
 FOLDER = Path(__file__).parent.parent / "docs" / "reference"
 NOTE = "<!-- Written by tools/make_reference.py from docstrings. Edit those, then run it again. -->"
