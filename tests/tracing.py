@@ -10,13 +10,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from actpass.backend.backend import StateInputs, _append_state, _inductor_options, device_of, no_code
+from actpass.backend.inductor_options import inductor_options
+from actpass.backend.partitioner import no_code
+from actpass.backend.state_inputs import RegionRequest, device_of, with_state
 from actpass.codecs.generator import round_keys, step_seed
 from actpass.diagnostics.interpreter import isolated_forward
 from actpass.ir.copying import copy_module
 from actpass.ir.graph_inputs import GraphInputs
+from actpass.ir.joint_graph import Joint
 from actpass.memory.resident import storages
 from actpass.options import Config, parse
+from actpass.passes.base import RegionState
 from actpass.pipeline import Compiled, compile_joint
 from actpass.torch_compat import CustomPartitionerFn, compile_fx, dynamo, functorch_config, inductor_config
 
@@ -48,8 +52,8 @@ class JointGraph:
         config = parse(options)
         assert not config.learned
         assert not config.keeps_low_rank_gradients
-        with inductor_config.patch(_inductor_options(config)):
-            return compile_joint(self.gm, self.joint_inputs, config, self.inputs, self.kwargs)
+        with inductor_config.patch(inductor_options(config)):
+            return compile_joint(_state_of(self.gm, self.joint_inputs, self.inputs, self.kwargs, config))
 
     def run(self, forward: fx.GraphModule, backward: fx.GraphModule, seed: int = 0) -> Run:
         """One forward and one backward, node by node, from a gradient of one for each result."""
@@ -65,6 +69,14 @@ class JointGraph:
         return Run(results, {name: g for name, g in named if g is not None}, sum(kept.values()))
 
 
+def _state_of(
+    gm: fx.GraphModule, joint_inputs: Sequence[object], inputs: GraphInputs, kwargs: Mapping[str, Any], config: Config
+) -> RegionState:
+    static = frozenset(kwargs.get("static_lifetime_input_indices") or ())
+    joint = Joint(gm, inputs, kwargs["num_fwd_outputs"], static)
+    return RegionState(joint=joint, joint_inputs=joint_inputs, kwargs=kwargs, config=config)
+
+
 class _Capture(CustomPartitionerFn):
     """A partitioner that keeps what it is given, and cuts as Inductor does."""
 
@@ -73,7 +85,7 @@ class _Capture(CustomPartitionerFn):
 
     def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> tuple[fx.GraphModule, ...]:
         self.found.append(JointGraph(copy_module(gm)[0], joint_inputs, self.inputs, kwargs))
-        done = compile_joint(gm, joint_inputs, Config(memory_budget=1.0), self.inputs, kwargs)
+        done = compile_joint(_state_of(gm, joint_inputs, self.inputs, kwargs, Config(memory_budget=1.0)))
         return done.forward, done.backward
 
     def uuid(self) -> Any:
@@ -86,11 +98,12 @@ def trace(model: torch.nn.Module, inputs: Mapping[str, Any]) -> JointGraph:
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any], **_: Any) -> Callable[..., Any]:
         plain, device = GraphInputs.of(gm, example_inputs), device_of(example_inputs)
-        seeded, own = _append_state(gm, example_inputs, device, StateInputs())
-        partitioner = _Capture(GraphInputs(plain.paths, plain.computed, plain.written, seed=len(plain.paths)))
+        request = RegionRequest(gm=gm, example_inputs=example_inputs, config=Config(), inputs=plain, device=device)
+        seeded = with_state(request)
+        partitioner = _Capture(seeded.inputs)
         patches: dict[str, Any] = {"custom_partitioner_fn": partitioner}
         with functorch_config.patch(enable_autograd_cache=False):
-            compile_fx(seeded, [*example_inputs, *own], config_patches=patches, inner_compile=no_code)
+            compile_fx(seeded.gm, seeded.example_inputs, config_patches=patches, inner_compile=no_code)
         (joint,) = partitioner.found
         joint.primals = list(example_inputs)
         found.append(joint)
@@ -111,4 +124,5 @@ def traced(name: str) -> JointGraph:
 def stock(joint: JointGraph) -> tuple[fx.GraphModule, fx.GraphModule]:
     """The joint graph as Inductor cuts it by itself."""
     default = joint.compiled(policy="exact", memory_budget=1.0).traced.default
+    assert default is not None
     return default.forward, default.backward

@@ -91,7 +91,7 @@ def optim_page() -> str:
     return page(
         "Optimizers",
         markdown(inspect.getdoc(actpass.optim) or ""),
-        *(entry(getattr(actpass.optim, n), f"actpass.optim.{n}") for n in actpass.optim.__all__),
+        *(entry(v, f"actpass.optim.{n}") for n in actpass.optim.__all__ if callable(v := getattr(actpass.optim, n))),
         "## Transforms",
         markdown(inspect.getdoc(actpass.optim.transforms) or ""),
         *(entry(v, f"actpass.optim.transforms.{n}") for n, v in transforms.items()),
