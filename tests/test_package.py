@@ -106,6 +106,7 @@ def test_torch_versions_outside_the_tested_range_are_told_apart(version: str, te
     assert torch_is_tested(version) is tested
 
 
+@pytest.mark.codegen
 def test_untested_torch_warns_with_the_versions_that_were_tested(monkeypatch: pytest.MonkeyPatch):
     import torch
 

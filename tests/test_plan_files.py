@@ -103,7 +103,7 @@ def test_a_plan_from_a_file_gives_the_same_plan_and_the_same_bytes(case: str, tm
     again = explain(build, plan=tmp_path / "plan.json")
     assert again.plan_hash == again.plan.hash == loaded.hash
     assert again.totals == first.totals
-    assert again.regions[0].projection == "plan"
+    assert again.regions[0].options == "plan"
     assert again.plan.diff(first.plan) == "the plans are the same"
     does = {
         "run again": "recompute",
@@ -162,7 +162,7 @@ def test_a_dropped_name_is_not_run_again_and_an_added_one_is(tmp_path: Path):
     matmul = next(n for n, module in tight.plan.regions[0].modules if module == "up")
     fewer = explain(tower, plan=edited(tight.plan, lambda r: r["recompute"].remove(matmul), tmp_path))
     assert fewer.totals.extra_matmuls == tight.totals.extra_matmuls - 1
-    assert f"no longer run again: up ({matmul})" in tight.plan.diff(fewer.plan)
+    assert f"no longer recomputed: up ({matmul})" in tight.plan.diff(fewer.plan)
     back = explain(tower, plan=edited(fewer.plan, lambda r: r["recompute"].append(matmul), tmp_path))
     assert back.totals.extra_matmuls == tight.totals.extra_matmuls
     assert any(f"the backward runs {matmul} again" in note for note in back.regions[0].notes)
@@ -188,16 +188,16 @@ def drop(region: dict[str, Any]) -> None:
 
 
 MALFORMED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "codec": (wrong(codec="int7"), r"regions\[0\].storages\[0\].codec is 'int7'. Allowed: keep, .*int8"),
+    "codec": (wrong(codec="int7"), r"regions\[0\].storages\[0\].codec is 'int7'. Allowed: save, .*int8"),
     "rounding": (wrong(rounding="up"), r"rounding is 'up'. Allowed: stochastic, nearest"),
     "type": (wrong(nbytes="many"), r"storages\[0\].nbytes is 'many'. Allowed: an int"),
     "bool for int": (wrong(nbytes=True), r"nbytes is True"),
     "group": (wrong(group_size=3), r"group_size is 3. Allowed: an int in \[8, 4096\]"),
-    "flag": (wrong(hadamard_rotation=0), r"rotate is 0. Allowed: true or false"),
+    "flag": (wrong(hadamard_rotation=0), r"hadamard_rotation is 0. Allowed: true or false"),
     "unknown field": (wrong(codek="int8"), r"storages\[0\] has an unknown field 'codek'. Did you mean 'codec'"),
     "missing field": (drop, r"storages\[0\] lacks the field 'codec'"),
     "again": (lambda r: r.update(recompute="mm"), r"regions\[0\].recompute is 'mm'. Allowed: a list"),
-    "name": (lambda r: r.update(recompute=[3]), r"again\[0\] is 3. Allowed: a string"),
+    "name": (lambda r: r.update(recompute=[3]), r"recompute\[0\] is 3. Allowed: a string"),
     "twice": (lambda r: r.update(must_save=["a", "a"]), r"must_save names 'a' twice"),
     "two entries": (
         lambda r: r["storages"].append(r["storages"][0]),
@@ -206,7 +206,7 @@ MALFORMED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "method": (lambda r: r["decisions"][0].update(projection="svd"), r"decisions\[0\].projection is 'svd'. Allowed: gaussian"),
     "rank alone": (
         lambda r: r["decisions"][0].update(rank=4),
-        r"decisions\[0\] is {.*'rank': 4.*exact with rank and project_in",
+        r"decisions\[0\] is {.*'rank': 4.*projection, rank and project_in all null",
     ),
     "rank of zero": (lambda r: r["decisions"][0].update(rank=0), r"rank is 0. Allowed: an int in \[1"),
 }
@@ -269,7 +269,7 @@ FORBIDDEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "query in 8 bits": (
         lambda r: storage(r, codec="int16").update(codec="int8"),
-        "query or key .*logsumexp.*Allowed: keep, int16",
+        "query or key .*logsumexp.*Allowed: save, int16",
     ),
     "unknown tensor": (lambda r: r["storages"][0].update(node="nothing"), "names 'nothing', which is not in the graph"),
     "not stored": (lambda r: storage(r, module="up").update(node="mul"), "'mul' in int8, but it does not cross"),

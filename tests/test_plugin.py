@@ -17,6 +17,7 @@ import actpass
 from actpass import registry
 from actpass.codecs import ALL_PROJECTIONS, QUANTIZERS
 from actpass.errors import OptionError, PluginError, RegistryError
+from actpass.ir.op_rules import OP_RULES
 from actpass.memory.optimizer_state import state_to_come
 from actpass.optim import OPTIMIZERS
 from actpass.options import options_for
@@ -35,6 +36,8 @@ log8 = actpass_plugin.log8:Log8
 recompute_attention = actpass_plugin.recompute_attention
 [actpass.projections]
 {PROJECTION} = actpass_plugin.coordinates
+[actpass.op_rules]
+actpass_plugin.gate.default = actpass_plugin.gate
 [actpass.optimizers]
 lion = actpass_plugin.lion:Lion
 """
@@ -54,7 +57,7 @@ def installed(folder: Path, text: str) -> None:
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder on the path, with registries that forget what comes from there."""
     with ExitStack() as stack:
-        for each in (QUANTIZERS, ALL_PROJECTIONS, POLICIES, OPTIMIZERS):
+        for each in (QUANTIZERS, ALL_PROJECTIONS, POLICIES, OPTIMIZERS, OP_RULES):
             stack.enter_context(each.temporary())
         monkeypatch.syspath_prepend(str(tmp_path))
         yield tmp_path
@@ -99,14 +102,14 @@ def followed(report: Report, file: Path) -> Report:
 @pytest.mark.usefixtures("plugin")
 def test_codec_of_another_package_stores_saved_tensors(tmp_path: Path):
     exact_loss, exact = trained(policy="exact")
-    loss, grads = trained(method="log8")
+    loss, grads = trained(codec="log8")
     assert torch.equal(loss, exact_loss)
     assert 1e-5 < worst(grads, exact) < 0.2
-    whole = explained(method="log8")
+    whole = explained(codec="log8")
     assert "log8" in forms_of(whole)
     assert forms_of(whole) <= {"log8", "int16"}  # queries and keys: log8 does not say that it is safe for them
     assert "log8" in str(whole)
-    tight = explained(method="log8", memory_budget=0.3)
+    tight = explained(codec="log8", memory_budget=0.3)
     assert "log8" in forms_of(tight)
     assert tight.totals.saved_bytes <= 0.3 * tight.totals.saved_bytes_default
     assert followed(whole, tmp_path / "plan.json").plan.hash == whole.plan.hash
@@ -140,21 +143,21 @@ def test_codec_of_another_package_errs_as_it_says():
 @pytest.mark.usefixtures("plugin")
 def test_policy_of_another_package_recomputes_attention(tmp_path: Path):
     exact_loss, exact = trained(policy="exact")
-    loss, grads = trained(method="recompute_attention")
+    loss, grads = trained(policy="recompute_attention")
     assert torch.equal(loss, exact_loss)
     assert worst(grads, exact) == 0  # nothing is stored inexactly
-    plain, whole = explained(policy="exact"), explained(method="recompute_attention")
+    plain, whole = explained(policy="exact"), explained(policy="recompute_attention")
     assert not any(r.plan["recompute"] for r in plain.regions)
     assert [n for r in whole.regions for n in r.plan["recompute"] if "attention" in n]
     assert whole.totals.saved_bytes < plain.totals.saved_bytes
     assert forms_of(whole) == set()
-    tight = explained(method="recompute_attention", memory_budget=0.4)
+    tight = explained(policy="recompute_attention", memory_budget=0.4)
     assert tight.totals.saved_bytes <= 0.4 * tight.totals.saved_bytes_default
     assert [n for r in tight.regions for n in r.plan["recompute"] if "attention" in n]
     for report in (whole, tight):
         file = tmp_path / f"{id(report)}.json"
         assert followed(report, file).plan.hash == report.plan.hash
-    kept = explained(module_overrides={"blocks.*": {"method": "recompute_attention"}}, policy="exact")
+    kept = explained(module_overrides={"blocks.*": {"policy": "recompute_attention"}}, policy="exact")
     assert [n for r in kept.regions for n in r.plan["recompute"] if "attention" in n]
 
 
@@ -217,7 +220,9 @@ def test_optimizer_of_another_package_steps_in_a_subspace_and_resumes(tmp_path: 
 @pytest.mark.usefixtures("plugin")
 def test_source_of_another_package_is_part_of_the_cache_key(path: Path, monkeypatch: pytest.MonkeyPatch):
     before = registry.foreign_sources()
-    assert [line.split()[1] for line in before.splitlines()] == ["log8", PROJECTION, "recompute_attention", "lion"]
+    assert [line.split()[1] for line in before.splitlines()] == [
+        "log8", PROJECTION, "actpass_plugin.gate.default", "recompute_attention", "lion",
+    ]  # fmt: skip
     registry._hash_of.cache_clear()
     assert registry.foreign_sources() == before
     real = Path.read_bytes
@@ -256,8 +261,8 @@ def test_name_that_is_taken_names_both_owners():
 def test_unknown_name_lists_the_known_ones_with_a_near_match():
     with pytest.raises(RegistryError, match=r"unknown codec 'int9'\. Did you mean 'int8'\? Known: .*int16, int8, int4"):
         QUANTIZERS["int9"]
-    with pytest.raises(OptionError, match="unknown method 'log8'"):
-        explained(method="log8")
+    with pytest.raises(OptionError, match="unknown codec 'log8'"):
+        explained(codec="log8")
 
 
 def test_policy_that_recomputes_a_query_without_its_attention_is_refused():
@@ -268,7 +273,7 @@ def test_policy_that_recomputes_a_query_without_its_attention_is_refused():
 
         def decide(self, facts: Facts) -> Any:
             again = [t.role == "score" and facts.can_recompute(t) for t in facts.tensors]
-            return tuple(facts.recompute(t) if a else facts.must_save(t) for t, a in zip(facts.tensors, again, strict=True))
+            return tuple(facts.recompute(t) if a else facts.save(t) for t, a in zip(facts.tensors, again, strict=True))
 
         def options(self, t: Any, request: Any, codecs: Any) -> Any:
             raise NotImplementedError
@@ -276,5 +281,32 @@ def test_policy_that_recomputes_a_query_without_its_attention_is_refused():
     with POLICIES.temporary():
         register_policy("scores")(Scores)
         with pytest.raises(Exception, match=r"policy 'scores' runs the query or key .* without its attention") as caught:
-            explained(method="scores")
+            explained(policy="scores")
     assert isinstance(getattr(caught.value, "inner_exception", caught.value), PluginError)
+
+
+class Gated(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (torch.nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(torch.ops.actpass_plugin.gate(self.a(x), self.b(x))).square().mean()
+
+
+def test_an_operator_with_a_row_is_read_by_it_and_one_without_is_left_alone(plugin: None):
+    assert OP_RULES["actpass_plugin.gate.default"].linear == ((0,), (1,))
+    torch.manual_seed(0)
+    model, x = Gated(), torch.randn(64, 16)
+
+    def stored() -> dict[str, str]:
+        torch.compiler.reset()
+        report = actpass.explain(model, x, options={**ALL, "codec": "int8"})
+        return {s["module"]: f"{s['codec']}: {s['reason']}" for region in report.regions for s in region.plan["storages"]}
+
+    assert {stored()[name].partition(":")[0] for name in ("a", "b")} == {"int8"}
+    row = OP_RULES._values.pop("actpass_plugin.gate.default")
+    try:
+        assert all("read by actpass_plugin.gate.default, which is not one of torch's own" in stored()[n] for n in ("a", "b"))
+    finally:
+        OP_RULES._values["actpass_plugin.gate.default"] = row

@@ -11,6 +11,7 @@ from torch import fx
 from actpass.analysis.linearity import consumers
 from actpass.ir.joint_graph import is_view, rule_of, value
 from actpass.ir.op_queries import is_cast, is_matmul, is_pointwise
+from actpass.ir.op_rules import rule
 from actpass.plan import RECOMPUTED_SCORE, SCORE, Role
 from actpass.torch_compat import OpOverload, size_hint
 
@@ -135,10 +136,10 @@ def _is_formed_again(statistic: Any) -> bool:
 
 
 def opaque_users(tensor: fx.Node | None) -> set[str]:
-    """Operators outside torch's own that read ``tensor``, through views and casts."""
+    """Operators that read ``tensor``, through views and casts, and are neither torch's own nor have a row."""
     targets = [user.target for user, _ in consumers(tensor)] if tensor is not None else []
     overloads = [t for t in targets if isinstance(t, OpOverload)]
-    return {str(t) for t in overloads if t.namespace not in _TORCH_NAMESPACES}
+    return {str(t) for t in overloads if t.namespace not in _TORCH_NAMESPACES and not rule(t).known}
 
 
 def _is_fragile(user: fx.Node, node: fx.Node) -> bool:

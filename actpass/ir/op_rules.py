@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from actpass.registry import Registry
 from actpass.torch_compat import OpOverload, get_default_op_list
 
 aten = torch.ops.aten
@@ -223,13 +224,31 @@ _TABLE[torch.ops.higher_order.flex_attention_backward] = OpRule(attention=Attent
 
 RULES: Mapping[Any, OpRule] = _TABLE
 """Operator -> its row, as it is written here. Analyses ask `rule`."""
+OP_RULES: Registry[OpRule] = Registry("operator rule", "actpass.op_rules")
+"""Rows of other packages' operators, by the operator's name: ``"mylib.gelu.default"``."""
 _OP_TYPES = get_default_op_list()
 
 
-@functools.cache
+def register_op_rule(operator: OpOverload, row: OpRule, module: str) -> None:
+    """Say what is known of an ``operator`` that is not torch's own: it is then read by its ``row``, and what it reads or makes
+    may be stored in another form. What a row claims must hold: a wrong one makes wrong gradients. module: the one that says so,
+    ``__name__``, whose package is part of the compile cache's key. Raises `RegistryError` for an operator that has a row."""
+    OP_RULES.register(str(operator), row, module)
+
+
 def rule(operator: object) -> OpRule:
     """What is known of ``operator``: its row, and what torch says of it."""
-    row = RULES.get(operator, UNKNOWN)
+    row = RULES.get(operator)
+    if row is None and isinstance(operator, OpOverload) and operator.namespace not in _TORCH_NAMESPACES:
+        row = OP_RULES.get(str(operator))
+    return _completed(operator, row or UNKNOWN)
+
+
+_TORCH_NAMESPACES = ("aten", "prims", "prim")
+
+
+@functools.cache
+def _completed(operator: object, row: OpRule) -> OpRule:
     packet = getattr(operator, "overloadpacket", operator)
     tagged = torch.Tag.pointwise in getattr(operator, "tags", ())
     view = row.view or packet in _OP_TYPES.view_ops

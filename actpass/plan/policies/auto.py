@@ -29,7 +29,7 @@ class Auto(Policy):
 
         def form(t: SavedTensor) -> Storage:
             if t.node in small:
-                return facts.keep(t, SAVES_LITTLE)
+                return facts.save(t, SAVES_LITTLE)
             return facts.quantize(t, facts.codecs.offered[-1] if set(t.kinds) <= {"contraction"} else finer)
 
         return tuple(map(form, facts.tensors))

@@ -31,7 +31,7 @@ class Facts:
     codecs: CodecSet
     may_recompute: bool = False
 
-    def keep(self, t: SavedTensor, reason: str = KEPT) -> Storage:
+    def save(self, t: SavedTensor, reason: str = KEPT) -> Storage:
         """``t`` as it is."""
         return keep(t, t.obstacle or reason)
 

@@ -16,7 +16,7 @@ class RecomputeAttention(Policy):
 
     def decide(self, facts: Facts) -> tuple[Storage, ...]:
         return tuple(
-            facts.recompute(t) if t.role == "output" and facts.can_recompute(t) else facts.must_save(t) for t in facts.tensors
+            facts.recompute(t) if t.role == "output" and facts.can_recompute(t) else facts.save(t) for t in facts.tensors
         )
 
     def options(self, t: SavedTensor, request: TensorRequest, codecs: CodecSet) -> tuple[str, ...]:
