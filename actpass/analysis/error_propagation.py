@@ -137,7 +137,7 @@ def _is_formed_again(statistic: Any) -> bool:
 def opaque_users(tensor: fx.Node | None) -> set[str]:
     """Operators outside torch's own that read ``tensor``, through views and casts."""
     targets = [user.target for user, _ in consumers(tensor)] if tensor is not None else []
-    overloads = [t for t in targets if isinstance(t, OpOverload)]
+    overloads: list[OpOverload[..., Any]] = [t for t in targets if isinstance(t, OpOverload)]
     return {str(t) for t in overloads if t.namespace not in _TORCH_NAMESPACES}
 
 
@@ -173,7 +173,7 @@ def _is_negated(node: fx.Node) -> bool:
 
 def _pointwise_below(tensor: fx.Node) -> set[fx.Node]:
     """All that is computed of ``tensor`` by pointwise operators alone."""
-    todo, found = [tensor], set()
+    todo, found = [tensor], set[fx.Node]()
     while todo:
         new = [u for u in todo.pop().users if is_pointwise(u) and u not in found]
         found.update(new)
