@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -24,7 +24,7 @@ from actpass.runtime import regions, subspaces
 from actpass.runtime.data_parallel import why_dense
 from actpass.runtime.regions import Region, following_global_budget, recompile, regions_of, why_no_more_graphs
 from actpass.runtime.step_counter import STEP_COUNTER
-from actpass.torch_compat import has_all_graphs
+from actpass.torch_compat import has_all_graphs, module_in
 
 
 def report(model: torch.nn.Module) -> Report:
@@ -166,7 +166,7 @@ def set_memory_budget(budget: float | int | str | None) -> None:
 
 
 @contextlib.contextmanager
-def memory_budget(budget: float | int | str | None) -> Iterator[None]:
+def memory_budget(budget: float | int | str | None) -> Generator[None, None, None]:
     """`set_memory_budget` for what is compiled inside (a model is compiled at its first call): it stays so afterwards."""
     before = global_budget.set(budget)
     try:
@@ -185,7 +185,7 @@ def set_optimizer(*optimizers: torch.optim.Optimizer) -> None:
     in closed form; no code of it is run. It is not kept alive. Raises `TypeError` for what is no torch optimizer.
     """
     for optimizer in optimizers:
-        if not isinstance(optimizer, torch.optim.Optimizer):
+        if not isinstance(cast(object, optimizer), torch.optim.Optimizer):
             raise TypeError(
                 f"actpass.set_optimizer takes torch optimizers, not {type(optimizer).__name__}. For any other, give the bytes "
                 "of its state: options={'optimizer_state_bytes': ...}."
@@ -230,7 +230,7 @@ def register_with_accelerate() -> None:
     ``model.compile(backend="actcomp", options={...})`` before the Trainer, which also takes options. Raises `ImportError` if
     accelerate is not installed.
     """
-    from accelerate.utils.dataclasses import DynamoBackend  # pyright: ignore[reportMissingImports]
+    from accelerate.utils.dataclasses import DynamoBackend  # pyright: ignore[reportMissingImports, reportMissingTypeStubs]
 
     if "ACTCOMP" not in DynamoBackend.__members__:
         member = str.__new__(DynamoBackend, "ACTCOMP")
@@ -242,8 +242,8 @@ def register_with_accelerate() -> None:
 
 def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, Mapping):
-        return (), dict(batch)
-    return (tuple(batch) if isinstance(batch, tuple | list) else (batch,)), {}
+        return (), dict(cast(Mapping[str, Any], batch))
+    return (tuple(cast(Sequence[Any], batch)) if isinstance(batch, tuple | list) else (batch,)), {}
 
 
 def _plain(model: torch.nn.Module) -> torch.nn.Module:
@@ -252,7 +252,7 @@ def _plain(model: torch.nn.Module) -> torch.nn.Module:
         if isinstance(inner := getattr(model, "_orig_mod", None), torch.nn.Module):
             model = inner
         elif isinstance(model, torch.nn.parallel.DistributedDataParallel | torch.nn.DataParallel):
-            model = model.module
+            model = module_in(model)
         else:
             return model
 

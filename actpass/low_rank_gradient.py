@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from actpass.codecs import LEARNED, PROJECTIONS, contract
 from actpass.codecs.precision import as_written
 from actpass.errors import ActpassWarning
+from actpass.torch_compat import let_load, uncompiled, vector_norm
 
 aten = torch.ops.aten
 
@@ -82,16 +83,6 @@ class _Held:
     is_zero: bool = False
 
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def _not_compiled(function: F) -> F:
-    """``function`` as Python runs it. Where it is called inside a compiled frame, Dynamo would compile what it calls, with
-    symbolic widths, which overflow in the seed's arithmetic."""
-    disabled: Any = torch.compiler.disable(function)
-    return disabled
-
-
 class LowRankGradient(torch.Tensor):
     """The gradient of a parameter of ``shape``, in factors.
 
@@ -103,7 +94,7 @@ class LowRankGradient(torch.Tensor):
     held: _Held
 
     @staticmethod
-    def __new__(cls, coefficients: torch.Tensor, basis: Basis, *, left: bool) -> LowRankGradient:
+    def __new__(cls: type[LowRankGradient], coefficients: torch.Tensor, basis: Basis, *, left: bool) -> LowRankGradient:
         *outer, rows, columns = coefficients.shape
         shape = (*outer, basis.width, columns) if left else (*outer, rows, basis.width)
         made: Any = torch.Tensor._make_wrapper_subclass
@@ -129,7 +120,7 @@ class LowRankGradient(torch.Tensor):
         """Whether it still is in its factors: an operator that had to write to all of it has made it dense."""
         return self.held.dense is None
 
-    @_not_compiled
+    @uncompiled  # in a compiled frame Dynamo would compile what it calls, with symbolic widths, which overflow in a seed
     def dense(self) -> torch.Tensor:
         """An ordinary tensor of the same numbers."""
         if self.held.dense is not None:
@@ -194,7 +185,8 @@ class LowRankGradient(torch.Tensor):
         if not isinstance(new, LowRankGradient):
             held = _Held(new.new_empty(0), self.basis, self.left, dense=new.detach())
             new = self._of(held, new.dtype, new.device)
-        torch.Tensor.data.__set__(self, new)  # pyright: ignore[reportAttributeAccessIssue]
+        data: Any = torch.Tensor.data
+        data.__set__(self, new)
         self.held = new.held
 
     def __repr__(self, **_: Any) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -208,12 +200,13 @@ class LowRankGradient(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if not self.is_factored:
-            return self.dense().__reduce_ex__(protocol)
+            dense: Any = self.dense()
+            return dense.__reduce_ex__(protocol)
         b = self.basis
         return _rebuilt, (self.coefficients, (b.projection, b.width, b.rank, b.key, b.draw, b.unbiased, b.state), self.left)
 
     @classmethod
-    @_not_compiled
+    @uncompiled
     def __torch_dispatch__(  # pyright: ignore[reportIncompatibleMethodOverride]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -230,7 +223,7 @@ def _rebuilt(coefficients: torch.Tensor, basis: tuple[Any, ...], left: bool) -> 
     return LowRankGradient(coefficients, Basis(*basis), left=left)
 
 
-torch.serialization.add_safe_globals([_rebuilt])  # a momentum that is one, in an optimizer's state
+let_load(_rebuilt)  # a momentum that is one, in an optimizer's state
 
 
 def _densely(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -250,8 +243,11 @@ def _densely(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return found
 
     args, kwargs = pytree.tree_map(dense, (args, kwargs))
-    result = func(*args, **kwargs)
-    return pytree.tree_map(lambda x: back.get(id(x), x), result)
+
+    def as_given(x: Any) -> Any:
+        return back.get(id(x), x)
+
+    return pytree.tree_map(as_given, func(*args, **kwargs))
 
 
 def _kept(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -380,7 +376,7 @@ def _norm(func: Any, x: LowRankGradient, order: float = 2, dim: Any = None, keep
 
 @_handles(aten._foreach_norm.Scalar)
 def _foreach_norm(func: Any, xs: Sequence[torch.Tensor], order: float = 2, dtype: Any = None) -> Any:
-    return [torch.linalg.vector_norm(x, order, dtype=dtype) for x in xs]
+    return [vector_norm(x, order, dtype=dtype) for x in xs]
 
 
 @_handles(aten._foreach_zero_.default)

@@ -221,8 +221,14 @@ def carry_out(source: RegionPlan, state: RegionState | None = None, passes: Sequ
     told of its loss matter."""
     region, choice = source.region, source.choice
     if state is None:
-        given = {"joint": region.joint, "joint_inputs": region.joint_inputs, "kwargs": region.kwargs, "config": region.config}
-        state = RegionState(**given, default=region.default, finding=region.finding)
+        state = RegionState(
+            joint=region.joint,
+            joint_inputs=region.joint_inputs,
+            kwargs=region.kwargs,
+            config=region.config,
+            default=region.default,
+            finding=region.finding,
+        )
     start = replace(state, source=source, constraints=choice.constraints, exact=choice.cut)
     done = run_passes([p for p in CARRY_OUT if p in passes], start)
     return replace(done, cut=done.cut or done.exact, plan=_whole(done.plan, region, choice.constraints))

@@ -13,7 +13,7 @@ import difflib
 import hashlib
 import secrets
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from functools import cache
@@ -77,7 +77,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return {name: self._owners[name] for name in self if self._owners[name].partition(".")[0] != _OWN}
 
     @contextmanager
-    def temporary(self) -> Iterator[None]:
+    def temporary(self) -> Generator[None, None, None]:
         """Forget at the end what was registered inside. Entry points are read anew inside, and again behind it."""
         values, owners = dict(self._values), dict(self._owners)
         self._loaded = False

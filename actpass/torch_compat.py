@@ -5,6 +5,8 @@ What each name is for stands beside it, so that a torch upgrade is one file to r
 """
 
 # pyright: reportPrivateImportUsage=false, reportPrivateUsage=false
+# Much of torch has no types: this file says them, for the whole package.
+# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
 from __future__ import annotations
 
 import contextlib
@@ -13,22 +15,22 @@ import inspect
 import os
 import traceback
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 import sympy  # what torch's symbolic sizes are made of
 import torch
 import torch._dynamo as dynamo  # explain(): a fresh compile that leaves the user's own alone
-import torch._functorch.config as functorch_config  # `ban_recompute_materialized_backward`, `activation_memory_budget`
-import torch._inductor.config as inductor_config  # `custom_partitioner_fn`, the keyed way into the joint graph
+import torch._functorch.config as _functorch_config  # `ban_recompute_materialized_backward`, `activation_memory_budget`
+import torch._inductor.config as _inductor_config  # `custom_partitioner_fn`, the keyed way into the joint graph
 from torch._C._dynamo.eval_frame import reset_code  # compile a region again, under another plan, and no other
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list  # whether a code has as many graphs as Dynamo makes
 from torch._dynamo.exc import RestartAnalysis  # Dynamo's control flow: no error of a backend
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX  # names of the code behind a graph break
 from torch._dynamo.source import ConstantSource  # a state input that Dynamo never saw needs a source
 from torch._dynamo.symbolic_convert import tls as _tls  # which code is being compiled
-from torch._functorch.compile_utils import fx_graph_cse as _fx_graph_cse  # q/k/v each carry an own cast of one tensor
+from torch._functorch import compile_utils as _compile_utils  # `fx_graph_cse`: q/k/v each carry an own cast of one tensor
 from torch._functorch.partitioners import (
     get_default_op_list,  # which operators the min-cut may recompute, and which are views
     min_cut_rematerialization_partition,  # the cut itself; used, never forked
@@ -52,20 +54,13 @@ from torch._inductor.utils import (
 from torch._logging._internal import trace_structured  # artifacts that tlparse shows
 from torch._ops import HigherOrderOperator, OpOverload  # an operator's namespace tells torch's own from a user's
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx._lazy_graph_module import _make_graph_module as make_graph_module  # Python code only where it is run
+from torch.fx._lazy_graph_module import _make_graph_module  # Python code only where it is run
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext, StrictMinMaxConstraint
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.parallel.distributed import _find_tensors as find_tensors  # where DDP looks for tensors in an output
+from torch.nn.parallel import distributed as _distributed  # `_find_tensors`: where DDP looks for tensors in an output
+from torch.utils import checkpoint
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wrapper  # a tensor that is made of others
 from torch.utils._sympy.value_ranges import ValueRanges
-
-try:  # ranks compare plans through the process group's store (2.11 to 2.13); a torch without distributed has none
-    from torch.distributed.distributed_c10d import _get_default_store as get_default_store
-except ImportError:
-
-    def get_default_store() -> Any:
-        raise RuntimeError("this torch was built without torch.distributed: there is no process group")
-
 
 try:
     from torch._inductor.custom_graph_pass import CustomKnapsackSolver  # pyright: ignore[reportAssignmentType]
@@ -89,15 +84,21 @@ __all__ = [
     "RestartAnalysis",
     "Sizes",
     "active_ddp",
+    "arguments_of",
     "auto_functionalized",
     "averages_otherwise",
+    "checkpointed",
+    "cholesky_ex",
     "compile_fx",
     "current_code",
     "current_frame",
     "detect_fake_mode",
     "dynamo",
+    "eigh",
     "fake_input",
+    "fake_of",
     "find_tensors",
+    "forked_rng",
     "functorch_config",
     "fusion_gate",
     "fusion_gate_growth",
@@ -106,6 +107,7 @@ __all__ = [
     "get_default_op_list",
     "get_default_store",
     "has_all_graphs",
+    "has_fixed_shape",
     "in_backward",
     "inductor_cache_dir",
     "inductor_config",
@@ -116,12 +118,17 @@ __all__ = [
     "is_piece_of_ddp",
     "is_tangent_input",
     "is_wrapper",
+    "let_load",
     "list_mode_options",
     "make_graph_module",
     "merge_duplicates",
     "min_cut_rematerialization_partition",
+    "module_in",
     "needs_fallback_due_to_atomic_add_limitations",
+    "pinv",
     "plain_input_index",
+    "process_group",
+    "qr",
     "queue_after_backward",
     "rename",
     "reset_code",
@@ -130,15 +137,28 @@ __all__ = [
     "select_decomp_table",
     "size_hint",
     "sizes_as_planned",
+    "solve_triangular",
+    "split",
     "stand_ins",
+    "storage_key",
     "symbol_of",
     "tag_activation_checkpoint",
     "take_out_of_buckets",
+    "to_list",
     "torch_is_tested",
     "trace_structured",
+    "uncompiled",
+    "unflatten",
+    "vector_norm",
     "went_through_inductor",
     "written_input",
 ]
+
+# each builds itself when it is imported: what is in it, no type says
+functorch_config: Any = _functorch_config
+inductor_config: Any = _inductor_config
+P = ParamSpec("P")
+R = TypeVar("R")
 
 TESTED_TORCH = ("2.11", "2.15")
 """First and last torch minor version that the tests ran on."""
@@ -160,9 +180,10 @@ def torch_is_tested(version: str = torch.__version__) -> bool:
 def merge_duplicates(graph: torch.fx.Graph, apart: Callable[[torch.fx.Node], bool]) -> torch.fx.Graph:
     """``graph`` with one node in place of several that compute the same. apart: a node is merged with its like alone (from
     2.14 on; before, there is no such choice, and the partitioner merges as much)."""
-    if "extra_node_key" in inspect.signature(_fx_graph_cse).parameters:
-        return _fx_graph_cse(graph, extra_node_key=apart)
-    return _fx_graph_cse(graph)
+    cse = cast(Any, _compile_utils.fx_graph_cse)
+    if "extra_node_key" in inspect.signature(cse).parameters:
+        return cse(graph, extra_node_key=apart)
+    return cse(graph)
 
 
 def current_frame() -> int | None:
@@ -221,6 +242,11 @@ def rename(node: torch.fx.Node, name: str) -> None:
     node._rename(name)
 
 
+def make_graph_module(root: torch.nn.Module, graph: torch.fx.Graph) -> torch.fx.GraphModule:
+    """``graph`` as a module with the submodules of ``root``."""
+    return _make_graph_module(root, graph)
+
+
 def keep_names(copy: torch.fx.Graph, graph: torch.fx.Graph) -> None:
     """Let nodes that are inserted in ``copy`` get the names that they would get in ``graph``, of which it is a copy."""
     names, like = copy._graph_namespace, graph._graph_namespace
@@ -260,7 +286,8 @@ def fake_input(mode: FakeTensorMode, real: torch.Tensor, source: Any, *, most: i
     bounds Inductor's kernels on CUDA would guard on it, and Dynamo knows no input that this length is of.)"""
     if most is None:
         return mode.from_tensor(real, static_shapes=True)
-    context = StatelessSymbolicContext(
+    symbolic = cast(Any, StatelessSymbolicContext)
+    context = symbolic(
         dynamic_sizes=[DimDynamic.DYNAMIC] * real.dim(),
         constraint_sizes=[StrictMinMaxConstraint(warn_only=False, vr=ValueRanges(2, most))] * real.dim(),
     )
@@ -273,7 +300,7 @@ _planned_sizes: ContextVar[Sizes] = ContextVar("actpass_planned_sizes", default=
 
 
 @contextlib.contextmanager
-def sizes_as_planned(sizes: Sizes) -> Iterator[None]:
+def sizes_as_planned(sizes: Sizes) -> Generator[None, None, None]:
     """`size_hint` takes symbols for ``sizes`` inside, in place of what was traced."""
     token = _planned_sizes.set(sizes)
     try:
@@ -343,9 +370,33 @@ def fusion_gate_limit() -> Callable[[int], int] | None:
     return lambda peak: peak + int(min(most * 2**30, part * peak))
 
 
+def get_default_store() -> Any:
+    """The process group's, through which ranks compare plans (2.11 to 2.15)."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
+
+
+def find_tensors(output: Any) -> Iterable[torch.Tensor]:
+    """Where DDP looks for tensors in what a forward returned."""
+    return cast(Any, _distributed._find_tensors)(output)
+
+
 def active_ddp() -> DistributedDataParallel | None:
     """The DDP whose forward is running."""
     return DistributedDataParallel._get_active_ddp_module()
+
+
+def module_in(parallel: Any) -> torch.nn.Module:
+    """What DDP or DataParallel wraps."""
+    return parallel.module
+
+
+def process_group(ddp: DistributedDataParallel) -> Any:
+    """Of the ranks that average."""
+    group = cast(Any, ddp.process_group)
+    assert group is not None
+    return group
 
 
 def queue_after_backward(function: Callable[[], None]) -> None:
@@ -386,7 +437,7 @@ def is_joined(ddp: DistributedDataParallel) -> bool:
     return ddp._join_config.enable
 
 
-def take_out_of_buckets(ddp: DistributedDataParallel, names: Iterable[str]) -> None:
+def take_out_of_buckets(ddp: Any, names: Iterable[str]) -> None:
     """Build the reducer of ``ddp`` again, without the parameters ``names``, from the calls by which DDP makes it when it is
     unpickled. Communication hooks are registered again, and so is that the caller finalizes the backward (2.15). Checked in the
     source of 2.11, 2.13 and 2.15."""
@@ -395,18 +446,103 @@ def take_out_of_buckets(ddp: DistributedDataParallel, names: Iterable[str]) -> N
     }  # DDP's name of a root's own begins with a dot
     for name, parameter in ddp.module.named_parameters(remove_duplicate=False):
         if name in ddp.parameters_to_ignore:
-            parameter._ddp_ignored = True  # pyright: ignore[reportAttributeAccessIssue]
+            parameter._ddp_ignored = True
     parameters, sparse = ddp._build_params_for_reducer()
     ddp._ddp_init_helper(parameters, sparse, ddp._build_debug_param_to_name_mapping(parameters), ddp.static_graph)
     ddp._has_rebuilt_buckets = False
     if getattr(ddp, "require_manual_backward_finalization", False):
-        ddp.require_manual_backward_finalization = True  # pyright: ignore[reportArgumentType]: a property of 2.15
+        ddp.require_manual_backward_finalization = True  # a property of 2.15
     if ddp.static_graph:
         ddp._static_graph_delay_allreduce_enqueued = False
         ddp.reducer._set_static_graph()
-        ddp.logger._set_static_graph()  # pyright: ignore[reportOptionalMemberAccess]
+        ddp.logger._set_static_graph()
     for hook, state in ddp._comm_hooks:
-        torch.distributed._register_comm_hook(ddp.reducer, state, hook)
+        cast(Any, torch.distributed._register_comm_hook)(ddp.reducer, state, hook)
+
+
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """The same for all tensors that share ``storage``, while it lives."""
+    return storage._cdata
+
+
+def arguments_of(operator: Any) -> Sequence[torch.Argument]:
+    """The arguments in the schema of ``operator``, an `OpOverload`."""
+    return operator._schema.arguments
+
+
+def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
+    """``function`` as Python runs it: Dynamo compiles neither it nor what it calls."""
+    return cast(Any, torch.compiler.disable)(function)
+
+
+def fake_of(operator: torch.library.CustomOpDef) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """``operator.register_fake``."""
+    return cast(Any, operator.register_fake)
+
+
+def let_load(function: Callable[..., Any]) -> None:
+    """Let ``torch.load(weights_only=True)`` call ``function``."""
+    torch.serialization.add_safe_globals([function])
+
+
+def checkpointed(function: Callable[..., Any], *args: Any) -> Any:
+    """`torch.utils.checkpoint.checkpoint`, not reentrant."""
+    return cast(Any, checkpoint.checkpoint)(function, *args, use_reentrant=False)
+
+
+def forked_rng(devices: Sequence[int] | None = None) -> contextlib.AbstractContextManager[None]:
+    """`torch.random.fork_rng`: random state is put back at the end. devices: CUDA's; None: all."""
+    return cast(Any, torch.random.fork_rng)(devices)
+
+
+def unflatten(x: torch.Tensor, axis: int, sizes: tuple[int, ...]) -> torch.Tensor:
+    return cast(torch.Tensor, x.unflatten(axis, sizes))
+
+
+def split(x: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    """``x`` in parts of ``sizes`` along its first axis."""
+    return cast(tuple[torch.Tensor, ...], x.split(sizes))
+
+
+def has_fixed_shape(x: torch.Tensor) -> bool:
+    """Whether no size of ``x`` is symbolic."""
+    return all(isinstance(s, int) for s in cast(Sequence[Any], x.shape))
+
+
+def to_list(x: torch.Tensor) -> list[Any]:
+    """`torch.Tensor.tolist` of a tensor with an axis at least."""
+    return cast(list[Any], x.tolist())
+
+
+_linalg: Any = torch.linalg  # has no types at all
+
+
+def eigh(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues and eigenvectors."""
+    return _linalg.eigh(x)
+
+
+def qr(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return _linalg.qr(x)
+
+
+def cholesky_ex(x: torch.Tensor, *, upper: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factor, and for each matrix 0 if it has one."""
+    return _linalg.cholesky_ex(x, upper=upper)
+
+
+def solve_triangular(a: torch.Tensor, b: torch.Tensor, *, upper: bool, left: bool) -> torch.Tensor:
+    return _linalg.solve_triangular(a, b, upper=upper, left=left)
+
+
+def pinv(x: torch.Tensor) -> torch.Tensor:
+    return _linalg.pinv(x)
+
+
+def vector_norm(
+    x: torch.Tensor, order: float = 2, *, dim: int | None = None, keepdim: bool = False, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    return _linalg.vector_norm(x, order, dim, keepdim, dtype=dtype)
 
 
 def records_dir() -> str:

@@ -11,7 +11,7 @@ from torch import fx
 from actpass.analysis.linearity import consumers
 from actpass.ir.joint_graph import is_view, rule_of, value
 from actpass.ir.op_queries import is_cast, is_matmul, is_pointwise
-from actpass.ir.op_rules import rule
+from actpass.ir.op_rules import OP_RULES
 from actpass.plan import RECOMPUTED_SCORE, SCORE, Role
 from actpass.torch_compat import OpOverload, size_hint
 
@@ -138,8 +138,8 @@ def _is_formed_again(statistic: Any) -> bool:
 def opaque_users(tensor: fx.Node | None) -> set[str]:
     """Operators that read ``tensor``, through views and casts, and are neither torch's own nor have a row."""
     targets = [user.target for user, _ in consumers(tensor)] if tensor is not None else []
-    overloads = [t for t in targets if isinstance(t, OpOverload)]
-    return {str(t) for t in overloads if t.namespace not in _TORCH_NAMESPACES and not rule(t).known}
+    overloads: list[OpOverload[..., Any]] = [t for t in targets if isinstance(t, OpOverload)]
+    return {str(t) for t in overloads if t.namespace not in _TORCH_NAMESPACES and str(t) not in OP_RULES}
 
 
 def _is_fragile(user: fx.Node, node: fx.Node) -> bool:
@@ -174,7 +174,7 @@ def _is_negated(node: fx.Node) -> bool:
 
 def _pointwise_below(tensor: fx.Node) -> set[fx.Node]:
     """All that is computed of ``tensor`` by pointwise operators alone."""
-    todo, found = [tensor], set()
+    todo, found = [tensor], set[fx.Node]()
     while todo:
         new = [u for u in todo.pop().users if is_pointwise(u) and u not in found]
         found.update(new)

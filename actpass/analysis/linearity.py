@@ -8,12 +8,11 @@ unbiased gradient (arXiv 2605.01255: compression is safe on linear operators and
 
 from __future__ import annotations
 
-import functools
 import itertools
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import fx
 
@@ -99,7 +98,7 @@ def _degree(node: fx.Node, degree_one: Mapping[fx.Node, int]) -> tuple[int, int]
         if isinstance(argument, fx.Node):
             return degree_one.get(argument, 0)
         if isinstance(argument, list | tuple):
-            return _union(map(of, argument))
+            return _union(map(of, cast(Sequence[Any], argument)))
         return 0
 
     args = node.args
@@ -118,4 +117,7 @@ def _degree(node: fx.Node, degree_one: Mapping[fx.Node, int]) -> tuple[int, int]
 
 
 def _union(sets: Iterable[int]) -> int:
-    return functools.reduce(operator.or_, sets, 0)
+    union = 0
+    for members in sets:
+        union |= members
+    return union

@@ -15,7 +15,7 @@ from torch import fx
 from actpass.ir.joint_graph import Joint, is_view, rule_of, tensor_bytes, value
 from actpass.ir.op_cost import attention_flops, matmul_flops
 from actpass.ir.op_queries import is_attention, is_matmul, is_pointwise, is_reduction
-from actpass.torch_compat import OpOverload, size_hint
+from actpass.torch_compat import OpOverload, arguments_of, size_hint
 
 aten = torch.ops.aten
 
@@ -170,7 +170,7 @@ def _is_repeatable(node: fx.Node) -> bool:
     target: Any = node.target
     if not isinstance(target, OpOverload):
         return False
-    for i, argument in enumerate(target._schema.arguments):
+    for i, argument in enumerate(arguments_of(target)):
         if argument.name == "dropout_p":
             given = node.args[i] if i < len(node.args) else node.kwargs.get("dropout_p", argument.default_value)
             return isinstance(given, int | float) and given == 0

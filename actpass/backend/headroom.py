@@ -36,7 +36,7 @@ def headrooms(gm: fx.GraphModule, example_inputs: Sequence[Any], *, again: bool)
         for node, e in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True)
         if isinstance(e, torch.Tensor) and not isinstance(e, torch.nn.Parameter)
     ]
-    found = []
+    found: list[Headroom] = []
     for sizes in (grown, [(a + b) // 2 for a, b in zip(grown, traced, strict=True)], traced):
         planned = tuple((name, n) for (name, _, _), n in zip(symbols, sizes, strict=True))
         with sizes_as_planned(planned):

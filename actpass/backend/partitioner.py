@@ -110,7 +110,7 @@ class Partitioner(CustomPartitionerFn):
     donated: bool = field(default_factory=lambda: functorch_config.donated_buffer)
     """Inductor's graph cache does not key on it: a backward that overwrites what it read would be found again after the
     user turned donation off for `retain_graph=True`, and its second run would give wrong gradients (torch 2.13)."""
-    done: list[Compiled] = field(default_factory=list, init=False, repr=False, compare=False)
+    done: list[Compiled] = field(default_factory=list[Compiled], init=False, repr=False, compare=False)
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any

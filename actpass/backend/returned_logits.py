@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -25,7 +25,16 @@ from actpass.ir.graph_inputs import GraphInputs, is_written
 from actpass.ir.traversal import ancestors, descendants
 from actpass.passes.chunked_loss import LEAST_SHARE
 from actpass.runtime.deferred_logits import Way
-from actpass.torch_compat import FakeTensor, FakeTensorMode, HigherOrderOperator, gathered, returns_to_a_graph_break, size_hint
+from actpass.torch_compat import (
+    FakeTensor,
+    FakeTensorMode,
+    HigherOrderOperator,
+    gathered,
+    has_fixed_shape,
+    returns_to_a_graph_break,
+    size_hint,
+    storage_key,
+)
 
 _LEAST_RATIO = 2
 """Of logits to their hidden state, in elements: the chunked loss asks for more than this of their widths."""
@@ -158,11 +167,11 @@ class _Reader:
         if LEAST_SHARE * _nbytes(found.logits) < _SAVED_AT_LEAST * sum(made.values()):
             raise GraphUnsupported("they do not weigh beside what else is saved")
         for node in found.leaves:
-            kind = type(self.examples[node])
+            kind = cast(type[Any], type(self.examples[node]))
             if kind not in (torch.Tensor, torch.nn.Parameter, FakeTensor):
                 raise GraphUnsupported(f"{node.name}, which they are made of, is a {kind.__name__}")
         around = [n for n in (*found.sources, *found.chain) if _fake(n) is not None]
-        if not all(isinstance(s, int) for n in around for s in _made(n).shape):
+        if not all(has_fixed_shape(_made(n)) for n in around):
             raise GraphUnsupported("their shape is symbolic")
         shown = {_storage(n) for n in around}
         written = [n for n in self.gm.graph.nodes if _storage(n) in shown and is_written(n)]
@@ -201,7 +210,7 @@ class _Reader:
 
     def _function(self, found: _Found) -> fx.GraphModule:
         """The chain as a function of its sources, within the modes (autocast, no_grad) that it ran in."""
-        graph, env, chain = fx.Graph(), {}, set(found.chain)
+        graph, env, chain = fx.Graph(), dict[fx.Node, fx.Node](), set(found.chain)
         for i, node in enumerate(found.sources):
             env[node] = graph.placeholder(f"source_{i}")
         for node in self.gm.graph.nodes:
@@ -253,7 +262,7 @@ def _made(node: fx.Node) -> torch.Tensor:
 
 def _storage(node: fx.Node) -> int | None:
     made = _fake(node)
-    return made.untyped_storage()._cdata if made is not None else None
+    return storage_key(made.untyped_storage()) if made is not None else None
 
 
 def _nbytes(node: fx.Node) -> int:

@@ -73,7 +73,8 @@ class RegionRequest:
     def of(cls, gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, **more: Any) -> RegionRequest:
         """For the graph as Dynamo gives it."""
         inputs, device = GraphInputs.of(gm, example_inputs), device_of(example_inputs)
-        return cls(gm=gm, example_inputs=example_inputs, config=config, **{"inputs": inputs, "device": device, **more})
+        given: dict[str, Any] = {"inputs": inputs, "device": device, **more}
+        return cls(gm=gm, example_inputs=example_inputs, config=config, **given)
 
 
 def with_state(request: RegionRequest) -> RegionRequest:
@@ -99,7 +100,7 @@ def append_state(
     clone, _ = copy_module(gm)
     mode = detect_fake_mode([n.meta.get("example_value") for n in gm.graph.nodes] + list(example_inputs))
     placeholders = clone.graph.find_nodes(op="placeholder")
-    last, own = (placeholders[-1] if placeholders else None), []
+    last, own = (placeholders[-1] if placeholders else None), list[torch.Tensor]()
 
     def append(name: str, real: torch.Tensor, *, most: int | None = None) -> fx.Node:
         nonlocal last

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 
-_MATMULS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # pyright: ignore[reportAttributeAccessIssue]
+_backends: Any = torch.backends
+_MATMULS: tuple[Any, ...] = (_backends.cuda.matmul, _backends.mkldnn.matmul)
 
 
 @contextmanager
-def as_written(device: torch.device) -> Iterator[None]:
+def as_written(device: torch.device) -> Generator[None, None, None]:
     """Neither autocast on ``device`` nor TF32 or bfloat16 inside a float32 matmul: the Gram matrix that such numbers make has
     no Cholesky factor, and what is stored in one precision is not found again in another."""
     rounding = [(m, m.fp32_precision) for m in _MATMULS if m.fp32_precision not in ("ieee", "none")]

@@ -22,7 +22,7 @@ from actpass.options import Config, exactly
 from actpass.reporting.report import table
 from actpass.runtime.step_counter import STEP_COUNTER
 from actpass.runtime.subspaces import STORE, Store, WithSubspaces
-from actpass.torch_compat import compile_fx, dynamo, functorch_config
+from actpass.torch_compat import compile_fx, dynamo, functorch_config, vector_norm
 
 Gradients = dict[str, torch.Tensor]
 
@@ -89,7 +89,7 @@ def audit_model(
     model: torch.nn.Module,
     batch: tuple[tuple[Any, ...], Mapping[str, Any]],
     config: Config,
-    seeds: int,
+    seeds: Any,
     optimizer: torch.optim.Optimizer | None,
     loss: Callable[[Any], torch.Tensor] | None,
 ) -> Audit:
@@ -162,7 +162,7 @@ class _Sums:
 
 def _cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     a, b = a.double().flatten(), b.double().flatten()
-    scale = float(a.norm() * b.norm())
+    scale = float(vector_norm(a) * vector_norm(b))
     return float(a @ b) / scale if scale else 1.0 if torch.equal(a, b) else 0.0
 
 
@@ -224,8 +224,16 @@ class _Step:
             if extra.sites:
                 own = Store(STORE)  # those of the training run stay as they are
                 run = WithSubspaces(fn=fn, sites=extra.sites, config=config, device=device, store=own, written=plain.written)
-                return lambda *args: run(args, [round_keys(seed, device)] * 2, STEP_COUNTER.steps)
-            return (lambda *args: fn(*args, round_keys(seed, device))) if config.needs_seed else fn
+
+                def learned(*args: Any) -> Any:
+                    return run(args, [round_keys(seed, device)] * 2, STEP_COUNTER.steps)
+
+                return learned
+
+            def seeded(*args: Any) -> Any:
+                return fn(*args, round_keys(seed, device))
+
+            return seeded if config.needs_seed else fn
 
         forward = dynamo.optimize(backend)(isolated_forward(self.model))
 
@@ -233,7 +241,8 @@ class _Step:
             nonlocal seed
             seed = step_seed(config.seed, draw)
             with torch.enable_grad(), preserve_buffers_and_rng(self.model), own_gradients(self.model):
-                self.loss(forward(*self.inputs, **self.kwargs)).backward()
+                loss: Any = self.loss(forward(*self.inputs, **self.kwargs))
+                loss.backward()
                 return {n: p.grad.detach().clone() for n, p in self.model.named_parameters() if p.grad is not None}
 
         return gradients

@@ -44,7 +44,7 @@ def calibrate_model(
 ) -> Sensitivities:
     """See `actpass.calibrate`."""
     config = replace(exactly(config), inductor_options=(*config.inductor_options, ("fallback_random", True)))
-    state = optimizer.state if optimizer is not None else {}
+    state: Mapping[Any, Mapping[str, Any]] = optimizer.state if optimizer is not None else {}
     regions: list[_Region] = []
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any], **_: Any) -> Any:
@@ -55,11 +55,16 @@ def calibrate_model(
             compiled, fn = run_passes(request, compile_fx, inner_compile=region.inner_compile)
         region.compiled = compiled
         regions.append(region)
-        return (lambda *args: fn(*args, round_keys(0, request.device))) if config.needs_seed else fn
+
+        def seeded(*args: Any) -> Any:
+            return fn(*args, round_keys(0, request.device))
+
+        return seeded if config.needs_seed else fn
 
     model = getattr(model, "_orig_mod", model)
     with torch.enable_grad(), preserve_buffers_and_rng(model), own_gradients(model):
-        loss(dynamo.optimize(backend)(isolated_forward(model))(*inputs, **kwargs)).backward()
+        value: Any = loss(dynamo.optimize(backend)(isolated_forward(model))(*inputs, **kwargs))
+        value.backward()
     rows = tuple(row for region in regions for row in region.rows())
     if not rows:
         raise OptionError("nothing of this model is saved in a form that could be coarser: there is nothing to calibrate.")
@@ -88,7 +93,7 @@ class _Region:
 
     def rows(self) -> list[Sensitivity]:
         """The mean over the calls."""
-        rows = []
+        rows: list[Sensitivity] = []
         for (module, node), measured in self.found.items():
             errors = {form: sum(e[form] for e, _ in measured) / len(measured) for form in measured[0][0]}
             rows.append(Sensitivity(module, node, tuple(errors.items()), sum(factor for _, factor in measured) / len(measured)))
@@ -163,13 +168,13 @@ class _Gradients:
     def of(
         cls, outputs: Sequence[Any], joint: Joint, inputs: Sequence[Any], state: Mapping[Any, Mapping[str, Any]]
     ) -> _Gradients:
-        kept = []
+        kept: list[_Sample] = []
         for position, (primal, gradient) in enumerate(zip(joint.primals, outputs, strict=False)):
             if not isinstance(gradient, torch.Tensor) or not gradient.is_floating_point():
                 continue
             index = plain_input_index(primal.meta.get("desc"))
             parameter = inputs[index] if index is not None and index < len(inputs) else None
-            own = state.get(parameter, {}) if isinstance(parameter, torch.nn.Parameter) else {}
+            own: Mapping[str, Any] = state.get(parameter, {}) if isinstance(parameter, torch.nn.Parameter) else {}
             second = None if "basis_draw" in own else own.get("exp_avg_sq")  # of a low-rank gradient: of its coefficients
             kept.append(_sample(position, gradient, second))
         return cls(tuple(kept))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx
+
+from actpass.torch_compat import forked_rng
 
 
 def interpret(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[[list[Any]], Any]:
@@ -23,10 +25,10 @@ def interpret(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Ca
 
 
 @contextmanager
-def preserve_buffers_and_rng(model: torch.nn.Module) -> Iterator[None]:
+def preserve_buffers_and_rng(model: torch.nn.Module) -> Generator[None, None, None]:
     """Put buffers (running statistics) and random state back as they were."""
     before = {name: b.detach().clone() for name, b in model.named_buffers()}
-    with torch.random.fork_rng(enabled=True):
+    with forked_rng():
         yield
     with torch.no_grad():
         for name, buffer in model.named_buffers():
@@ -35,7 +37,7 @@ def preserve_buffers_and_rng(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def own_gradients(model: torch.nn.Module) -> Iterator[None]:
+def own_gradients(model: torch.nn.Module) -> Generator[None, None, None]:
     """Start without gradients, and put those back that were there."""
     before = {p: p.grad for p in model.parameters()}
     for p in before:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -163,7 +163,8 @@ def _traced(
 
 def _list_of(model: nn.Module, depth: int) -> str:
     """The path of the module list that holds the layers."""
-    found = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    modules = cast(Iterator[tuple[str, nn.Module]], model.named_modules())
+    found = [name for name, m in modules if isinstance(m, nn.ModuleList) and len(m) == depth]
     if len(found) != 1:
         raise OptionError(f"the layers are not in one list: {len(found)} lists have {depth} members ({', '.join(found)}).")
     return found[0]

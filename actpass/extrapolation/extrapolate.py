@@ -24,7 +24,7 @@ from actpass.ir.joint_graph import module_path
 from actpass.options import Config
 from actpass.passes.base import RegionState
 from actpass.pipeline import carry_out, read
-from actpass.plan import CodecSet, Plan, SavedTensor
+from actpass.plan import CodecSet, Decision, Plan, SavedTensor, Storage
 from actpass.plan.storage_options import Costs
 from actpass.plan.store import StoredBytes
 from actpass.planner.budget import Limit, PartitionPlan, Search, no_recompute_partition, sizes_in, within_peak
@@ -252,7 +252,7 @@ class FoldedRegion:
         return self._carried[key]
 
     @cached_property
-    def search(self) -> Search:
+    def search(self) -> Search[FoldedRegion]:
         return Search(self, self.free())
 
     def choose(self, limit: Limit) -> PartitionPlan:
@@ -278,7 +278,7 @@ class FoldedRegion:
 
     def _rows(self, record: Record, layer: int | None) -> tuple[SiteRow, ...]:
         """The rows of one traced layer, without what tells it from others."""
-        rows = []
+        rows: list[SiteRow] = []
         for row in record.sites:
             owner, path = self.stack.place(row.module)
             if owner == layer:
@@ -296,7 +296,7 @@ class FoldedRegion:
     ) -> Plan:
         """The plan of the deep model, with all its layers spelled out."""
         parts = [(None, rest), *enumerate(layers)]
-        decisions, storages, recompute = [], [], []
+        decisions, storages, recompute = list[Decision](), list[Storage](), list[str]()
         for layer, (choice, done, _) in parts:
             traced = None if layer is None else self.fold.traced(layer)
 

@@ -177,7 +177,7 @@ class FoldedCut:
 
     def _moments(self, unrolled: Unrolled) -> list[KernelEvent]:
         program = unrolled.program
-        found = []
+        found: list[KernelEvent] = []
         for kernel, level in zip(program.kernels, program.run(program.kernels, {}).levels, strict=True):
             left = [w for w in kernel.writes if w in program.outputs]
             gradients: Counter[int | None] = Counter()

@@ -122,7 +122,7 @@ class Sharded:
         """Above sharded parameters and optimizer state."""
         last = len(self.layers) - 1
         ends = self._ends(moments)
-        peaks = []
+        peaks: list[RankPeak] = []
         made = sharded = buffer = 0  # gradients as the graph has them; by how much those that were exchanged are smaller
         for i, moment in enumerate(moments):
             made += sum(nbytes for _, nbytes in moment.gradients)

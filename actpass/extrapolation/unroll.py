@@ -87,18 +87,22 @@ def unroll(fold: Fold, block_of: Sequence[Layered], rest: Layered, *, downwards:
     return _Unrolling(fold, downwards, block_of).run(rest)
 
 
+_Placed = tuple[tuple[int, float, int], int | None, Kernel]
+"""What kernels are sorted by, the layer, the kernel."""
+
+
 @dataclass
 class _Unrolling:
     fold: Fold
     downwards: bool
     blocks: Sequence[Layered]
-    copies: dict[tuple[int | None, Key], Copy] = field(default_factory=dict)
-    kernels: list[tuple[tuple[int, float, int], int | None, Kernel]] = field(default_factory=list)
-    nbytes: dict[Copy, int] = field(default_factory=dict)
-    believed: dict[Copy, int] = field(default_factory=dict)
-    freed: dict[Copy, None] = field(default_factory=dict)
-    outputs: set[Copy] = field(default_factory=set)
-    inlined: dict[Copy, dict[Copy, None]] = field(default_factory=dict)
+    copies: dict[tuple[int | None, Key], Copy] = field(default_factory=dict[tuple[int | None, Key], Copy])
+    kernels: list[_Placed] = field(default_factory=list[_Placed])
+    nbytes: dict[Copy, int] = field(default_factory=dict[Copy, int])
+    believed: dict[Copy, int] = field(default_factory=dict[Copy, int])
+    freed: dict[Copy, None] = field(default_factory=dict[Copy, None])
+    outputs: set[Copy] = field(default_factory=set[Copy])
+    inlined: dict[Copy, dict[Copy, None]] = field(default_factory=dict[Copy, dict[Copy, None]])
 
     def run(self, rest: Layered) -> Unrolled:
         self._add(rest, None, None)

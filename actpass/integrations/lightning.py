@@ -30,7 +30,7 @@ KEY = "actpass"
 """Of what `actpass.state_dict` returned, in a checkpoint."""
 
 
-class ActpassCallback(Callback):  # pyright: ignore[reportGeneralTypeIssues]
+class ActpassCallback(Callback):  # pyright: ignore[reportGeneralTypeIssues, reportUntypedBaseClass]
     """Saves actpass' state in every checkpoint (under the key ``actpass``) and restores it on resume, so that the resumed run
     is bitwise the run that was not stopped; prints the report behind the first optimizer step; logs saved bytes and peak.
 

@@ -68,7 +68,7 @@ class ActpassCallback(TrainerCallback, ExportableState):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = _checkpoint(args, state.global_step)
-        if not args.should_save:
+        if not cast(Any, args).should_save:
             return
         if not os.path.isdir(folder):
             warnings.warn(f"actpass: no state is saved, for there is no {folder}", ActpassWarning, stacklevel=2)
@@ -84,9 +84,9 @@ class ActpassCallback(TrainerCallback, ExportableState):
         if mine is None and self.checkpoint is None:
             warnings.warn(f"actpass: {UNKNOWN}", ActpassWarning, stacklevel=2)
             return
-        saved = mine[0] if isinstance(mine, list) else mine or {}
+        saved: dict[str, Any] = cast(list[Any], mine)[0] if isinstance(mine, list) else mine or {}
         here = _checkpoint(args, state.global_step)
-        folders = [self.checkpoint, args.resume_from_checkpoint, saved.get("folder"), here]
+        folders: list[Any] = [self.checkpoint, args.resume_from_checkpoint, saved.get("folder"), here]
         number = saved.get("attributes", {}).get("number")
         actpass.load_state_dict(kwargs["model"], _load([f for f in folders if isinstance(f, str) and f], number))
 

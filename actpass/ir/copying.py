@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import fx
 
@@ -29,7 +29,7 @@ def copy_module(gm: fx.GraphModule, *, same_names: bool = False) -> tuple[fx.Gra
     for name in _OF_DYNAMO:
         if hasattr(gm, name):
             setattr(copy, name, getattr(gm, name))
-    for old, new in mapping.items():
+    for old, new in cast(dict[Any, Any], mapping).items():
         if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source  # pyright: ignore[reportAttributeAccessIssue]
+            new._dynamo_source = old._dynamo_source
     return copy, mapping

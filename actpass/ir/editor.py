@@ -25,6 +25,7 @@ from actpass.torch_compat import (
     invoke_subgraph,
     rename,
     select_decomp_table,
+    storage_key,
 )
 
 
@@ -86,7 +87,7 @@ class GraphEditor:
         graph = self.insert("get_attr", name, (), dict(meta), after=position)
         called = (graph, name, *arguments, *sizes)
         whole = self.insert("call_function", invoke_subgraph, called, {**meta, "val": tuple(values)}, after=graph)
-        results = []
+        results: list[fx.Node] = []
         for i, val in enumerate(values):
             results.append(self.insert("call_function", operator.getitem, (whole, i), {**meta, "val": val}, after=self.latest))
         return tuple(results)
@@ -110,7 +111,7 @@ class GraphEditor:
 
     def views(self, view: fx.Node, x: fx.Node, new: fx.Node) -> fx.Node:
         """Insert the chain of views that leads from ``x`` to ``view``, again from ``new``."""
-        chain = []
+        chain: list[fx.Node] = []
         while view is not x:
             chain.append(view)
             view = view.all_input_nodes[0]
@@ -233,7 +234,7 @@ def _apart(results: Sequence[torch.Tensor], given: Sequence[Any]) -> tuple[torch
 
 
 def _memory(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return storage_key(tensor.untyped_storage())
 
 
 def _fresh(x: torch.Tensor) -> torch.Tensor:

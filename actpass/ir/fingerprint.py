@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -33,7 +33,7 @@ def plain_inputs(joint: Joint) -> tuple[tuple[str, str], ...]:
 def _line(node: fx.Node, path: str, own: frozenset[fx.Node]) -> str:
     target: Any = node.target
     named = isinstance(target, str | OpOverload)
-    operator = str(target) if named else getattr(target, "__name__", type(target).__name__)
+    operator = str(node.target) if named else getattr(target, "__name__", type(target).__name__)
     return " ".join((node.name, node.op, operator, *_arguments(node, own), _value(node.meta.get("val")), path))
 
 
@@ -50,5 +50,5 @@ def _value(val: Any) -> str:
     if isinstance(val, torch.Tensor):
         return f"{str(val.dtype).removeprefix('torch.')}[{', '.join(map(str, val.shape))}]"
     if isinstance(val, tuple | list):
-        return " ".join(map(_value, val))
+        return " ".join(map(_value, cast(Sequence[Any], val)))
     return str(val)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import fx
 
@@ -74,8 +74,8 @@ def _inlined(gm: fx.GraphModule, paths: Paths, first: dict[int, list[str | None]
 
 def _inline(gm: fx.GraphModule, call: fx.Node, paths: Paths, first: dict[int, list[str | None]]) -> None:
     """Put the body of the region that ``call`` calls in its place."""
-    attribute, _, *operands = call.args
-    region = getattr(gm, str(attribute.target))  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+    attribute, _, *operands = cast(Sequence[Any], call.args)
+    region = getattr(gm, str(attribute.target))
     given = [paths.get(o) if isinstance(o, fx.Node) else None for o in operands]
     moved = _moved(first.setdefault(id(region), given), given)
     environment: dict[fx.Node, Any] = dict(zip(region.graph.find_nodes(op="placeholder"), operands, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -187,7 +188,7 @@ def tensor_bytes(node: fx.Node) -> int:
 
 def module_path(node: fx.Node) -> str:
     """The deepest module whose forward made ``node`` (or, for a backward node, whose backward it belongs to)."""
-    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    stack: Mapping[Any, Any] = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
     entries = list(stack.values())
     return clean_path(entries[-1][0]) if entries else ""
 

@@ -217,8 +217,8 @@ _SCALED = tuple(
 )
 _UNSCALED = ("_flash_attention", "_efficient_attention", "_cudnn_attention")
 _FUSED = (*_SCALED, *(f"{n}_backward" for n in _SCALED), *(f"{n}_{way}" for n in _UNSCALED for way in ("forward", "backward")))
-_TABLE |= {operator: _attention(operator) for operator in _overloads(_FUSED)}
-_TABLE |= {operator: OpRule(matmul=Matmul(grouped=True)) for operator in _overloads(["_grouped_mm"])}
+_TABLE.update((operator, _attention(operator)) for operator in _overloads(_FUSED))
+_TABLE.update((operator, OpRule(matmul=Matmul(grouped=True))) for operator in _overloads(["_grouped_mm"]))
 _TABLE[torch.ops.higher_order.flex_attention] = OpRule(attention=Attention(0, 1, 2))
 _TABLE[torch.ops.higher_order.flex_attention_backward] = OpRule(attention=Attention(0, 1, 2, logsumexp=4))
 

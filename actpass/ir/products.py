@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from actpass.torch_compat import auto_functionalized
+from actpass.torch_compat import auto_functionalized, fake_of
 
 
 @torch.library.custom_op("actpass::add_product_", mutates_args=("total",))
@@ -21,7 +21,7 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
     total.addmm_(left.t(), right)
 
 
-@add_product_.register_fake
+@fake_of(add_product_)
 def _(total: Tensor, left: Tensor, right: Tensor) -> None:
     return None
 
@@ -32,7 +32,7 @@ def behind(result: Tensor, sums: list[Tensor]) -> Tensor:
     return result.clone()
 
 
-@behind.register_fake
+@fake_of(behind)
 def _(result: Tensor, sums: list[Tensor]) -> Tensor:
     return torch.empty_like(result)
 

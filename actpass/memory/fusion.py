@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -214,7 +214,7 @@ class Gate:
         """The peak while the groups of ``region`` run from step ``start`` on, and the live bytes before each of ``steps`` steps
         and behind the last. joint: groups that run as one, as the first of both."""
         group, known = self.fusion.group, self.step
-        peak, before = level, []
+        peak, before = level, list[int]()
         for g in region:
             both = joint if joint is not None and g == joint[0] else (g,)
             made = [w for k in both for w in self.made[k]]
@@ -277,6 +277,7 @@ def is_on_cpu(kernel: Kernel) -> bool:
 
 def _first_result(kernel: Kernel) -> torch.Tensor | None:
     """Of several, as of `var_mean`, the first."""
-    val = kernel.node.meta.get("val")
-    val = val[0] if isinstance(val, tuple | list) and val else val
+    val: Any = kernel.node.meta.get("val")
+    if isinstance(val, tuple | list) and val:
+        val = cast(Sequence[Any], val)[0]
     return val if isinstance(val, torch.Tensor) else None

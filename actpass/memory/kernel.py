@@ -18,13 +18,13 @@ class Kernel:
     position: int
     loops: tuple[int, int] | None
     scratch: int = 0
-    writes: list[Any] = field(default_factory=list)
-    reads: list[Any] = field(default_factory=list)
-    members: list[Any] = field(default_factory=list)
+    writes: list[Any] = field(default_factory=list[Any])
+    reads: list[Any] = field(default_factory=list[Any])
+    members: list[Any] = field(default_factory=list[Any])
     size: int = 0
     unwritten: int = 0
     nested: bool = False
-    zeroed: list[Any] = field(default_factory=list)
+    zeroed: list[Any] = field(default_factory=list[Any])
 
     @property
     def needs(self) -> int:

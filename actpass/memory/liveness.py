@@ -127,7 +127,8 @@ class Program:
 
     def timeline(self) -> Timeline:
         """Of the orders that Inductor considers, the one that it takes."""
-        orders = [(self.kernels, {}), _least_memory_first(self), _depth_first(self)]
+        as_traced: tuple[list[Kernel], dict[Any, int]] = (self.kernels, {})
+        orders = [as_traced, _least_memory_first(self), _depth_first(self)]
         return self.run(*min(orders, key=lambda order: max(self.believed_steps(*order), default=0)))
 
     def _taken(self, kernel: Kernel, dead: Sequence[Any]) -> dict[Any, Any]:
@@ -138,7 +139,7 @@ class Program:
             return {}
         written = set(kernel.writes)
         inner = {m for m in kernel.members if m not in written}
-        mortal = (set() if kernel.nested else inner) | {n for n in dead if n not in written and n in self.owned}
+        mortal = (set[Any]() if kernel.nested else inner) | {n for n in dead if n not in written and n in self.owned}
         sources: dict[Any, set[Any]] = {}  # of a member: itself and all members that it is computed from
         for m in kernel.members:
             sources[m] = {m}.union(*(sources.get(r, ()) for r in self.inlined[m]))
@@ -177,7 +178,7 @@ class Program:
         self, order: Sequence[Kernel], inputs: Mapping[Any, int], needs: Mapping[Kernel, int], deaths: list[list[Any]]
     ) -> list[int]:
         """Live bytes while each kernel runs, if nothing is taken over and what is dead is freed at once."""
-        level, steps = sum(inputs.values()), []
+        level, steps = sum(inputs.values()), list[int]()
         size = {**{w: self.bytes[w] for k in order for w in k.writes}, **inputs}
         for kernel, dead in zip(order, deaths, strict=True):
             steps.append(level + needs[kernel])

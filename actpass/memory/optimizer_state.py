@@ -74,7 +74,7 @@ def local(tensor: Any) -> torch.Tensor:
 def state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     """Those beside the parameters on their devices. What an optimizer keeps on the CPU for parameters elsewhere takes none of
     that device's memory."""
-    found = []
+    found: list[torch.Tensor] = []
     for p in stepped_by(optimizer):
         leaves = pytree.tree_leaves(optimizer.state[p]) if p in optimizer.state else ()
         found += [t for t in leaves if isinstance(t, torch.Tensor) and t.device.type == p.device.type]

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from actpass.low_rank_gradient import numbers_of
 from actpass.memory import optimizer_state as optimizers
-from actpass.torch_compat import FakeTensor, active_ddp, is_bucketed, is_wrapper
+from actpass.torch_compat import FakeTensor, active_ddp, is_bucketed, is_wrapper, storage_key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +148,7 @@ def storages(tensor: torch.Tensor) -> Iterator[tuple[int, int]]:
             yield from storages(getattr(tensor, name))
     else:
         storage = tensor.untyped_storage()
-        yield storage._cdata, storage.nbytes()
+        yield storage_key(storage), storage.nbytes()
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:

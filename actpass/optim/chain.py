@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +14,7 @@ from actpass.codecs.precision import as_written
 from actpass.errors import ActpassWarning
 from actpass.low_rank_gradient import Basis, LowRankGradient
 from actpass.optim.transforms import MOMENTS, MOMENTUM, SECOND_MOMENT, Place, Ratio, State, Transform, Update, forget
+from actpass.torch_compat import uncompiled
 
 _BASIS = ("basis_draw", "basis_method", "basis_rank", "basis_unbiased", "basis_width", "basis_left", "basis_subspace")
 _RESTLESS = 10
@@ -45,7 +46,8 @@ class ComposedOptimizer(torch.optim.Optimizer):
         unknown = [name for name in options if name not in known]
         if unknown:
             raise ValueError(f"unknown option {unknown[0]!r}. Known: lr, weight_decay, {', '.join(known)}.")
-        self._bases: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of the last step; the state has it to be saved
+        # of the last step; the state has it to be saved
+        self._bases: MutableMapping[torch.Tensor, Basis] = WeakIdKeyDictionary()
         self._redrawn = 0  # steps in a row with another random basis each
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **known, **options})
         for group in self.param_groups:
@@ -81,7 +83,7 @@ class ComposedOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
-    @torch.compiler.disable  # Dynamo 2.13 mixes up the states of parameters behind a graph break
+    @uncompiled  # Dynamo 2.13 mixes up the states of parameters behind a graph break
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One update of every parameter that has a gradient; returns what ``closure`` returned."""
@@ -203,7 +205,7 @@ def _begin_anew(state: State) -> None:
 
 def _names(group: dict[str, Any]) -> list[str | None]:
     """One for each parameter; torch lets a user move parameters to another group without their names."""
-    names = group.get("param_names") or []
+    names: list[str | None] = group.get("param_names") or []
     if len(names) == len(group["params"]):
         return names
     if names and group.get("momentum") == "auto":

@@ -16,6 +16,7 @@ from actpass.codecs import contract
 from actpass.codecs.generator import normals, round_keys
 from actpass.codecs.projections.orthonormal import orthonormal
 from actpass.low_rank_gradient import Basis
+from actpass.torch_compat import pinv, qr, vector_norm
 
 State = dict[str, Any]
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_left", "momentum_right", "error")
@@ -159,7 +160,7 @@ class PartialMomentum:
                 state["exp_avg_sq"] = torch.zeros_like(gradient)
             return state["exp_avg_sq"].mul_(beta).addcmul_(gradient, gradient, value=1 - beta)
         dim = -2 if at.left else -1
-        mean = torch.linalg.vector_norm(gradient, dim=dim, keepdim=True).square_().div_(gradient.shape[dim])
+        mean = vector_norm(gradient, dim=dim, keepdim=True).square_().div_(gradient.shape[dim])
         return state.setdefault("exp_avg_sq", torch.zeros_like(mean)).lerp_(mean, 1 - beta)
 
     def _low_rank(self, gradient: torch.Tensor, state: State, at: Place, beta: float, seen: int) -> torch.Tensor:
@@ -176,10 +177,10 @@ class PartialMomentum:
         y = torch.addmm(gradient.to(wide), left, right.t(), beta=1 - beta, alpha=beta)
         tiny = torch.finfo(torch.float32).tiny
         through = y @ right
-        turned = (y.t() @ through.div_(torch.linalg.vector_norm(y, float("inf")).clamp_min(tiny))).double()
+        turned = (y.t() @ through.div_(vector_norm(y, float("inf")).clamp_min(tiny))).double()
         # a part of the old directions keeps those that y has nothing of: the basis never loses rank
-        turned += (1e-6 * turned.norm() + tiny) * right
-        turned /= turned.norm(dim=0)
+        turned += (1e-6 * vector_norm(turned) + tiny) * right
+        turned /= vector_norm(turned, dim=0)
         right = orthonormal(turned).to(wide).contiguous()
         left = y @ right
         state["momentum_left"], state["momentum_right"] = left.to(given), right.to(given)
@@ -259,7 +260,7 @@ class CarryMoments:
             if at.left:
                 left = overlap.t() @ left
             else:  # orthonormal again, whatever the overlap took of it
-                right, triangle = torch.linalg.qr(overlap.t() @ right)
+                right, triangle = qr(overlap.t() @ right)
                 left = left @ triangle.t()
             state["momentum_left"], state["momentum_right"] = left.to(gradient.dtype), right.to(gradient.dtype).contiguous()
         v, m = state["exp_avg_sq"], state.get("exp_avg")
@@ -308,7 +309,7 @@ class ErrorFeedback:
         moved = self.moved(gradient, state, at)
         if whole is not None:
             p = at.basis.matrix()
-            inverse = torch.linalg.pinv(p).to(gradient.dtype)  # (R, N); a basis may have columns that depend on others
+            inverse = pinv(p).to(gradient.dtype)  # (R, N); a basis may have columns that depend on others
             p = p.to(gradient.dtype)
             state["exp_avg"] = inverse @ whole if at.left else whole @ inverse.t()
             state["error"] = whole - contract(state["exp_avg"], p, left=at.left)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from actpass.codecs import ALL_PROJECTIONS, LEARNED, PROJECTIONS, QUANTIZERS
 from actpass.errors import OptionError, PlanError
@@ -99,7 +99,7 @@ def _plan(name: str, value: Any) -> ModelPlan | None:
     if value is None or isinstance(value, ModelPlan):
         return value
     if isinstance(value, str | os.PathLike):
-        return ModelPlan.load(value)
+        return ModelPlan.load(cast(str | os.PathLike[str], value))
     raise PlanError(f"{name}={value!r} is no plan. Allowed: actpass.report(model).plan, or the path of a file that it saved.")
 
 
@@ -246,7 +246,8 @@ def _overrides(value: Any, base: TensorOptions) -> tuple[tuple[str, TensorOption
             f"module_overrides={value!r} is not a mapping. Allowed: {{'module.path.pattern': 'save' | a codec, projection or "
             "policy | {'projection': ..., 'rank': ...}}."
         )
-    return tuple((str(pattern), _override(pattern, v, base)) for pattern, v in value.items())
+    overrides = cast(Mapping[Any, Any], value)
+    return tuple((str(pattern), _override(pattern, v, base)) for pattern, v in overrides.items())
 
 
 def _override(pattern: Any, value: Any, base: TensorOptions) -> TensorOptions:
@@ -259,13 +260,13 @@ def _override(pattern: Any, value: Any, base: TensorOptions) -> TensorOptions:
             _one_of("override", value, (SAVE, *_policies(), *QUANTIZERS, *ALL_PROJECTIONS), where)
         value = {str(kind): value}
     if isinstance(value, Mapping):
-        return replace(_tensor_options(value, base, where), forced=True)
+        return replace(_tensor_options(cast(Mapping[str, Any], value), base, where), forced=True)
     raise OptionError(
         f"{value!r}{where} is not usable. Allowed: 'save', the name of a codec, a projection or a policy, or a dict of options."
     )
 
 
-def _integer(minimum: int, maximum: int):
+def _integer(minimum: int, maximum: int) -> Callable[[str, Any], int]:
     def check(name: str, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
             raise OptionError(f"{name}={value!r} is not usable. Allowed: an int in [{minimum}, {maximum}].")
@@ -274,8 +275,11 @@ def _integer(minimum: int, maximum: int):
     return check
 
 
-def _choice(*allowed: str):
-    return lambda name, value: _one_of(name, value, allowed, "")
+def _choice(*allowed: str) -> Callable[[str, Any], str]:
+    def check(name: str, value: Any) -> str:
+        return _one_of(name, value, allowed, "")
+
+    return check
 
 
 def _boolean(name: str, value: Any) -> bool:
@@ -307,7 +311,7 @@ def _mode(name: str, value: Any) -> str | None:
 def _inductor_options(name: str, value: Any) -> tuple[tuple[str, Any], ...]:
     if not isinstance(value, Mapping):
         raise OptionError(f"{name}={value!r} is not a mapping. Allowed: Inductor's own options, e.g. {{'cpp_wrapper': True}}.")
-    return tuple(sorted(value.items()))
+    return tuple(sorted(cast(Mapping[str, Any], value).items()))
 
 
 _TENSOR_OPTIONS = (

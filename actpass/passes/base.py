@@ -18,6 +18,9 @@ from actpass.plan import Decision, Plan, SavedTensor, Storage
 NOTHING_FOUND, NOTHING_PLANNED = WeightGradientMatmuls((), ()), Plan()
 INDUCTORS_OWN = PartitionConstraints(recompute_materialized=False)
 
+Lift = tuple[fx.Node, WeightGradientMatmul, Decision]
+"""The factor that is lifted, the weight gradient, and what was decided on it."""
+
 
 class PlanSource(Protocol):
     """Who decides, pass by pass: a search, or a plan that is given. is_given: all that it says must be possible."""
@@ -134,11 +137,11 @@ class RegionState:
     cut: PartitionedGraph | None = None
     uncoded: PartitionedGraph | None = None
     plan: Plan = NOTHING_PLANNED
-    decoded: Mapping[str, SavedTensor] = field(default_factory=dict)
+    decoded: Mapping[str, SavedTensor] = field(default_factory=dict[str, SavedTensor])
     inserted: frozenset[fx.Node] = frozenset()
-    payloads: Mapping[Decision, str] = field(default_factory=dict)
+    payloads: Mapping[Decision, str] = field(default_factory=dict[Decision, str])
     sketches: frozenset[fx.Node] = frozenset()
-    lifts: Mapping[fx.Node, tuple[fx.Node, WeightGradientMatmul, Decision]] = field(default_factory=dict)
+    lifts: Mapping[fx.Node, Lift] = field(default_factory=dict[fx.Node, Lift])
     notes: tuple[str, ...] = ()
     off: tuple[str, ...] = ()
     stages: tuple[Stage, ...] = ()

@@ -35,7 +35,7 @@ class Boundary:
     def send(self, crossing: Sequence[str], nodes: Sequence[fx.Node], free: fx.Node | None = None) -> list[fx.Node]:
         """Let ``nodes`` of the forward cross in place of the views ``crossing`` of one tensor; returns what arrives. free: an
         input of the region, which costs no memory."""
-        first, arrived = self.behind[crossing[0]], []
+        first, arrived = self.behind[crossing[0]], list[fx.Node]()
         meta = {k: v for k, v in first.meta.items() if k not in ("val", "tensor_meta")}
         for node in nodes:
             with self.backward.graph.inserting_before(first):

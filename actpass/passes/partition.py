@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -170,7 +170,7 @@ def _take_from_behind(forward: fx.GraphModule) -> None:
 
 
 @contextmanager
-def _region_budget(gm: fx.GraphModule, constraints: PartitionConstraints, patch: dict[str, Any]) -> Iterator[None]:
+def _region_budget(gm: fx.GraphModule, constraints: PartitionConstraints, patch: dict[str, Any]) -> Generator[None, None, None]:
     """While this lasts, a budget that the user's code gives (`torch.autograd.graph.region_activation_memory_budget`) stands in
     ``patch`` in place of the nodes' annotations: upstream asks that every node of the forward have one, those too that were
     inserted here, and takes it for more than what a plan says. Inductor's own cut reads them as they are, and checks them.
@@ -207,7 +207,8 @@ def _draws(node: fx.Node) -> bool:
 def _is_foreign(node: fx.Node) -> bool:
     """Whether ``node`` is an operator that is not torch's own: what it costs and whether a second run gives the same is not
     known. Where something runs again upstream would run all of them again."""
-    return isinstance(node.target, OpOverload) and not builtin_name(node) and not node.target.namespace.startswith("_c10d")
+    target: Any = node.target
+    return isinstance(target, OpOverload) and not builtin_name(node) and not target.namespace.startswith("_c10d")
 
 
 def _recompute_parameter_casts(joint: Joint) -> None:

@@ -16,7 +16,7 @@ from actpass.ir.copying import copy_module
 from actpass.ir.editor import GraphEditor
 from actpass.ir.joint_graph import Joint, rule_of, value
 from actpass.ir.traversal import ancestors
-from actpass.passes.base import RegionState
+from actpass.passes.base import Lift, RegionState
 from actpass.passes.bases import Bases, Sketches, subspaces_of
 from actpass.plan import Decision, Plan
 
@@ -64,8 +64,8 @@ class ProjectWeightGradients:
 class _Projecting:
     joint: Joint
     state: RegionState
-    payloads: dict[Decision, str] = field(default_factory=dict)
-    lifts: dict[fx.Node, tuple[fx.Node, WeightGradientMatmul, Decision]] = field(default_factory=dict)
+    payloads: dict[Decision, str] = field(default_factory=dict[Decision, str])
+    lifts: dict[fx.Node, Lift] = field(default_factory=dict[fx.Node, Lift])
 
     def __post_init__(self) -> None:
         self.editor = GraphEditor(self.joint.gm)

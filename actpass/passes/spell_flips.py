@@ -27,7 +27,8 @@ class SpellFlips(GraphPass):
         editor = GraphEditor(gm)
         for node in gm.graph.find_nodes(op="call_function", target=torch.ops.prims.rev.default):
             x: Any = node.args[0]
-            lengths = {d: value(x).shape[d] for d in node.args[1]}  # pyright: ignore[reportGeneralTypeIssues]
+            axes: Any = node.args[1]
+            lengths: dict[int, Any] = {d: value(x).shape[d] for d in axes}
             if all(isinstance(n, int) for n in lengths.values()):
                 new = editor.splice(_reading_backwards(lengths), [x], after=node, like=node)
                 if value(new).stride() == value(node).stride():

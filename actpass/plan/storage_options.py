@@ -45,7 +45,7 @@ class Costs:
     step_flops: int
     elements: int
     codecs: CodecSet
-    measured: Mapping[str, Sensitivity] = field(default_factory=dict)
+    measured: Mapping[str, Sensitivity] = field(default_factory=dict[str, Sensitivity])
 
     def of_time(self, flops: float) -> int:
         return round(UNIT * flops / max(self.step_flops, 1))
@@ -122,7 +122,7 @@ def storage_options(
             found.append((Option(nbytes, costs.of_time(t.of_factors_flops)), (RECOMPUTE,), t.of_factors))
         return found if found or recompute else [stored(t, SAVE)]
 
-    found = []
+    found: list[StorageOptions] = []
     for members in groups.values():
         choices = _product(forms(t, inexact=t.role not in ("score", "output")) for t in members)
         output = next((t for t in members if t.role == "output"), None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from actpass.codecs import ALL_PROJECTIONS, QUANTIZERS
 from actpass.errors import PlanError
@@ -23,7 +23,7 @@ Check = Callable[[str, Any], Any]
 def parse(text: str, source: str) -> tuple[tuple[Plan, ...], str]:
     """The regions of a plan file, and the hash that stands in it. source: where ``text`` is from, for errors."""
     try:
-        data = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_without_duplicates)
+        data: Any = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_without_duplicates)
     except ValueError as error:
         raise PlanError(
             f"{source} is not a plan: not JSON, {error}. Save one with actpass.report(model).plan.save(path)."
@@ -32,23 +32,24 @@ def parse(text: str, source: str) -> tuple[tuple[Plan, ...], str]:
         raise PlanError(
             f"{source} is not a plan: it has no schema_version. Save one with actpass.report(model).plan.save(path)."
         )
-    version = data.pop("schema_version")
-    if version != SCHEMA_VERSION or isinstance(version, bool):
+    fields = cast(dict[str, Any], data)
+    version = fields.pop("schema_version")
+    if version != SCHEMA_VERSION:
         raise PlanError(
             f"{source}: schema_version is {version!r}. Allowed: {SCHEMA_VERSION} (the fields of older files "
             "have other names). Make the plan anew with this actpass."
         )
     try:
-        fields = _record(_FILE)("", data)
+        checked = _record(_FILE)("", fields)
     except PlanError as error:
         raise PlanError(f"{source}: {error}") from None
-    return fields["regions"], fields["hash"]
+    return checked["regions"], checked["hash"]
 
 
 def region(where: str, value: Any) -> Plan:
     """One region from plain data, `Plan.to_dict` without its version. Older files lack ``peak_growth``."""
     if isinstance(value, Mapping):
-        value = {"peak_growth": None, **value}
+        value = {"peak_growth": None, **cast(Mapping[str, Any], value)}
     return Plan(**_record(_REGION)(where, value))
 
 
@@ -114,7 +115,7 @@ def _tuple_of(check: Check) -> Check:
     def check_all(where: str, value: Any) -> tuple[Any, ...]:
         if not isinstance(value, list):
             raise _error(where, value, "a list")
-        return tuple(check(f"{where}[{i}]", item) for i, item in enumerate(value))
+        return tuple(check(f"{where}[{i}]", item) for i, item in enumerate(cast(list[Any], value)))
 
     return check_all
 
@@ -130,7 +131,7 @@ def _distinct(where: str, value: Any) -> tuple[str, ...]:
 def _pairs(where: str, value: Any) -> tuple[tuple[str, str], ...]:
     if not isinstance(value, Mapping):
         raise _error(where, value, "an object of strings")
-    return tuple((name, _text(f"{where}.{name}", text)) for name, text in value.items())
+    return tuple((name, _text(f"{where}.{name}", text)) for name, text in cast(Mapping[str, Any], value).items())
 
 
 def _record(fields: Mapping[str, Check]) -> Callable[[str, Any], dict[str, Any]]:
@@ -140,14 +141,15 @@ def _record(fields: Mapping[str, Check]) -> Callable[[str, Any], dict[str, Any]]
         what, prefix = where or "the plan", f"{where}." if where else ""
         if not isinstance(value, Mapping):
             raise _error(what, value, "an object")
-        missing, unknown = [f for f in fields if f not in value], [f for f in value if f not in fields]
+        given = cast(Mapping[str, Any], value)
+        missing, unknown = [f for f in fields if f not in given], [f for f in given if f not in fields]
         if missing:
             raise PlanError(f"{what} lacks the field {missing[0]!r}. It must have: {', '.join(fields)}.")
         if unknown:
             near = difflib.get_close_matches(unknown[0], fields, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise PlanError(f"{what} has an unknown field {unknown[0]!r}.{hint} Allowed: {', '.join(fields)}.")
-        return {name: check_field(f"{prefix}{name}", value[name]) for name, check_field in fields.items()}
+        return {name: check_field(f"{prefix}{name}", given[name]) for name, check_field in fields.items()}
 
     return check
 

@@ -275,7 +275,7 @@ def _decision(c: Candidate, d: Decision | None, siblings: list[Decision | None],
 def decide_decoded(plan: Plan, tensors: Sequence[SavedTensor], owners: Mapping[str, str]) -> tuple[Decision, ...]:
     """The decisions of ``plan`` on ``tensors`` that are decoded from their projections. owners: as `find_owners` has them.
     Raises `PlanError`."""
-    by_node, decided = {t.node: t for t in tensors}, []
+    by_node, decided = {t.node: t for t in tensors}, list[Decision]()
     for d in plan.decoded:
         t = by_node.get(d.site)
         if t is None or d.site not in owners:

@@ -7,20 +7,27 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 from actpass.errors import GraphUnsupported
 from actpass.ir.copying import copy_module
 from actpass.ir.graph_inputs import is_computed
 from actpass.memory.memory_curve import Curve, thin
 from actpass.reporting import Record
-from actpass.torch_compat import FakeTensor, FakeTensorMode, HigherOrderOperator, size_hint, tag_activation_checkpoint
+from actpass.torch_compat import (
+    FakeTensor,
+    FakeTensorMode,
+    HigherOrderOperator,
+    checkpointed,
+    size_hint,
+    storage_key,
+    tag_activation_checkpoint,
+)
 
 
 def run_eager(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Curve:
@@ -104,12 +111,12 @@ class _LiveBytes(TorchDispatchMode):
     counted."""
 
     def __init__(self, resident: Sequence[Any]) -> None:
-        super().__init__()
+        cast(Any, super()).__init__()
         self.level = 0
         self._levels: list[int] = []
         self._alive: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
         self._resident = [t.untyped_storage() for t in resident if isinstance(t, torch.Tensor)]
-        self._never = {s._cdata for s in self._resident}
+        self._never = {storage_key(s) for s in self._resident}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -120,7 +127,7 @@ class _LiveBytes(TorchDispatchMode):
         return result
 
     def _note(self, storage: torch.UntypedStorage) -> None:
-        key, nbytes = storage._cdata, storage.nbytes()
+        key, nbytes = storage_key(storage), storage.nbytes()
         if key in self._alive or key in self._never:
             return
         self._alive[key] = weakref.ref(storage, lambda _: self._forget(key)), nbytes
@@ -161,4 +168,4 @@ def _as_eager_runs_it(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _checkpoint(function: Callable[..., Any], *args: Any, **_: Any) -> Any:
-    return checkpoint(function, *args, use_reentrant=False)
+    return checkpointed(function, *args)

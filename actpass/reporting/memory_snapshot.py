@@ -41,7 +41,7 @@ def _run(heap: _Heap, call: int, region: Curves, below: int, *, backward: bool) 
     where = f"{'backward' if backward else 'forward'} of region {call}"
     for (a, b), level in zip(stretches(count), (region.plan.backward if backward else region.plan.forward), strict=True):
         steps = range(first + a, first + b)
-        listed, now = [], heap.nbytes
+        listed, now = list[int](), heap.nbytes
         for step in steps:
             now += sum(t.nbytes for t in starts.get(step, {}).values()) - sum(t.nbytes for t in ends.get(step, {}).values())
             listed.append(now)

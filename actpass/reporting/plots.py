@@ -85,9 +85,13 @@ def draw_pareto(path: Path, step: Tradeoff) -> None:
     """Saved bytes against error and against time into ``path``, and its numbers beside it."""
     figure = _figure()
     by_error, by_time = figure.subplots(1, 2, sharey=True)
+
+    def time_percent(p: Point) -> float:
+        return _time_percent(p, step)
+
     for axes, of, label in (
         (by_error, _error_percent, "predicted relative error of the gradients, %"),
-        (by_time, lambda p: _time_percent(p, step), "predicted extra time, % of a step's FLOPs"),
+        (by_time, time_percent, "predicted extra time, % of a step's FLOPs"),
     ):
         _points(
             axes, step.stock, of, "o-", color=_COLORS["Inductor"], label="Inductor, activation_memory_budget 1.0, 0.9 … 0.0"

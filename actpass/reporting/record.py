@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -30,6 +30,8 @@ from actpass.plan.multi_region import OperatingPoint
 from actpass.plan.pareto import Point, Tradeoff
 from actpass.reporting.peak_breakdown import curves_of
 from actpass.torch_compat import Sizes, size_hint
+
+T = TypeVar("T")
 
 SCHEMA_VERSION = 8
 
@@ -132,13 +134,12 @@ class Record:
             raise ValueError(f"record schema {version!r} is not {SCHEMA_VERSION}")
         fields = {k: v for k, v in data.items() if k != "schema_version"}
         fields["sites"] = tuple(
-            SiteRow(
-                **{
-                    **s,
-                    "shape": tuple(s["shape"]),
-                    "parameters": tuple(s["parameters"]),
-                    "uses": tuple(Use(**u) for u in s["uses"]),
-                }
+            _read(
+                SiteRow,
+                s,
+                shape=tuple(s["shape"]),
+                parameters=tuple(s["parameters"]),
+                uses=tuple(Use(**u) for u in s["uses"]),
             )
             for s in fields["sites"]
         )
@@ -146,7 +147,7 @@ class Record:
         fields["rejected"] = tuple(tuple(x) for x in fields["rejected"])
         fields["notes"] = tuple(fields["notes"])
         fields["sizes"] = tuple(tuple(x) for x in fields["sizes"])
-        fields["levels"] = tuple(OperatingPoint(**{**x, "footprint": Footprint(**x["footprint"])}) for x in fields["levels"])
+        fields["levels"] = tuple(_read(OperatingPoint, x, footprint=Footprint(**x["footprint"])) for x in fields["levels"])
         for name in ("footprint", "footprint_default"):
             fields[name] = Footprint(**fields[name]) if fields[name] is not None else None
         fields["parameters"] = tuple((path, tuple(shape)) for path, shape in fields["parameters"])
@@ -155,17 +156,22 @@ class Record:
         return cls(**fields)
 
 
+def _read(kind: Callable[..., T], data: Mapping[str, Any], **fields: Any) -> T:
+    """``kind`` of ``data``, with ``fields`` in place of what JSON has of them."""
+    return kind(**{**data, **fields})
+
+
 def _curves_from(data: dict[str, Any] | None) -> Curves | None:
     if data is None:
         return None
     found: dict[str, Any] = {}
     for name in ("plan", "default", "eager"):
         d = data[name]
-        found[name] = Curve(**{**d, "forward": tuple(d["forward"]), "backward": tuple(d["backward"])}) if d else None
+        found[name] = _read(Curve, d, forward=tuple(d["forward"]), backward=tuple(d["backward"])) if d else None
     for name in ("at_forward_peak", "at_backward_peak"):
         found[name] = tuple(Held(**h) for h in data[name])
     lives = data["lifetimes"]
-    found["lifetimes"] = Lifetimes(**{**lives, "tensors": tuple(Lifetime(**t) for t in lives["tensors"])})
+    found["lifetimes"] = _read(Lifetimes, lives, tensors=tuple(Lifetime(**t) for t in lives["tensors"]))
     return Curves(**found)
 
 
@@ -173,7 +179,7 @@ def _tradeoff_from(data: dict[str, Any] | None) -> Tradeoff | None:
     if data is None:
         return None
     points = {name: tuple(Point(**p) for p in data[name]) for name in ("stock", "ours")}
-    return Tradeoff(**{**data, **points, "chosen": Point(**data["chosen"])})
+    return _read(Tradeoff, data, **points, chosen=Point(**data["chosen"]))
 
 
 def describe(whole: Joint, joint: Joint, done: RegionState) -> Record:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from typing import Any, NamedTuple, cast
 from weakref import WeakSet
 
 import torch
@@ -28,8 +28,11 @@ from actpass.torch_compat import (
     find_tensors,
     is_bucketed,
     is_joined,
+    module_in,
+    process_group,
     queue_after_backward,
     take_out_of_buckets,
+    uncompiled,
 )
 
 _BUCKET_BYTES = 25 * 2**20
@@ -61,10 +64,10 @@ def reduce_low_rank(ddp: nn.Module) -> None:
         return
     if other := averages_otherwise(ddp):
         raise ValueError(f"the coefficients of low-rank gradients can't be averaged under DDP with {other}.")
-    parameters = dict(_matrices(ddp.module))
-    take_out_of_buckets(ddp, [n for n, p in _named(ddp.module) if any(p is q for q in parameters.values())])
-    assert ddp.process_group is not None
-    hook: Any = torch.compiler.disable(_Reduction(parameters, ddp.process_group).after_forward)
+    module, group = module_in(ddp), process_group(ddp)
+    parameters = dict(_matrices(module))
+    take_out_of_buckets(ddp, [n for n, p in _named(module) if any(p is q for q in parameters.values())])
+    hook: Any = uncompiled(_Reduction(parameters, group).after_forward)
     ddp.register_forward_hook(hook)
     _reduced.add(ddp)
     _bucketed.discard(ddp)
@@ -149,7 +152,7 @@ class _Reduction:
             self.awaited = True
             for tensor in find_tensors(output):
                 if tensor.requires_grad:
-                    tensor.register_hook(self._begin)
+                    cast(Any, tensor).register_hook(self._begin)
 
     def _begin(self, _: torch.Tensor) -> None:
         if self.awaited:
@@ -231,7 +234,7 @@ def _take_part(parameter: nn.Parameter, facts: _Facts) -> None:
     parameter.grad = zeros if parameter.grad is None else parameter.grad.add_(zeros)
 
 
-_fingerprints: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_fingerprints: MutableMapping[torch.Tensor, int] = WeakIdKeyDictionary()
 
 
 def _fingerprint(state: torch.Tensor) -> int:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -119,7 +119,7 @@ def _laid_out(x: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
 
 
 @contextmanager
-def _as_traced(device: torch.device) -> Iterator[None]:
+def _as_traced(device: torch.device) -> Generator[None, None, None]:
     """Run a traced graph: its casts are its own, and what it makes may be saved for a backward."""
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
@@ -233,14 +233,19 @@ class DeferredLogits(torch.Tensor):
 
     @staticmethod
     def __new__(
-        cls, of: _Value, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device
+        cls: type[DeferredLogits],
+        of: _Value,
+        shape: Sequence[int],
+        strides: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> DeferredLogits:
         made: Any = torch.Tensor._make_wrapper_subclass
         tensor = made(cls, tuple(shape), strides=tuple(strides), dtype=dtype, device=device)
         tensor._of = of
         return tensor
 
-    def __init__(self, *_: Any) -> None: ...
+    def __init__(self, *_: Any, **__: Any) -> None: ...
 
     @property
     def is_read(self) -> bool:
@@ -293,7 +298,8 @@ class DeferredLogits(torch.Tensor):
         return repr(_ordinary(self))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.read.detach().requires_grad_(self.requires_grad).__reduce_ex__(protocol)
+        read: Any = self.read.detach().requires_grad_(self.requires_grad)
+        return read.__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         return copy.deepcopy(_ordinary(self), memo)

@@ -40,7 +40,7 @@ def factors_of(plan: Mapping[str, Any], paths: Sequence[str | None]) -> tuple[Fa
     """Those of a plan (as its `to_dict` has it). paths: of the region's inputs."""
     projected = [d for d in plan["decisions"] if d["rank"] is not None]
     learned = [d for d in projected if d["projection"] in LEARNED]
-    found = []
+    found: list[Factor] = []
     for g in plan["low_rank_gradients"]:
         d = next(d for d in projected if d["site"] == g["site"] and g["parameter"] in d["parameters"] and d["matmuls"])
         state = learned.index(d) if d in learned else None
@@ -120,7 +120,7 @@ def with_coefficients(
             note_buckets(ddp)
         step, state = STEP_COUNTER.steps, args[count:]
         bases: dict[Any, Basis] = {}
-        places = []
+        places: list[Any] = []
         for f in factors:
             at = 0 if f.state is None else 1
             draw = step_seed(config.seed, config.draw_at(step) if f.state is None else config.learned_draw_at(step))

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from actpass.errors import ActpassWarning, PlanError
 from actpass.reporting import Record
-from actpass.torch_compat import get_default_store
+from actpass.torch_compat import get_default_store, split
 
 _compiled: Counter[str] = Counter()
 """How often each graph was compiled under a process group; the n-th time is compared with the others' n-th time. Never reset: a
@@ -49,7 +49,7 @@ def summed(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup | None = No
         return list(tensors)
     together = torch.cat([t.flatten() for t in tensors])
     dist.all_reduce(together, group=group)
-    return [part.view_as(t) for part, t in zip(together.split([t.numel() for t in tensors]), tensors, strict=True)]
+    return [part.view_as(t) for part, t in zip(split(together, [t.numel() for t in tensors]), tensors, strict=True)]
 
 
 def _difference(record: Record, first: str, mine: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 log = logging.getLogger("actpass")
@@ -31,7 +31,7 @@ def show_progress() -> None:
 
 
 @contextmanager
-def compiling() -> Iterator[None]:
+def compiling() -> Generator[None, None, None]:
     """Around all that is done for one region."""
     global _now
     _now = number, start = next(_numbers), time.perf_counter()

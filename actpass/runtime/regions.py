@@ -23,7 +23,7 @@ from actpass.options import Config
 from actpass.planner.budget import PeakBudget
 from actpass.reporting import Record
 from actpass.runtime import replan as steps
-from actpass.torch_compat import has_all_graphs, reset_code
+from actpass.torch_compat import has_all_graphs, reset_code, uncompiled
 
 
 @dataclass(eq=False)
@@ -45,7 +45,9 @@ class Region:
     positions: tuple[int, ...]
     frame: int | None = None
     called: int = 0
-    parameters: weakref.WeakValueDictionary[int, torch.Tensor] = field(default_factory=weakref.WeakValueDictionary)
+    parameters: weakref.WeakValueDictionary[int, torch.Tensor] = field(
+        default_factory=weakref.WeakValueDictionary[int, torch.Tensor]
+    )
     follows: Region | None = None
     code: types.CodeType | None = None
     shapes: str = ""
@@ -160,8 +162,8 @@ _seen: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDi
 def watch() -> None:
     """See every torch optimizer step (once a process)."""
     if not _hooks:
-        before: Any = torch.compiler.disable(_before_step)  # of a step that is compiled, too
-        after: Any = torch.compiler.disable(_after_step)
+        before: Any = uncompiled(_before_step)  # of a step that is compiled, too
+        after: Any = uncompiled(_after_step)
         _hooks.extend((register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)))
 
 

@@ -53,8 +53,12 @@ STEP_COUNTER = StepCounter()
 _hook: Any = None
 
 
+def _after_step(*_: Any) -> None:
+    STEP_COUNTER.advance()
+
+
 def start() -> None:
     """Let every torch optimizer's step advance the clock (once a process; a region that draws asks for it)."""
     global _hook
     if _hook is None:
-        _hook = register_optimizer_step_post_hook(lambda *_: STEP_COUNTER.advance())
+        _hook = register_optimizer_step_post_hook(_after_step)

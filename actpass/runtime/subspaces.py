@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -33,7 +33,7 @@ from actpass.errors import StateError
 from actpass.options import Config
 from actpass.reporting.spectra import SubspaceRow
 from actpass.runtime import plan_agreement as ranks
-from actpass.torch_compat import FakeTensor, stand_ins
+from actpass.torch_compat import FakeTensor, forked_rng, stand_ins, to_list
 
 Keys = Sequence[torch.Tensor]
 """`round_keys` of the step's seed, and of that of what is random in learned bases."""
@@ -159,7 +159,7 @@ def _nudge(subspaces: Sequence[Subspace], sketches: Sequence[torch.Tensor], size
     """All of one shape, each of which has a spectrum. Where they are sorted it is known of which the factors failed (a GPU
     is waited for then), and these move by eigenvectors."""
     states, captured = approximate_step(torch.stack([s.state for s in subspaces]), torch.stack(list(sketches)), size, sort=sort)
-    failed = captured.isnan().any(1).tolist() if captured is not None else [False] * len(subspaces)
+    failed: list[bool] = to_list(captured.isnan().any(1)) if captured is not None else [False] * len(subspaces)
     for i, (subspace, sketched) in enumerate(zip(subspaces, sketches, strict=True)):
         if failed[i]:
             subspace.move(sketched)
@@ -175,7 +175,7 @@ class Store:
     has none."""
 
     def __init__(self, behind: Store | None = None) -> None:
-        self._of: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._of: MutableMapping[torch.Tensor, dict[str, Subspace]] = WeakIdKeyDictionary()
         self._behind = behind
 
     def of(self, parameter: torch.Tensor) -> dict[str, Subspace]:
@@ -234,7 +234,7 @@ class WithSubspaces:
         fresh = [not s.begun for s in held]
         devices = sorted({a.device.index for a in args if isinstance(a, torch.Tensor) and a.is_cuda})
         for i in range(_PASSES):
-            with torch.random.fork_rng(devices), torch.autograd.graph.saved_tensors_hooks(_same, _same):
+            with forked_rng(devices), torch.autograd.graph.saved_tensors_hooks(_same, _same):
                 copies = [_scratch_copy(a, written=w) for a, w in itertools.zip_longest(args, self.written, fillvalue=False)]
                 sketches = ranks.summed(self._call(copies, keys, self._points(-1 - i), held)[1])
             for subspace, sketched, new in zip(held, sketches, fresh, strict=True):
@@ -328,7 +328,7 @@ def rows(model: torch.nn.Module) -> Iterator[SubspaceRow]:
     """The subspaces of ``model``'s parameters as they stand."""
     for name, owner in owners(model).items():
         for s in STORE.of(owner).values():
-            captured = () if s.spectrum is None else tuple(s.spectrum.captured.tolist())
+            captured = () if s.spectrum is None else tuple(to_list(s.spectrum.captured))
             principal = LEARNED[s.projection].principal(s.rank)
             nbytes = s.state.numel() * s.state.element_size()
             yield SubspaceRow(name, s.projection, s.state.shape[0] - 1, s.rank, principal, s.moves, nbytes, captured)

@@ -20,6 +20,7 @@ from typing import ClassVar
 import torch
 
 from actpass.codecs.generator import normals, stream
+from actpass.torch_compat import cholesky_ex, eigh, qr, solve_triangular
 
 SPARE = 8
 """Directions beyond the rank that are iterated, too: the last ones that count converge with the gap behind the spare ones
@@ -145,7 +146,7 @@ def power_iteration_step(
     gram_KK = basis_NK.t() @ product_NK
     if not math.isfinite(energy) or energy <= 0 or not bool(torch.isfinite(gram_KK).all()):
         return state, None
-    energies_K, rotation_KK = torch.linalg.eigh((gram_KK + gram_KK.t()) / 2)
+    energies_K, rotation_KK = eigh((gram_KK + gram_KK.t()) / 2)
     energies_K, rotation_KK = energies_K.flip(0).clamp_min(0), rotation_KK.flip(1)
     basis_NK, product_NK = basis_NK @ rotation_KK, product_NK @ rotation_KK
     seen_K = energies_K > RIDGE * energies_K[0]
@@ -173,18 +174,18 @@ def approximate_step(
     ridge = RIDGE * gram_KK.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
     seen = torch.isfinite(ridge) & (ridge > 0)
     gram_KK = torch.where(seen, gram_KK + ridge * unit_KK, unit_KK)
-    factor_KK, failed = torch.linalg.cholesky_ex(gram_KK)
+    factor_KK, failed = cholesky_ex(gram_KK)
     stepped_NK = (1 - size) * basis_NK + size * (product_NK @ torch.cholesky_inverse(factor_KK).float())
     squared_KK = (stepped_NK.mT @ stepped_NK).double()
     energies_K, turn_KK = None, unit_KK
     if sort:
-        factor_KK, failed_in_turn = torch.linalg.cholesky_ex(gram_KK @ gram_KK, upper=True)
-        turn_KK = torch.linalg.solve_triangular(factor_KK, gram_KK, upper=True, left=False)
+        factor_KK, failed_in_turn = cholesky_ex(gram_KK @ gram_KK, upper=True)
+        turn_KK = solve_triangular(factor_KK, gram_KK, upper=True, left=False)
         lengths_K = turn_KK.square().sum(-2)
         energies_K = (turn_KK * (gram_KK @ turn_KK)).sum(-2) / lengths_K / sketched[..., -1, :1].double()
         squared_KK, failed = turn_KK.mT @ squared_KK @ turn_KK, failed + failed_in_turn
-    factor_KK, failed_again = torch.linalg.cholesky_ex(squared_KK, upper=True)
-    turn_KK = torch.linalg.solve_triangular(factor_KK, turn_KK.expand_as(factor_KK), upper=True, left=False)
+    factor_KK, failed_again = cholesky_ex(squared_KK, upper=True)
+    turn_KK = solve_triangular(factor_KK, turn_KK.expand_as(factor_KK), upper=True, left=False)
     moves = seen & ((failed == 0) & (failed_again == 0))[..., None, None]
     next_NK = torch.where(moves, stepped_NK @ turn_KK.float(), basis_NK)  # a matmul: faster than N solves
     energies_K = energies_K.where(moves[..., 0], torch.nan) if energies_K is not None else None
@@ -220,5 +221,5 @@ def _state(projection: LearnedProjection, basis_NK: torch.Tensor, energies_K: to
 
 def _upright(columns_NK: torch.Tensor) -> torch.Tensor:
     """Orthonormal in float64, by QR: between two steps, where a K x K factor in float32 is no saving."""
-    q_NK, r_KK = torch.linalg.qr(columns_NK)
+    q_NK, r_KK = qr(columns_NK)
     return q_NK * torch.where(r_KK.diagonal() < 0, -1.0, 1.0)

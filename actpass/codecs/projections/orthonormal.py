@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from actpass.torch_compat import cholesky_ex, qr, solve_triangular
+
 
 def orthonormal(columns_NR: torch.Tensor, within: int | None = None) -> torch.Tensor:
     """Orthonormal columns with the span of the given ones, those of QR with a positive diagonal: the first k span what the
@@ -16,7 +18,7 @@ def orthonormal(columns_NR: torch.Tensor, within: int | None = None) -> torch.Te
     """
     width, rank = columns_NR.shape
     if 2 * rank > (within or width):
-        q_NR, r_RR = torch.linalg.qr(columns_NR)
+        q_NR, r_RR = qr(columns_NR)
         diagonal_R = (r_RR * torch.eye(rank, device=columns_NR.device)).sum(0)
         return q_NR * torch.where(diagonal_R < 0, -1.0, 1.0)
     return _cholesky_qr(_cholesky_qr(columns_NR))
@@ -24,5 +26,5 @@ def orthonormal(columns_NR: torch.Tensor, within: int | None = None) -> torch.Te
 
 def _cholesky_qr(columns_NR: torch.Tensor) -> torch.Tensor:
     gram_RR = columns_NR.t() @ columns_NR
-    factor_RR, _ = torch.linalg.cholesky_ex(gram_RR, upper=True)
-    return torch.linalg.solve_triangular(factor_RR, columns_NR, upper=True, left=False)
+    factor_RR, _ = cholesky_ex(gram_RR, upper=True)
+    return solve_triangular(factor_RR, columns_NR, upper=True, left=False)

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from actpass.torch_compat import unflatten
+
 _NARROW = 512
 """Trailing axes are merged until a row has this many elements, and where sizes are known all others, too: tensors of one size
 then share one code, however they are seen (a query as (B, S, H, D), the residual stream as (B S, H D))."""
@@ -79,11 +81,11 @@ class Groups:
 
     def grouped(self, x: torch.Tensor) -> torch.Tensor:
         """(..., D) -> (..., D/G, G)."""
-        return x.unflatten(-1, (self.shape[-1] // self.group, self.group))
+        return unflatten(x, -1, (self.shape[-1] // self.group, self.group))
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
         """Grouped -> (K, ...): the elements of each byte along a new first axis."""
-        return x.unflatten(self.axis, (self.pieces, x.shape[self.axis] // self.pieces)).movedim(self.axis, 0)
+        return unflatten(x, self.axis, (self.pieces, x.shape[self.axis] // self.pieces)).movedim(self.axis, 0)
 
     def join(self, x: torch.Tensor) -> torch.Tensor:
         """(K, *packed_shape) -> (..., D)."""

@@ -9,7 +9,7 @@ from importlib.resources import files
 from actpass._format import megabytes
 from actpass.memory.footprint import Footprint
 from actpass.plan.pareto import add_up
-from actpass.reporting.html.markup import Markup, element, join
+from actpass.reporting.html.markup import Child, Markup, element, join
 from actpass.reporting.html.peak import peak_section
 from actpass.reporting.html.saved import saved_section, tensor_table
 from actpass.reporting.html.tables import bytes_cell, code_cell, long_cell, number_cell, paragraphs, section, table
@@ -181,7 +181,7 @@ def _footprint(region: Record) -> Markup | None:
 
 
 def _subspaces(rows: Sequence[SubspaceRow]) -> Markup:
-    cells = []
+    cells: list[Sequence[Child]] = []
     for name, members in folded_subspaces(rows):
         first, residual_energies = members[0], [r.tail for r in members if r.tail is not None]
         cells.append(

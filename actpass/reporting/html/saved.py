@@ -32,7 +32,7 @@ class _Sums:
     """Bytes of some tensors: under Inductor's default, and under the plan by form. count: tensors, or layers alike."""
 
     before: int = 0
-    after: dict[str, int] = field(default_factory=dict)
+    after: dict[str, int] = field(default_factory=dict[str, int])
     count: int = 0
 
     def add(self, row: SiteRow) -> None:
