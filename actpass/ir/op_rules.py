@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -229,7 +229,7 @@ OP_RULES: Registry[OpRule] = Registry("operator rule", "actpass.op_rules")
 _OP_TYPES = get_default_op_list()
 
 
-def register_op_rule(operator: OpOverload, row: OpRule, module: str) -> None:
+def register_op_rule(operator: OpOverload[..., Any], row: OpRule, module: str) -> None:
     """Say what is known of an ``operator`` that is not torch's own: it is then read by its ``row``, and what it reads or makes
     may be stored in another form. What a row claims must hold: a wrong one makes wrong gradients. module: the one that says so,
     ``__name__``, whose package is part of the compile cache's key. Raises `RegistryError` for an operator that has a row."""
@@ -238,10 +238,14 @@ def register_op_rule(operator: OpOverload, row: OpRule, module: str) -> None:
 
 def rule(operator: object) -> OpRule:
     """What is known of ``operator``: its row, and what torch says of it."""
-    row = RULES.get(operator)
-    if row is None and isinstance(operator, OpOverload) and operator.namespace not in _TORCH_NAMESPACES:
-        row = OP_RULES.get(str(operator))
-    return _completed(operator, row or UNKNOWN)
+    return _completed(operator, RULES.get(operator) or _foreign_row(operator) or UNKNOWN)
+
+
+def _foreign_row(operator: object) -> OpRule | None:
+    if not isinstance(operator, OpOverload):
+        return None
+    overload = cast("OpOverload[..., Any]", operator)
+    return OP_RULES.get(str(overload)) if overload.namespace not in _TORCH_NAMESPACES else None
 
 
 _TORCH_NAMESPACES = ("aten", "prims", "prim")

@@ -15,7 +15,7 @@ from actpass.reporting.record import SiteRow
 from actpass.reporting.rows import folded
 
 FORMS: Mapping[str, tuple[str, str]] = {
-    "keep": ("form-1", "stored as it is"),
+    "save": ("form-1", "stored as it is"),
     "quantize": ("form-2", "stored in few bits"),
     "project": ("form-3", "its projection onto fewer dimensions is stored"),
     "recompute": ("form-4", "not stored: rebuilt in the backward from what is"),
