@@ -32,8 +32,9 @@ from actpass.passes.spell_flips import SpellFlips
 from actpass.plan import Plan
 from actpass.plan.multi_region import OperatingPoint
 from actpass.planner import apply_plan as follow
-from actpass.planner.budget import PartitionPlan, PeakBudget, Region
+from actpass.planner.peak_budget import PeakBudget
 from actpass.planner.plan_source import Planner, RegionPlan, Searching
+from actpass.planner.region import PartitionPlan, Region
 from actpass.reporting.record import Record, describe, describe_fallback
 from actpass.torch_compat import fusion_gate_growth, inductor_config
 

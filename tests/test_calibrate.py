@@ -15,7 +15,7 @@ from actpass.diagnostics.calibrate import _Gradients, _rounded, _sample
 from actpass.diagnostics.explain import explain_model
 from actpass.ir.joint_graph import module_path
 from actpass.options import options_for
-from actpass.planner.budget import Region
+from actpass.planner.region import Region
 
 from . import models
 from .helpers import Grads, eager_actcomp, step

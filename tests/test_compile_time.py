@@ -21,7 +21,7 @@ from actpass.diagnostics.explain import explain_model
 from actpass.memory import liveness
 from actpass.options import options_for
 from actpass.passes import partition
-from actpass.planner import budget
+from actpass.planner import region as region_of_plan
 
 from . import models
 from .models import Block, Made
@@ -89,7 +89,7 @@ def test_upstream_cuts_twice_without_a_budget(monkeypatch: pytest.MonkeyPatch, n
     """For what Inductor saves, which the report tells, and for the plan."""
     model, inputs = _made(name)
     cuts = _count(monkeypatch, partition, "min_cut_rematerialization_partition")
-    read = _count(monkeypatch, budget, "find_saved")
+    read = _count(monkeypatch, region_of_plan, "find_saved")
     assert actpass.explain(model, **inputs, options={**options_for(method), "min_tensor_bytes": 0}).active
     assert (len(cuts), len(read)) == (2, 2)
 

@@ -20,8 +20,11 @@ from actpass.extrapolation.layer_map import TRACED, Fold
 from actpass.extrapolation.layer_names import Stack
 from actpass.memory.resident import Resident
 from actpass.pipeline import carry_out, read
-from actpass.planner.budget import PeakBudget, Region, Search, no_recompute_partition
+from actpass.planner.free_cut import no_recompute_partition
+from actpass.planner.peak_budget import PeakBudget
 from actpass.planner.plan_source import SearchedPlan
+from actpass.planner.region import Region
+from actpass.planner.storage_search import Search
 
 LAYERS = 8
 TOOLS = Path(__file__).parent.parent / "tools"

@@ -18,7 +18,8 @@ from actpass.plan.knapsack import solve
 from actpass.plan.plan import RECOMPUTE
 from actpass.plan.sensitivity import Sensitivity
 from actpass.plan.storage_options import Costs, bytes_in, storage_options
-from actpass.planner.budget import PartitionPlan, Search
+from actpass.planner.region import PartitionPlan
+from actpass.planner.storage_search import Search
 
 T, N = 64, 32
 CODECS = CodecSet(QUANTIZERS)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actpass.memory.kernel import Kernel
-from actpass.memory.liveness import Program, _depth_first, _least_memory_first, in_order
+from actpass.memory.program import Program, _depth_first, _least_memory_first, in_order
 from actpass.torch_compat import inductor_config
 
 SIZES = (4, 8, 8, 16, 64)

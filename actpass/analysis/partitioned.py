@@ -10,7 +10,8 @@ from torch import fx
 
 from actpass.analysis.linearity import Uses
 from actpass.memory.footprint import Footprint, step_peak
-from actpass.memory.liveness import Timeline, timeline
+from actpass.memory.liveness import timeline
+from actpass.memory.program import Timeline
 
 
 @dataclass(frozen=True, slots=True)

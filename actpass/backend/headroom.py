@@ -11,7 +11,7 @@ from torch import fx
 from actpass.ir.graph_inputs import GraphInputs
 from actpass.memory.resident import resident
 from actpass.options import Config
-from actpass.planner.budget import Headroom, PeakBudget
+from actpass.planner.peak_budget import Headroom, PeakBudget
 from actpass.reporting.record import Record
 from actpass.torch_compat import is_part_of_a_step, size_hint, sizes_as_planned, symbol_of
 

@@ -19,7 +19,7 @@ from actpass.passes.base import RegionState
 from actpass.pipeline import Compiled, compile_joint
 from actpass.plan import Plan
 from actpass.plan_file import ModelPlan
-from actpass.planner.budget import PeakBudget
+from actpass.planner.peak_budget import PeakBudget
 from actpass.reporting.record import Record
 from actpass.runtime import progress
 from actpass.runtime import record_cache as records

@@ -23,7 +23,7 @@ from actpass.errors import GraphUnsupported
 from actpass.ir.copying import copy_module
 from actpass.ir.graph_inputs import GraphInputs, is_written
 from actpass.ir.traversal import ancestors, descendants
-from actpass.passes.chunked_loss import LEAST_SHARE
+from actpass.passes.loss_region import LEAST_SHARE
 from actpass.runtime.deferred_logits import Way
 from actpass.torch_compat import (
     FakeTensor,

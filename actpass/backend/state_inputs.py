@@ -15,7 +15,7 @@ from actpass.ir.graph_inputs import GraphInputs
 from actpass.ir.outputs import output_values, set_output_values
 from actpass.options import Config
 from actpass.plan import Plan
-from actpass.planner.budget import PeakBudget
+from actpass.planner.peak_budget import PeakBudget
 from actpass.runtime import low_rank_binding as factors
 from actpass.runtime import subspaces
 from actpass.torch_compat import ConstantSource, detect_fake_mode, fake_input

@@ -11,7 +11,8 @@ from actpass.ir.op_queries import is_attention, is_matmul
 from actpass.passes.partition import cut
 from actpass.pipeline import PlanResult
 from actpass.plan.pareto import Point, Tradeoff
-from actpass.planner.budget import PartitionPlan, Region, alternatives
+from actpass.planner.budget import alternatives
+from actpass.planner.region import PartitionPlan, Region
 
 STOCK = tuple(i / 10 for i in range(10, -1, -1))
 """Levels of ``activation_memory_budget``."""

@@ -23,8 +23,11 @@ from actpass.memory.resident import Resident
 from actpass.options import Config, parse
 from actpass.passes.base import RegionState
 from actpass.pipeline import carry_out, read
-from actpass.planner.budget import PeakBudget, Region, Search, no_recompute_partition
+from actpass.planner.free_cut import no_recompute_partition
+from actpass.planner.peak_budget import PeakBudget
 from actpass.planner.plan_source import SearchedPlan
+from actpass.planner.region import Region
+from actpass.planner.storage_search import Search
 from actpass.torch_compat import FakeTensorMode, inductor_config
 
 Made = tuple[nn.Module, Mapping[str, Any]]

@@ -10,7 +10,7 @@ from actpass._format import table
 from actpass.extrapolation.extrapolate import FoldedPlan, LayerKind
 from actpass.extrapolation.outcome import UNLIMITED, Outcome
 from actpass.memory.footprint import MARGIN
-from actpass.planner.budget import PeakBudget
+from actpass.planner.peak_budget import PeakBudget
 from actpass.reporting.record import SiteRow
 
 

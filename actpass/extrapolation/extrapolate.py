@@ -27,8 +27,12 @@ from actpass.pipeline import carry_out, read
 from actpass.plan import CodecSet, Decision, Plan, SavedTensor, Storage
 from actpass.plan.storage_options import Costs
 from actpass.plan.store import StoredBytes
-from actpass.planner.budget import Limit, PartitionPlan, Search, no_recompute_partition, sizes_in, within_peak
+from actpass.planner.budget import within_peak
+from actpass.planner.free_cut import no_recompute_partition
+from actpass.planner.peak_budget import Limit
 from actpass.planner.plan_source import SearchedPlan
+from actpass.planner.region import PartitionPlan, sizes_in
+from actpass.planner.storage_search import Search
 from actpass.reporting.record import Record, SiteRow, describe
 
 
@@ -202,7 +206,7 @@ class FoldedRegion:
     # --------------------------------------------------------------------------------------------------------- a choice
 
     def free(self) -> PartitionPlan:
-        """What runs nothing again, as `actpass.planner.budget.no_recompute_partition`."""
+        """What runs nothing again, as `actpass.planner.free_cut.no_recompute_partition`."""
         found = no_recompute_partition(self.region)
         constraints = self.deep_setting(found.constraints)
         return replace(found, constraints=constraints, cut=self.cut(constraints))

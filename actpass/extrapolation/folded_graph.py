@@ -18,8 +18,8 @@ from actpass.extrapolation.unroll import Key, Layered, Unrolled, unroll
 from actpass.ir.joint_graph import tensor_bytes
 from actpass.ir.outputs import output_values
 from actpass.memory.footprint import Footprint, step_peak
-from actpass.memory.liveness import Timeline
 from actpass.memory.liveness import read as read_kernels
+from actpass.memory.program import Timeline
 from actpass.passes.partition import returned
 from actpass.torch_compat import invoke_subgraph
 

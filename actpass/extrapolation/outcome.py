@@ -9,7 +9,8 @@ from functools import cached_property
 from actpass.errors import BudgetError
 from actpass.extrapolation.extrapolate import FoldedPlan
 from actpass.extrapolation.sharded_budget import ShardedBudget
-from actpass.planner.budget import PartitionPlan, PeakBudget
+from actpass.planner.peak_budget import PeakBudget
+from actpass.planner.region import PartitionPlan
 
 UNLIMITED = sys.maxsize
 

@@ -13,7 +13,7 @@ from torch import fx
 
 from actpass.extrapolation.layer_map import Fold
 from actpass.memory.kernel import Kernel
-from actpass.memory.liveness import Program, in_order
+from actpass.memory.program import Program, in_order
 
 Key = tuple[Any, ...]
 """What a tensor is in its layer: the same for all layers that are alike, however they were cut. Its module's path first."""

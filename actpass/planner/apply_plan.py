@@ -29,8 +29,9 @@ from actpass.plan import EXPONENTIAL, RECOMPUTED_SCORE, SAVE, SCORE, Candidate, 
 from actpass.plan.multi_region import OperatingPoint
 from actpass.plan.store import store
 from actpass.plan_file import ModelPlan
-from actpass.planner.budget import PartitionPlan, PeakBudget, Region, sizes_in
+from actpass.planner.peak_budget import PeakBudget
 from actpass.planner.plan_source import CarryOut, decodable
+from actpass.planner.region import PartitionPlan, Region, sizes_in
 
 _SHOWN = 8
 """Names that an error lists at most."""

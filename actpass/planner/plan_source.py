@@ -12,7 +12,9 @@ from actpass.ir.joint_graph import value
 from actpass.options import Config
 from actpass.passes.base import PlanSource, RegionState
 from actpass.plan import Decision, SavedTensor, Storage, choose, choose_decoded
-from actpass.planner.budget import PartitionPlan, PeakBudget, Region, choose_cut
+from actpass.planner.budget import choose_cut
+from actpass.planner.peak_budget import PeakBudget
+from actpass.planner.region import PartitionPlan, Region
 
 
 class RegionPlan(PlanSource, Protocol):

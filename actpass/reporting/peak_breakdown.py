@@ -13,8 +13,8 @@ from actpass.analysis.partitioned import PartitionedGraph
 from actpass.analysis.saved_tensors import EARLY_GRADIENT
 from actpass.ir.joint_graph import Joint, is_tangent, module_path, storage_root, tensor_bytes
 from actpass.ir.outputs import output_values
-from actpass.memory.liveness import Life, Timeline
 from actpass.memory.memory_curve import Curve, Curves, Held, Lifetime, Lifetimes, thin
+from actpass.memory.program import Life, Timeline
 from actpass.plan import Plan
 from actpass.torch_compat import invoke_subgraph
 

@@ -20,7 +20,7 @@ from actpass.memory import optimizer_state as optimizers
 from actpass.memory.footprint import MARGIN
 from actpass.memory.resident import Resident, again
 from actpass.options import Config
-from actpass.planner.budget import PeakBudget
+from actpass.planner.peak_budget import PeakBudget
 from actpass.reporting import Record
 from actpass.runtime import replan as steps
 from actpass.torch_compat import has_all_graphs, reset_code, uncompiled

@@ -15,7 +15,7 @@ import torch
 from actpass.errors import BudgetError
 from actpass.memory.footprint import MARGIN, step_peak
 from actpass.plan.multi_region import OperatingPoint, allocate_budget
-from actpass.planner.budget import PeakBudget
+from actpass.planner.peak_budget import PeakBudget
 from actpass.reporting import Record
 from actpass.runtime.progress import log
 

@@ -1,0 +1,66 @@
+"""The cut that runs no matmul again, from which every search starts."""
+
+from __future__ import annotations
+
+from actpass.analysis.partitioned import PartitionConstraints
+from actpass.ir.joint_graph import tensor_bytes, value
+from actpass.planner.region import PartitionPlan, Region
+from actpass.torch_compat import size_hint
+
+
+def no_recompute_partition(region: Region) -> PartitionPlan:
+    """The cut that runs no matmul again and has the fewest bytes, as they will be stored.
+
+    The residual stream is asked for as such where that costs nothing: upstream would as soon save every addend of it, which
+    the backward then adds up, layer by layer, and holds. Of attention that is not fused the weights are asked for where they
+    take less: upstream would as soon save the scores, which it exponentiates again, and which have no low-bit form.
+    """
+    free = _free_cut(region)
+    weights = _attention_weights(region)
+    if weights:
+        constraints = PartitionConstraints(recompute_materialized=True, must_save=free.constraints.must_save | weights)
+        free = min(free, PartitionPlan(constraints, region.cut(constraints), None), key=lambda choice: _stored(region, choice))
+    default = PartitionPlan(PartitionConstraints(recompute_materialized=False), region.default, None)
+    if not region.chunk_rows and _stored(region, free) > _stored(region, default):
+        return default
+    return free
+
+
+def _free_cut(region: Region) -> PartitionPlan:
+    """The residual stream is asked for where that takes no more bytes. Mostly the graph says so, or the cut without asking;
+    if not, both are cut."""
+    sums = region.recomputation.residual_sums
+    more = {n.name: region.recomputation.extra_bytes(n) for n in sums}
+    plain, kept = (
+        PartitionConstraints(recompute_materialized=True),
+        PartitionConstraints(recompute_materialized=True, must_save=frozenset(more)),
+    )
+    if not any(n != 0 for n in more.values()):
+        return PartitionPlan(kept, region.cut(kept), None)
+    found = region.cut(plain)
+    recompute = [more[n.name] for n in found.backward.graph.nodes if n.op == "call_function" and n.name in more]
+    if not recompute:  # each that is needed is stored as it is
+        return PartitionPlan(kept, found, None)
+    first = max(map(tensor_bytes, sums))  # what the others are rebuilt from
+    if None not in recompute and sum(n or 0 for n in recompute) > first:
+        return PartitionPlan(plain, found, None)
+    choices = PartitionPlan(kept, region.cut(kept), None), PartitionPlan(plain, found, None)
+    return min(choices, key=lambda choice: choice.cut.saved_bytes)
+
+
+def _attention_weights(region: Region) -> frozenset[str]:
+    """What Inductor's default saves of a softmax over attention's scores."""
+    nodes = {n.name: n for n in region.joint.gm.graph.nodes}
+    saved = [nodes[name] for name in {s.base: None for s in region.default.saved} if name in nodes]
+    found: set[str] = set()
+    for node in saved:
+        scores = region.recomputation.scores_behind(node)
+        if scores in (None, node) or not region.recomputation.softmax_of(scores):
+            continue
+        if size_hint(value(node).numel()) >= size_hint(value(scores).numel()):  # and no statistic
+            found.add(node.name)
+    return frozenset(found)
+
+
+def _stored(region: Region, choice: PartitionPlan) -> int:
+    return sum(s.stored_bytes for s in region.storages(region.joint, choice))
