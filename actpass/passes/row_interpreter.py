@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import fx
@@ -96,18 +96,30 @@ class _Translator:
         if row.best:
             return self._best(node, known)
         if target is operator.getitem:
-            return RowOperation((self._rows_of(given[0], known), given[1]), lambda _, x, i: x[i])
+            return RowOperation((self._rows_of(given[0], known), given[1]), _item)
         lead, trail = self._lead(node), trailing_shape(node, self.rows)
         if target in (aten.mm.default, aten.addmm.default):
             *bias, left, right = given
             biases = [self._operand(b, node, known) for b in bias]
             return _same(node, *biases, self._rows_of(left, known), self._whole(right))
         if row.moves == "reshape":
-            return RowOperation((self._rows_of(given[0], known),), lambda rows, x: x.reshape(rows, *trail))
+
+            def reshaped(rows: int, x: torch.Tensor) -> torch.Tensor:
+                return x.reshape(rows, *trail)
+
+            return RowOperation((self._rows_of(given[0], known),), reshaped)
         if target is aten.full.default:
-            return RowOperation((), lambda rows: torch.full((rows, *trail), given[1], **kwargs))
+
+            def filled(rows: int) -> torch.Tensor:
+                return torch.full((rows, *trail), given[1], **kwargs)
+
+            return RowOperation((), filled)
         if target is aten.expand.default:
-            return RowOperation((self._operand(given[0], node, known),), lambda rows, x: x.expand(rows, *trail))
+
+            def expanded(rows: int, x: torch.Tensor) -> torch.Tensor:
+                return x.expand(rows, *trail)
+
+            return RowOperation((self._operand(given[0], node, known),), expanded)
         if is_reduction(node):
             return self._reduction(node, known)
         if row.axis is not None:
@@ -152,21 +164,26 @@ class _Translator:
         source, axes, *rest = given if len(given) > 1 else (*given, None)
         x = self._rows_of(source, known)
         within, lead = value(source).dim(), self._lead(source)
-        if not isinstance(axes, list | tuple) or any(d % within < lead for d in axes):
+        axes = cast("Sequence[int] | None", axes if isinstance(axes, list | tuple) else None)
+        if axes is None or any(d % within < lead for d in axes):
             raise GraphUnsupported(f"{node.name} reduces over the rows before the gradients are formed")
         return _same(node, x, [d % within - lead + 1 for d in axes], *rest)
 
     def _sum(self, node: fx.Node, known: Set[fx.Node]) -> RowOperation:
         if node.target is aten.mm.default:
             left, right = (self._rows_of(factor, known) for factor in factors(node))
-            return RowOperation((left, right), lambda _, a, b: torch.mm(a.t(), b))
+            return RowOperation((left, right), _product_of_rows)
         source = node.all_input_nodes[0]
         x = self._rows_of(source, known)
         if node.target is aten.sum.default:
-            return RowOperation((x,), lambda _, x: x.sum())
+            return RowOperation((x,), _sum_of_all)
         lead = self._lead(source)
         axes = [0, *(d - lead + 1 for d in summed_axes(node) if d >= lead)]
-        return RowOperation((x,), lambda _, x: x.sum(axes))
+
+        def summed(_: int, x: torch.Tensor) -> torch.Tensor:
+            return x.sum(axes)
+
+        return RowOperation((x,), summed)
 
     def _best(self, node: fx.Node, known: Set[fx.Node]) -> RowOperation:
         target: Any = node.target
@@ -178,7 +195,23 @@ class _Translator:
             raise GraphUnsupported(f"{node.name} looks for the best among other rows")
         before, after = node.args[1:at], node.args[at + 1 :]
         axis = axis % value(source).dim() - self._lead(source) + 1
-        return RowOperation((self._rows_of(source, known),), lambda _, x: target(x, *before, axis, *after))
+
+        def best(_: int, x: torch.Tensor) -> Any:
+            return target(x, *before, axis, *after)
+
+        return RowOperation((self._rows_of(source, known),), best)
+
+
+def _item(_: int, x: Any, i: Any) -> Any:
+    return x[i]
+
+
+def _product_of_rows(_: int, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.mm(a.t(), b)
+
+
+def _sum_of_all(_: int, x: torch.Tensor) -> torch.Tensor:
+    return x.sum()
 
 
 def _same(node: fx.Node, *operands: Any) -> RowOperation:
