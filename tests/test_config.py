@@ -55,7 +55,9 @@ def test_options_overrides_refine_by_path_and_the_last_match_wins():
     assert config.tensor_options_of(("layers.0.mlp.up_proj.weight",))[0] == replace(haar, rank=8, forced=True)
     assert config.tensor_options_of(("layers.0.mlp.down_proj.weight",))[0] == replace(haar, projection=None, forced=True)
     assert config.tensor_options_of(("lm_head.weight",))[0] == replace(haar, projection="srht", forced=True)
-    assert config.tensor_options_of(("norm.weight",))[0] == replace(haar, projection=None, codec="int8", forced=True)
+    assert config.tensor_options_of(("norm.weight",))[0] == replace(
+        haar, policy="uniform", projection=None, codec="int8", forced=True
+    )
     assert config.tensor_options_of(("layers.0.attn.q.weight",))[0] == haar
 
 
