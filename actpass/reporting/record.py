@@ -3,33 +3,18 @@ on a cache hit, when neither the pass nor the partitioner runs."""
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
-
-import torch
-from torch import fx
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
 
 from actpass.analysis.linearity import Use
-from actpass.analysis.partitioned import PartitionedGraph, PartitionStages, Saved
-from actpass.analysis.weight_gradients import WeightGradientMatmuls
-from actpass.codecs import ALL_PROJECTIONS, LEARNED
-from actpass.ir.fingerprint import fingerprint, plain_inputs
-from actpass.ir.joint_graph import Joint, builtin_name, module_path, rule_of, source_line, storage_root, tensor_bytes
-from actpass.ir.op_cost import count_matmuls
-from actpass.ir.op_queries import is_attention, is_matmul, is_reduction
-from actpass.ir.op_rules import RULES
 from actpass.memory.footprint import Footprint
 from actpass.memory.memory_curve import Curve, Curves, Held, Lifetime, Lifetimes
-from actpass.options import Config, matches
-from actpass.passes.base import RegionState
-from actpass.plan import KEPT, Decision, Plan, Storage
 from actpass.plan.multi_region import OperatingPoint
 from actpass.plan.pareto import Point, Tradeoff
-from actpass.reporting.peak_breakdown import curves_of
-from actpass.torch_compat import Sizes, size_hint
+from actpass.torch_compat import Sizes
+
+T = TypeVar("T")
 
 SCHEMA_VERSION = 8
 
@@ -132,13 +117,12 @@ class Record:
             raise ValueError(f"record schema {version!r} is not {SCHEMA_VERSION}")
         fields = {k: v for k, v in data.items() if k != "schema_version"}
         fields["sites"] = tuple(
-            SiteRow(
-                **{
-                    **s,
-                    "shape": tuple(s["shape"]),
-                    "parameters": tuple(s["parameters"]),
-                    "uses": tuple(Use(**u) for u in s["uses"]),
-                }
+            _read(
+                SiteRow,
+                s,
+                shape=tuple(s["shape"]),
+                parameters=tuple(s["parameters"]),
+                uses=tuple(Use(**u) for u in s["uses"]),
             )
             for s in fields["sites"]
         )
@@ -146,7 +130,7 @@ class Record:
         fields["rejected"] = tuple(tuple(x) for x in fields["rejected"])
         fields["notes"] = tuple(fields["notes"])
         fields["sizes"] = tuple(tuple(x) for x in fields["sizes"])
-        fields["levels"] = tuple(OperatingPoint(**{**x, "footprint": Footprint(**x["footprint"])}) for x in fields["levels"])
+        fields["levels"] = tuple(_read(OperatingPoint, x, footprint=Footprint(**x["footprint"])) for x in fields["levels"])
         for name in ("footprint", "footprint_default"):
             fields[name] = Footprint(**fields[name]) if fields[name] is not None else None
         fields["parameters"] = tuple((path, tuple(shape)) for path, shape in fields["parameters"])
@@ -155,17 +139,22 @@ class Record:
         return cls(**fields)
 
 
+def _read(kind: Callable[..., T], data: Mapping[str, Any], **fields: Any) -> T:
+    """``kind`` of ``data``, with ``fields`` in place of what JSON has of them."""
+    return kind(**{**data, **fields})
+
+
 def _curves_from(data: dict[str, Any] | None) -> Curves | None:
     if data is None:
         return None
     found: dict[str, Any] = {}
     for name in ("plan", "default", "eager"):
         d = data[name]
-        found[name] = Curve(**{**d, "forward": tuple(d["forward"]), "backward": tuple(d["backward"])}) if d else None
+        found[name] = _read(Curve, d, forward=tuple(d["forward"]), backward=tuple(d["backward"])) if d else None
     for name in ("at_forward_peak", "at_backward_peak"):
         found[name] = tuple(Held(**h) for h in data[name])
     lives = data["lifetimes"]
-    found["lifetimes"] = Lifetimes(**{**lives, "tensors": tuple(Lifetime(**t) for t in lives["tensors"])})
+    found["lifetimes"] = _read(Lifetimes, lives, tensors=tuple(Lifetime(**t) for t in lives["tensors"]))
     return Curves(**found)
 
 
@@ -173,340 +162,4 @@ def _tradeoff_from(data: dict[str, Any] | None) -> Tradeoff | None:
     if data is None:
         return None
     points = {name: tuple(Point(**p) for p in data[name]) for name in ("stock", "ours")}
-    return Tradeoff(**{**data, **points, "chosen": Point(**data["chosen"])})
-
-
-def describe(whole: Joint, joint: Joint, done: RegionState) -> Record:
-    """The record of a region that was compiled by plan. whole: the joint graph that Inductor's default was cut from. joint:
-    the one that was planned, perhaps with its loss in pieces. done: what became of it."""
-    plan, cuts, finding, config = done.plan, done.cuts, done.finding, done.config
-    now = {n.name: n for n in joint.gm.graph.nodes}
-    nodes = {**{n.name: n for n in whole.gm.graph.nodes}, **now}
-    root_of = {d.site: storage_root(nodes[d.site]).name for d in plan.decisions}
-    before, crossing, stored = _by_root(cuts.default.saved), _by_root(cuts.final.saved), _stored(cuts.final, plan)
-    contractions = [c.node for c in finding.contractions]
-    rows: dict[str, SiteRow] = {}
-    for root in [n for n in nodes if n in before or n in crossing or n in root_of.values()]:
-        uses = _uses(root, cuts.final if root in crossing else cuts.default, contractions)
-        form, reason = _form(joint, nodes[root], root in crossing, uses, cuts.final)
-        if root not in now:
-            form, reason = "chunk", "never formed: the loss and its gradients are formed in pieces of rows"
-        rows[root] = replace(_row(nodes[root], before.get(root, 0), stored.get(root, 0), uses), form=form, reason=reason)
-    for decision in plan.decisions:
-        root = root_of[decision.site]
-        rows[root] = _with_decision(rows[root], decision, done, stored)
-    payloads = {z: root_of[d.site] for d, z in done.payloads.items()}
-    for saved in cuts.final.saved:
-        if saved.base not in nodes and saved.base not in payloads:
-            rows[saved.base] = _state_row(saved, cuts.final)
-    for storage in plan.storages:
-        root = payloads.get(storage.base, storage.base)
-        rows[root] = _with_storage(rows[root], storage)
-    return Record(
-        active=True,
-        inactive_because=None,
-        options=config.tensor_options.described if config.plan is None else "plan",
-        sites=tuple(rows.values()),
-        totals=_totals(cuts.default, cuts.swapped),
-        plan=plan.to_dict(),
-        plan_hash=plan.hash,
-        rejected=finding.rejected,
-        notes=(
-            *_loss_notes(done),
-            *_notes(plan, rows.values(), cuts, config, finding, joint.inputs.deferred),
-            *_missing_rules(joint, rows.values()),
-        ),
-        parameters=_parameters(joint),
-        whole=joint.inputs.whole,
-        **_memory(cuts.default, cuts.swapped, joint, plan, rows),
-    )
-
-
-def describe_fallback(joint: Joint, default: PartitionedGraph, config: Config, reason: str) -> Record:
-    """The record of a region that was left to Inductor alone."""
-    nodes = {n.name: n for n in joint.gm.graph.nodes}
-    before = _by_root(default.saved)
-    rows = (
-        replace(_row(nodes[root], nbytes, nbytes, _uses(root, default, [])), form="save", reason="region left to Inductor")
-        for root, nbytes in before.items()
-        if root in nodes
-    )
-    plan = Plan(seeded=joint.seed is not None, graph=fingerprint(joint), inputs=plain_inputs(joint))
-    return Record(
-        active=False,
-        inactive_because=reason,
-        options=config.tensor_options.described if config.plan is None else "plan",
-        sites=tuple(rows),
-        totals=_totals(default, default),
-        plan=plan.to_dict(),
-        plan_hash=plan.hash,
-        parameters=_parameters(joint),
-        whole=joint.inputs.whole,
-        **_memory(default, default, joint, Plan(), {}),
-    )
-
-
-def describe_unknown(config: Config, reason: str) -> Record:
-    """The record of a region that the pass failed on before it had a cut of it."""
-    plan = Plan()
-    return Record(
-        active=False,
-        inactive_because=reason,
-        options=config.tensor_options.described if config.plan is None else "plan",
-        sites=(),
-        totals=Totals(None, 0, 0, 0, 0, 0, 0),
-        plan=plan.to_dict(),
-        plan_hash=plan.hash,
-        notes=("what Inductor saves of this region is not known, and not in the sums below",),
-    )
-
-
-def _by_root(saved: Iterable[Saved]) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for s in saved:
-        total[s.base] = total.get(s.base, 0) + s.nbytes
-    return total
-
-
-def _stored(final: PartitionedGraph, plan: Plan) -> dict[str, int]:
-    """Bytes by root, as they are stored."""
-    total = _by_root(final.saved)
-    for s in plan.coded:
-        total[s.base] += s.stored_bytes - s.nbytes
-    return total
-
-
-def _uses(root: str, where: PartitionedGraph, contractions: list[str]) -> tuple[Use, ...]:
-    placeholders = {n.name: n for n in where.backward.graph.find_nodes(op="placeholder")}
-    crossing = [s.name for s in where.saved if s.base == root]
-    found = [u for name in crossing if name in placeholders for u in where.uses.of(placeholders[name], contractions)[0]]
-    return tuple(dict.fromkeys(found))
-
-
-def _row(node: fx.Node, bytes_before: int, bytes_after: int, uses: tuple[Use, ...]) -> SiteRow:
-    val = node.meta["val"]
-    tensor = val if isinstance(val, torch.Tensor) else None
-    return SiteRow(
-        name=node.name,
-        module=module_path(node),
-        source=source_line(node),
-        op=str(node.target),
-        kind=_kind(node, uses),
-        shape=tuple(size_hint(s) for s in tensor.shape) if tensor is not None else (),
-        dtype=str(tensor.dtype).removeprefix("torch.") if tensor is not None else "",
-        uses=uses,
-        form="save",
-        projection=None,
-        rank=None,
-        codec=None,
-        bytes_before=bytes_before,
-        bytes_after=bytes_after,
-        unbiased=True,
-        relative_variance=0.0,
-        extra_flops=0,
-        reason="",
-    )
-
-
-_ATTENTION = frozenset(str(operator) for operator, row in RULES.items() if row.attention is not None)
-
-
-def _kind(node: fx.Node, uses: tuple[Use, ...]) -> str:
-    if _ATTENTION.intersection(u.op for u in uses):
-        return "attention"
-    if is_matmul(node):
-        return "matmul output"
-    if any(u.kind == "contraction" for u in uses):
-        return "linear input"
-    return "statistics" if is_reduction(node) else rule_of(node).told_as or "pointwise"
-
-
-def _form(joint: Joint, node: fx.Node, kept: bool, uses: tuple[Use, ...], cut: PartitionedGraph) -> tuple[str, str]:
-    if node in (joint.seed, joint.learned_seed):
-        return "state", "the step's seed" if node is joint.seed else "the seed of learned bases"
-    if node.op == "placeholder":
-        return "input", "an input of the region: never saved"
-    if kept:
-        return "save", _why_kept(node.name, uses, cut)
-    if is_matmul(node) or is_attention(node):
-        return "recompute", "run again in the backward, exactly"
-    return "recompute", "rebuilt exactly from what is saved"
-
-
-def _why_kept(root: str, uses: tuple[Use, ...], cut: PartitionedGraph) -> str:
-    if any(s.user_visible for s in cut.saved if s.base == root):
-        return "also returned to the caller"
-    kinds = sorted({u.kind for u in uses})
-    return f"rebuilding it would not be free; uses: {', '.join(kinds)}" if kinds else "rebuilding it would not be free"
-
-
-def _with_storage(row: SiteRow, s: Storage) -> SiteRow:
-    """``row`` with the form in which (a part of) it is stored. Reasons of one tensor's parts are told once."""
-    if not s.coded:
-        known = s.reason in row.reason or s.reason == KEPT
-        return row if known or row.form in ("state", "input") else replace(row, reason=f"{row.reason}; kept: {s.reason}")
-    biased = "" if s.unbiased else "; biased"
-    reason = f"stored in {s.codec}, {s.rounding} rounding; {s.reason}{biased}"
-    return replace(
-        row,
-        form="quantize" if row.form == "save" else row.form,
-        codec=s.codec if row.codec in (None, s.codec) else f"{row.codec}, {s.codec}",
-        unbiased=row.unbiased and s.unbiased,
-        reason=reason if row.form == "save" else row.reason if reason in row.reason else f"{row.reason}; {reason}",
-    )
-
-
-def _with_decision(row: SiteRow, d: Decision, done: RegionState, after: dict[str, int]) -> SiteRow:
-    config = done.config
-    if d.matmuls:
-        kind = "linear input" if row.kind == "pointwise" else row.kind
-        row = replace(row, parameters=row.parameters + d.parameters, kind=kind)
-    elif d.projects:
-        return replace(
-            row,
-            form="project",
-            decoded=f"{d.projection} {d.rank}/{d.width}",
-            bytes_after=row.bytes_after + after.get(done.payloads[d], 0),
-            unbiased=row.unbiased and _is_unbiased(d, config),
-            reason=f"{d.reason}{'' if _is_unbiased(d, config) else '; biased'}",
-        )
-    if d.projection is None or d.rank is None:
-        return row if d.projection is None and d.reason == KEPT else replace(row, reason=f"{row.reason}; {d.reason}")
-    in_forward = d.project_in == "forward"
-    stored = after.get(done.payloads[d], 0) if in_forward else 0
-    return replace(
-        row,
-        form="project" if in_forward else row.form,
-        projection=d.projection if row.projection in (None, d.projection) else f"{row.projection}, {d.projection}",
-        rank=max(d.rank, row.rank or 0),
-        bytes_after=row.bytes_after + stored,
-        unbiased=row.unbiased and _is_unbiased(d, config),
-        relative_variance=max(row.relative_variance, ALL_PROJECTIONS[d.projection].relative_variance(d.width, d.rank)),
-        extra_flops=row.extra_flops + d.extra_flops,
-        reason=d.reason if in_forward else f"{row.reason}; {d.reason}",
-    )
-
-
-def _is_unbiased(d: Decision, config: Config) -> bool:
-    """Whether the expected gradient is the exact one."""
-    if d.projection in LEARNED:
-        return d.linear and LEARNED[d.projection].unbiased and config.resamples_every_step
-    return d.projection_scaling == "unbiased"
-
-
-def _state_row(saved: Saved, cut: PartitionedGraph) -> SiteRow:
-    node = next(n for n in cut.forward.graph.nodes if n.name == saved.base)
-    return replace(_row(node, 0, saved.nbytes, ()), form="state", reason="a basis that both passes read")
-
-
-def _memory(
-    default: PartitionedGraph, final: PartitionedGraph, joint: Joint, plan: Plan, rows: Mapping[str, SiteRow]
-) -> dict[str, Any]:
-    """The predictions."""
-
-    def kind_of(node: fx.Node) -> str:
-        row = rows.get(storage_root(node).name)
-        return row.kind if row is not None else _kind(storage_root(node), ())
-
-    own = sum(tensor_bytes(n) for n in joint.forward_outputs if n in joint.state)  # where sketches are returned
-    stock = default.footprint
-    stock = replace(stock, forward=stock.forward - own, backward=stock.backward - own, returned=stock.returned - own)
-    curves = curves_of(default, final, joint, plan, kind_of)
-    return {"footprint_default": stock, "footprint": final.footprint, "curves": curves}
-
-
-def _totals(default: PartitionedGraph, final: PartitionedGraph) -> Totals:
-    stock = count_matmuls(default.forward.graph, default.backward.graph)
-    ours = count_matmuls(final.forward.graph, final.backward.graph)
-    return Totals(
-        saved_bytes_eager=None,
-        saved_bytes_default=default.saved_bytes,
-        saved_bytes=final.saved_bytes,
-        backward_matmul_flops_default=stock.flops,
-        backward_matmul_flops=ours.flops,
-        extra_matmuls=ours.extra_matmuls,
-        extra_attention=ours.extra_attention,
-    )
-
-
-def _loss_notes(done: RegionState) -> Iterator[str]:
-    chunked = done.chunked
-    if chunked is not None:
-        yield f"the loss is formed in {chunked.pieces} pieces; {chunked.logits_bytes} bytes of logits never exist at once"
-    if done.joint.inputs.deferred:
-        yield "the logits are returned deferred: they are computed when they are first read"
-    if done.why_whole is not None:
-        yield f"the loss is formed whole: {done.why_whole}"
-
-
-def _notes(
-    plan: Plan, sites: Iterable[SiteRow], cuts: PartitionStages, config: Config, finding: WeightGradientMatmuls, deferred: int
-) -> Iterable[str]:
-    read = [c.parameters for c in finding.contractions]
-    used = {config.tensor_options_of(paths)[1] for paths in read}
-    for pattern, _ in config.module_overrides:
-        if pattern not in used and not any(matches(pattern, s.module) for s in sites):
-            yield f"override {pattern!r} decided no site of this region"
-    if not plan.projections and any(config.tensor_options_of(paths)[0].projection for paths in read or [()]):
-        yield f"no site is projected: {_first_reason(plan, finding)}"
-    low_rank_gradients = {g.parameter for g in plan.low_rank_gradients}
-    if low_rank_gradients:
-        held, whole = _numbers(plan)
-        yield f"{len(low_rank_gradients)} weight gradients stay in their factors: {held} numbers in place of {whole}"
-    dense = sorted({path for d in plan.projections for path in d.parameters} - low_rank_gradients)
-    if dense and config.keeps_low_rank_gradients:
-        more = f" and {len(dense) - 3} more" if len(dense) > 3 else ""
-        yield (
-            f"the gradients of {', '.join(dense[:3])}{more} are projected but dense: a gradient stays in factors where it is "
-            "a projected contraction in the parameter's own axes, or a sum of some through one basis"
-        )
-    returned = sum(s.nbytes for s in cuts.exact.saved if s.user_visible)
-    if returned and not deferred:
-        yield (
-            f"{returned} of the saved bytes are storage that the model also returns (logits): return only the loss to let "
-            "the backward free them"
-        )
-
-    if cuts.final.kept_input_bytes:
-        yield (
-            f"{cuts.final.kept_input_bytes} bytes of activations that another region computed are read by this region's "
-            "backward, too; as inputs they are not counted above"
-        )
-
-
-def _missing_rules(joint: Joint, sites: Iterable[SiteRow]) -> Iterator[str]:
-    """A note on torch's own operators that no analysis knows, where they make or read what is saved in floating point."""
-    made = {n.name: n.all_input_nodes[0] if n.target is operator.getitem else n for n in joint.gm.graph.nodes}
-    calls = (n for n in made.values() if builtin_name(n) and not rule_of(n).known)
-    unknown = {str(n.target) for n in calls if torch.Tag.nondeterministic_seeded not in n.target.tags}
-    saved = [s for s in sites if s.form in ("keep", "quantize") and "float" in s.dtype]
-    beside = {str(made[s.name].target) for s in saved if s.name in made}
-    beside |= {u.op for s in saved for u in s.uses if u.kind == "nonlinear"}
-    names = sorted(unknown & beside)
-    if names:
-        yield (
-            f"no rule for {', '.join(names)} (actpass/ir/op_rules.py): what is read there is stored as for a nonlinear "
-            "operator, and what comes out of it is not run again"
-        )
-
-
-def _numbers(plan: Plan) -> tuple[int, int]:
-    """Of the gradients that stay in factors: coefficients, and what the dense ones would have."""
-    held = whole = 0
-    for g in plan.low_rank_gradients:
-        d = next(d for d in plan.projections if d.site == g.site and g.parameter in d.parameters)
-        held += math.prod(g.shape)
-        whole += math.prod(g.shape) // (d.rank or d.width) * d.width
-    return held, whole
-
-
-def _first_reason(plan: Plan, finding: WeightGradientMatmuls) -> str:
-    if plan.decisions:
-        return plan.decisions[0].reason
-    if finding.rejected:
-        return finding.rejected[0][2]
-    return "the region has no weight gradient that is a matmul"
-
-
-def _parameters(joint: Joint) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    return tuple((path, tuple(size_hint(s) for s in node.meta["val"].shape)) for node, path in joint.parameter_path.items())
+    return _read(Tradeoff, data, **points, chosen=Point(**data["chosen"]))
