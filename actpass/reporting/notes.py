@@ -18,6 +18,7 @@ from actpass.reporting.record import SiteRow
 
 
 def loss_notes(done: RegionState) -> Iterator[str]:
+    """What became of the loss."""
     chunked = done.chunked
     if chunked is not None:
         yield f"the loss is formed in {chunked.pieces} pieces; {chunked.logits_bytes} bytes of logits never exist at once"
@@ -30,6 +31,7 @@ def loss_notes(done: RegionState) -> Iterator[str]:
 def region_notes(
     plan: Plan, sites: Iterable[SiteRow], cuts: PartitionStages, config: Config, finding: WeightGradientMatmuls, deferred: int
 ) -> Iterable[str]:
+    """What overrides, projections and the cut leave undone. deferred: how many results are computed when they are read."""
     read = [c.parameters for c in finding.contractions]
     used = {config.tensor_options_of(paths)[1] for paths in read}
     for pattern, _ in config.module_overrides:
@@ -54,7 +56,6 @@ def region_notes(
             f"{returned} of the saved bytes are storage that the model also returns (logits): return only the loss to let "
             "the backward free them"
         )
-
     if cuts.final.kept_input_bytes:
         yield (
             f"{cuts.final.kept_input_bytes} bytes of activations that another region computed are read by this region's "
