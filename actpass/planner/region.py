@@ -59,7 +59,7 @@ class Region:
     default: PartitionedGraph
     chunk_rows: int
     _saved: dict[tuple[int, bool], tuple[PartitionedGraph, list[SavedTensor]]] = field(
-        default_factory=dict, compare=False, repr=False
+        default_factory=dict[tuple[int, bool], tuple[PartitionedGraph, list[SavedTensor]]], compare=False, repr=False
     )
 
     def cut(self, constraints: PartitionConstraints) -> PartitionedGraph:
