@@ -193,23 +193,38 @@ def _is_in_place(node: fx.Node, region: LossRegion) -> bool:
 def _add(inserter: _Inserter, product: fx.Node, total: fx.Node | None, made: Mapping[fx.Node, fx.Node]) -> fx.Node:
     left, right = (made[f] for f in factors(product))
     if total is None:
-        return inserter.insert(lambda a, b: torch.mm(a.t(), b), [left, right])
+        return inserter.insert(_product, [left, right])
     return inserter.add_product(total, left, right)
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return torch.mm(left.t(), right)
 
 
 def _flatten(inserter: _Inserter, node: fx.Node, argument: fx.Node) -> fx.Node:
     rows, trail = inserter.region.rows, trailing_shape(node, inserter.region.rows)
-    return inserter.insert(lambda x: x.reshape(rows, *trail), [argument], argument)
+
+    def flatten(x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(rows, *trail)
+
+    return inserter.insert(flatten, [argument], argument)
 
 
 def _slice(inserter: _Inserter, node: fx.Node, start: int, stop: int) -> fx.Node:
-    return inserter.insert(lambda x: x[start:stop], [node], node)
+    def rows_of(x: torch.Tensor) -> torch.Tensor:
+        return x[start:stop]
+
+    return inserter.insert(rows_of, [node], node)
 
 
 def _zeros(inserter: _Inserter, node: fx.Node) -> fx.Node:
     val, shape = value(node), _total_shape(node, inserter.region.rows)
     dtype = torch.float32 if val.dtype.is_floating_point and val.element_size() < 4 else val.dtype
-    return inserter.insert(lambda _: torch.zeros(shape, dtype=dtype, device=val.device), [inserter.region.hidden])
+
+    def zeros(_: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=val.device)
+
+    return inserter.insert(zeros, [inserter.region.hidden])
 
 
 def _total_shape(node: fx.Node, rows: int) -> tuple[int, ...]:

@@ -150,10 +150,11 @@ class _Translator:
     def _reduction(self, node: fx.Node, known: Set[fx.Node]) -> RowOperation:
         given: Any = node.args
         source, *more = given
-        axes: Any = more[0] if more else None
+        is_listed = bool(more) and isinstance(more[0], list | tuple)
+        axes: list[int] = more[0] if is_listed else []
         x = self._rows_of(source, known)
         within, lead = value(source).dim(), self._lead(source)
-        if not isinstance(axes, list | tuple) or any(d % within < lead for d in axes):
+        if not is_listed or any(d % within < lead for d in axes):
             raise GraphUnsupported(f"{node.name} reduces over the rows before the gradients are formed")
         return _same(node, x, [d % within - lead + 1 for d in axes], *more[1:])
 
