@@ -150,11 +150,10 @@ class _Translator:
     def _reduction(self, node: fx.Node, known: Set[fx.Node]) -> RowOperation:
         given: Any = node.args
         source, *more = given
-        is_listed = bool(more) and isinstance(more[0], list | tuple)
-        axes: list[int] = more[0] if is_listed else []
+        axes: list[int] = more[0] if more and _is_listed(more[0]) else []
         x = self._rows_of(source, known)
         within, lead = value(source).dim(), self._lead(source)
-        if not is_listed or any(d % within < lead for d in axes):
+        if not axes or any(d % within < lead for d in axes):
             raise GraphUnsupported(f"{node.name} reduces over the rows before the gradients are formed")
         return _same(node, x, [d % within - lead + 1 for d in axes], *more[1:])
 
@@ -181,6 +180,10 @@ class _Translator:
         before, after = node.args[1:at], node.args[at + 1 :]
         axis = axis % value(source).dim() - self._lead(source) + 1
         return RowOperation((self._rows_of(source, known),), lambda _, read: target(read[0], *before, axis, *after))
+
+
+def _is_listed(axes: Any) -> bool:
+    return isinstance(axes, list | tuple)
 
 
 def _same(node: fx.Node, *operands: Any) -> RowOperation:
