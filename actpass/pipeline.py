@@ -2,7 +2,7 @@
 
 `PASSES` is the whole of it: each takes a `RegionState` and returns the next (`actpass.passes.base`). Between them a plan is
 made: graphs are read, a `Planner` chooses where to cut and what to store how, by carrying choices out, and what was
-done is described (`actpass.reporting.record`)."""
+done is described (`actpass.reporting.describe`)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ from actpass.planner import apply_plan as follow
 from actpass.planner.peak_budget import PeakBudget
 from actpass.planner.plan_source import Planner, RegionPlan, Searching
 from actpass.planner.region import PartitionPlan, Region
-from actpass.reporting.record import Record, describe, describe_fallback
+from actpass.reporting.describe import describe, describe_fallback
+from actpass.reporting.record import Record
 from actpass.torch_compat import fusion_gate_growth, inductor_config
 
 PREPARE: tuple[Pass, ...] = (SpellFlips(), MergeDuplicates(), SaveWrittenInputs())

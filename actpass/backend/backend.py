@@ -25,8 +25,9 @@ from actpass.errors import ActpassError, ActpassWarning, InternalError
 from actpass.ir.graph_inputs import GraphInputs, arguments_of
 from actpass.ir.inline import inline_regions
 from actpass.options import Config, parse
+from actpass.reporting.describe import describe_unknown
 from actpass.reporting.eager_estimate import with_eager_curve
-from actpass.reporting.record import Record, describe_unknown
+from actpass.reporting.record import Record
 from actpass.reporting.structured_trace import trace
 from actpass.runtime import plan_agreement as ranks
 from actpass.runtime import progress, regions, subspaces

@@ -33,7 +33,8 @@ from actpass.planner.peak_budget import Limit
 from actpass.planner.plan_source import SearchedPlan
 from actpass.planner.region import PartitionPlan, sizes_in
 from actpass.planner.storage_search import Search
-from actpass.reporting.record import Record, SiteRow, describe
+from actpass.reporting.describe import describe
+from actpass.reporting.record import Record, SiteRow
 
 
 @dataclass(frozen=True)

@@ -193,28 +193,28 @@ def _is_in_place(node: fx.Node, region: LossRegion) -> bool:
 def _add(inserter: _Inserter, product: fx.Node, total: fx.Node | None, made: Mapping[fx.Node, fx.Node]) -> fx.Node:
     left, right = (made[f] for f in factors(product))
     if total is None:
-
-        def product_of_rows(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-            return torch.mm(a.t(), b)
-
-        return inserter.insert(product_of_rows, [left, right])
+        return inserter.insert(_product, [left, right])
     return inserter.add_product(total, left, right)
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return torch.mm(left.t(), right)
 
 
 def _flatten(inserter: _Inserter, node: fx.Node, argument: fx.Node) -> fx.Node:
     rows, trail = inserter.region.rows, trailing_shape(node, inserter.region.rows)
 
-    def flat(x: torch.Tensor) -> torch.Tensor:
+    def flatten(x: torch.Tensor) -> torch.Tensor:
         return x.reshape(rows, *trail)
 
-    return inserter.insert(flat, [argument], argument)
+    return inserter.insert(flatten, [argument], argument)
 
 
 def _slice(inserter: _Inserter, node: fx.Node, start: int, stop: int) -> fx.Node:
-    def part(x: torch.Tensor) -> torch.Tensor:
+    def rows_of(x: torch.Tensor) -> torch.Tensor:
         return x[start:stop]
 
-    return inserter.insert(part, [node], node)
+    return inserter.insert(rows_of, [node], node)
 
 
 def _zeros(inserter: _Inserter, node: fx.Node) -> fx.Node:

@@ -67,10 +67,10 @@ def find_head(joint: Joint, saved_bytes: int) -> fx.Node | None:
 def find_loss_region(joint: Joint, head: fx.Node) -> LossRegion:
     """What can be formed in pieces of rows around ``head``. Raises `GraphUnsupported`, with why, where the loss must stay
     whole."""
-    shape: tuple[int | torch.SymInt, ...] = tuple(value(head).shape)
-    if any(isinstance(s, torch.SymInt) for s in shape):
+    shape: tuple[Any, ...] = tuple(value(head).shape)
+    if not all(isinstance(s, int) for s in shape):
         raise GraphUnsupported("the number of rows is symbolic")
-    hidden, rows = head.args[-2], value(head).shape[0]
+    hidden, rows = head.args[-2], shape[0]
     assert isinstance(hidden, fx.Node)
     wide = _wide(joint, head)
     if {storage_root(o) for o in joint.outputs if o is not None} & wide:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -30,10 +30,10 @@ class Operand:
 
 @dataclass(frozen=True, slots=True)
 class RowOperation:
-    """One node on some rows: ``function(number of rows, *operands)``. operands: `Operand`, or numbers and the like."""
+    """One node on some rows: ``function(number of rows, operands)``. operands: `Operand`, or numbers and the like."""
 
     operands: tuple[Any, ...]
-    function: Callable[..., Any]
+    function: Callable[[int, Sequence[Any]], Any]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class RowInterpreter:
 
         for node in nodes:
             operation = self.operations[node]
-            values[node] = operation.function(rows, *map(known, operation.operands))
+            values[node] = operation.function(rows, [known(o) for o in operation.operands])
         return values
 
 
@@ -96,30 +96,18 @@ class _Translator:
         if row.best:
             return self._best(node, known)
         if target is operator.getitem:
-            return RowOperation((self._rows_of(given[0], known), given[1]), _item)
+            return RowOperation((self._rows_of(given[0], known), given[1]), lambda _, read: read[0][read[1]])
         lead, trail = self._lead(node), trailing_shape(node, self.rows)
         if target in (aten.mm.default, aten.addmm.default):
             *bias, left, right = given
             biases = [self._operand(b, node, known) for b in bias]
             return _same(node, *biases, self._rows_of(left, known), self._whole(right))
         if row.moves == "reshape":
-
-            def reshaped(rows: int, x: torch.Tensor) -> torch.Tensor:
-                return x.reshape(rows, *trail)
-
-            return RowOperation((self._rows_of(given[0], known),), reshaped)
+            return RowOperation((self._rows_of(given[0], known),), lambda rows, read: read[0].reshape(rows, *trail))
         if target is aten.full.default:
-
-            def filled(rows: int) -> torch.Tensor:
-                return torch.full((rows, *trail), given[1], **kwargs)
-
-            return RowOperation((), filled)
+            return RowOperation((), lambda rows, _: torch.full((rows, *trail), given[1], **kwargs))
         if target is aten.expand.default:
-
-            def expanded(rows: int, x: torch.Tensor) -> torch.Tensor:
-                return x.expand(rows, *trail)
-
-            return RowOperation((self._operand(given[0], node, known),), expanded)
+            return RowOperation((self._operand(given[0], node, known),), lambda rows, read: read[0].expand(rows, *trail))
         if is_reduction(node):
             return self._reduction(node, known)
         if row.axis is not None:
@@ -161,29 +149,25 @@ class _Translator:
 
     def _reduction(self, node: fx.Node, known: Set[fx.Node]) -> RowOperation:
         given: Any = node.args
-        source, axes, *rest = given if len(given) > 1 else (*given, None)
+        source, *more = given
+        axes: list[int] = more[0] if more and _is_listed(more[0]) else []
         x = self._rows_of(source, known)
         within, lead = value(source).dim(), self._lead(source)
-        axes = cast("Sequence[int] | None", axes if isinstance(axes, list | tuple) else None)
-        if axes is None or any(d % within < lead for d in axes):
+        if not axes or any(d % within < lead for d in axes):
             raise GraphUnsupported(f"{node.name} reduces over the rows before the gradients are formed")
-        return _same(node, x, [d % within - lead + 1 for d in axes], *rest)
+        return _same(node, x, [d % within - lead + 1 for d in axes], *more[1:])
 
     def _sum(self, node: fx.Node, known: Set[fx.Node]) -> RowOperation:
         if node.target is aten.mm.default:
             left, right = (self._rows_of(factor, known) for factor in factors(node))
-            return RowOperation((left, right), _product_of_rows)
+            return RowOperation((left, right), lambda _, read: torch.mm(read[0].t(), read[1]))
         source = node.all_input_nodes[0]
         x = self._rows_of(source, known)
         if node.target is aten.sum.default:
-            return RowOperation((x,), _sum_of_all)
+            return RowOperation((x,), lambda _, read: read[0].sum())
         lead = self._lead(source)
         axes = [0, *(d - lead + 1 for d in summed_axes(node) if d >= lead)]
-
-        def summed(_: int, x: torch.Tensor) -> torch.Tensor:
-            return x.sum(axes)
-
-        return RowOperation((x,), summed)
+        return RowOperation((x,), lambda _, read: read[0].sum(axes))
 
     def _best(self, node: fx.Node, known: Set[fx.Node]) -> RowOperation:
         target: Any = node.target
@@ -195,23 +179,11 @@ class _Translator:
             raise GraphUnsupported(f"{node.name} looks for the best among other rows")
         before, after = node.args[1:at], node.args[at + 1 :]
         axis = axis % value(source).dim() - self._lead(source) + 1
-
-        def best(_: int, x: torch.Tensor) -> Any:
-            return target(x, *before, axis, *after)
-
-        return RowOperation((self._rows_of(source, known),), best)
+        return RowOperation((self._rows_of(source, known),), lambda _, read: target(read[0], *before, axis, *after))
 
 
-def _item(_: int, x: Any, i: Any) -> Any:
-    return x[i]
-
-
-def _product_of_rows(_: int, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.mm(a.t(), b)
-
-
-def _sum_of_all(_: int, x: torch.Tensor) -> torch.Tensor:
-    return x.sum()
+def _is_listed(axes: Any) -> bool:
+    return isinstance(axes, list | tuple)
 
 
 def _same(node: fx.Node, *operands: Any) -> RowOperation:
@@ -219,7 +191,7 @@ def _same(node: fx.Node, *operands: Any) -> RowOperation:
     target: Any = node.target
     kwargs = {} if target is aten.clone.default else node.kwargs
 
-    def function(_: int, *args: Any) -> Any:
+    def function(_: int, args: Sequence[Any]) -> Any:
         try:
             return target(*args, **kwargs)
         except (RuntimeError, TypeError, ValueError) as error:
