@@ -154,7 +154,7 @@ def build(spec: Spec) -> tuple[RandomModel, dict[str, torch.Tensor]]:
 
 
 SMALL: dict[str, Any] = {"min_tensor_bytes": 0}
-LOW_BIT = ("auto", "int16", "int8", "int4", "int2", "fp8", "fp8_e5m2")
+LOW_BIT = ("auto", "int16", "int8", "int4", "int2", "float8_e4m3", "float8_e5m2")
 BUDGETS = (0.3, 0.5, 0.7)
 FORMS: tuple[dict[str, Any], ...] = (
     *({**options_for(m)} for m in LOW_BIT),
@@ -208,7 +208,7 @@ def _check_form(joint: JointGraph, done: Compiled, plain: Run, options: dict[str
     projected = {p for d in decisions for p in d["parameters"]}
     assert got.gradients.keys() == plain.gradients.keys()
     assert all(g.isfinite().all() for g in got.gradients.values()), told
-    if options.get("method") == "exact":
+    if options.get("policy") == "exact":
         assert not storages, told
         assert not decisions, told
     if not storages:

@@ -66,7 +66,11 @@ def inputs() -> dict[str, torch.Tensor]:
 
 
 def run(model: nn.Module, **options: Any) -> tuple[torch.Tensor, Grads]:
-    return step(torch.compile(model, backend=eager_actcomp({"policy": "exact", **options})), model, inputs())
+    return step(
+        torch.compile(model, backend=eager_actcomp(options if "codec" in options else {"policy": "exact", **options})),
+        model,
+        inputs(),
+    )
 
 
 def notes(model: nn.Module) -> str:
@@ -328,5 +332,5 @@ def test_an_int_sets_the_rows_of_a_piece_and_a_plan_keeps_them():
         step(torch.compile(model, backend=eager_actcomp({"plan": plan})), model, inputs())
         assert f"in {-(-TOKENS // rows)} pieces" in notes(model)
     for bad in (0, 8, -128, 2.0, "128"):
-        with pytest.raises(actpass.OptionError, match="Allowed: True, False, or the rows of a piece"):
+        with pytest.raises(actpass.OptionError, match="Allowed: True, False, or the rows of a chunk"):
             run(model, chunked_loss=bad)

@@ -67,7 +67,7 @@ def gradients_of(name: str, **options: Any) -> tuple[nn.Module, dict[str, torch.
     model, inputs = MODELS[name]()
     torch.manual_seed(0)
     function = torch.compile(model, backend=eager_actcomp(skip_unprofitable=False, activation_rank=None, **options)
-                             if options["method"] in ("pca", "prac", "oasis") else
+                             if options["projection"] in ("pca", "prac", "oasis") else
                              eager_actcomp(skip_unprofitable=False, **options))  # fmt: skip
     loss_of(function(**inputs)).backward()
     loss_of(function(**inputs)).backward()  # accumulated
@@ -223,7 +223,7 @@ def test_options_that_mean_nothing_are_refused():
         with pytest.raises(actpass.OptionError, match="goes with a projection"):
             eager_actcomp({**options, "weight_gradient_format": "low_rank"})
     with pytest.raises(actpass.OptionError, match="dense, low_rank"):
-        eager_actcomp({"projection": "haar", "gradients": "lowrank"})
+        eager_actcomp({"projection": "haar", "weight_gradient_format": "lowrank"})
 
 
 def test_the_plan_of_a_run_has_its_factors_and_is_followed():

@@ -48,5 +48,5 @@ def test_the_pass_is_active_in_a_region_with_a_budget(budget: float, options: di
     report = actpass.report(model)
     assert report.active
     assert report.totals.saved_bytes <= report.totals.saved_bytes_default
-    limit = 1e-5 if options.get("method") == "exact" else 0.05
+    limit = 1e-5 if options.get("policy") == "exact" else 0.05
     assert error(model.up.weight.grad, expected.up.weight.grad) < limit

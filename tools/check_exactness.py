@@ -111,7 +111,7 @@ def run_actcomp(model: nn.Module, x: torch.Tensor, **options: Any) -> Result:
     result = run(model, x, backend="actcomp", options=options)
     report = actpass.report(model)
     assert report.active, report
-    result.projected = {p for r in report.regions for s in r.sites if s.method for p in s.parameters}
+    result.projected = {p for r in report.regions for s in r.sites if s.projection for p in s.parameters}
     return result
 
 

@@ -39,7 +39,7 @@ def find_saved(
 ) -> list[SavedTensor]:
     """Every memory that crosses ``cut`` but the seeds', in the order of the forward's outputs.
 
-    contractions: weight-gradient matmul -> paths of the weights. smallest: bytes below which a tensor stays as it is.
+    contractions: weight-gradient matmul -> paths of the weights. min_tensor_bytes: bytes below which a tensor stays as it is.
     recomputation: of ``joint``, if it shall be said what could be run again.
     """
     by_holder: dict[str, list[Saved]] = {}

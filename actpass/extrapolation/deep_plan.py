@@ -106,7 +106,7 @@ def _outcome_dict(outcome: Outcome) -> dict[str, Any]:
 def _kind_dict(kind: LayerKind) -> dict[str, Any]:
     fields = ("kind", "module", "shape", "dtype", "form", "codec", "bytes_before", "bytes_after")
     rows = [{name: getattr(row, name) for name in fields} for row in kind.rows]
-    return {"layers": kind.layers, "again": kind.recompute, "rows": rows}
+    return {"layers": kind.layers, "recompute": kind.recompute, "rows": rows}
 
 
 def _size(nbytes: int) -> str:

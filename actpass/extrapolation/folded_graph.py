@@ -130,13 +130,13 @@ class FoldedCut:
 
     @cached_property
     def footprint(self) -> Footprint:
-        """As `Cut.footprint`."""
+        """As `PartitionedGraph.footprint`."""
         kept = self._sum(lambda b: b.by_layer(lambda s: 0 if s.user_visible else s.nbytes))
         return self.rest.cut.footprint_of(self.timelines, kept, self.returned_bytes)
 
     @cached_property
     def returned_bytes(self) -> int:
-        """As `Cut.returned_bytes`."""
+        """As `PartitionedGraph.returned_bytes`."""
         return self._sum(Block.returned_by_layer)
 
     @property

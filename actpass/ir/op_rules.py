@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 
 import torch
 
+from actpass.errors import RegistryError
 from actpass.registry import Registry
 from actpass.torch_compat import OpOverload, get_default_op_list
 
@@ -232,7 +233,10 @@ _OP_TYPES = get_default_op_list()
 def register_op_rule(operator: OpOverload[..., Any], row: OpRule, module: str) -> None:
     """Say what is known of an ``operator`` that is not torch's own: it is then read by its ``row``, and what it reads or makes
     may be stored in another form. What a row claims must hold: a wrong one makes wrong gradients. module: the one that says so,
-    ``__name__``, whose package is part of the compile cache's key. Raises `RegistryError` for an operator that has a row."""
+    ``__name__``, whose package is part of the compile cache's key. Raises `RegistryError` for an operator that is torch's own
+    or has a row."""
+    if operator.namespace in _TORCH_NAMESPACES:
+        raise RegistryError(f"{operator} is torch's own: its row stands in actpass/ir/op_rules.py.")
     OP_RULES.register(str(operator), row, module)
 
 

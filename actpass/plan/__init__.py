@@ -3,6 +3,7 @@
 from actpass.plan.codec_set import CodecSet
 from actpass.plan.plan import (
     EXPONENTIAL,
+    RECOMPUTE,
     RECOMPUTED_SCORE,
     SAVE,
     SCORE,
@@ -22,6 +23,7 @@ __all__ = [
     "EXPONENTIAL",
     "KEPT",
     "POLICIES",
+    "RECOMPUTE",
     "RECOMPUTED_SCORE",
     "SAVE",
     "SCORE",

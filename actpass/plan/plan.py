@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 SCHEMA_VERSION = 7
 SAVE = "save"
-RECOMPUTE = "again"
+RECOMPUTE = "recompute"
 """Not stored: the backward runs what it came from again."""
 SCORE = "score"
 """The kind of a query or key: a fused attention's backward exponentiates their product, less a statistic of the exact one."""
