@@ -428,7 +428,7 @@ def run(options):
     torch.compiler.reset()
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.Tanh(), torch.nn.Linear(24, 8))
-    options["inductor_options"] = {"cpp.simdlen": 1}  # with VEC_ISA_OK: else a cold cache first tries out this CPU, for ten seconds
+    options["inductor_options"] = {"cpp.simdlen": 1}  # with VEC_ISA_OK: else a cold cache tries out this CPU, for ten seconds
     torch.compile(model, backend="actcomp", options=options)(torch.randn(20, 16)).sum().backward()
     counters = dynamo.utils.counters["aot_autograd"]
     report = actpass.report(model)

@@ -7,7 +7,8 @@ At each of N budgets, from the least that can be met to 1.0: the saved bytes and
 same for the widest single width (int16, int8, int4 for all that is stored, queries and keys, too) whose bytes are no more.
 Error: 1 - cosine of the preconditioned direction (the gradient's sign, or Adam's step after --warm-up steps), by parameter,
 weighted by elements; and the largest relative error of a parameter. Budgets with and without a calibration. A projection of
-weight gradients is no row: with fused attention its uniform rank frees no bytes (docs/guide/methods.md). Graphs are interpreted.
+weight gradients is no row: with fused attention its uniform rank frees no bytes (docs/guide/methods.md). Graphs are
+interpreted.
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ UseKind = Literal["contraction", "linear", "nonlinear"]
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """One backward consumer of a saved tensor. op: its operator. kind: see docs/design/linearity.md; "contraction": in a weight-gradient matmul."""
+    """One backward consumer of a saved tensor. op: its operator. kind: see docs/design/linearity.md; "contraction": in a
+    weight-gradient matmul."""
 
     op: str
     kind: UseKind

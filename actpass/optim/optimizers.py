@@ -110,8 +110,8 @@ class LazySubspaceAdamW(_AdamWith):
 
     For ``options={"projection": "sampled", "weight_gradient_format": "low_rank", "refresh_interval": K}``: V by the paper's law
     for a known covariance, here that of the layer's input. Its other law, for none (``"haar"``), learns less in as many steps
-    (docs/benchmarks/loss.md). A step on B with V fixed moves W by the same step lifted, so W is moved at once, and the lift is nothing; B's
-    optimizer begins anew with each V.
+    (docs/benchmarks/loss.md). A step on B with V fixed moves W by the same step lifted, so W is moved at once, and the lift is
+    nothing; B's optimizer begins anew with each V.
     """
 
     for_low_rank = True

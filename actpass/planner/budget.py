@@ -4,8 +4,8 @@ A budget is met from the free cut, which runs no matmul again. Each tensor that 
 (`actpass.plan.storage_options`), and the cheapest choice within a capacity of bytes is made at once for all
 (`actpass.plan.knapsack`). What is to run again is told to upstream's partitioner, which cuts anew; what crosses then is chosen
 a second time, for re-running changes what it is. A budget of peak bytes is a search for the largest capacity whose predicted
-peak (`PartitionedGraph.peak_bytes`) is within it: capacities are the same whatever the budget, so that a smaller one never ends in a higher
-peak.
+peak (`PartitionedGraph.peak_bytes`) is within it: capacities are the same whatever the budget, so that a smaller one never ends
+in a higher peak.
 
 With ``rank="budget"`` anywhere the ranks meet the budget and nothing else does: nothing is run again, everything is stored
 as without a budget, and what is left of the capacity is shared out to the projections (`actpass.plan.rank_allocation`).

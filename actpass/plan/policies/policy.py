@@ -18,8 +18,8 @@ from actpass.registry import Registry, instance_of
 class Facts:
     """What a policy decides from.
 
-    tensors: those that it decides, in graph order. everything: all that crosses, other policies' tensors among them. request_for:
-    the user's options for a tensor, by its ``paths``. stored_bytes: see `StoredBytes`. codecs: all that there are.
+    tensors: those that it decides, in graph order. everything: all that crosses, other policies' tensors among them.
+    request_for: the user's options for a tensor, by its ``paths``. stored_bytes: see `StoredBytes`. codecs: all that there are.
     may_recompute: whether tensors may be run again in the backward; once it is settled what is, the policy is asked a second
     time for what crosses then.
     """
