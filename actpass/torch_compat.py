@@ -250,7 +250,7 @@ def make_graph_module(root: torch.nn.Module, graph: torch.fx.Graph) -> torch.fx.
 def keep_names(copy: torch.fx.Graph, graph: torch.fx.Graph) -> None:
     """Let nodes that are inserted in ``copy`` get the names that they would get in ``graph``, of which it is a copy."""
     names, like = copy._graph_namespace, graph._graph_namespace
-    names._used_names, names._base_count = set(like._used_names), dict(like._base_count)
+    names._used_names, names._base_count = set(like._used_names), like._base_count.copy()
 
 
 def plain_input_index(desc: Any) -> int | None:

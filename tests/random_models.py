@@ -234,7 +234,7 @@ def _check_variance(joint: JointGraph, done: Compiled, plain: Run, decisions: Se
             noise = 1e-10 * exact + 1e-20
             mean, spread = float(squares.mean()), float(squares.std()) / SEEDS**0.5
             bias = float(errors.mean(0).square().sum())
-            told = f"{name}, {d['method']} of rank {d['rank']} in {d['width']}: bias^2 {bias:.2e}, variance {mean:.2e}"
+            told = f"{name}, {d['projection']} of rank {d['rank']} in {d['width']}: bias^2 {bias:.2e}, variance {mean:.2e}"
             assert bias <= 36 * mean / SEEDS + noise, told
             expected = PROJECTIONS[d["projection"]].relative_variance(d["width"], d["rank"]) * exact
             assert abs(mean - expected) <= 6 * spread + 0.5 * expected + noise, f"{told}, {expected:.2e} expected"

@@ -172,6 +172,7 @@ def test_gradients_of_compiled_regions_are_eagers_and_nothing_is_overwritten():
 # ------------------------------------------------------------------------------------------------------------- our own calls
 
 
+@pytest.mark.codegen
 @pytest.mark.parametrize("alias", ["of an argument", "of a result"])
 def test_what_a_called_graph_returns_is_not_overwritten(alias: str):
     """The memory of an argument, or of a result, is free for what comes behind its last reader; a view of it is still read."""

@@ -11,8 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -205,6 +204,12 @@ class WithSubspaces:
     store: Store = STORE
     copies: bool = False
     written: Sequence[bool] = ()
+    _fewest: torch.Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Two points for steps without a sketch: none would be a special case in every back end. They are made here, for DDP's
+        graph splitting calls under a fake mode first."""
+        object.__setattr__(self, "_fewest", torch.zeros(2, dtype=torch.float32, device=self.device))
 
     def __call__(self, args: tuple[Any, ...], keys: Keys, step: int) -> Any:
         if any(isinstance(a, FakeTensor) for a in args):  # DDP's graph splitting asks what comes out of a part
@@ -245,11 +250,6 @@ class WithSubspaces:
 
     def _points(self, step: int) -> torch.Tensor:
         return _points(self.config.seed, step, most_points(self.sites), self.device)
-
-    @cached_property
-    def _fewest(self) -> torch.Tensor:
-        """Two points: none would be a special case in every back end."""
-        return torch.zeros(2, dtype=torch.float32, device=self.device)
 
     def _empty(self, site: Site) -> Subspace:
         return Subspace(site.projection, site.rank, torch.zeros(site.shape, dtype=torch.float32, device=self.device))
