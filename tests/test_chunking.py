@@ -227,6 +227,14 @@ class PicksRows(Head):
         return F.cross_entropy(logits * logits.gather(0, torch.zeros_like(logits, dtype=torch.long)), y.flatten())
 
 
+class NormsRows(Head):
+    """An operator with several results for each row."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        logits = self.head(self.hidden(self.embed(x)))
+        return flat(F.layer_norm(logits, logits.shape[-1:]), y)
+
+
 class OfTheLoss(Head):
     """A gradient that depends on all rows' loss."""
 
@@ -234,7 +242,7 @@ class OfTheLoss(Head):
         return flat(self.head(self.hidden(self.embed(x))), y).exp()
 
 
-@pytest.mark.parametrize("build", [BetweenRows, SumsOfColumns, PicksRows, OfTheLoss])
+@pytest.mark.parametrize("build", [BetweenRows, SumsOfColumns, PicksRows, NormsRows, OfTheLoss])
 def test_what_needs_all_rows_is_left_whole_with_its_reason(build: Any):
     torch.manual_seed(0)
     model = build(flat)

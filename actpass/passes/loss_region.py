@@ -103,6 +103,8 @@ def find_loss_region(joint: Joint, head: fx.Node) -> LossRegion:
 def leading_axes(node: fx.Node, rows: int) -> int:
     """How many leading axes of ``node`` make up the rows."""
     size, lead = 1, 0
+    if not isinstance(node.meta["val"], torch.Tensor):
+        raise GraphUnsupported(f"{node.name} has several results ({node.target}), which can't be formed for a part of the rows")
     shape = value(node).shape
     while size < rows and lead < len(shape):
         size, lead = size * shape[lead], lead + 1
