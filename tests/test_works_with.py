@@ -596,7 +596,7 @@ def test_progress_is_a_line_for_each_stage_of_each_region(options: dict[str, Any
 
 @pytest.mark.slow
 def test_progress_goes_to_standard_error_where_nothing_else_is_set_up():
-    script = "import actpass; actpass.show_progress(); actpass.show_progress(); from actpass import progress; "
+    script = "import actpass; actpass.show_progress(); actpass.show_progress(); from actpass.runtime import progress; "
     script += "list(map(lambda _: None, [progress.compiling().__enter__()]))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stderr == "actpass: region 1: planning\n"
