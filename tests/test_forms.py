@@ -529,7 +529,7 @@ def test_queries_of_attention_that_is_run_again_take_8_bits(monkeypatch: pytest.
     _, want = run(model, inputs, policy="exact")
     _, grads = run(model, inputs, policy="auto", memory_budget=0.2)
     assert actpass.report(model).regions[0].totals.extra_attention == 1
-    assert {s["codec"] for s in storages(model) if "score formed again" in s["reason"]} == {"int8"}
+    assert {s["codec"] for s in storages(model) if "recomputed score" in s["reason"]} == {"int8"}
     assert error(grads["qkv.weight"], want["qkv.weight"]) < 0.3
 
 
