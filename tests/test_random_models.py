@@ -43,7 +43,7 @@ def test_random_models_keep_what_every_model_must(spec: Spec, forms: list[dict[s
 
 
 @pytest.mark.slow
-@few(60)
+@few(16)
 @given(spec=specs(), forms=st.lists(st.sampled_from(FORMS), min_size=3, max_size=3, unique_by=str))
 def test_more_random_models_keep_what_every_model_must(spec: Spec, forms: list[dict[str, Any]]):
     torch.compiler.reset()
@@ -52,7 +52,7 @@ def test_more_random_models_keep_what_every_model_must(spec: Spec, forms: list[d
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", LEARNED)
-@few(4)
+@few(2)
 @given(spec=specs())
 def test_random_models_keep_their_loss_under_learned_subspaces(method: str, spec: Spec):
     torch.compiler.reset()
