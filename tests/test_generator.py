@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from actpass.codecs.generator import bits32, normals, permutation, round_keys, signs, step_seed
+from actpass.codecs.generator import bits32, normals, permutation, round_keys, rounding_noise, signs, step_seed, uniforms
 
 from .helpers import in_processes
 
@@ -91,10 +91,62 @@ def test_permutation_is_one_and_moves():
     assert not torch.equal(p, permutation(key(1), 3, 1000))
 
 
+WIDTHS = pytest.mark.parametrize(("width", "bits", "piece"), [(16, 16, 0), (16, 8, 0), (14, 14, 0), (14, 14, 1), (7, 7, 3)])
+
+
+def drawn(draw: int, rows: int, columns: int, width: int, bits: int, piece: int, *, tensors: int = 1) -> list[torch.Tensor]:
+    """Numbers for rounding ``tensors`` that share the rows' of one draw."""
+    noise = rounding_noise(key(draw), [rows, *[columns] * tensors])
+    return [uniforms((noise[0], n), (rows, columns // 32, 32), bits, piece, width).view(rows, columns) for n in noise[1:]]
+
+
+@WIDTHS
+def test_numbers_for_rounding_are_uniform(width: int, bits: int, piece: int):
+    u = torch.stack([drawn(d, 64, 64, width, bits, piece)[0] for d in range(64)]).double()
+    assert u.min() > 0
+    assert u.max() < 1
+    counts = torch.histc(u, 128, 0.0, 1.0)
+    expected = u.numel() / 128
+    # numbers of one draw are independent by two, which is all that the mean of chi-squared needs; its spread is that of draws
+    assert float(((counts - expected) ** 2 / expected).sum() / 127) == pytest.approx(1.0, abs=0.5)
+    assert abs(float(u.mean()) - 0.5) < 5 * (12 * u.numel()) ** -0.5
+
+
+@WIDTHS
+def test_any_two_numbers_for_rounding_are_independent(width: int, bits: int, piece: int):
+    """Of one row, of one column, of neither, and of two tensors that share the numbers of the rows: over draws, by chi-squared
+    on 8 x 8 cells."""
+    pairs: list[torch.Tensor] = []
+    for d in range(1024):
+        a, b = drawn(d, 2, 32, width, bits, piece, tensors=2)
+        first, second = [a[0, 0], a[0, 3], a[0, 4], a[1, 6]], [a[0, 1], a[1, 3], a[1, 5], b[1, 6]]
+        pairs.append(torch.stack([torch.stack(first), torch.stack(second)]))
+    cells = (torch.stack(pairs) * 8).long()
+    for kind in range(4):
+        counts = torch.bincount(cells[:, 0, kind] * 8 + cells[:, 1, kind], minlength=64).double()
+        chi2 = float(((counts - 16) ** 2 / 16).sum())
+        assert abs(chi2 - 63) < 5 * (2 * 63) ** 0.5, kind
+
+
+@WIDTHS
+def test_two_columns_are_not_rounded_alike_within_one_draw(width: int, bits: int, piece: int):
+    """An exclusive or alone fails this: two columns then differ by one pattern in all rows, and where half of the numbers round
+    up the same rows do, or the others, for every pair of columns."""
+    u = drawn(0, 4096, 64, width, bits, piece)[0].double()
+    up = (u < 0.5).double() - 0.5
+    correlation = torch.corrcoef(up.T).fill_diagonal_(0)
+    patterns = 8 * 2.0**-width  # in which two numbers can differ: of few bits there are few
+    assert correlation.square().sum() / (64 * 63) < 0.01 + patterns
+    whole = up.sum(1) / (64 * 0.25) ** 0.5
+    assert float(whole.pow(4).mean() / whole.square().mean() ** 2) == pytest.approx(3.0, abs=0.5)
+
+
 @pytest.mark.codegen
 def test_generator_is_bit_identical_under_inductor():
     def draw(k: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return bits32(k, 1, 4096), signs(k, 2, 4096), normals(k, 3, 4096)
+        noise = rounding_noise(k, [64, 96])
+        numbers = [uniforms((noise[0], noise[1]), (64, 3, 32), bits, 1, width) for width, bits in ((14, 14), (14, 8))]
+        return bits32(k, 1, 4096), signs(k, 2, 4096), normals(k, 3, 4096), *noise, *numbers
 
     for got, want in zip(torch.compile(draw)(key()), draw(key()), strict=True):
         assert torch.equal(got, want)

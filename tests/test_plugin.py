@@ -134,7 +134,7 @@ def test_codec_of_another_package_errs_as_it_says():
     assert codec.error / 2 < err < codec.error * 2
     draws = 64
     mean = sum(
-        through(rounding_noise(round_keys(i), layout.groups.rows, layout.groups.columns)) for i in range(draws)
+        through(rounding_noise(round_keys(i), [layout.groups.rows, layout.groups.columns])) for i in range(draws)
     ) / draws  # fmt: skip
     left = float((mean - x).square().sum() / x.square().sum())
     assert left < 3 * codec.error / draws  # stochastic: twice the variance of nearest, and unbiased

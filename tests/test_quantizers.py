@@ -31,7 +31,8 @@ def groups_of(name: str, shape: tuple[int, ...], group: int | None = None) -> Gr
 def noise_of(groups: Groups, seed: int | None) -> tuple[torch.Tensor, torch.Tensor] | None:
     if seed is None:
         return None
-    return rounding_noise(round_keys(step_seed(0, seed)), groups.rows, groups.columns)
+    rows, columns = rounding_noise(round_keys(step_seed(0, seed)), [groups.rows, groups.columns])
+    return rows, columns
 
 
 def round_trip(name: str, x: torch.Tensor, seed: int | None, *, group: int | None = None, rotate: bool = False) -> torch.Tensor:
@@ -45,7 +46,8 @@ def step_of(name: str, x: torch.Tensor) -> torch.Tensor:
     """The distance between the two codes around each element."""
     codec, groups = QUANTIZERS[name], groups_of(name, tuple(x.shape))
     _, scale = codec.encode(x, groups, None)
-    spread = groups.restore(groups.spread(scale.float()), x.shape).double()
+    spread = scale.float().unsqueeze(-1).expand(*scale.shape, groups.group).flatten(-2)
+    spread = groups.restore(groups.join(spread), x.shape).double()
     if isinstance(codec, Integer):
         return spread
     assert isinstance(codec, Float8)
@@ -170,7 +172,7 @@ def test_codes_survive_packing(name: str):
     codec = QUANTIZERS[name]
     assert isinstance(codec, Integer)
     steps = torch.randint(0, codec.levels, (codec.pieces, 5, 32)).float() - codec.largest
-    assert torch.equal(codec.unpack(codec.pack(codec.round(steps, None))), steps)
+    assert torch.equal(codec.unpack(codec.pack(codec.round(steps, None).unbind())), steps)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -207,7 +209,7 @@ def test_inductor_fuses_both_ways_without_a_full_size_intermediate(name: str):
 
     def forward(h: torch.Tensor, w: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, ...]:
         x = h @ w
-        return x, torch.nn.functional.silu(x), *codec.encode(x, groups, rounding_noise(key, groups.rows, groups.columns))
+        return x, torch.nn.functional.silu(x), *codec.encode(x, groups, rounding_noise(key, [groups.rows, groups.columns]))
 
     def backward(dy: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         x = codec.decode(codes, scale, groups, (tokens, width), torch.float32)

@@ -14,6 +14,7 @@ whole generator fuses into whatever reads it. Four rounds are not enough (consec
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import cache
 
@@ -24,7 +25,12 @@ _MASK64 = 0xFFFFFFFFFFFFFFFF
 _MULTIPLIERS = (0x73BFB65F, 0x75083DBB, 0x551650D7, 0x56251B4D, 0x7B1DCDAF)  # odd, below 2^31
 _SHIFTS = (14, 17, 14, 17, 15)
 _ROUNDING = 1 << 40
-"""The sequence of `rounding_keys` and `rounding_noise`, beyond those of the bases."""
+"""The sequence of `rounding_noise`, beyond those of the bases."""
+ROUNDING_BITS = 28
+"""Eight of so many bits add up to an int32."""
+_MIXED = 0x6595
+_ONE = 0x3F800000
+"""The bits of 1.0 in float32. With others behind its exponent it is a number in [1, 2)."""
 _KEY_SHIFTS = (0, 31, 16, 8, 24)  # which 32 of the seed's 63 bits each round sees
 
 
@@ -91,34 +97,36 @@ def permutation(key: torch.Tensor, stream: int, count: int) -> torch.Tensor:
     return torch.sort((bits32(key, stream, count) << 21) | index).values & ((1 << 21) - 1)
 
 
-def rounding_keys(key: torch.Tensor, count: int) -> torch.Tensor:
-    """``count`` independent keys, one for each tensor that is rounded in a step: int64 (count, 8). Rows of 64 bytes, so that
-    each is aligned as a tensor of its own; the functions here read the first five numbers."""
-    return bits32(key, _ROUNDING, 8 * count).view(count, 8)
+def rounding_noise(key: torch.Tensor, lengths: Sequence[int], draw: int = 0) -> tuple[torch.Tensor, ...]:
+    """Random numbers for rounding, int32, whose last `ROUNDING_BITS` bits are uniform: a tensor of each of ``lengths``.
 
-
-def rounding_noise(key: torch.Tensor, rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random numbers for rounding a (rows, width) tensor: int64 (rows,) and (width,), below 2^31. See `uniforms`.
-    key: one of `rounding_keys`.
-
-    Each is a sum of eight 28-bit hashes: a sum over eight, because Inductor writes it to memory and then reads it, where
-    it would compute a hash again at every element.
+    draw: which of the key's independent draws, any int >= 0. See `uniforms`. Each number is a sum of eight hashes: a sum over
+    eight, because Inductor writes it to memory and then reads it, where it would compute a hash again at every element. Each
+    tensor begins at a multiple of 64 bytes, if the lengths before it are known.
     """
-    total = (bits32(key, _ROUNDING, 8 * (rows + width)) >> 4).view(8, rows + width).sum(0)
-    return total[:rows], total[rows:]
+    starts = [0, *itertools.accumulate(-(-length // 16) * 16 for length in lengths)]
+    hashes = (bits32(key, _ROUNDING + draw, 8 * starts[-1]) >> (32 - ROUNDING_BITS)).to(torch.int32)
+    noise = hashes.view(8, starts[-1]).sum(0, dtype=torch.int32)
+    return tuple(noise[start : start + length] for start, length in zip(starts, lengths, strict=False))
 
 
-def uniforms(noise: tuple[torch.Tensor, torch.Tensor], shape: Sequence[int], bits: int) -> torch.Tensor:
-    """Uniform numbers in [0, 1) with ``bits`` bits, float32 of ``shape`` (pieces, ..., groups, group): (pieces, rows, width).
+def uniforms(noise: tuple[torch.Tensor, torch.Tensor], shape: Sequence[int], bits: int, piece: int, width: int) -> torch.Tensor:
+    """Uniform numbers in (0, 1) of ``bits`` bits, and half of the last one, float32 of ``shape`` (..., groups, group).
 
-    The middle bits of the product of a number of the row and one of the column: every number is uniform, any two are
-    independent, which is what an unbiased sum of known variance needs, at two loads and a multiplication an element. The
-    pieces take different bits of one product.
+    noise: `rounding_noise` of the rows and of the columns, groups times group. piece: which ``width`` bits of their numbers are
+    taken, width <= 16, and of those the first ``bits``.
+
+    The exclusive or of a number of the row and one of the column, times a constant: every number is uniform, and any two are
+    independent, those of two tensors that share the rows' among them, which is what an unbiased sum of known variance needs.
+    All of one column, which a weight's gradient sums, are independent, and so are all of one row. Without the product two
+    columns would differ by one and the same pattern in all rows: their errors, though uncorrelated over many draws, would be
+    equal or opposite in each of them, and sums over columns would have rare, large errors.
     """
-    pieces, *rows, groups, group = shape
-    row = noise[0].view(1, *rows, 1, 1)
-    column = noise[1].view(1, *(1 for _ in rows), groups, group)
-    shifts = torch.arange(pieces, dtype=torch.int64, device=row.device).view(pieces, *(1 for _ in shape[1:]))
-    lowest = 47 - bits if pieces == 1 else 15
-    parts = ((row * column) >> (shifts * bits + lowest)) & (2**bits - 1)
-    return parts.to(torch.float32) * 2.0**-bits
+    *rows, groups, group = shape
+    row = noise[0].view(*rows, 1, 1)
+    column = noise[1].view(*(1 for _ in rows), groups, group)
+    part = ((row ^ column) >> (piece * width)) & (2**width - 1)
+    first = (part * _MIXED) & (
+        2**width - 2 ** (width - bits)
+    )  # an odd factor below 2^15: nothing is lost, and nothing overflows
+    return ((first << (23 - width)) | _ONE).view(torch.float32) - (1.0 - 2.0 ** -(bits + 1))

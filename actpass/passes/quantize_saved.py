@@ -7,6 +7,8 @@ nothing that is inserted here.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import fx
 
 from actpass.analysis.linearity import consumers
 from actpass.codecs import QUANTIZERS, Groups
-from actpass.codecs.generator import rounding_keys, rounding_noise
+from actpass.codecs.generator import rounding_noise
 from actpass.errors import GraphUnsupported
 from actpass.ir.joint_graph import value
 from actpass.ir.op_queries import is_pointwise, is_reduced_by_row
@@ -70,9 +72,9 @@ class QuantizeSaved:
         if not state.plan.coded:
             return state
         coding = _Coding(Boundary(cut, state.count))
-        keys = coding.keys(cut.seeds[0] if cut.seeds else None, state.plan.coded)
+        noise = coding.noise(cut.seeds[0] if cut.seeds else None, state.plan.coded)
         for storage in state.plan.coded:
-            coding.store(storage, keys.get(storage))
+            coding.store(storage, noise.get(storage, ()))
         inserted = state.inserted | coding.boundary.forward.inserted
         return replace(state, cut=coding.boundary.close(), inserted=inserted)
 
@@ -97,51 +99,71 @@ class QuantizeSaved:
 class _Coding:
     boundary: Boundary
 
-    def keys(self, seed: str | None, storages: tuple[Storage, ...]) -> dict[Storage, fx.Node]:
-        """The key of the random numbers for each tensor that is rounded stochastically. seed: the node of the step's."""
+    def noise(self, seed: str | None, storages: tuple[Storage, ...]) -> dict[Storage, tuple[fx.Node, fx.Node]]:
+        """The random numbers of the rows and of the columns for each tensor that is rounded stochastically. Tensors of as many
+        rows share those of the rows; each has its own of the columns. seed: the node of the step's."""
         drawn = [s for s in storages if s.rounding == "stochastic"]
         if not drawn:
             return {}
         node = self.boundary.before.get(seed) if seed is not None else None
         if node is None:
             raise GraphUnsupported("the step's seed did not arrive in the forward graph")
+        by_rows: dict[str, list[Storage]] = defaultdict(list)
+        for storage in drawn:
+            by_rows[str(self._layout(storage).groups.rows)].append(storage)
+        found: dict[Storage, tuple[fx.Node, fx.Node]] = {}
+        for draw, members in enumerate(by_rows.values()):
+            rows, *columns = self._draw(node, members, draw)
+            found |= {s: (rows, c) for s, c in zip(members, columns, strict=True)}
+        return found
 
-        def draw(seed: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return rounding_keys(seed, len(drawn)).unbind()
+    def _draw(self, seed: fx.Node, storages: Sequence[Storage], draw: int) -> tuple[fx.Node, ...]:
+        """Numbers for the rows that all ``storages`` have, and for the columns of each."""
+        first = min(storages, key=lambda s: self.boundary.before[s.node])
+        x, layout = self.boundary.before[first.node], self._layout(first)
+        widths = [self._layout(s).groups.columns for s in storages]
 
-        return dict(zip(drawn, self.boundary.forward.splice(draw, [node], after=node, like=node), strict=True))
+        def numbers(seed: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            columns_first = rounding_noise(seed, [*widths, layout.seen_from(x).groups.rows], draw)
+            return columns_first[-1], *columns_first[:-1]
 
-    def store(self, storage: Storage, key: fx.Node | None) -> None:
-        x = self.boundary.before[storage.node]
-        layout = layout_of(value(x), storage.codec, storage.group_size)
+        return self.boundary.forward.splice(numbers, [seed, x], after=x, like=x)
+
+    def _layout(self, storage: Storage) -> Layout:
+        layout = layout_of(value(self.boundary.before[storage.node]), storage.codec, storage.group_size)
         if layout is None:
             raise GraphUnsupported(f"{storage.node} can't be divided into groups at symbolic sizes")
-        codes = self._encode(x, key, layout, storage)
+        return layout
+
+    def store(self, storage: Storage, noise: tuple[fx.Node, ...]) -> None:
+        x, layout = self.boundary.before[storage.node], self._layout(storage)
+        codes = self._encode(x, noise, layout, storage)
         arrived = self.boundary.send(storage.saved_for_backward, codes)
         self.boundary.show(storage.saved_for_backward, x, self._decode(x, arrived, layout, storage))
 
-    def _encode(self, x: fx.Node, key: fx.Node | None, layout: Layout, storage: Storage) -> tuple[fx.Node, ...]:
-        """Encode where ``x`` is made, by a function that all tensors of one size share: not fused with what comes later, which
-        would keep ``x`` alive until then."""
+    def _encode(self, x: fx.Node, noise: tuple[fx.Node, ...], layout: Layout, storage: Storage) -> tuple[fx.Node, ...]:
+        """Encode where ``x`` is made. On a CPU by a function that all tensors of one size share: not fused with what comes
+        later, which would keep ``x`` alive until then. On a GPU inside the kernel that makes or reads ``x``, which saves a
+        read of it, and a copy where rows are padded."""
         codec, editor = QUANTIZERS[storage.codec], self.boundary.forward
 
         def flatten(x: torch.Tensor) -> torch.Tensor:
             groups = layout.seen_from(x).groups
             return x.permute(layout.order).reshape(-1 if groups.padding else groups.shape)
 
-        def encode(x: torch.Tensor, *key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def encode(x: torch.Tensor, *noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             groups = layout.seen_from(x).groups
-            noise = rounding_noise(key[0], groups.rows, groups.columns) if key else None
-            return codec.encode(x if is_flat else flatten(x), groups, noise, rotate=storage.hadamard_rotation)
+            drawn = (noise[0], noise[1]) if noise else None
+            return codec.encode(x if is_flat else flatten(x), groups, drawn, rotate=storage.hadamard_rotation)
 
         # A view of a tensor in any other order would make Inductor copy what it has not yet decided to keep in that order.
         # Strides are of the key: a part of a wider tensor has gaps between its rows, and is copied where another is viewed.
         is_flat, arrangement = layout.order == tuple(range(len(layout.order))), f"{layout} {tuple(value(x).stride())}"
         if is_flat:
             x = editor.splice(flatten, [x], after=x, like=x, key=("flatten", arrangement))
-        arguments = [x] if key is None else [x, key]
         signature = ("encode", is_flat or arrangement, *_signature(x, layout, storage))
-        return editor.call(encode, arguments, after=x, like=x, key=signature)
+        insert = editor.splice if value(x).device.type == "cuda" else editor.call
+        return insert(encode, [x, *noise], after=x, like=x, key=signature)
 
     def _decode(self, x: fx.Node, codes: list[fx.Node], layout: Layout, storage: Storage) -> fx.Node:
         """Decode in front of the first use: inside the kernel that uses it, or where several kernels or a library's read it,

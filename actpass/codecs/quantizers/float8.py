@@ -5,6 +5,7 @@ Source of the formats: Micikevicius et al., "FP8 formats for deep learning", 202
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +48,7 @@ class Float8(Quantizer):
         ulp = power.clamp_min(info.smallest_normal) * info.eps
         return (torch.floor(steps / ulp + uniform) * ulp).to(self.dtype)
 
-    def pack(self, codes: torch.Tensor) -> torch.Tensor:
+    def pack(self, codes: Sequence[torch.Tensor]) -> torch.Tensor:
         return codes[0]
 
     def unpack(self, payload: torch.Tensor) -> torch.Tensor:

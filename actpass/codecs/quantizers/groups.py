@@ -81,7 +81,7 @@ class Groups:
 
     def grouped(self, x: torch.Tensor) -> torch.Tensor:
         """(..., D) -> (..., D/G, G)."""
-        return unflatten(x, -1, (self.shape[-1] // self.group, self.group))
+        return unflatten(x, -1, (x.shape[-1] // self.group, self.group))
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
         """Grouped -> (K, ...): the elements of each byte along a new first axis."""
@@ -90,10 +90,6 @@ class Groups:
     def join(self, x: torch.Tensor) -> torch.Tensor:
         """(K, *packed_shape) -> (..., D)."""
         return x.movedim(0, self.axis).flatten(self.axis, self.axis + 1)
-
-    def spread(self, scale: torch.Tensor) -> torch.Tensor:
-        """(..., D/G) -> (..., D): each group's scale at each of its elements."""
-        return scale.unsqueeze(-1).expand(*scale.shape, self.group).flatten(-2)
 
 
 def _near_divisor(width: int, group: int) -> int | None:

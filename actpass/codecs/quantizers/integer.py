@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,8 @@ from actpass.codecs.registry import register_codec
 _ERROR = {16: 8e-10, 8: 4.4e-5, 4: 1.1e-2, 2: 0.2}
 _LARGEST = 2.7
 """Of 32 to 64 Gaussian numbers, in standard deviations."""
+_WHOLE = 1.5 * 2.0**23
+"""Float32 numbers near it are whole ones, which their last bits count."""
 
 
 @dataclass(frozen=True)
@@ -54,20 +57,19 @@ class Integer(Quantizer):
         return (self.levels - 1) / 2
 
     def round(self, steps: torch.Tensor, uniform: torch.Tensor | None) -> torch.Tensor:
-        up = 0.5 if uniform is None else uniform + 2.0 ** -(self.random_bits + 1)
-        if self.bits == 16:  # signed: one bit more is left behind the point
-            return torch.floor(steps + up)
-        return torch.floor(steps + self.largest + up)  # in [0, levels - 1] as it is, for the scale has a margin
+        lowest = 0.0 if self.bits == 16 else self.largest  # 16 bits are signed: one more is left behind the point
+        up = steps + lowest if uniform is None else steps + (uniform + (lowest - 0.5))
+        # The sum is a whole number, rounded to nearest, and its last bits are the code: in [0, levels - 1] as it is, for the
+        # scale has a margin. A NaN's are masked like all others, and do not reach their neighbours'.
+        return (up + _WHOLE).view(torch.int32) & (2**self.bits - 1)
 
-    def pack(self, codes: torch.Tensor) -> torch.Tensor:
+    def pack(self, codes: Sequence[torch.Tensor]) -> torch.Tensor:
         if self.bits == 16:
-            return codes[0].to(torch.int16)
-        if self.pieces == 1:
-            return codes[0].to(torch.uint8)
-        # In floating point, where conversions from and to bytes are fast on a CPU, and as a sum, which uses ``codes`` once:
-        # Inductor writes to memory what is used twice. A NaN must not reach its neighbours' bits.
-        codes = torch.where(codes >= 0.0, codes, 0.0)
-        return (codes * self._units(codes.device, codes.dim())).sum(0).to(torch.uint8)
+            return ((codes[0] << 16) >> 16).to(torch.int16)
+        packed = codes[0]
+        for k, code in enumerate(codes[1:], 1):
+            packed = packed | (code << (k * self.bits))
+        return packed.to(torch.uint8)
 
     def unpack(self, payload: torch.Tensor) -> torch.Tensor:
         codes = payload.unsqueeze(0)
@@ -77,11 +79,6 @@ class Integer(Quantizer):
             shifts = torch.arange(self.pieces, dtype=torch.uint8, device=codes.device) * self.bits
             codes = (codes >> shifts.view(self.pieces, *(1 for _ in payload.shape))) & (2**self.bits - 1)
         return codes.to(torch.float32) - self.largest
-
-    def _units(self, device: torch.device, dims: int) -> torch.Tensor:
-        """What a one in each piece of a byte is worth, (K, 1, ...), float32."""
-        shifts = torch.arange(self.pieces, dtype=torch.int64, device=device) * self.bits
-        return (1 << shifts).to(torch.float32).view(self.pieces, *(1 for _ in range(dims - 1)))
 
 
 for _codec in (Integer(16, 65535, 64), Integer(8, 255, 64), Integer(4, 15, 32), Integer(2, 4, 32)):

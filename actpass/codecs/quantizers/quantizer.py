@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from actpass.codecs.generator import uniforms
+from actpass.codecs.generator import ROUNDING_BITS, uniforms
 from actpass.codecs.hadamard import orthogonal
 from actpass.codecs.quantizers.groups import Groups
 
@@ -75,7 +75,12 @@ class Quantizer(ABC):
     @property
     def random_bits(self) -> int:
         """Of a uniform number: as many as are exact beside a code in float32, where more would round up to the next."""
-        return min(16, 24 - self.bits, 32 // self.pieces)
+        return min(24 - self.bits, self.noise_bits)
+
+    @property
+    def noise_bits(self) -> int:
+        """Of a number of `rounding_noise`, that are mixed for one element."""
+        return min(16, ROUNDING_BITS // self.pieces)
 
     @property
     @abstractmethod
@@ -84,11 +89,11 @@ class Quantizer(ABC):
 
     @abstractmethod
     def round(self, steps: torch.Tensor, uniform: torch.Tensor | None) -> torch.Tensor:
-        """Values in (-largest, largest) -> codes. uniform: in [0, 1), for stochastic rounding; None: to nearest."""
+        """Values in (-largest, largest) -> codes. uniform: in (0, 1), for stochastic rounding; None: to nearest."""
 
     @abstractmethod
-    def pack(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes (K, ...) -> payload (...), K codes an element."""
+    def pack(self, codes: Sequence[torch.Tensor]) -> torch.Tensor:
+        """K tensors of codes -> the payload, of their shape, K codes an element."""
 
     @abstractmethod
     def unpack(self, payload: torch.Tensor) -> torch.Tensor:
@@ -97,24 +102,30 @@ class Quantizer(ABC):
     def encode(
         self, x: torch.Tensor, groups: Groups, noise: Noise | None, *, rotate: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(codes (*groups.packed_shape), scales (..., D/G) in bfloat16).
+        """(codes (*groups.packed_shape), scales (K, ..., D/G) of `groups.packed_shape` in bfloat16).
 
-        x: any shape, in the order of its memory. noise: `rounding_noise` of (`groups.rows`, `groups.columns`) for stochastic
-        rounding, None for nearest. rotate: multiply each group by a fixed orthogonal (Hadamard) matrix first, which
+        x: any shape, in the order of its memory. noise: `groups.rows` and `groups.columns` numbers of `rounding_noise` for
+        stochastic rounding, None for nearest. rotate: multiply each group by a fixed orthogonal (Hadamard) matrix first, which
         spreads outliers.
 
-        The order of operations is for the compiler: each value is used once, and few operations stand between the loads and
-        the payload, because Inductor writes a full-size intermediate where an expression grows too long (50 operations on a
-        CPU, 30 on a GPU, torch 2.13) and its users can't be fused with it.
+        The order of operations is for the compiler. The K elements of a byte have scales of their own, each found over the same
+        loop as the byte is formed, so that all is one kernel, and so with the kernel that makes ``x``. No instruction converts
+        between integers and floating point, which a GPU does at an eighth of its rate. Few operations stand between the loads
+        and the payload, because Inductor writes a full-size intermediate where an expression grows too long (50 operations on
+        a CPU, 30 on a GPU, torch 2.13) and its users can't be fused with it.
         """
         values = groups.grouped(groups.view(x).to(torch.float32))
         if rotate:
             values = torch.matmul(values, _rotation(groups, x.device))
-        scale = _bfloat16(values.abs() * (_MARGIN / self.largest)).amax(-1, keepdim=True)
-        steps = groups.split(values * (1.0 / scale))
-        uniform = None if noise is None else uniforms(noise, steps.shape, self.random_bits)
-        payload = self.pack(self.round(steps, uniform)).reshape(groups.packed_shape)
-        return payload, scale.squeeze(-1).to(torch.bfloat16)
+        codes: list[torch.Tensor] = []
+        scales: list[torch.Tensor] = []
+        for k, piece in enumerate(groups.split(values).unbind()):
+            largest = piece.abs().amax(-1, keepdim=True)
+            scales.append(_bfloat16(largest * (_MARGIN / self.largest)))
+            uniform = None if noise is None else uniforms(noise, piece.shape, self.random_bits, k, self.noise_bits)
+            codes.append(self.round(piece * (1.0 / scales[k]), uniform))
+        payload = self.pack(codes).reshape(groups.packed_shape)
+        return payload, torch.stack([s.squeeze(-1).to(torch.bfloat16) for s in scales])
 
     def decode(
         self,
@@ -127,7 +138,8 @@ class Quantizer(ABC):
         rotate: bool = False,
     ) -> torch.Tensor:
         """x_hat of ``shape`` and ``dtype``."""
-        values = groups.join(self.unpack(payload)) * groups.spread(scale.to(torch.float32))
+        values = groups.grouped(self.unpack(payload)) * scale.to(torch.float32).unsqueeze(-1)
+        values = groups.join(values.flatten(-2))
         if rotate:
             values = torch.matmul(groups.grouped(values), _rotation(groups, values.device).t()).flatten(-2)
         if dtype == torch.float16:  # a code may lie 1 % beyond the largest value, and float16 ends at 65504

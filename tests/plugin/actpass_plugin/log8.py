@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from actpass.codecs import Quantizer, register_codec
@@ -30,7 +32,7 @@ class Log8(Quantizer):
         share = (steps.abs() - low) / (high - low)
         return torch.sign(steps) * (below + torch.floor(share + (0.5 if uniform is None else uniform)))
 
-    def pack(self, codes: torch.Tensor) -> torch.Tensor:
+    def pack(self, codes: Sequence[torch.Tensor]) -> torch.Tensor:
         return (codes[0] + 128).to(torch.uint8)
 
     def unpack(self, payload: torch.Tensor) -> torch.Tensor:
