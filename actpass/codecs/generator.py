@@ -117,10 +117,10 @@ def uniforms(noise: tuple[torch.Tensor, torch.Tensor], shape: Sequence[int], bit
     taken, width <= 16, and of those the first ``bits``.
 
     The exclusive or of a number of the row and one of the column, times a constant: every number is uniform, and any two are
-    independent, those of two tensors that share the rows' among them, which is what an unbiased sum of known variance needs.
-    All of one column, which a weight's gradient sums, are independent, and so are all of one row. Without the product two
-    columns would differ by one and the same pattern in all rows: their errors, though uncorrelated over many draws, would be
-    equal or opposite in each of them, and sums over columns would have rare, large errors.
+    independent, also those of two tensors that share the rows', which is what an unbiased sum of known variance needs. All of
+    one column, which a weight's gradient sums, are independent, and so are all of one row. Without the product two columns
+    would differ by one and the same pattern in all rows: their errors, though uncorrelated over many draws, would be equal or
+    opposite in each of them, and sums over columns would have rare, large errors.
     """
     *rows, groups, group = shape
     row = noise[0].view(*rows, 1, 1)

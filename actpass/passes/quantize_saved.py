@@ -100,8 +100,9 @@ class _Coding:
     boundary: Boundary
 
     def noise(self, seed: str | None, storages: tuple[Storage, ...]) -> dict[Storage, tuple[fx.Node, fx.Node]]:
-        """The random numbers of the rows and of the columns for each tensor that is rounded stochastically. Tensors of as many
-        rows share those of the rows; each has its own of the columns. seed: the node of the step's."""
+        """The random numbers of the rows and of the columns for each tensor that is rounded stochastically; those of as many
+        rows are drawn in one kernel. Each has its own: what reads one table is fused, and would keep the tensors of one layer
+        until another's are coded. seed: the node of the step's."""
         drawn = [s for s in storages if s.rounding == "stochastic"]
         if not drawn:
             return {}
@@ -113,19 +114,20 @@ class _Coding:
             by_rows[str(self._layout(storage).groups.rows)].append(storage)
         found: dict[Storage, tuple[fx.Node, fx.Node]] = {}
         for draw, members in enumerate(by_rows.values()):
-            rows, *columns = self._draw(node, members, draw)
-            found |= {s: (rows, c) for s, c in zip(members, columns, strict=True)}
+            numbers = self._draw(node, members, draw)
+            found |= dict(zip(members, zip(numbers[: len(members)], numbers[len(members) :], strict=True), strict=True))
         return found
 
     def _draw(self, seed: fx.Node, storages: Sequence[Storage], draw: int) -> tuple[fx.Node, ...]:
-        """Numbers for the rows that all ``storages`` have, and for the columns of each."""
+        """Numbers for the rows, of which all ``storages`` have as many, and then for the columns of each."""
         first = min(storages, key=lambda s: self.boundary.before[s.node])
         x, layout = self.boundary.before[first.node], self._layout(first)
         widths = [self._layout(s).groups.columns for s in storages]
 
         def numbers(seed: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            columns_first = rounding_noise(seed, [*widths, layout.seen_from(x).groups.rows], draw)
-            return columns_first[-1], *columns_first[:-1]
+            rows = [layout.seen_from(x).groups.rows] * len(widths)
+            drawn = rounding_noise(seed, [*widths, *rows], draw)
+            return *drawn[len(widths) :], *drawn[: len(widths)]
 
         return self.boundary.forward.splice(numbers, [seed, x], after=x, like=x)
 
