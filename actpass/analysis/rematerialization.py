@@ -4,7 +4,7 @@ which all of a model's paths meet, the natural places to start from."""
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -68,8 +68,15 @@ class Recomputation:
         """How many bytes more it takes to store ``total``, a sum, than to store what it is rebuilt from: of the ways up from it
         to something that never runs again, whose values nobody else reads, the one that is widest where it is narrowest. None
         if there is no such way. Where it is 0, storing the sum in place of an addend costs nothing."""
+        return self._excess(total, tensor_bytes)
+
+    def extra_elements(self, total: fx.Node) -> int | None:
+        """As `extra_bytes`, for elements: what it takes more where all are stored in one format."""
+        return self._excess(total, lambda n: size_hint(value(n).numel()) if tensor_bytes(n) else 0)
+
+    def _excess(self, total: fx.Node, size: Callable[[fx.Node], int]) -> int | None:
         widest: int | None = None
-        todo = [(total, tensor_bytes(total))]
+        todo = [(total, size(total))]
         while todo:
             node, width = todo.pop()
             if node.meta.get("recompute") is not None:  # the user's checkpointing decides what runs again
@@ -79,8 +86,8 @@ class Recomputation:
                 continue
             for a in node.all_input_nodes:
                 if a in self.hidden and len(a.users) == 1:
-                    todo.append((a, min(width, tensor_bytes(a) or width)))
-        return None if widest is None else tensor_bytes(total) - widest
+                    todo.append((a, min(width, size(a) or width)))
+        return None if widest is None else size(total) - widest
 
     @cached_property
     def anchors(self) -> frozenset[str]:

@@ -124,6 +124,7 @@ class _Reading:
             elements=size_hint(value(node).numel()),
             shape=tuple(size_hint(s) for s in value(node).shape),
             dtype=str(value(node).dtype).removeprefix("torch."),
+            joins=(_is_touched_by_a_loop(root), all(map(is_read_by_loops, arrived))) if is_on_gpu(node) else None,
         )
 
     def _exponential(self, arrived: list[fx.Node]) -> set[str]:
@@ -241,6 +242,20 @@ class Scores:
                 seen.update(new)
                 todo.extend(new)
         return False
+
+
+def is_on_gpu(node: fx.Node) -> bool:
+    return value(node).device.type == "cuda"
+
+
+def is_read_by_loops(tensor: fx.Node) -> bool:
+    """Whether all that reads ``tensor`` are loops, which can decode it for themselves; a library's kernel can't."""
+    return all(is_pointwise(user) or is_reduction(user) for user, _ in consumers(tensor))
+
+
+def _is_touched_by_a_loop(node: fx.Node) -> bool:
+    """Whether a loop makes or reads ``node``, and so can make codes of it, too."""
+    return is_pointwise(node) or is_reduction(node) or any(is_pointwise(u) or is_reduction(u) for u, _ in consumers(node))
 
 
 def _is_early_gradient(node: fx.Node) -> bool:

@@ -17,8 +17,12 @@ from actpass.torch_compat import auto_functionalized, fake_of
 
 @torch.library.custom_op("actpass::add_product_", mutates_args=("total",))
 def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += left.T @ right``, all of one dtype: (M, N), (T, M), (T, N)."""
-    total.addmm_(left.t(), right)
+    """``total += left.T @ right``: (M, N), (T, M), (T, N). All of one dtype, or ``total`` in float32 on a GPU, where the matmul
+    adds the products of narrower factors up in it."""
+    if left.dtype == total.dtype:
+        total.addmm_(left.t(), right)
+    else:
+        torch.addmm(total, left.t(), right, out_dtype=total.dtype, out=total)
 
 
 @fake_of(add_product_)

@@ -186,15 +186,18 @@ def _head(
 
 
 def _is_in_place(node: fx.Node, region: LossRegion) -> bool:
-    """Whether ``node`` is a sum over the rows that is added up in place: a matmul's product, in its own dtype."""
-    return node in region.sums and node.target is aten.mm.default and value(node).element_size() >= 4
+    """Whether ``node`` is a sum over the rows that is added up in place: a matmul's product, of factors in float32 or more, or
+    on a GPU, whose matmuls add up in float32."""
+    if node not in region.sums or node.target is not aten.mm.default:
+        return False
+    return value(node).element_size() >= 4 or value(node).device.type == "cuda"
 
 
 def _add(inserter: _Inserter, product: fx.Node, total: fx.Node | None, made: Mapping[fx.Node, fx.Node]) -> fx.Node:
     left, right = (made[f] for f in factors(product))
-    if total is None:
+    if total is None and value(product).element_size() >= 4:
         return inserter.insert(_product, [left, right])
-    return inserter.add_product(total, left, right)
+    return inserter.add_product(total or _zeros(inserter, product), left, right)
 
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from actpass.analysis.linearity import consumers
+from actpass.analysis.saved_tensors import is_on_gpu, is_read_by_loops
 from actpass.codecs import QUANTIZERS, Groups
 from actpass.codecs.generator import rounding_noise
 from actpass.errors import GraphUnsupported
@@ -145,8 +146,8 @@ class _Coding:
 
     def _encode(self, x: fx.Node, noise: tuple[fx.Node, ...], layout: Layout, storage: Storage) -> tuple[fx.Node, ...]:
         """Encode where ``x`` is made. On a CPU by a function that all tensors of one size share: not fused with what comes
-        later, which would keep ``x`` alive until then. On a GPU inside the kernel that makes or reads ``x``, which saves a
-        read of it, and a copy where rows are padded."""
+        later, which would keep ``x`` alive until then. On a GPU inside the kernel that makes or reads ``x``, if that is a loop
+        over its elements, which saves a read, and a copy where rows are padded."""
         codec, editor = QUANTIZERS[storage.codec], self.boundary.forward
 
         def flatten(x: torch.Tensor) -> torch.Tensor:
@@ -161,10 +162,10 @@ class _Coding:
         # A view of a tensor in any other order would make Inductor copy what it has not yet decided to keep in that order.
         # Strides are of the key: a part of a wider tensor has gaps between its rows, and is copied where another is viewed.
         is_flat, arrangement = layout.order == tuple(range(len(layout.order))), f"{layout} {tuple(value(x).stride())}"
+        insert = editor.splice if is_on_gpu(x) else editor.call
         if is_flat:
             x = editor.splice(flatten, [x], after=x, like=x, key=("flatten", arrangement))
         signature = ("encode", is_flat or arrangement, *_signature(x, layout, storage))
-        insert = editor.splice if value(x).device.type == "cuda" else editor.call
         return insert(encode, [x, *noise], after=x, like=x, key=signature)
 
     def _decode(self, x: fx.Node, codes: list[fx.Node], layout: Layout, storage: Storage) -> fx.Node:
@@ -183,7 +184,8 @@ class _Coding:
         first = self.boundary.first_reader(storage.saved_for_backward)
         where: dict[str, Any] = {"after": first.prev, "like": first}
         key = ("decode", *_signature(x, layout, storage), layout.groups.padding and layout.shape)
-        inline = all(_is_read_by_one_kernel(self.boundary.behind[name]) for name in storage.saved_for_backward)
+        joins = is_read_by_loops if is_on_gpu(x) else _is_read_by_one_kernel
+        inline = all(joins(self.boundary.behind[name]) for name in storage.saved_for_backward)
         (flat,) = (editor.splice if inline else editor.call)(decode, codes, key=key, **where)
         return editor.splice(unflatten, [flat], key=("unflatten", str(layout)), **where)
 
@@ -195,8 +197,8 @@ def _signature(x: fx.Node, layout: Layout, storage: Storage) -> tuple[Any, ...]:
 
 
 def _is_read_by_one_kernel(tensor: fx.Node) -> bool:
-    """Whether all that reads ``tensor`` is pointwise, and no row of what comes of it is reduced: a norm's backward reads its
-    input in several loops, and a library's kernel reads it from memory."""
+    """Whether all that reads ``tensor`` is pointwise, and no row of what comes of it is reduced: on a CPU a norm's backward
+    reads its input in several loops, and a library's kernel reads it from memory."""
     todo = [user for user, _ in consumers(tensor)]
     if not all(map(is_pointwise, todo)):
         return False

@@ -121,7 +121,9 @@ class SavedTensor:
     the scores of an attention that is not fused, if the ``factors`` elements of its queries and keys are stored in their place;
     its statistics are formed again with them. attention, role: the fused attention that it belongs
     to, as its ``q`` or ``k`` (``score``), its ``v`` (``value``) or its ``output``. elements: how many it has. shape, dtype: of
-    the node at the traced size.
+    the node at the traced size. joins: on a GPU, whether codes of it are made, and whether they are read, inside kernels that
+    there are anyway; a library's kernel, a matmul, takes it from memory as it is. None on a CPU, where codecs are functions
+    that are called.
     """
 
     node: str
@@ -142,6 +144,14 @@ class SavedTensor:
     elements: int = 0
     shape: tuple[int, ...] = ()
     dtype: str = ""
+    joins: tuple[bool, bool] | None = None
+
+    def traffic(self, stored_bytes: int) -> int:
+        """Bytes that are read and written more if it is stored in ``stored_bytes``."""
+        made, read = self.joins or (False, False)
+        encode = stored_bytes if made else self.nbytes + stored_bytes
+        decode = stored_bytes - self.nbytes if read else stored_bytes + self.nbytes
+        return max(0, encode + decode)
 
 
 @dataclass(frozen=True, slots=True)

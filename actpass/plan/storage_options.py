@@ -56,7 +56,7 @@ class Costs:
 
     def flops_of_form(self, t: SavedTensor, codec: str, stored_bytes: int) -> int:
         """What is read and written to encode and decode, in FLOPs."""
-        return 0 if codec == SAVE else 2 * FLOPS_PER_BYTE * (t.nbytes + stored_bytes)
+        return 0 if codec == SAVE else FLOPS_PER_BYTE * t.traffic(stored_bytes)
 
     def error_of_form(self, t: SavedTensor, codec: str) -> float:
         """The squared relative error that it adds to the gradients."""

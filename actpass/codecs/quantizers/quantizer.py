@@ -102,7 +102,7 @@ class Quantizer(ABC):
     def encode(
         self, x: torch.Tensor, groups: Groups, noise: Noise | None, *, rotate: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(codes (*groups.packed_shape), scales (K, ..., D/G) of `groups.packed_shape` in bfloat16).
+        """(codes (*groups.packed_shape), scales (*groups.scales_shape) in bfloat16).
 
         x: any shape, in the order of its memory. noise: `groups.rows` and `groups.columns` numbers of `rounding_noise` for
         stochastic rounding, None for nearest. rotate: multiply each group by a fixed orthogonal (Hadamard) matrix first, which
@@ -125,7 +125,7 @@ class Quantizer(ABC):
             uniform = None if noise is None else uniforms(noise, piece.shape, self.random_bits, k, self.noise_bits)
             codes.append(self.round(piece * (1.0 / scales[k]), uniform))
         payload = self.pack(codes).reshape(groups.packed_shape)
-        return payload, torch.stack([s.squeeze(-1).to(torch.bfloat16) for s in scales])
+        return payload, torch.stack([s.to(torch.bfloat16) for s in scales]).reshape(groups.scales_shape)
 
     def decode(
         self,

@@ -8,6 +8,7 @@ from actpass.plan.policies.policy import Facts, Policy, register_policy
 from actpass.plan.policy import TensorRequest
 
 SAVES_LITTLE = "exact: beside the others it would save next to nothing"
+OWN_KERNELS = "exact: matmuls alone make and read it, and codes would take two kernels more"
 SMALL, FEW = 1 / 32, 0.04
 """What is left exact without a budget: tensors no larger than the first share of the largest that has a form, as long as all of
 them together are no more than the second share of what is stored. An error does not shrink with its tensor: 4 bits in
@@ -20,7 +21,8 @@ class Auto(Policy):
 
     A tensor all of whose uses are weight gradients takes the coarsest form that is offered (4 bits), any other the coarsest
     that is safe for recomputed scores (8 bits). Where the error goes on into all gradients below, 4 bits cost up to 0.7 % of
-    the loss, even unbiased, and 8 nothing (tools/results/loss-*.json).
+    the loss, even unbiased, and 8 nothing (tools/results/loss-*.json). On a GPU values and outputs of attention stay exact:
+    library kernels make and read them, so that codes take two kernels more, each 1 % of a step of a Llama.
     """
 
     def decide(self, facts: Facts) -> tuple[Storage, ...]:
@@ -30,6 +32,8 @@ class Auto(Policy):
         def form(t: SavedTensor) -> Storage:
             if t.node in small:
                 return facts.save(t, SAVES_LITTLE)
+            if t.joins == (False, False):
+                return facts.save(t, OWN_KERNELS)
             return facts.quantize(t, facts.codecs.offered[-1] if set(t.kinds) <= {"contraction"} else finer)
 
         return tuple(map(form, facts.tensors))
