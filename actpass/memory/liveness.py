@@ -9,7 +9,7 @@ The model, after torch/_inductor (scheduler.py, memory.py, graph.py; torch 2.13 
   the sum is allocated. The zeros that it starts from are written by another, which can run at any time before.
 - Some loops are one kernel (`actpass.memory.fusion`): its results are allocated together, and its inputs freed behind all of
   them. On a CPU so are all loops between two kernels that are none: one C++ function.
-- Of several orders (the graph's, least memory first, depth first) the one with the least peak runs.
+- Of several orders (the graph's, least memory first, breadth first, depth first) the one with the least peak runs.
 - A result takes over the memory of an input of the same size whose last and only reader it is. Memory that is free again
   stays allocated for a later result of its size, as long as what Inductor takes for the peak (which knows of no memory that is
   taken over) does not rise; under a budget memory does not stay (`allow_buffer_reuse`).
@@ -32,7 +32,7 @@ from actpass.ir.op_queries import is_cast, is_pointwise, is_reduced_by_row, is_r
 from actpass.memory.fusion import Fusion
 from actpass.memory.kernel import Kernel
 from actpass.memory.program import Program, Timeline, in_order
-from actpass.torch_compat import invoke_subgraph, needs_fallback_due_to_atomic_add_limitations, size_hint
+from actpass.torch_compat import inductor_config, invoke_subgraph, needs_fallback_due_to_atomic_add_limitations, size_hint
 
 aten = torch.ops.aten
 
@@ -74,6 +74,7 @@ class _Reading:
         self.users = {n: _users(n) for n in self.nodes if not is_view(n)}
         self.sums = {n: product for n in self.nodes if (product := _product_in(n, self.users)) is not None}
         self.stored, self.inlined = self._inline()
+        self.bytes |= {n: _padded_bytes(n) for n in self.stored if n.op == "call_function" and self._is_loop(n)}
         last = {r: n for n in self.nodes if n in self.stored for r in self.inlined[n]}
         self.believed = {n: _believed(n, last.get(n)) for n in inputs if not n.name.startswith(_RESIDENT)}
         kernels = self._fused(self._kernels())
@@ -232,11 +233,14 @@ def _believed(tensor: fx.Node, reader: fx.Node | None) -> int:
     own = most = size_hint(value(tensor).numel())
     todo = [tensor]
     while todo:
-        for user in todo.pop().users:
+        current = todo.pop()
+        for user in current.users:
             if is_view(user) or is_cast(user) or user.target is aten.clone.default:
                 todo.append(user)
                 if user.target in (aten.view.default, aten._unsafe_view.default, aten.clone.default):
                     most = max(most, size_hint(value(user).numel()))
+            elif _spreads(user, current):
+                most = max(most, _elements(user))
     if reader is not None and reader.target is aten.clone.default and value(reader).dim():
         last, count = size_hint(value(reader).shape[-1]), _elements(reader)
         if most > own and most // own % last == 0:
@@ -244,6 +248,32 @@ def _believed(tensor: fx.Node, reader: fx.Node | None) -> int:
         elif count // own < last:
             most = max(most, count)
     return most * value(tensor).element_size()
+
+
+def _spreads(user: fx.Node, read: fx.Node) -> bool:
+    """Whether each number of ``read`` meets several neighbours in ``user``, in loops that run over these and what lies behind
+    as one: they find the number by a division, and tell all of their elements apart."""
+    if not is_pointwise(user) or not value(read).dim() == value(user).dim() > 0 or size_hint(value(read).shape[-1]) != 1:
+        return False
+    width = size_hint(value(user).shape[-1])
+    return width > 1 and any(is_view(v) and size_hint(value(v).shape[-1]) != width for v in user.users if value(v).dim())
+
+
+def _padded_bytes(node: fx.Node) -> int:
+    """Bytes of what a loop writes. On a GPU Inductor pads long rows to whole lines of the cache."""
+    val = node.meta.get("val")
+    if not isinstance(val, torch.Tensor) or val.device.type != "cuda" or not inductor_config.comprehensive_padding:
+        return tensor_bytes(node)
+    size, stride = val.element_size(), 1
+    if not tensor_bytes(node) or not all(isinstance(s, int) for s in val.shape):
+        return tensor_bytes(node)
+    line, elements = inductor_config.padding_alignment_bytes // size, 1
+    for i in sorted(range(val.dim()), key=lambda i: (val.stride(i), -i)):
+        if stride > inductor_config.padding_stride_threshold:
+            stride = -(-stride // line) * line
+        elements += (val.shape[i] - 1) * stride
+        stride *= val.shape[i]
+    return elements * size
 
 
 def _users(node: fx.Node) -> list[fx.Node]:

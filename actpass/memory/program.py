@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ class Program:
     def timeline(self) -> Timeline:
         """Of the orders that Inductor considers, the one that it takes."""
         as_traced: tuple[list[Kernel], dict[Any, int]] = (self.kernels, {})
-        orders = [as_traced, _least_memory_first(self), _depth_first(self)]
+        orders = [as_traced, _least_memory_first(self), _breadth_first(self), _depth_first(self)]
         return self.run(*min(orders, key=lambda order: max(self.believed_steps(*order), default=0)))
 
     def _taken(self, kernel: Kernel, dead: Sequence[Any]) -> dict[Any, Any]:
@@ -291,6 +292,13 @@ def _least_memory_first(reading: Program) -> tuple[list[Kernel], dict[Any, int]]
     return _without_zeros(order, zeros)
 
 
+def _sources_with_zeros(reading: Program) -> tuple[dict[Kernel, list[Kernel]], dict[Any, Kernel]]:
+    """For each kernel, and each loop that fills a result with zeros, those that it needs; and these loops by what they fill."""
+    zeros = _zeros(reading)
+    sources = {k: [*found, *(zeros[z] for z in k.zeroed)] for k, found in _sources(reading.kernels).items()}
+    return sources | {z: [] for z in zeros.values()}, zeros
+
+
 def _zeros(reading: Program) -> dict[Any, Kernel]:
     """The loops that fill results with zeros, which need nothing."""
     return {z: Kernel(z, k.position, None, size=reading.bytes[z]) for k in reading.kernels for z in k.zeroed}
@@ -308,11 +316,33 @@ def _without_zeros(order: Sequence[Kernel], zeros: Mapping[Any, Kernel]) -> tupl
     return rest, steps
 
 
+def _breadth_first(reading: Program) -> tuple[list[Kernel], dict[Any, int]]:
+    """Of the kernels that can run, the one whose sources ran the earliest, compared in the order in which they did. Returns
+    what `_least_memory_first` does."""
+    sources, zeros = _sources_with_zeros(reading)
+    targets: dict[Kernel, list[Kernel]] = defaultdict(list)
+    for kernel, needed in sources.items():
+        for source in needed:
+            targets[source].append(kernel)
+    missing = {k: len(needed) for k, needed in sources.items()}
+    places = {k: i for i, k in enumerate(sources)}  # tells apart what stands at one position
+    ready: list[tuple[list[int], int, int, Kernel]] = [([], k.position, places[k], k) for k in sources if not missing[k]]
+    heapq.heapify(ready)
+    done: dict[Kernel, int] = {}
+    while ready:
+        kernel = heapq.heappop(ready)[-1]
+        done[kernel] = len(done)
+        for target in targets[kernel]:
+            missing[target] -= 1
+            if not missing[target]:
+                ran = sorted(done[s] for s in sources[target])
+                heapq.heappush(ready, (ran, target.position, places[target], target))
+    return _without_zeros(list(done), zeros)
+
+
 def _depth_first(reading: Program) -> tuple[list[Kernel], dict[Any, int]]:
     """What each kernel needs right before it, the lightest first. Returns what `_least_memory_first` does."""
-    kernels, zeros = reading.kernels, _zeros(reading)
-    sources = {k: [*found, *(zeros[z] for z in k.zeroed)] for k, found in _sources(kernels).items()}
-    sources |= {z: [] for z in zeros.values()}
+    sources, zeros = _sources_with_zeros(reading)
     weight = {k: k.size + sum(reading.bytes[r] for r in k.reads if r in reading.counted) for k in sources}
 
     def key(kernel: Kernel) -> tuple[int, int]:
