@@ -12,7 +12,8 @@ class Kernel:
     it runs, its results among them, if more than they. writes, reads: what it leaves in memory and reads from there;
     size: bytes of the former. members: its results in order, with those that only the kernel itself reads. unwritten: bytes
     of the latter, which never get to memory, but Inductor counts them. nested: whether it is one outer loop around several.
-    zeroed: results that a loop of its own, which needs nothing, fills with zeros before."""
+    zeroed: results that a loop of its own, which needs nothing, fills with zeros before. allocates: whether the operator makes
+    memory for its results itself, which then is no other's that is free again."""
 
     node: Any
     position: int
@@ -25,6 +26,7 @@ class Kernel:
     unwritten: int = 0
     nested: bool = False
     zeroed: list[Any] = field(default_factory=list[Any])
+    allocates: bool = False
 
     @property
     def needs(self) -> int:

@@ -11,8 +11,8 @@ The model, after torch/_inductor (scheduler.py, memory.py, graph.py; torch 2.13 
   them. On a CPU so are all loops between two kernels that are none: one C++ function.
 - Of several orders (the graph's, least memory first, breadth first, depth first) the one with the least peak runs.
 - A result takes over the memory of an input of the same size whose last and only reader it is. Memory that is free again
-  stays allocated for a later result of its size, as long as what Inductor takes for the peak (which knows of no memory that is
-  taken over) does not rise; under a budget memory does not stay (`allow_buffer_reuse`).
+  stays allocated for a later result of its size, if its operator does not make its own, as long as what Inductor takes for the
+  peak (which knows of no memory that is taken over) does not rise; under a budget memory does not stay (`allow_buffer_reuse`).
 - A saved tensor and a tangent are freed behind their last reader; outputs stay.
 """
 
@@ -36,6 +36,8 @@ from actpass.torch_compat import inductor_config, invoke_subgraph, needs_fallbac
 
 aten = torch.ops.aten
 
+_INTO_MEMORY = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, invoke_subgraph)
+"""Operators without a loop form that write where they are told; all others make memory for their results."""
 _READS_AGAIN, _READS, _LENGTH = 4, 8, 30
 _LENGTH_WITH_CHOICES = 8
 """A loop that reads or computes more than this is written to memory: if it is read more than once, or in any case."""
@@ -158,6 +160,7 @@ class _Reading:
             if owner not in kernels:
                 kernels[owner] = Kernel(owner, self.stored[owner], self._loops(owner), self._scratch(owner))
                 kernels[owner].reads = [r for r in self.inlined[owner] if isinstance(r.meta.get("val"), torch.Tensor)]
+                kernels[owner].allocates = kernels[owner].loops is None and owner.target not in _INTO_MEMORY
             if self.bytes[node]:
                 kernels[owner].writes.append(node)
                 if _scatters(node) and not self._read_by(node.all_input_nodes[0]):

@@ -165,7 +165,7 @@ class Program:
                     for j in range(i, ends[i] + 1):
                         levels[j] -= size
                     continue
-                reuses = inductor_config.allow_buffer_reuse and node not in zeroed
+                reuses = inductor_config.allow_buffer_reuse and node not in zeroed and not kernel.allocates
                 since = free[_key(node, self.bytes[node])] if reuses else []
                 if since and (since[-1][0] + 1 == i or size + max(steps[since[-1][0] + 1 : i]) <= limit):
                     dead_since, dead = since.pop()
