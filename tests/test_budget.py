@@ -10,15 +10,17 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 import actpass
+from actpass.errors import BudgetError
 from actpass.memory.footprint import Footprint, step_peak
 from actpass.memory.profiler import measure
 from actpass.memory.resident import resident
 
 from . import models
-from .helpers import EPS, assert_close, eager_actcomp, in_processes, step
-from .test_liveness import llama
+from .helpers import EPS, TORCH_2_11, assert_close, eager_actcomp, in_processes, step
+from .test_liveness import GatedLayers, llama
 
 SMALL = {"min_tensor_bytes": 0}
 
@@ -62,6 +64,12 @@ class Blocks(nn.Module):
         for stage in self.stages:
             x = stage(x)
         return x.mean()
+
+
+def stages() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    model = Blocks()
+    model.stages = model.stages[:2]
+    return model, broken()[1]
 
 
 def broken() -> tuple[nn.Module, dict[str, torch.Tensor]]:
@@ -152,6 +160,67 @@ def test_no_budget_is_exceeded_and_a_larger_one_gives_a_peak_no_smaller(build: A
         peaks.append(measured)
     assert all(a <= 1.05 * b for a, b in itertools.pairwise(peaks))
     assert peaks[0] < peaks[-1]
+
+
+@pytest.mark.codegen
+@pytest.mark.parametrize("first", [None, torch.optim.SGD], ids=["late", "changed"])
+def test_a_budget_is_kept_beside_an_optimizer_that_comes_after_the_first_step(first: Any):
+    """None is known at the first step, or one that leaves room, which is taken and has to be given back."""
+    budget = least_of(stages)
+    torch.compiler.reset()
+    model, inputs = stages()
+    compiled = torch.compile(model, backend="actcomp", options={"memory_budget": budget})
+
+    def step(optimizer: torch.optim.Optimizer | None) -> None:
+        compiled(**inputs).backward()
+        if optimizer is not None:
+            optimizer.step()
+        model.zero_grad(set_to_none=True)
+
+    def taken(optimizer: torch.optim.Optimizer) -> int:
+        for _ in range(3):  # the first one shows its state, and what does not fit beside it is planned anew
+            step(optimizer)
+        there = sum(t.nbytes for t in (*model.parameters(), *inputs.values()))
+        return there + measure(lambda: step(optimizer)).peak_bytes
+
+    without_state = 0
+    if first is None:
+        step(None)
+    else:
+        without_state = taken(first(model.parameters(), lr=0.0))
+    adamw = torch.optim.AdamW(model.parameters(), lr=0.0)
+    with_plan_for_adamw = taken(adamw)
+    state = sum(t.nbytes for s in adamw.state.values() for t in s.values())
+    assert with_plan_for_adamw + state <= budget
+    assert first is None or without_state + state > budget
+
+
+@pytest.mark.codegen
+@pytest.mark.skipif(TORCH_2_11, reason="which loops are fused was not read there")
+@pytest.mark.parametrize(("budget", "largest"), [(1_706_496, 512), (3_300_000, 1024)])
+def test_batches_that_grow_take_few_graphs_and_no_more_than_the_budget(budget: int, largest: int):
+    """At every size up to the largest that fits; a larger one is refused."""
+    torch.manual_seed(0)
+    model = GatedLayers()
+    compiled = torch.compile(model, backend="actcomp", options={**SMALL, "memory_budget": budget})
+    counters.clear()
+    sizes = (64, 128, 192, 256, 320, 512, 768, 1024)
+    for rows in [n for n in sizes if n <= largest]:
+        x = torch.randn(rows, 64)
+
+        def step(x: torch.Tensor = x) -> None:
+            compiled(x).backward()
+            model.zero_grad(set_to_none=True)
+
+        step()
+        there = sum(t.nbytes for t in (*model.parameters(), x))
+        assert there + measure(step).peak_bytes <= budget
+        assert actpass.report(model).active
+    assert counters["stats"]["unique_graphs"] <= 5
+    for rows in [n for n in sizes if n > largest]:
+        with pytest.raises(Exception, match="can't be met") as raised:  # Dynamo wraps what a backend raises
+            compiled(torch.randn(rows, 64))
+        assert isinstance(getattr(raised.value, "inner_exception", raised.value), BudgetError)
 
 
 def test_a_larger_fraction_never_saves_less():

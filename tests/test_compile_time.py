@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import random
 import resource
+import sys
+from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,13 +21,14 @@ from actpass.analysis.linearity import Uses
 from actpass.analysis.partitioned import PartitionConstraints
 from actpass.backend.stack import in_one_piece
 from actpass.diagnostics.explain import explain_model
-from actpass.memory import liveness
+from actpass.memory import fusion, liveness
 from actpass.options import options_for
 from actpass.passes import partition
 from actpass.planner import region as region_of_plan
 
 from . import models
 from .models import Block, Made
+from .tracing import trace
 
 aten = torch.ops.aten
 
@@ -193,3 +197,52 @@ def test_calls_at_any_depth_of_the_stack_cost_no_page_faults():
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
     assert max(faults(depth) for depth in range(300)) < 500
+
+
+class Unrolled(nn.Module):
+    """A recurrence whose steps are all in the graph, as RWKV's are on a CPU."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.key, self.value, self.out = (nn.Linear(16, 16) for _ in range(3))
+        self.decay, self.steps = nn.Parameter(torch.zeros(16)), steps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        k, v, decay = self.key(x), self.value(x), -self.decay.exp()
+        above, below, most = (torch.zeros(2, 16) for _ in range(3))
+        found = []
+        for t in range(self.steps):
+            top = torch.maximum(most, k[:, t])
+            a, b = (most - top).exp(), (k[:, t] - top).exp()
+            found.append((a * above + b * v[:, t]) / (a * below + b))
+            top = torch.maximum(most + decay, k[:, t])
+            a, b = (most + decay - top).exp(), (k[:, t] - top).exp()
+            above, below, most = a * above + b * v[:, t], a * below + b, top
+        return self.out(torch.stack(found, 1)).square().mean()
+
+
+def _lines_of(function: Callable[[], Any]) -> tuple[int, int]:
+    """How many lines of this package ``function`` runs: of what says which loops are fused, and others. Upstream's cuts are
+    not ours."""
+    package, count = str(Path(actpass.__file__).parent), Counter[bool]()
+
+    def line(frame: Any, event: str, _: Any) -> Any:
+        count[frame.f_code.co_filename == fusion.__file__] += event == "line"
+        return line
+
+    before = sys.gettrace()
+    sys.settrace(lambda frame, *_: line if frame.f_code.co_filename.startswith(package) else None)
+    try:
+        function()
+    finally:
+        sys.settrace(before)
+    return count[True], count[False]
+
+
+def test_twice_as_many_steps_of_a_recurrence_are_twice_the_work() -> None:
+    """But for pairs of loops near one another, which are a square, as Inductor's are: four times. No readers of what lies
+    between a pair are looked at for each."""
+    joints = [trace(Unrolled(steps), {"x": torch.randn(2, steps, 16)}) for steps in (5, 10)]
+    few, many = (_lines_of(lambda joint=joint: joint.compiled(policy="auto", min_tensor_bytes=0)) for joint in joints)
+    assert many[1] <= 2.5 * few[1], (few, many)
+    assert many[0] <= 4 * few[0], (few, many)

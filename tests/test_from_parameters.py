@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from torch import nn
 
 import actpass
 from actpass.options import options_for
+
+from .helpers import eager_actcomp, error
 
 
 class Heads(nn.Module):
@@ -22,6 +25,14 @@ class Heads(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k = (torch.einsum("bth,ehk->betk", x, w) for w in (self.q, self.k))
         return torch.einsum("betk,besk->bets", q, k).softmax(-1).square().sum()
+
+
+class Attended(Heads):
+    """The backward reads queries, keys and weights of the attention, 8192 bytes each, and the copies."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k = (torch.einsum("bth,ehk->betk", x, w) for w in (self.q, self.k))
+        return torch.einsum("bets,bsh->beth", torch.einsum("betk,besk->bets", q, k).softmax(-1), x)
 
 
 class Factors(nn.Module):
@@ -50,6 +61,21 @@ def test_copies_of_parameters_are_rebuilt(options: dict[str, Any]):
     """The copies of the weights have 64 x 4 x 16 elements; nothing else has an axis of 4 beside one of 64."""
     shapes = sites(Heads(), torch.randn(2, 16, 64, requires_grad=True), **options)
     assert not [s for s in shapes if 64 in s and 4 in s], shapes
+
+
+@pytest.mark.parametrize("options", [{"policy": "auto"}, {"memory_budget": 0.5}], ids=str)
+def test_copies_of_parameters_take_no_bytes_and_cost_no_accuracy(options: dict[str, Any]):
+    """They alone are large enough to be coded; what the budget asks for is met without them."""
+    expected, x, weights = Attended(), torch.randn(2, 16, 64), torch.randn(2, 4, 16, 64)
+    model, x1, x2 = copy.deepcopy(expected), x.clone().requires_grad_(), x.clone().requires_grad_()
+    exact = actpass.explain(model, x1, options={"policy": "exact"}).totals
+    assert exact.saved_bytes == 3 * 8192
+    assert exact.saved_bytes <= 0.5 * exact.saved_bytes_default
+    (expected(x2) * weights).sum().backward()
+    (torch.compile(model, backend=eager_actcomp(options))(x1) * weights).sum().backward()
+    assert actpass.report(model).saved_bytes <= exact.saved_bytes
+    for got, want in ((x1, x2), (model.q, expected.q), (model.k, expected.k)):
+        assert error(got.grad, want.grad) < 1e-6
 
 
 @pytest.mark.parametrize("method", ["auto", "int4"])

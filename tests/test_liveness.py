@@ -112,6 +112,28 @@ def residual() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     return Residual(), {"x": torch.randn(1024, 256, generator=torch.Generator().manual_seed(0))}
 
 
+class GatedLayers(nn.Module):
+    """Linear layers whose outputs go through a gate: one for all, whose gradient is a sum over all layers, or one for each."""
+
+    def __init__(self, gates: int = 1) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(4))
+        self.gates = nn.ParameterList(nn.Parameter(torch.ones(64)) for _ in range(gates))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for i, layer in enumerate(self.layers):
+            x = nn.functional.gelu(layer(x)) * self.gates[i % len(self.gates)] + x
+        return x.square().mean()
+
+
+def one_gate(gates: int = 1) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    return GatedLayers(gates), {"x": torch.randn(1024, 64, generator=torch.Generator().manual_seed(0))}
+
+
+def own_gates() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    return one_gate(4)
+
+
 class Returning(nn.Module):
     """Its logits are returned whole: autograd gives the backward zeros for them, which Inductor writes nothing over."""
 
@@ -164,7 +186,7 @@ HAS_GATE = hasattr(inductor_config, FUSION_GATE[1])
 CASES = [(llama, plan) for plan in PLANS if plan != "whole" and (HAS_GATE or plan != "gated")]
 CASES += [(gpt2, plan) for plan in ("exact", "auto", "again")]
 CASES += [(bert, "auto"), (llama_without_groups, "again"), (classifier, "again"), (residual, "exact"), (returning, "whole")]
-CASES += [(wide_head, "exact"), (tied_head, "exact"), (bert, "exact")]
+CASES += [(wide_head, "exact"), (tied_head, "exact"), (bert, "exact"), (one_gate, "again"), (own_gates, "again")]
 
 
 @pytest.mark.architectures
@@ -195,32 +217,33 @@ def peaks(build: Any, plan: str) -> tuple[int, int]:
     return predicted, measured
 
 
-class GatedLayers(nn.Module):
-    """Linear layers, all of whose outputs go through one gate: its gradient is a sum over all layers."""
+def gated_layers(gates: int, budget: int) -> tuple[nn.Module, Any, torch.Tensor]:
+    """(model, compiled under a budget, input)."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model, x = GatedLayers(gates), torch.randn(1024, 64)
+    options = {"policy": "auto", "min_tensor_bytes": 0, "memory_budget": budget}
+    return model, torch.compile(model, backend="actcomp", options=options), x
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(4))
-        self.gate = nn.Parameter(torch.ones(64))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = nn.functional.gelu(layer(x)) * self.gate + x
-        return x.square().mean()
+def least_of_gated_layers(gates: int) -> int:
+    _, run, x = gated_layers(gates, 2)
+    with pytest.raises(Exception, match="can't be met") as raised:  # Dynamo wraps what a backend raises
+        run(x)
+    return getattr(raised.value, "inner_exception", raised.value).least
 
 
 @pytest.mark.codegen
 @pytest.mark.skipif(TORCH_2_11, reason="which loops are fused was not read there")
-def test_sums_over_all_layers_keep_what_they_sum():
-    torch.manual_seed(0)
-    budget = 3_000_000 if HAS_GATE else 3_300_000
-    model, x = GatedLayers(), torch.randn(1024, 64)
-    compiled = torch.compile(
-        model, backend="actcomp", options={"policy": "auto", "min_tensor_bytes": 0, "memory_budget": budget}
-    )
+@pytest.mark.parametrize("gates", [1, 4])
+@pytest.mark.parametrize("budget", ["least", 3_000_000 if HAS_GATE else 3_300_000])
+def test_sums_over_all_layers_keep_what_they_sum(gates: int, budget: int | str):
+    """Also under the least budget, which is just met."""
+    limit = least_of_gated_layers(gates) if isinstance(budget, str) else budget
+    model, run, x = gated_layers(gates, limit)
 
     def step() -> None:
-        compiled(x).backward()
+        run(x).backward()
 
     def begin() -> None:
         step()
@@ -231,7 +254,7 @@ def test_sums_over_all_layers_keep_what_they_sum():
     totals = actpass.report(model).totals
     assert totals.peak_bytes is not None
     assert totals.resident_bytes is not None
-    assert totals.resident_bytes + measured <= budget
+    assert totals.resident_bytes + measured <= limit
     assert measured / (1 + MARGIN) <= totals.peak_bytes <= 1.02 * measured
 
 
@@ -280,6 +303,26 @@ def test_the_gate_is_set_under_every_plan_unless_the_user_sets_it(options: dict[
         )
         asked = {gib: 1.0, "allow_buffer_reuse": True}
         assert inductor_options(parse({**options, "inductor_options": asked}, None)).items() >= asked.items()
+
+
+@pytest.mark.architectures
+@pytest.mark.codegen
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_GATE, reason="this torch has no gate")
+def test_the_gate_lowers_the_measured_peak(monkeypatch: pytest.MonkeyPatch):
+    """Measured with torch 2.15: 9.7 MB, and 14.5 without it."""
+    monkeypatch.setitem(PLANS, "ungated", {**PLANS["auto"], "inductor_options": {FUSION_GATE[0]: None}})
+    measured: dict[str, int] = {}
+    for plan in ("ungated", "auto"):
+        torch.compiler.reset()
+        measured[plan] = peaks(llama, plan)[1]
+    assert measured["auto"] < 0.75 * measured["ungated"]
+
+
+def test_torch_has_the_gate_from_2_15_on():
+    """Under the name that is known here: without it the tests above would be left out."""
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    assert (version >= (2, 15)) == HAS_GATE
 
 
 def test_inductor_alone_has_no_gate():

@@ -323,6 +323,7 @@ OPTIMIZERS: list[Any] = [
     (torch.optim.AdamW, {"foreach": False}), (torch.optim.AdamW, {"foreach": True}), (torch.optim.AdamW, {"fused": True}),
     (torch.optim.Adam, {"weight_decay": 0.1}), (torch.optim.SGD, {"momentum": 0.9}), (torch.optim.SGD, {"foreach": True}),
     (torch.optim.Adagrad, {}), (torch.optim.RMSprop, {"momentum": 0.5}), (torch.optim.Adafactor, {}), (torch.optim.NAdam, {}),
+    (torch.optim.Muon, {}),
 ]  # fmt: skip
 
 
@@ -391,6 +392,33 @@ def test_an_optimizer_of_a_library_steps_as_with_the_dense_gradient(compiles: bo
         assert torch.equal(parameter.detach(), wanted)
 
 
+def eight_bits(library: str, parameter: nn.Parameter) -> torch.optim.Optimizer:
+    """AdamW, with state in 8 bits."""
+    optim = pytest.importorskip(f"{library}.optim")
+    more = {"min_8bit_size": 16} if library == "bitsandbytes" else {}
+    return optim.AdamW8bit([parameter], lr=0.01, **more)
+
+
+@pytest.mark.codegen
+@pytest.mark.filterwarnings("ignore:.*AdamW8bit does not know low-rank gradients:actpass.ActpassWarning")
+@pytest.mark.parametrize("library", ["torchao", "bitsandbytes"])
+def test_optimizers_with_state_in_8_bits_step_as_with_the_dense_gradient(library: str):
+    """torchao's compiles its step, bitsandbytes' kernels read memory. 64 x 64 is the least that both store in 8 bits."""
+    factors.start()
+    seed = step_seed(0, 5)
+    subspace = Basis("haar", 64, 8, round_keys(seed), seed)
+    parameter, want = (nn.Parameter(torch.ones(64, 64)) for _ in range(2))
+    ours, theirs = eight_bits(library, parameter), eight_bits(library, want)
+    for draw in range(3):
+        numbers = torch.randn(64, 8, generator=torch.Generator().manual_seed(draw))
+        parameter.grad = LowRankGradient(numbers, subspace, left=False)
+        want.grad = LowRankGradient(numbers, subspace, left=False).dense().clone()
+        ours.step()
+        theirs.step()
+    assert not torch.equal(parameter, torch.ones(64, 64))
+    assert torch.equal(parameter, want)
+
+
 def test_an_optimizer_that_takes_low_rank_gradients_gets_them():
     factors.start()
     Frugal([weight(gradient())], compiles=False).step()
@@ -418,6 +446,32 @@ def test_a_compiled_optimizer_step_is_that_of_the_dense_gradient(kind: Any):
     for got, want in zip(*found, strict=True):
         assert torch.allclose(got, want, rtol=1e-6, atol=1e-7)
     assert not [trace for trace in compiled if "actpass" in trace]
+
+
+@pytest.mark.codegen
+def test_a_model_learns_with_a_compiled_step_as_with_an_eager_one():
+    """Compiled by Inductor, the learning rate a tensor. Each step moves the clock, which the subspaces follow."""
+    found: list[list[float]] = []
+    options = {"projection": "haar", "rank": 8, "weight_gradient_format": "low_rank", "refresh_interval": 2}
+    for compiled in (False, True):
+        torch.compiler.reset()
+        STEP_COUNTER.steps, STEP_COUNTER.drawn = 0, False
+        model, inputs = models.mlp()
+        run = torch.compile(model, backend=eager_actcomp(options, skip_unprofitable=False))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(1e-3))
+        step = torch.compile(optimizer.step) if compiled else optimizer.step
+        losses: list[float] = []
+        for _ in range(5):
+            loss = loss_of(run(**inputs))
+            loss.backward()
+            assert isinstance(model.get_parameter("mid.weight").grad, LowRankGradient)
+            step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        assert STEP_COUNTER.steps == 5
+        found.append(losses)
+    assert found[0][-1] < found[0][0]
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
 def test_copies_files_and_text():

@@ -87,6 +87,14 @@ def test_nothing_else_lies_beside_the_stages():
     assert {p.stem for p in PACKAGE.iterdir() if p.name != "__pycache__"} - {"__init__"} == set(STAGES)
 
 
+def test_a_module_is_what_its_path_says():
+    """No function of a package has the name of a module in it: ``import a.b as c`` would be the function."""
+    for name in modules():
+        parent, _, last = name.rpartition(".")
+        if parent and name in sys.modules:
+            assert getattr(sys.modules[parent], last) is sys.modules[name], name
+
+
 def test_plan_needs_no_torch_at_run_time():
     code = "import sys; sys.modules['torch'] = None; sys.path.insert(0, sys.argv[1]); import plan"
     subprocess.run([sys.executable, "-c", code.replace("import plan", "import types; p = types.ModuleType('actpass'); "

@@ -97,6 +97,19 @@ def test_state_in_few_bits_counts_as_what_it_takes(name: str):
     assert made < 0.6 * 2 * 4 * (64 * 96 + 128 * 64)
 
 
+def test_a_budget_needs_as_much_less_as_state_in_few_bits_takes_less():
+    torchao = pytest.importorskip("torchao.optim")
+    least, states = [], []
+    for make in (torch.optim.AdamW, torchao.AdamW8bit):
+        model = Mean()
+        optimizer = make(model.parameters())
+        actpass.set_optimizer(optimizer)
+        least.append(least_of(model, torch.randn(256, WIDTH)))
+        states.append(inner_bytes(optimizer) + optimizers.state_to_come(optimizer))
+    assert states[1] < 0.4 * states[0]
+    assert least[0] - least[1] == states[0] - states[1]
+
+
 class Codes(torch.Tensor):
     """Looks like float32 and holds a byte an element."""
 
@@ -155,6 +168,21 @@ def test_no_code_of_an_optimizer_is_run_and_its_first_step_shows_what_it_holds()
     optimizer.step()
     assert len(optimizer.log) == 8
     assert resident_bytes(model) == before - 2 * nbytes(model) - 4 * 8 + nbytes(model) // 4
+    assert "assumed" not in str(actpass.report(model))
+
+
+def test_the_heap_is_not_searched_for_optimizers(monkeypatch: pytest.MonkeyPatch):
+    def refused(*_: Any) -> Any:
+        raise AssertionError("the heap was searched")
+
+    for name in ("get_objects", "get_referrers", "get_referents"):
+        monkeypatch.setattr(gc, name, refused)
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    loss_of(torch.compile(model, backend=eager_actcomp(memory_budget=4_000_000))).backward()
+    assert resident(list(model.parameters())).assumed
+    optimizer.step()
+    assert resident(list(model.parameters())).optimizer_state == inner_bytes(optimizer)
     assert "assumed" not in str(actpass.report(model))
 
 

@@ -29,6 +29,24 @@ class Parts(nn.Module):
         return x.square().mean()
 
 
+@pytest.mark.architectures
+def test_a_mixer_that_slices_a_wide_projection_is_stored_in_less_than_a_third():
+    from transformers import FalconH1Config, FalconH1ForCausalLM
+
+    torch.manual_seed(0)
+    config = FalconH1Config(
+        vocab_size=256, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, mamba_d_ssm=128, mamba_n_heads=4, mamba_d_head=32, mamba_d_state=16, mamba_chunk_size=32,
+        max_position_embeddings=128, use_cache=False, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    tokens = torch.randint(3, 256, (2, 64), generator=torch.Generator().manual_seed(1))
+    model = FalconH1ForCausalLM(config).train()
+    report = actpass.explain(model, input_ids=tokens, labels=tokens, attention_mask=torch.ones_like(tokens))
+    assert report.regions
+    assert all(r.active for r in report.regions)
+    assert report.totals.saved_bytes <= 0.3 * report.totals.saved_bytes_default
+
+
 @pytest.mark.parametrize("method", ["int16", "int8", "int4"])
 def test_a_part_with_gaps_is_coded(method: str):
     expected, x = Parts(), torch.randn(2, 64, 128)

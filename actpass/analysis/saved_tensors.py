@@ -26,7 +26,8 @@ aten = torch.ops.aten
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _HUGE = 1e8
-"""Numbers in a model's code beyond this are masks."""
+"""Numbers in a model's code beyond this are masks, but for the bounds of clamps, which nothing comes near."""
+_CLAMPS = {aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default}
 EARLY_GRADIENT = "a gradient, formed in the forward with the loss"
 
 
@@ -81,7 +82,8 @@ class _Reading:
         """Values that an infinite or huge number in the code may have reached: masks, whatever operator writes them."""
         reached: set[str] = set()
         for node in self.forward.values():
-            literal = any(_is_huge(a) for a in pytree.tree_leaves((node.args, dict(node.kwargs))))
+            numbers = pytree.tree_leaves((node.args, dict(node.kwargs)))
+            literal = node.target not in _CLAMPS and any(map(_is_huge, numbers))
             tainted = literal or any(a.name in reached for a in node.all_input_nodes)
             if tainted and not rule_of(node).bounded and not is_attention(node) and not is_reduction(node):
                 reached.add(node.name)

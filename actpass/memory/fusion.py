@@ -42,10 +42,12 @@ class Fusion:
         self.bits = [1 << i for i in self.group]  # the members of a group
         self.direct = [0] * len(kernels)  # the kernels that read what a group leaves
         self.behind = [0] * len(kernels)  # the kernels that need it, directly or not
+        self.ahead = [0] * len(kernels)  # those that it needs
         for i, kernel in enumerate(kernels):
             for read in kernel.reads:
                 if read in source:
                     self.direct[source[read]] |= 1 << i
+                    self.ahead[i] |= self.ahead[source[read]] | 1 << source[read]
         for i in reversed(self.group):
             self.behind[i] = self.direct[i]
             for j in _members(self.direct[i]):
@@ -135,34 +137,32 @@ class Fusion:
         return bool(reads or worthwhile) and not self._between(i, j) and not self._between(j, i)
 
     def _between(self, i: int, j: int) -> bool:
-        """Whether some kernel outside both groups needs one and is needed by the other."""
-        middle = self.behind[i] & ~(self.bits[i] | self.bits[j])
-        while middle:
-            low = middle & -middle
-            if self.behind[low.bit_length() - 1] & self.bits[j]:
-                return True
-            middle ^= low
-        return False
+        """Whether some kernel outside both groups needs ``i`` and is needed by ``j``."""
+        return bool(self.behind[i] & self.ahead[j] & ~(self.bits[i] | self.bits[j]))
 
     def _merge(self, i: int, j: int, outer: bool) -> None:
         members = self.bits[i] | self.bits[j]
         direct = (self.direct[i] | self.direct[j]) & ~members
-        reach = (self.behind[i] | self.behind[j]) & ~members
+        behind = (self.behind[i] | self.behind[j]) & ~members
+        ahead = (self.ahead[i] | self.ahead[j]) & ~members
         span = min(self.span[i][0], self.span[j][0]), max(self.span[i][1], self.span[j][1])
         reduces, nested = self.reduces[i] or self.reduces[j], self.nested[i] or self.nested[j] or outer
         for k in range(len(self.kernels)):
             if members >> k & 1:
-                self.group[k], self.bits[k], self.direct[k], self.behind[k] = i, members, direct, reach
+                self.group[k], self.bits[k], self.direct[k], self.behind[k], self.ahead[k] = i, members, direct, behind, ahead
                 self.span[k], self.reduces[k], self.nested[k] = span, reduces, nested
             elif self.behind[k] & members:
-                self.behind[k] |= reach | members
+                self.behind[k] |= behind | members
+            elif self.ahead[k] & members:
+                self.ahead[k] |= ahead | members
 
 
 class Gate:
     """Live bytes at each step of ``fusion``'s groups as Inductor counts them, kept up with each fusion.
 
     order: the group that runs at each step, and None where one went into another. step: of each group. before: live bytes
-    before each step. limit: of the peak. made, read: what a group leaves and reads, what only itself reads among it."""
+    before each step. limit: of the peak. made: bytes that a group leaves; unread: of those, what nothing reads. read: what a
+    group reads, also what it leaves itself. last: the step that reads it last."""
 
     def __init__(
         self,
@@ -173,18 +173,17 @@ class Gate:
         limit: Callable[[int], int],
     ) -> None:
         self.fusion, self.outputs = fusion, outputs
-        self.bytes = {**{w: nbytes[w] for k in fusion.kernels for w in k.writes}, **believed}
-        self.made: list[list[Any]] = [list(k.writes) for k in fusion.kernels]
+        made = {w: nbytes[w] for k in fusion.kernels for w in k.writes}
+        self.bytes = {**made, **believed}
         self.read: list[list[Any]] = [[r for r in k.reads if r in self.bytes] for k in fusion.kernels]
-        self.source = {w: i for i, k in enumerate(fusion.kernels) for w in k.writes}
-        self.readers: dict[Any, list[int]] = defaultdict(list)
-        for i, read in enumerate(self.read):
-            for node in read:
-                self.readers[node].append(i)
+        self.last = {node: i for i, read in enumerate(self.read) for node in read}
+        self.made = [sum(made[w] for w in k.writes) for k in fusion.kernels]
+        stays = {*self.last, *outputs}
+        self.unread = [sum(made[w] for w in k.writes if w not in stays) for k in fusion.kernels]
         groups = list(range(len(fusion.kernels)))
         self.order: list[int | None] = [*groups]
         self.step = dict(enumerate(groups))
-        peak, self.before = self._levels(groups, 0, len(groups), sum(believed.values()), self.step, None)
+        peak, self.before, _ = self._levels([(g,) for g in groups], 0, len(groups) - 1, sum(believed.values()))
         self.limit = limit(peak)
 
     def allows(self, i: int, j: int) -> bool:
@@ -193,63 +192,62 @@ class Gate:
         start, end = sorted((self.step[i], self.step[j]))
         rest = [g for g in self.order[start : end + 1] if g is not None and g not in (i, j)]
         region = self._placed(i, j, rest)
-        step = {g: start + k for k, g in enumerate(region)}
-        step[j] = step[i]
-        peak, before = self._levels(region, start, end + 1 - start, self.before[start], step, (i, j))
-        self.pending = i, j, start, end, region, before
+        runs = [(i, j) if g == i else (g,) for g in region]
+        peak, before, last = self._levels(runs, start, end, self.before[start])
+        self.pending = i, j, start, end, region, before, last
         return peak <= self.limit
 
     def fuse(self) -> None:
         """What `allows` was asked for last."""
-        i, j, start, end, region, before = self.pending
+        i, j, start, end, region, before, last = self.pending
         self.order[start : end + 1] = [*region, *[None] * (end + 1 - start - len(region))]
         self.before[start : end + 2] = before
+        self.last |= last
         self.step |= {g: start + k for k, g in enumerate(region)}
         self.made[i] += self.made[j]
+        self.unread[i] += self.unread[j]
         self.read[i] = list(dict.fromkeys((*self.read[i], *self.read[j])))
 
     def _levels(
-        self, region: Sequence[int], start: int, steps: int, level: int, step: Mapping[int, int], joint: Pair | None
-    ) -> tuple[int, list[int]]:
-        """The peak while the groups of ``region`` run from step ``start`` on, and the live bytes before each of ``steps`` steps
-        and behind the last. joint: groups that run as one, as the first of both."""
-        group, known = self.fusion.group, self.step
+        self, runs: Sequence[tuple[int, ...]], start: int, end: int, level: int
+    ) -> tuple[int, list[int], dict[Any, int]]:
+        """The peak of steps ``start`` to ``end`` if the groups of each of ``runs`` run as one, in this order; the live bytes
+        before each of these steps and behind the last; and the last step of what none reads later."""
+        last = {r: step for step, run in enumerate(runs, start) for g in run for r in self.read[g] if self.last[r] <= end}
+        gone = [sum(self.unread[g] for g in run) for run in runs]
+        for node, step in last.items():
+            if node not in self.outputs:
+                gone[step - start] += self.bytes[node]
         peak, before = level, list[int]()
-        for g in region:
-            both = joint if joint is not None and g == joint[0] else (g,)
-            made = [w for k in both for w in self.made[k]]
-            read = dict.fromkeys(r for k in both for r in self.read[k])
+        for run, freed in zip(runs, gone, strict=True):
             before.append(level)
-            level += sum(self.bytes[w] for w in made)
+            level += sum(self.made[g] for g in run)
             peak = max(peak, level)
-            gone = [w for w in made if w not in self.readers]
-            for node in read:
-                last = max(step.get(group[k], known[group[k]]) for k in self.readers[node])
-                if last == step[g]:
-                    gone.append(node)
-            level -= sum(self.bytes[n] for n in gone if n not in self.outputs)
-        return peak, before + [level] * (steps + 1 - len(before))
+            level -= freed
+        return peak, before + [level] * (end + 2 - start - len(before)), last
 
     def _placed(self, i: int, j: int, rest: Sequence[int]) -> list[int]:
         """``i``, into which ``j`` goes, and then the others, each behind what it needs of them."""
-        within = {i, *rest}
-
-        def needs(g: int) -> set[int]:
-            read = [*self.read[i], *self.read[j]] if g == i else self.read[g]
-            found = (self.fusion.group[self.source[r]] for r in read if r in self.source)
-            return ({i if f == j else f for f in found} & within) - {g}
-
-        if not needs(i):
+        bits, direct = self.fusion.bits, self.fusion.direct
+        joint, readers = bits[i] | bits[j], direct[i] | direct[j]
+        needed = [g for g in sorted(rest) if direct[g] & joint]
+        if not needed:
             return [i, *rest]
         done: dict[int, None] = {}
+        late = {i}
         waiting: dict[int, list[int]] = defaultdict(list)
         todo = [*reversed(rest), i]
         while todo:
             g = todo.pop()
-            missing = next((n for n in sorted(needs(g)) if n not in done), None)
+            if g == i:
+                missing = next((n for n in needed if n not in done), None)
+            else:
+                missing = min((n for n in late if (readers if n == i else direct[n]) & bits[g]), default=None)
             if missing is not None:
+                late.add(g)
                 waiting[missing].append(g)
             else:
+                late.discard(g)
                 done[g] = None
                 todo.extend(reversed(waiting.pop(g, [])))
         return list(done)
