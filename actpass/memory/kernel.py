@@ -13,7 +13,8 @@ class Kernel:
     size: bytes of the former. members: its results in order, with those that only the kernel itself reads. unwritten: bytes
     of the latter, which never get to memory, but Inductor counts them. nested: whether it is one outer loop around several.
     zeroed: results that a loop of its own, which needs nothing, fills with zeros before. allocates: whether the operator makes
-    memory for its results itself, which then is no other's that is free again."""
+    memory for its results itself, which then is no other's that is free again. traffic: bytes that its loops, or those of the
+    graph that it calls, read and write; kernels: how many it is, if it calls a graph."""
 
     node: Any
     position: int
@@ -27,6 +28,8 @@ class Kernel:
     nested: bool = False
     zeroed: list[Any] = field(default_factory=list[Any])
     allocates: bool = False
+    traffic: int = 0
+    kernels: int = 1
 
     @property
     def needs(self) -> int:

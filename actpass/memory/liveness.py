@@ -22,6 +22,7 @@ import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -61,7 +62,7 @@ class _Reading:
 
     def __init__(self, gm: fx.GraphModule, freed: Mapping[str, str]) -> None:
         self.gm = gm
-        self.peaks: dict[str, int] = {}
+        self.called: dict[str, Timeline] = {}
         self.nodes = list(gm.graph.nodes)
         self.position = {n: i for i, n in enumerate(self.nodes)}
         self.outputs = {storage_root(o) for o in pytree.tree_leaves(self.nodes[-1].args[0]) if isinstance(o, fx.Node)}
@@ -158,7 +159,11 @@ class _Reading:
             while owner.target is operator.getitem:
                 owner = owner.all_input_nodes[0]
             if owner not in kernels:
-                kernels[owner] = Kernel(owner, self.stored[owner], self._loops(owner), self._scratch(owner))
+                kernels[owner] = Kernel(owner, self.stored[owner], self._loops(owner))
+                called = self._call(owner)
+                if called is not None:
+                    kernels[owner].scratch, kernels[owner].traffic = called.peak, called.traffic
+                    kernels[owner].kernels = called.kernels
                 kernels[owner].reads = [r for r in self.inlined[owner] if isinstance(r.meta.get("val"), torch.Tensor)]
                 kernels[owner].allocates = kernels[owner].loops is None and owner.target not in _INTO_MEMORY
             if self.bytes[node]:
@@ -196,13 +201,14 @@ class _Reading:
             node = source
         return _elements(node), taken
 
-    def _scratch(self, node: fx.Node) -> int:
+    def _call(self, node: fx.Node) -> Timeline | None:
+        """That of the graph that ``node`` calls."""
         if node.target is not invoke_subgraph or not isinstance(node.args[0], fx.Node):
-            return 0
+            return None
         name = str(node.args[0].target)
-        if name not in self.peaks:  # many layers call one function
-            self.peaks[name] = timeline(getattr(self.gm, name)).peak
-        return self.peaks[name]
+        if name not in self.called:  # many layers call one function
+            self.called[name] = timeline(getattr(self.gm, name))
+        return self.called[name]
 
     def _fused(self, kernels: list[Kernel]) -> list[Kernel]:
         """``kernels`` with those made one that run as one, in the order in which Inductor has them then."""
@@ -215,6 +221,7 @@ class _Reading:
                 written = [w for w in kernel.writes if w in read or w in self.outputs]
                 kernel.unwritten = sum(self.bytes[w] for w in kernel.writes) - sum(self.bytes[w] for w in written)
                 kernel.writes = written
+                kernel.traffic = sum(self.bytes[n] for n in (*kernel.reads, *written))
             kernel.size = sum(self.bytes[w] for w in kernel.writes)
         return in_order(fused) if fusion.gate is None else fused
 
@@ -268,14 +275,15 @@ def _padded_bytes(node: fx.Node) -> int:
     if not isinstance(val, torch.Tensor) or val.device.type != "cuda" or not inductor_config.comprehensive_padding:
         return tensor_bytes(node)
     size, stride = val.element_size(), 1
-    if not tensor_bytes(node) or not all(isinstance(s, int) for s in val.shape):
+    sizes: tuple[Any, ...] = tuple(val.shape)
+    if not tensor_bytes(node) or not all(isinstance(s, int) for s in sizes):
         return tensor_bytes(node)
     line, elements = inductor_config.padding_alignment_bytes // size, 1
     for i in sorted(range(val.dim()), key=lambda i: (val.stride(i), -i)):
         if stride > inductor_config.padding_stride_threshold:
             stride = -(-stride // line) * line
-        elements += (val.shape[i] - 1) * stride
-        stride *= val.shape[i]
+        elements += (sizes[i] - 1) * stride
+        stride *= sizes[i]
     return elements * size
 
 

@@ -30,13 +30,16 @@ class Life:
 class Timeline:
     """Live bytes while each kernel runs, in order. at: the kernel's first node. live: at the peak, (node, bytes), largest
     first. kept: bytes that stay when the graph is done. lives: of every tensor; memory that a later one gets belongs to the
-    earlier one until then. At each step they add up to its level, less what a kernel needs beside its results."""
+    earlier one until then. At each step they add up to its level, less what a kernel needs beside its results. traffic: bytes
+    that loops read and write; what library operators move is not counted. kernels: how many are launched."""
 
     levels: tuple[int, ...]
     at: tuple[str, ...]
     live: tuple[tuple[str, int], ...]
     kept: int
     lives: tuple[Life, ...]
+    traffic: int
+    kernels: int
 
     @property
     def peak(self) -> int:
@@ -184,6 +187,8 @@ class Program:
             live=live,
             kept=self._kept(order),
             lives=self._lives(order, zeroed, ends_at),
+            traffic=sum(k.traffic for k in order),
+            kernels=sum(k.kernels for k in order),
         )
 
     def _lives(self, order: Sequence[Kernel], zeroed: Mapping[Any, int], ends_at: Mapping[Any, int]) -> tuple[Life, ...]:

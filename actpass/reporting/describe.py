@@ -276,6 +276,10 @@ def _totals(default: PartitionedGraph, final: PartitionedGraph) -> Totals:
         backward_matmul_flops=ours.flops,
         extra_matmuls=ours.extra_matmuls,
         extra_attention=ours.extra_attention,
+        traffic_bytes_default=sum(t.traffic for t in default.timelines),
+        traffic_bytes=sum(t.traffic for t in final.timelines),
+        kernels_default=sum(t.kernels for t in default.timelines),
+        kernels=sum(t.kernels for t in final.timelines),
     )
 
 

@@ -63,7 +63,9 @@ class SiteRow:
 class Totals:
     """peak_bytes, peak_bytes_default: predicted, of a forward and its backward above parameters and optimizer state, now and as
     Inductor's default; None where it is not known. resident_bytes: of parameters, inputs and optimizer state;
-    scratch_bytes: what an optimizer's step takes beside all gradients; counted where a budget of peak bytes asks for them."""
+    scratch_bytes: what an optimizer's step takes beside all gradients; counted where a budget of peak bytes asks for them.
+    traffic_bytes, traffic_bytes_default: predicted, that loops read and write in a forward and its backward (what matmuls and
+    fused attention move is not counted), now and as Inductor's default; kernels, kernels_default: that are launched."""
 
     saved_bytes_eager: int | None
     saved_bytes_default: int
@@ -76,6 +78,10 @@ class Totals:
     peak_bytes: int | None = None
     resident_bytes: int | None = None
     scratch_bytes: int | None = None
+    traffic_bytes_default: int = 0
+    traffic_bytes: int = 0
+    kernels_default: int = 0
+    kernels: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -253,6 +253,11 @@ def _total_lines(t: Totals, step_bytes: int | None) -> Iterator[str]:
             f"predicted peak above parameters and optimizer state: Inductor default {_mb(t.peak_bytes_default)}, now "
             f"{_mb(t.peak_bytes)} ({t.peak_bytes / max(t.peak_bytes_default, 1):.2f})"
         )
+    if t.traffic_bytes_default:
+        yield (
+            f"predicted traffic of loops: Inductor default {_mb(t.traffic_bytes_default)}, now {_mb(t.traffic_bytes)} "
+            f"({t.traffic_bytes / t.traffic_bytes_default:.2f}), in {t.kernels_default} -> {t.kernels} kernels"
+        )
     if step_bytes is not None:
         yield (
             f"predicted peak of a step: {_mb(step_bytes)}, of which {_mb(t.resident_bytes or 0)} are parameters, inputs and "

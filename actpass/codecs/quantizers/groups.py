@@ -96,8 +96,8 @@ class Groups:
         ranges alone, and would not fuse one over (tokens, features) with one over (tokens, groups, group) for tensors of three
         axes, if rows are padded (torch 2.13 to 2.15). No operator of a model is nested so deep."""
         x = unflatten(x, self.axis, (self.pieces, x.shape[self.axis] // self.pieces)).movedim(self.axis, 0)
-        rows = x.shape[1]
-        return x.unflatten(1, (2, 2, rows // 4)) if isinstance(rows, int) and rows % 4 == 0 else x
+        rows: Any = x.shape[1]
+        return unflatten(x, 1, (2, 2, rows // 4)) if isinstance(rows, int) and rows % 4 == 0 else x
 
     def join(self, x: torch.Tensor) -> torch.Tensor:
         """(K, *packed_shape) -> (..., D)."""
