@@ -105,7 +105,7 @@ class _Region:
             return
         region, cut = self.compiled.decided.region, self.compiled.cut
         names = [n.name for n in gm.graph.find_nodes(op="placeholder")]
-        made, codecs = {n.name: n for n in cut.forward.graph.nodes}, CodecSet(QUANTIZERS)
+        made, codecs = {n.name: n for n in cut.forward.graph.nodes}, CodecSet.of(QUANTIZERS)
         exact = _Gradients.of(_run(gm, args), region.joint, self.inputs, self.state)
         for t in region.saved(region.joint, cut):
             at = [names.index(name) for name in t.saved_for_backward if name in names]

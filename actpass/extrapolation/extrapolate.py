@@ -115,7 +115,7 @@ class FoldedRegion:
     # ------------------------------------------------------------------------------------------- what a search asks for
 
     def costs(self, cut: FoldedSetting, tensors: Sequence[SavedTensor]) -> Costs:
-        return Costs(self.step_flops, sum(t.elements for t in tensors), CodecSet(QUANTIZERS))
+        return Costs(self.step_flops, sum(t.elements for t in tensors), CodecSet.of(QUANTIZERS))
 
     @cached_property
     def step_flops(self) -> int:

@@ -6,6 +6,7 @@ import operator
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from actpass.ir.joint_graph import is_view, rule_of
 
@@ -44,8 +45,7 @@ def is_free_to_repeat(node: fx.Node) -> bool:
 
 
 def _makes_tensors(node: fx.Node) -> bool:
-    val = node.meta.get("val")
-    return any(isinstance(v, torch.Tensor) for v in (val if isinstance(val, tuple | list) else (val,)))
+    return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(node.meta.get("val")))
 
 
 def factors_of(matmul: fx.Node) -> tuple[fx.Node, fx.Node]:

@@ -304,7 +304,7 @@ def forms(
     `PlanError` for a form that is not possible."""
     tensors = region.saved(joint, cut)
     entries = {s.node: s for s in plan.storages}
-    sizes, codecs = sizes_in(cut), CodecSet(QUANTIZERS)
+    sizes, codecs = sizes_in(cut), CodecSet.of(QUANTIZERS)
 
     def form(t: SavedTensor) -> Storage:
         entry = entries.get(t.node)

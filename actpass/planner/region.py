@@ -98,7 +98,7 @@ class Region:
 
     def costs(self, cut: PartitionedGraph, tensors: Sequence[SavedTensor]) -> Costs:
         """What forms of ``tensors``, which cross ``cut``, are weighed by."""
-        return Costs(self.step_flops, sum(t.elements for t in tensors), CodecSet(QUANTIZERS), self._measured(cut, tensors))
+        return Costs(self.step_flops, sum(t.elements for t in tensors), CodecSet.of(QUANTIZERS), self._measured(cut, tensors))
 
     def _measured(self, cut: PartitionedGraph, tensors: Sequence[SavedTensor]) -> dict[str, Sensitivity]:
         """By node, what a calibration says of ``tensors``. Only how they compare: all together weigh their share of all
@@ -120,7 +120,7 @@ class Region:
         """In which form everything that crosses is stored."""
         tensors = self.saved(joint, choice.cut)
         return choose_storage(
-            tensors, self.config.tensor_options_of_any, sizes_in(choice.cut), CodecSet(QUANTIZERS), choice.codecs
+            tensors, self.config.tensor_options_of_any, sizes_in(choice.cut), CodecSet.of(QUANTIZERS), choice.codecs
         )
 
 

@@ -18,9 +18,9 @@ the 8-wide products of adapters, 3.6 % of what is stored, put gradients of their
 class Auto(Policy):
     """A budget chooses for each tensor by what it takes and what it costs; without one the coarsest form that costs nothing.
 
-    A tensor all of whose uses are weight gradients takes the coarsest form that is offered (4 bits), any other the coarsest
-    that is safe for recomputed scores (8 bits). Where the error goes on into all gradients below, 4 bits cost up to 0.7 % of
-    the loss, even unbiased, and 8 nothing (tools/results/loss-*.json).
+    A tensor all of whose uses are weight gradients takes the coarsest of the project's own forms that a budget may choose
+    (4 bits), any other the coarsest of them that is safe for recomputed scores (8 bits). Where the error goes on into all
+    gradients below, 4 bits cost up to 0.7 % of the loss, even unbiased, and 8 nothing (tools/results/loss-*.json).
     """
 
     def decide(self, facts: Facts) -> tuple[Storage, ...]:
@@ -30,7 +30,7 @@ class Auto(Policy):
         def form(t: SavedTensor) -> Storage:
             if t.node in small:
                 return facts.save(t, SAVES_LITTLE)
-            return facts.quantize(t, facts.codecs.offered[-1] if set(t.kinds) <= {"contraction"} else finer)
+            return facts.quantize(t, facts.codecs.own[-1] if set(t.kinds) <= {"contraction"} else finer)
 
         return tuple(map(form, facts.tensors))
 
