@@ -61,10 +61,7 @@ def headed() -> models.Made:
 def explain(build: Callable[[], models.Made], **options: Any) -> Any:
     torch.compiler.reset()
     model, inputs = build()
-    try:
-        return actpass.explain(model, options=options, **inputs)
-    except Exception as error:  # Dynamo wraps what a backend raises
-        raise getattr(error, "inner_exception", error) from None
+    return actpass.explain(model, options=options, **inputs)
 
 
 def edited(plan: ModelPlan, edit: Callable[[dict[str, Any]], Any], folder: Path) -> Path:

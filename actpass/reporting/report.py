@@ -155,7 +155,7 @@ class Report:
         if not steps or len(steps) < len(self.regions):
             raise ReportError(
                 "plot_pareto: this report does not say what other budgets would give. Make one with "
-                "report = actpass.explore(model, *inputs, options=...), under policy='auto'."
+                "report = actpass.explore(model, *inputs, options=...), under policy='auto' or another that has a choice."
             )
         draw_pareto(check_path(path), add_up(steps))
 
