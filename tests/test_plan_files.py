@@ -277,7 +277,7 @@ FORBIDDEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda r: r["must_save"].append("primals_1"),
         "must_save names 'primals_1', which is no value that the forward computes",
     ),
-    "no logits": (lambda r: r.update(chunk_rows=128), "forms the loss in pieces, which is not possible: no logits"),
+    "no logits": (lambda r: r.update(chunk_rows=128), "forms the loss in chunks, which is not possible: no logits"),
     "other matmul": (lambda r: r["decisions"][0].update(matmuls=["mm"]), "names the matmul 'mm', which can't be projected"),
 }
 

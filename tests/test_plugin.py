@@ -289,7 +289,7 @@ def test_policy_that_recomputes_a_query_without_its_attention_is_refused():
 
     with POLICIES.temporary():
         register_policy("scores")(Scores)
-        with pytest.raises(PluginError, match=r"policy 'scores' runs the query or key .* without its attention"):
+        with pytest.raises(PluginError, match=r"policy 'scores' recomputes the query or key .* without its attention"):
             explained(policy="scores")
 
 

@@ -13,6 +13,8 @@ import actpass
 from actpass.diagnostics.explain import explain_model
 from actpass.ir.joint_graph import Joint
 from actpass.passes import partition
+from actpass.plan import POLICIES, SAVE, CodecSet, Facts, Policy, SavedTensor, Storage, register_policy
+from actpass.plan.policy import TensorRequest
 from actpass.plan_file import ModelPlan
 from actpass.reporting import Report
 
@@ -108,3 +110,32 @@ def test_the_partition_is_checked(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(partition, "_run_once", nothing)
     with pytest.raises(Exception, match="which the plan does not name"):
         explained(models.transformer(), policy="exact", memory_budget=0.6)
+
+
+def test_the_report_tells_what_takes_a_matmul_or_an_attention_and_the_policys_reason():
+    class Attention(Policy):
+        recomputes = True
+
+        def decide(self, facts: Facts) -> tuple[Storage, ...]:
+            return tuple(
+                facts.recompute(t, "attention is cheap") if t.role == "output" and facts.can_recompute(t) else facts.save(t)
+                for t in facts.tensors
+            )
+
+        def options(self, t: SavedTensor, request: TensorRequest, codecs: CodecSet) -> tuple[str, ...]:
+            return (SAVE,)
+
+    with POLICIES.temporary():
+        register_policy("attention")(Attention)
+        report = explained(models.transformer(), policy="attention")
+    reasons = {s.reason for region in report.regions for s in region.sites if s.form == "recompute"}
+    free, attention = "recomputed exactly from what is saved, with no matmul or attention", "with 0 matmuls and 1 attention"
+    assert free in reasons
+    assert f"attention is cheap; recomputed exactly from what is saved, {attention}" in reasons
+    assert run_again(report) == (0, 2)
+
+
+def test_the_report_of_a_budget_tells_what_takes_a_matmul():
+    report = explained(models.transformer(), policy="exact", memory_budget=0.5)
+    reasons = {s.reason for region in report.regions for s in region.sites if s.form == "recompute"}
+    assert any("with 1 matmuls and 0 attention" in r for r in reasons)

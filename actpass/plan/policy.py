@@ -78,8 +78,8 @@ def rank_sites(
     so a relative error of a gradient is a relative error of the step of all its coordinates, and the sum over the layers is
     the share of the whole step that is noise. Of the size of a gradient, which a plan can't know, it asks nothing. (Ranks as
     a share of the width then go with the square root of the out-features that read x, where layers have equally many tokens.)
-    tails: by path, the energy of x beyond the principal directions of a learned subspace, as far as one was measured; 1 for
-    all others, which says the same of all.
+    residual_energies: by path, the energy of x beyond the principal directions of a learned subspace, as far as one was
+    measured; 1 for all others, which says the same of all.
     """
     requests = {c.key: request_for(c.parameters) for c in candidates}
     exact = {c.base for c in candidates if not c.frees or not _is_projected(c, requests[c.key])}

@@ -68,7 +68,8 @@ def _with_recomputation(region: Region, free: PartitionPlan) -> PartitionPlan:
     constraints = PartitionConstraints(
         free.constraints.recompute_materialized, names, free.constraints.must_save - {t.base for t in recompute}
     )
-    return PartitionPlan(constraints, region.cut(constraints), None)
+    reasons = {t.base: reason for t, reason in recompute.items() if reason}
+    return PartitionPlan(constraints, region.cut(constraints), None, reasons=reasons)
 
 
 def _within(

@@ -29,7 +29,7 @@ class PartitionPlan:
     """constraints, cut: where the joint graph is cut. codecs: by node, the form of what ``auto`` decides; None: its own rule.
     note: what the user should know of it. levels: what else a part of a step could be, for one plan over all parts. ranks: of
     the projections that take theirs from the budget, by `Candidate.key`; None: there is no limit. limited: whether a larger
-    budget of peak bytes may give another."""
+    budget of peak bytes may give another. reasons: by node, why a policy recomputes it."""
 
     constraints: PartitionConstraints
     cut: PartitionedGraph
@@ -38,6 +38,7 @@ class PartitionPlan:
     levels: tuple[OperatingPoint, ...] = ()
     ranks: Mapping[str, int] | None = None
     limited: bool = False
+    reasons: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
     def key(self) -> Hashable:

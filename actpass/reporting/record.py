@@ -23,7 +23,7 @@ SCHEMA_VERSION = 8
 class SiteRow:
     """A tensor that Inductor's default saves, or that is saved now, or that a weight gradient reads.
 
-    form: ``save`` (stored as it is), ``quantize`` (stored in few bits), ``recompute`` (not stored, rebuilt from what is),
+    form: ``save`` (stored as it is), ``quantize`` (stored in few bits), ``recompute`` (not stored, recomputed from what is),
     ``project`` (its projection is stored), ``chunk`` (never formed whole), ``input`` (an input of the region, never saved),
     ``state`` (a basis or the seed). projection, rank: how the weight gradients that read it are formed; None: exactly. codec:
     the low-bit form in which it (or its projection) is stored. bytes_before: under Inductor's default cut. bytes_after:

@@ -207,7 +207,7 @@ class Report:
         recomputed = sum(s.form == "recompute" and s.bytes_before > 0 for r in self.regions for s in r.sites)
         partly = f"; {len(off)} of {len(self.regions)} regions inactive, because {off[0]}" if off else ""
         return (
-            f"active, {self.regions[0].options}: {recomputed} saved tensors rebuilt instead, {coded} stored in few bits, "
+            f"active, {self.regions[0].options}: {recomputed} saved tensors recomputed instead, {coded} stored in few bits, "
             f"{projected} contracted through a projection{f', {decoded} decoded from one' if decoded else ''}{partly}"
         )
 
