@@ -13,8 +13,7 @@ import actpass
 from actpass.diagnostics.explain import explain_model
 from actpass.ir.joint_graph import Joint
 from actpass.passes import partition
-from actpass.plan import POLICIES, SAVE, CodecSet, Facts, Policy, SavedTensor, Storage, register_policy
-from actpass.plan.policy import TensorRequest
+from actpass.plan import POLICIES, SAVE, CodecSet, Facts, Policy, SavedTensor, Storage, TensorRequest, register_policy
 from actpass.plan_file import ModelPlan
 from actpass.reporting import Report
 

@@ -14,7 +14,7 @@ from actpass.plan.codec_set import CodecSet
 from actpass.plan.knapsack import Option
 from actpass.plan.plan import RECOMPUTE, RECOMPUTED_SCORE, SAVE, SCORE, SavedTensor
 from actpass.plan.policies import POLICIES
-from actpass.plan.policy import AUTO, RequestFor
+from actpass.plan.request import AUTO, RequestFor
 from actpass.plan.sensitivity import Sensitivity
 from actpass.plan.store import StoredBytes, store
 

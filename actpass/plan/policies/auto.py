@@ -5,7 +5,7 @@ from __future__ import annotations
 from actpass.plan.codec_set import CodecSet
 from actpass.plan.plan import RECOMPUTE, RECOMPUTED_SCORE, SAVE, SavedTensor, Storage
 from actpass.plan.policies.policy import Facts, Policy, register_policy
-from actpass.plan.policy import TensorRequest
+from actpass.plan.request import TensorRequest
 
 SAVES_LITTLE = "exact: beside the others it would save next to nothing"
 SMALL, FEW = 1 / 32, 0.04

@@ -8,7 +8,7 @@ from actpass.errors import PluginError
 from actpass.plan.codec_set import CodecSet
 from actpass.plan.plan import RECOMPUTE, SavedTensor, Storage
 from actpass.plan.policies.policy import POLICIES, Facts
-from actpass.plan.policy import AUTO, RequestFor
+from actpass.plan.request import AUTO, RequestFor
 from actpass.plan.store import StoredBytes, store
 
 

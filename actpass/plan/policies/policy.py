@@ -9,7 +9,7 @@ from typing import ClassVar, TypeVar
 
 from actpass.plan.codec_set import CodecSet
 from actpass.plan.plan import RECOMPUTE, SavedTensor, Storage
-from actpass.plan.policy import KEPT, RequestFor, TensorRequest
+from actpass.plan.request import KEPT, RequestFor, TensorRequest
 from actpass.plan.store import StoredBytes, keep, store
 from actpass.registry import Registry, instance_of
 
