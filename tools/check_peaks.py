@@ -1,4 +1,4 @@
-"""The predicted peak of a training step against the measured one: small models, under plans of options and under budgets of bytes.
+"""The predicted peak of a training step against the measured one: small models, under some plans and under budgets of bytes.
 
     python tools/check_peaks.py                                  # every model, every plan, ten budgets each
     python tools/check_peaks.py --models shared-gate,lora --budgets 3 --plans auto

@@ -61,9 +61,13 @@ class SiteRow:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """peak_bytes, peak_bytes_default: predicted, of a forward and its backward above parameters and optimizer state, now and as
-    Inductor's default; None where it is not known. resident_bytes: of parameters, inputs and optimizer state;
-    scratch_bytes: what an optimizer's step takes beside all gradients; counted where a budget of peak bytes asks for them."""
+    """saved_bytes, saved_bytes_default, saved_bytes_eager: from forward to backward, parameters and inputs excluded: now, as
+    Inductor's default, and in eager mode (None where it was not measured). backward_matmul_flops, .._default: of all matmuls
+    of the backward, fused attention not counted. extra_matmuls, extra_attention: that the backward recomputes, which the
+    forward has computed. peak_bytes, peak_bytes_default: predicted, of a forward and its backward above parameters and
+    optimizer state, now and as Inductor's default; None where it is not known. resident_bytes: of parameters, inputs and
+    optimizer state; scratch_bytes: what an optimizer's step takes beside all gradients; counted where a budget of peak bytes
+    asks for them."""
 
     saved_bytes_eager: int | None
     saved_bytes_default: int

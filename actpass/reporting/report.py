@@ -47,6 +47,8 @@ class Report:
 
     @property
     def active(self) -> bool:
+        """Whether the pass decided any region. False: all was left to Inductor, and each region's ``inactive_because`` or
+        ``why_empty`` says why."""
         return any(r.active for r in self.regions)
 
     @property

@@ -77,7 +77,7 @@ class Quantizer(ABC):
 
     @property
     def pieces(self) -> int:
-        """K, codes in a byte."""
+        """K, codes in a byte: 8 / bits, at least 1."""
         return max(1, 8 // self.bits)
 
     @property
@@ -93,11 +93,14 @@ class Quantizer(ABC):
     @property
     @abstractmethod
     def largest(self) -> float:
-        """The largest magnitude, in steps of the scale, that a code expresses."""
+        """The largest magnitude, in steps of the scale, that a code expresses. The scale has a margin: of what is encoded no
+        magnitude is above `largest` / 1.002, so that the codes beyond are the room that stochastic rounding takes."""
 
     @abstractmethod
     def round(self, steps: torch.Tensor, uniform: torch.Tensor | None) -> torch.Tensor:
-        """Values in (-largest, largest) -> codes. uniform: in (0, 1), for stochastic rounding; None: to nearest."""
+        """Values in (-largest, largest), float32 (..., groups, G) -> codes, of that shape and any dtype: of one of the K that
+        share a byte. uniform: for stochastic rounding, float32 of that shape: (i + 1/2) / 2^`random_bits`, never 0 or 1, so
+        that ``floor(x + uniform)`` has no bias; None: to nearest."""
 
     @abstractmethod
     def pack(self, codes: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -106,7 +109,8 @@ class Quantizer(ABC):
 
     @abstractmethod
     def unpack(self, payload: torch.Tensor) -> torch.Tensor:
-        """Payload (...) -> values in steps of the scale, float32 (K, ...)."""
+        """Payload (...), as `pack` returned it -> values in steps of the scale, float32 of its shape with K leading: the k-th
+        are those of the k-th tensor that was packed. For K = 1, too: (1, ...)."""
 
     def neighbours(self, steps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Values in (-largest, largest) -> the two values of codes around each, below <= value < above, of their shape and
