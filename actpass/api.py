@@ -68,14 +68,16 @@ def explain(model: torch.nn.Module, *inputs: Any, options: Mapping[str, Any] | N
     throws the graphs away. Works on the meta device, for models that do not fit this machine.
 
     The model runs forward twice in eager mode (so on a real device it takes the memory of that); buffers and random state are
-    put back. The report's ``saved_bytes_eager`` is known here. Raises `OptionError` / `BudgetError` on bad options.
+    put back. The report's ``saved_bytes_eager`` is known here. Raises `OptionError` for bad options, `BudgetError` for a budget
+    that can't be met, `PlanError` for a plan that can't be followed; none inside Dynamo's ``BackendCompilerFailed``.
     """
     return explain_model(_module(model, "explain"), inputs, kwargs, options).report
 
 
 def explore(model: torch.nn.Module, *inputs: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
     """`explain`, and what other budgets would give: for `Report.plot_pareto`. Makes some twenty cuts more, in which a large
-    model takes minutes. Only for ``policy="auto"``; raises `OptionError` for any other."""
+    model takes minutes. For any policy that has a choice under a budget; raises `OptionError` for a ``codec`` that is named,
+    and what `explain` raises."""
     return explain_model(_module(model, "explore"), inputs, kwargs, options, explore=True).report
 
 

@@ -231,7 +231,7 @@ def carry_out(source: RegionPlan, state: RegionState | None = None, passes: Sequ
             default=region.default,
             finding=region.finding,
         )
-    start = replace(state, source=source, constraints=choice.constraints, exact=choice.cut)
+    start = replace(state, source=source, constraints=choice.constraints, exact=choice.cut, reasons=choice.reasons)
     done = run_passes([p for p in CARRY_OUT if p in passes], start)
     return replace(done, cut=done.cut or done.exact, plan=_whole(done.plan, region, choice.constraints))
 

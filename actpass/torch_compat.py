@@ -26,7 +26,10 @@ import torch._functorch.config as _functorch_config  # `ban_recompute_materializ
 import torch._inductor.config as _inductor_config  # `custom_partitioner_fn`, the keyed way into the joint graph
 from torch._C._dynamo.eval_frame import reset_code  # compile a region again, under another plan, and no other
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list  # whether a code has as many graphs as Dynamo makes
-from torch._dynamo.exc import RestartAnalysis  # Dynamo's control flow: no error of a backend
+from torch._dynamo.exc import (
+    BackendCompilerFailed,  # what Dynamo makes of a backend's error
+    RestartAnalysis,  # Dynamo's control flow: no error of a backend
+)
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX  # names of the code behind a graph break
 from torch._dynamo.source import ConstantSource  # a state input that Dynamo never saw needs a source
 from torch._dynamo.symbolic_convert import tls as _tls  # which code is being compiled
@@ -74,6 +77,7 @@ __all__ = [
     "FUSION_GATE",
     "REGION_BUDGET",
     "TESTED_TORCH",
+    "BackendCompilerFailed",
     "ConstantSource",
     "CustomKnapsackSolver",
     "CustomPartitionerFn",

@@ -80,7 +80,7 @@ def notes(model: nn.Module) -> str:
 def compare(model: nn.Module, tolerance: float) -> None:
     want_loss, want = run(model, chunked_loss=False)
     loss, grads = run(model)
-    assert "pieces" in notes(model), notes(model)
+    assert "chunks" in notes(model), notes(model)
     torch.testing.assert_close(loss, want_loss, rtol=tolerance, atol=0)
     for name in want:
         assert error(grads[name], want[name]) < tolerance, name
@@ -104,7 +104,7 @@ def test_the_accuracy_is_formed_in_pieces_too():
     model = Counts(flat)
     _, *want = model(**inputs())
     loss, *found = torch.compile(model, backend=eager_actcomp({"policy": "exact"}))(**inputs())
-    assert "pieces" in notes(model), notes(model)
+    assert "chunks" in notes(model), notes(model)
     loss.backward()
     assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
 
@@ -139,7 +139,7 @@ def test_half_precision_weights_accumulate_in_float32():
     reference = grads_of(exact)
     _, whole = run(model, chunked_loss=False)
     _, pieces = run(model)
-    assert "pieces" in notes(model)
+    assert "chunks" in notes(model)
     for name in reference:
         assert error(pieces[name], reference[name]) < 1.2 * error(whole[name], reference[name]) + 2**-9, name
 
@@ -286,7 +286,7 @@ def test_the_budget_of_one_is_inductors_own():
     torch.manual_seed(0)
     model = Head(flat)
     run(model, memory_budget=1.0)
-    assert "pieces" not in notes(model)
+    assert "chunks" not in notes(model)
 
 
 @pytest.mark.codegen
@@ -309,9 +309,9 @@ def test_the_heads_gradient_is_added_up_in_place():
     model = Head(flat)
     function = torch.compile(model, backend="actcomp", options={"policy": "exact"})
     _, sources = run_and_get_code(lambda: step(function, model, inputs()))
-    (note,) = [n for n in actpass.report(model).regions[0].notes if "pieces" in n]
+    (note,) = [n for n in actpass.report(model).regions[0].notes if "chunks" in n]
     added = sum(source.count("actpass.add_product_.default(") for source in sources)
-    assert f"{added + 1} pieces" in note, note
+    assert f"{added + 1} chunks" in note, note
     assert not any("extern_kernels.addmm(" in source.partition("add_product_")[2] for source in sources)
 
 
@@ -332,13 +332,13 @@ def test_an_int_sets_the_rows_of_a_piece_and_a_plan_keeps_them():
     want_loss, want = run(model, chunked_loss=False)
     for rows in (48, 160):
         loss, grads = run(model, chunked_loss=rows)
-        assert f"in {-(-TOKENS // rows)} pieces" in notes(model)
+        assert f"in {-(-TOKENS // rows)} chunks" in notes(model)
         assert error(loss, want_loss) < 4 * EPS
         assert all(error(grads[n], want[n]) < 64 * EPS for n in want)
         plan = actpass.report(model).plan
         assert [r.chunk_rows for r in plan.regions] == [rows]
         step(torch.compile(model, backend=eager_actcomp({"plan": plan})), model, inputs())
-        assert f"in {-(-TOKENS // rows)} pieces" in notes(model)
+        assert f"in {-(-TOKENS // rows)} chunks" in notes(model)
     for bad in (0, 8, -128, 2.0, "128"):
         with pytest.raises(actpass.OptionError, match="Allowed: True, False, or the rows of a chunk"):
             run(model, chunked_loss=bad)

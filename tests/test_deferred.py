@@ -94,7 +94,7 @@ def test_value_and_gradient_are_those_of_logits(name: str):
     assert error(loss, want_loss) < 4 * EPS
     _, want = gradients(model, model)
     _, found = gradients(model, compiled(model))
-    assert "pieces" in notes(model)
+    assert "chunks" in notes(model)
     for key in want:
         assert error(found[key], want[key]) < 300 * EPS, key  # sums of 300 rows in another order
 

@@ -13,7 +13,7 @@ from actpass.analysis.partitioned import PartitionConstraints
 from actpass.codecs import QUANTIZERS
 from actpass.options import TensorOptions
 from actpass.passes.quantize_saved import layout_of
-from actpass.plan import CodecSet, SavedTensor
+from actpass.plan import CodecSet, SavedTensor, choose_storage
 from actpass.plan.knapsack import solve
 from actpass.plan.plan import RECOMPUTE
 from actpass.plan.sensitivity import Sensitivity
@@ -22,7 +22,7 @@ from actpass.planner.region import PartitionPlan
 from actpass.planner.storage_search import Search
 
 T, N = 64, 32
-CODECS = CodecSet(QUANTIZERS)
+CODECS = CodecSet.of(QUANTIZERS)
 WIDTHS = CODECS.offered
 ATTENTION = ("flash",)
 
@@ -78,6 +78,45 @@ def attention() -> list[SavedTensor]:
     q, k = (tensor(n, kinds=("nonlinear", "score"), attention="flash", role="score") for n in "qk")
     v = tensor("v", kinds=("linear",), attention="flash", role="value")
     return [q, k, v, tensor("out", kinds=("linear",), attention="flash", role="output", recompute=ATTENTION)]
+
+
+def codec(error: float, *, in_budgets: bool = True, safe_for_scores: bool = False) -> Any:
+    return SimpleNamespace(
+        bits=8,
+        error=error,
+        in_budgets=in_budgets,
+        safe_for_scores=safe_for_scores,
+        safe_for_recomputed_scores=True,
+    )
+
+
+@pytest.mark.parametrize("other", [codec(1e-3), codec(0.1), codec(1e-6, safe_for_scores=True)])
+def test_what_is_chosen_without_being_named_and_without_a_budget_is_not_another_packages(other: Any):
+    """As its codec is offered to a budget, or safe for scores."""
+    installed = CodecSet({**QUANTIZERS, "other": other}, foreign=CODECS.foreign | {"other"})
+    for kind in ("score", "recomputed score"):
+        assert installed.coarsest_safe_for(kind) == CODECS.coarsest_safe_for(kind)
+        assert installed.made_safe("int2", (kind,)) == CODECS.made_safe("int2", (kind,))
+    assert installed.own == CODECS.own == ("int16", "int8", "int4")
+    assert "other" in installed.offered
+    tensors = (tensor("x", nbytes=8 * T * N), tensor("w", kinds=("contraction",), nbytes=8 * T * N))
+    assert decided(tensors, installed) == decided(tensors, CODECS) == ["int8", "int4"]
+
+
+def decided(tensors: tuple[SavedTensor, ...], codecs: CodecSet) -> list[str]:
+    def size(t: SavedTensor, codec: str, group: int | None) -> int:
+        return t.elements * codecs.by_name[codec].bits // 8
+
+    return [s.codec for s in choose_storage(tensors, lambda _: TensorOptions(), size, codecs)]
+
+
+def test_a_policy_chooses_for_values_and_outputs_what_is_safe_and_a_user_may_name_another():
+    value = tensor("v", attention="flash", role="value", nbytes=8 * T * N)
+    assert set(CODECS.offered_for(value)) - CODECS.foreign == {"int16", "int8"}
+    assert CODECS.made_safe("int4", value.kinds) == "int4"
+    for codec in QUANTIZERS.values():
+        if codec.safe_for_recomputed_scores:
+            assert codec.error <= 1e-4
 
 
 @pytest.mark.parametrize("codec", QUANTIZERS)

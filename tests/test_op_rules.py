@@ -131,6 +131,7 @@ SAMPLES: dict[Any, Sample] = {
     aten._unsafe_masked_index_put_accumulate.default: [_x(4, 3), torch.tensor([[True], [False]]), [LABELS], Y],
     aten.full.default: [[2, 3], 5.0],
     aten.full_like.default: [X, 5.0],
+    aten.copy.default: [X, Y],
     aten.scalar_tensor.default: [5.0],
     aten.empty.memory_format: [[2, 3]],
     aten.arange.start_step: [0, 6, 2],

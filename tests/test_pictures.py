@@ -364,7 +364,7 @@ def test_pareto_picture_shows_both_curves_and_the_plan(tmp_path: Path):
     assert f"this plan: {explored().saved_bytes / 1e6:.1f} MB" in words
 
 
-def test_explore_refuses_a_method_that_chooses_nothing():
+def test_explore_refuses_a_codec_that_is_named():
     model, inputs = models.mlp()
-    with pytest.raises(actpass.OptionError, match="codec='int8' chooses nothing"):
+    with pytest.raises(actpass.OptionError, match="codec='int8' names the one format"):
         actpass.explore(model, options={"codec": "int8"}, **inputs)

@@ -61,10 +61,7 @@ def headed() -> models.Made:
 def explain(build: Callable[[], models.Made], **options: Any) -> Any:
     torch.compiler.reset()
     model, inputs = build()
-    try:
-        return actpass.explain(model, options=options, **inputs)
-    except Exception as error:  # Dynamo wraps what a backend raises
-        raise getattr(error, "inner_exception", error) from None
+    return actpass.explain(model, options=options, **inputs)
 
 
 def edited(plan: ModelPlan, edit: Callable[[dict[str, Any]], Any], folder: Path) -> Path:
@@ -280,7 +277,7 @@ FORBIDDEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda r: r["must_save"].append("primals_1"),
         "must_save names 'primals_1', which is no value that the forward computes",
     ),
-    "no logits": (lambda r: r.update(chunk_rows=128), "forms the loss in pieces, which is not possible: no logits"),
+    "no logits": (lambda r: r.update(chunk_rows=128), "forms the loss in chunks, which is not possible: no logits"),
     "other matmul": (lambda r: r["decisions"][0].update(matmuls=["mm"]), "names the matmul 'mm', which can't be projected"),
 }
 

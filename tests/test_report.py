@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 import actpass
 from actpass.memory.profiler import measure
 from actpass.reporting import Record
+from actpass.torch_compat import BackendCompilerFailed
 
 from . import models
 from .helpers import eager_actcomp, projected, step
@@ -180,3 +182,12 @@ def test_a_recurrent_model_that_dynamo_does_not_compile_is_told_so(no_codegen: N
     report = actpass.report(model)
     assert not report.active
     assert "what calls LSTM of torch.nn runs in eager mode" in str(report)
+
+
+@pytest.mark.parametrize("ask", [actpass.explain, actpass.explore])
+def test_an_error_is_raised_as_it_is_and_not_inside_dynamos(ask: Any):
+    model, inputs = models.mlp()
+    with pytest.raises(actpass.BudgetError, match="memory_budget=1000 bytes of peak can't be met") as raised:
+        ask(model, options={"memory_budget": 1000}, **inputs)
+    assert isinstance(raised.value.__cause__, BackendCompilerFailed)
+    assert raised.value.least is not None

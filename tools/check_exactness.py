@@ -23,9 +23,10 @@ from torch import nn
 from actpass.options import options_for
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-METHODS = ("gaussian", "rademacher", "sparse", "haar", "srht")
-LOW_BIT = ("auto", "int8", "int4", "int2", "float8_e4m3", "float8_e5m2")
+PROJECTIONS = ("gaussian", "rademacher", "sparse", "haar", "srht")
+POLICIES_AND_CODECS = ("auto", "int8", "int4", "int2", "float8_e4m3", "float8_e5m2")
 """Here gradients may change; loss and outputs may not."""
+OPTIONS = [*PROJECTIONS, *POLICIES_AND_CODECS]
 
 
 class MLP(nn.Module):
@@ -71,7 +72,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 class Row:
     model: str
     dtype: str
-    method: str
+    option: str
     rank: float
     projected: int
     loss_equal: bool
@@ -119,7 +120,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.float() - b.float()).norm() / b.float().norm()).item()
 
 
-def rows(models: list[str], dtypes: list[str], methods: list[str], ranks: list[float], device: str) -> Iterator[Row]:
+def rows(models: list[str], dtypes: list[str], options: list[str], ranks: list[float], device: str) -> Iterator[Row]:
     for name in models:
         for dtype in dtypes:
             torch.manual_seed(0)
@@ -127,22 +128,22 @@ def rows(models: list[str], dtypes: list[str], methods: list[str], ranks: list[f
             model, x = build().to(device, DTYPES[dtype]), torch.randn(*shape).to(device, DTYPES[dtype])
             inductor, exact = run(model, x), run_actcomp(model, x, policy="exact")
             yield compare(name, dtype, "exact", 1.0, exact, exact, inductor)
-            for method in methods:
-                if method in LOW_BIT:
-                    ours = run_actcomp(model, x, **options_for(method), min_tensor_bytes=0)
-                    yield compare(name, dtype, method, 1.0, ours, exact, inductor)
+            for option in options:
+                if option in POLICIES_AND_CODECS:
+                    ours = run_actcomp(model, x, **options_for(option), min_tensor_bytes=0)
+                    yield compare(name, dtype, option, 1.0, ours, exact, inductor)
                     continue
                 for rank in ranks:
-                    ours = run_actcomp(model, x, **options_for(method), rank=rank, skip_unprofitable=False)
-                    yield compare(name, dtype, method, rank, ours, exact, inductor)
+                    ours = run_actcomp(model, x, **options_for(option), rank=rank, skip_unprofitable=False)
+                    yield compare(name, dtype, option, rank, ours, exact, inductor)
 
 
-def compare(name: str, dtype: str, method: str, rank: float, ours: Result, exact: Result, inductor: Result) -> Row:
+def compare(name: str, dtype: str, option: str, rank: float, ours: Result, exact: Result, inductor: Result) -> Row:
     untouched = [n for n in exact.gradients if n not in ours.projected]
     return Row(
         model=name,
         dtype=dtype,
-        method=method,
+        option=option,
         rank=rank,
         projected=len(ours.projected),
         loss_equal=torch.equal(ours.loss, exact.loss),
@@ -159,13 +160,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--methods", nargs="+", choices=(*METHODS, *LOW_BIT), default=[*METHODS, *LOW_BIT])
+    parser.add_argument("--options", nargs="+", choices=OPTIONS, default=OPTIONS, help="projections, policies and codecs")
     parser.add_argument("--ranks", nargs="+", type=float, default=[0.25])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     found = []
-    for row in rows(arguments.models, arguments.dtypes, arguments.methods, arguments.ranks, arguments.device):
+    for row in rows(arguments.models, arguments.dtypes, arguments.options, arguments.ranks, arguments.device):
         print(json.dumps(asdict(row)), flush=True)
         found.append(asdict(row))
     if arguments.json:

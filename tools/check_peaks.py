@@ -1,7 +1,7 @@
-"""The predicted peak of a training step against the measured one: small models, under methods and under budgets of bytes.
+"""The predicted peak of a training step against the measured one: small models, under some plans and under budgets of bytes.
 
-    python tools/check_peaks.py                                  # every model, every method, ten budgets each
-    python tools/check_peaks.py --models shared-gate,lora --budgets 3 --methods auto
+    python tools/check_peaks.py                                  # every model, every plan, ten budgets each
+    python tools/check_peaks.py --models shared-gate,lora --budgets 3 --plans auto
 
 Prints model, plan, predicted and measured bytes: of a forward and its backward above what is resident, and under a budget also
 with all that is resident, optimizer state among it. Fails if a budget is exceeded or a prediction is more than 4 % off.
@@ -28,7 +28,7 @@ from actpass.memory.profiler import measure
 from actpass.runtime import regions
 
 LIMIT = 0.04
-METHODS = {
+PLANS = {
     "inductor": {"policy": "exact", "memory_budget": 1.0},
     "exact": {"policy": "exact"},
     "auto": {"policy": "auto"},
@@ -198,7 +198,7 @@ def check(name: str, plan: str, options: dict[str, Any]) -> Row:
 
 def at_budgets(name: str, count: int) -> Iterator[Row]:
     """Rows of `auto` at budgets spread evenly from the least that can be met to what Inductor's default takes."""
-    default = check(name, "inductor", METHODS["inductor"])
+    default = check(name, "inductor", PLANS["inductor"])
     try:
         check(name, "", {"memory_budget": 2})
     except Exception as error:  # Dynamo wraps what a backend raises
@@ -234,14 +234,14 @@ def _names(known: Any) -> Callable[[str], list[str]]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=_names(MODELS), default=list(MODELS), metavar="A,B", help=", ".join(MODELS))
-    parser.add_argument("--methods", type=_names(METHODS), default=list(METHODS), metavar="A,B", help=", ".join(METHODS))
+    parser.add_argument("--plans", type=_names(PLANS), default=list(PLANS), metavar="A,B", help=", ".join(PLANS))
     parser.add_argument("--budgets", type=positive_int, default=10, metavar="N", help="budgets of bytes for each model")
     given = parser.parse_args(arguments)
     print(f"torch {torch.__version__}\n{'model':16} {'plan':20} {'predicted':>10} {'measured':>10}")
     failed = 0
     for name in given.models:
-        methods = (check(name, plan, METHODS[plan]) for plan in given.methods)
-        for row in itertools.chain(methods, at_budgets(name, given.budgets)):
+        plans = (check(name, plan, PLANS[plan]) for plan in given.plans)
+        for row in itertools.chain(plans, at_budgets(name, given.budgets)):
             print(row, flush=True)
             failed += row.fails
     print(f"{failed} over their budget or more than {LIMIT:.0%} off")

@@ -23,7 +23,7 @@ import json
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -166,25 +166,12 @@ def explain(given: argparse.Namespace, options: Mapping[str, Any], device: str, 
         count = sum(p.numel() for p in target.model.parameters())
         how = f"fake {device} tensors" if fake else device
         stack.enter_context(torch.autocast(device, dtype=torch.bfloat16, enabled=given.autocast))
-        stack.enter_context(errors_unwrapped())
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message=".*autograd kernel was not registered.*")
         explore = given.plot_pareto is not None
         explained = explain_model(target.model, target.args, target.kwargs, options, explore=explore)
         print(f"{target.title}, {count / 1e6:.1f} M parameters, traced with {how}, options {options or 'default'}")
         return explained
-
-
-@contextmanager
-def errors_unwrapped() -> Iterator[None]:
-    """actpass's own errors without Dynamo's wrapping."""
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*autograd kernel was not registered.*")
-            yield
-    except Exception as error:
-        inner = getattr(error, "inner_exception", error)
-        if isinstance(inner, ActpassError):
-            raise inner from None
-        raise
 
 
 def load_target(given: argparse.Namespace, device: str) -> Target:

@@ -1,6 +1,6 @@
 """Write docs/reference from the package: options from the backend's docstring, the rest from public docstrings.
 
-    python tools/make_reference.py            write docs/reference/{options,api,optim,errors}.md
+    python tools/make_reference.py            write docs/reference/{options,api,optim,errors,extending}.md
     python tools/make_reference.py --check    exit with 1 if a page is not what would be written
 
 `tests/test_docs.py` checks it, too.
@@ -21,9 +21,11 @@ import actpass.codecs
 import actpass.memory.profiler
 import actpass.optim
 import actpass.optim.transforms
+import actpass.plan
 from actpass import errors
 from actpass.backend.backend import actcomp
 from actpass.options import parse
+from actpass.reporting.record import Record, SiteRow, Totals
 
 FOLDER = Path(__file__).parent.parent / "docs" / "reference"
 NOTE = "<!-- Written by tools/make_reference.py from docstrings. Edit those, then run it again. -->"
@@ -66,10 +68,23 @@ def api_page() -> str:
         entry(actpass.distributed.reduce_low_rank, "actpass.distributed.reduce_low_rank"),
         entry(actpass.memory.profiler.measure, "actpass.memory.profiler.measure"),
         "## Extension points",
-        "See [Architecture](../architecture.md#where-to-add-what).",
+        "See [Architecture](../architecture.md#where-to-add-what), and [what they are given](extending.md).",
         *extension_entries(),
         "## Classes",
         *(part for n in classes for part in class_entries(getattr(actpass, n), f"actpass.{n}")),
+        *(entry(cls, f"actpass.reporting.{cls.__name__}") for cls in (Totals, Record, SiteRow)),
+    )
+
+
+def extending_page() -> str:
+    """What a codec or a policy of another package is, and what it is given."""
+    plan = ("Policy", "Facts", "SavedTensor", "Storage", "CodecSet", "TensorRequest")
+    classes = {f"actpass.plan.{n}": getattr(actpass.plan, n) for n in plan}
+    return page(
+        "Extending",
+        "The classes of codecs and policies. How they are used: [Extending](../guide/extending.md).",
+        *class_entries(actpass.codecs.Quantizer, "actpass.codecs.Quantizer"),
+        *(part for n, cls in classes.items() for part in class_entries(cls, n)),
     )
 
 
@@ -140,6 +155,7 @@ def page(title: str, *parts: str) -> str:
 
 PAGES: dict[str, Callable[[], str]] = {
     "options.md": options_page, "api.md": api_page, "optim.md": optim_page, "errors.md": errors_page,
+    "extending.md": extending_page,
 }  # fmt: skip
 
 

@@ -18,11 +18,12 @@ from actpass.memory.program import Timeline
 class PartitionConstraints:
     """How to cut.
 
-    rebuild: lift upstream's rule that a value which a backward matmul materialises is never recomputed. The rule is the
-    only reason why weight-gradient operands (norm outputs, activation products) are saved; without it they are rebuilt from
-    a neighbour by pointwise operators: no extra matmul, no attention, exact. And lift the rule that a value is not recomputed
-    whose readers lie on both sides of a matmul ("used far apart"): with dropout in front of an adapter the input of a layer is
-    read by the layer and, behind it, by the dropout, and no norm or activation function would be rebuilt (2.13 and 2.15).
+    recompute_materialized: lift upstream's rule that a value which a backward matmul materialises is never recomputed. The
+    rule is the only reason why weight-gradient operands (norm outputs, activation products) are saved; without it they are
+    rebuilt from a neighbour by pointwise operators: no extra matmul, no attention, exact. And lift the rule that a value is
+    not recomputed whose readers lie on both sides of a matmul ("used far apart"): with dropout in front of an adapter the
+    input of a layer is read by the layer and, behind it, by the dropout, and no norm or activation function would be rebuilt
+    (2.13 and 2.15).
     recompute: forward nodes (matmuls, fused attentions) that the backward may run again, where that saves bytes. must_save:
     nodes that are stored, whatever the bytes. stock: upstream's own ``activation_memory_budget``; None: the user's. part:
     whether the graph stands for a part of a deeper one in which something runs again: upstream cuts all of that in another way.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from actpass.ir.joint_graph import Joint, is_view, rule_of, tensor_bytes, value
+from actpass.ir.joint_graph import Joint, builtin_name, is_view, rule_of, tensor_bytes, value
 from actpass.ir.op_cost import attention_flops, matmul_flops
 from actpass.ir.op_queries import is_attention, is_matmul, is_pointwise, is_reduction
 from actpass.torch_compat import OpOverload, arguments_of, size_hint
@@ -175,7 +175,7 @@ class Recomputation:
 def _is_repeatable(node: fx.Node) -> bool:
     """Whether a second run gives the same: an operator of torch's own without dropout."""
     target: Any = node.target
-    if not isinstance(target, OpOverload):
+    if not isinstance(target, OpOverload) or not builtin_name(node):
         return False
     for i, argument in enumerate(arguments_of(target)):
         if argument.name == "dropout_p":

@@ -14,7 +14,7 @@ from actpass.backend.headroom import peak_budget
 from actpass.backend.partitioner import probe_state_inputs, run_passes
 from actpass.backend.state_inputs import RegionRequest
 from actpass.codecs.generator import round_keys, step_seed
-from actpass.diagnostics.interpreter import interpret, isolated_forward, own_gradients, preserve_buffers_and_rng
+from actpass.diagnostics.interpreter import interpret, isolated_forward, own_errors, own_gradients, preserve_buffers_and_rng
 from actpass.errors import OptionError
 from actpass.ir.inline import inline_regions
 from actpass.ir.joint_graph import fold_indices
@@ -240,7 +240,7 @@ class _Step:
         def gradients(draw: int) -> Gradients:
             nonlocal seed
             seed = step_seed(config.seed, draw)
-            with torch.enable_grad(), preserve_buffers_and_rng(self.model), own_gradients(self.model):
+            with torch.enable_grad(), preserve_buffers_and_rng(self.model), own_gradients(self.model), own_errors():
                 loss: Any = self.loss(forward(*self.inputs, **self.kwargs))
                 loss.backward()
                 return {n: p.grad.detach().clone() for n, p in self.model.named_parameters() if p.grad is not None}

@@ -19,7 +19,7 @@ from actpass.backend.partitioner import run_passes
 from actpass.backend.state_inputs import RegionRequest
 from actpass.codecs import QUANTIZERS
 from actpass.codecs.generator import round_keys
-from actpass.diagnostics.interpreter import interpret, isolated_forward, own_gradients, preserve_buffers_and_rng
+from actpass.diagnostics.interpreter import interpret, isolated_forward, own_errors, own_gradients, preserve_buffers_and_rng
 from actpass.errors import OptionError
 from actpass.ir.inline import inline_regions
 from actpass.ir.joint_graph import Joint, module_path, plain_input_index
@@ -62,7 +62,7 @@ def calibrate_model(
         return seeded if config.needs_seed else fn
 
     model = getattr(model, "_orig_mod", model)
-    with torch.enable_grad(), preserve_buffers_and_rng(model), own_gradients(model):
+    with torch.enable_grad(), preserve_buffers_and_rng(model), own_gradients(model), own_errors():
         value: Any = loss(dynamo.optimize(backend)(isolated_forward(model))(*inputs, **kwargs))
         value.backward()
     rows = tuple(row for region in regions for row in region.rows())
@@ -105,7 +105,7 @@ class _Region:
             return
         region, cut = self.compiled.decided.region, self.compiled.cut
         names = [n.name for n in gm.graph.find_nodes(op="placeholder")]
-        made, codecs = {n.name: n for n in cut.forward.graph.nodes}, CodecSet(QUANTIZERS)
+        made, codecs = {n.name: n for n in cut.forward.graph.nodes}, CodecSet.of(QUANTIZERS)
         exact = _Gradients.of(_run(gm, args), region.joint, self.inputs, self.state)
         for t in region.saved(region.joint, cut):
             at = [names.index(name) for name in t.saved_for_backward if name in names]

@@ -15,7 +15,7 @@ from actpass.backend.backend import noting_calls
 from actpass.backend.headroom import peak_budget
 from actpass.backend.partitioner import no_code, probe_state_inputs, run_passes
 from actpass.backend.state_inputs import RegionRequest, StateInputs
-from actpass.diagnostics.interpreter import isolated_forward, preserve_buffers_and_rng
+from actpass.diagnostics.interpreter import isolated_forward, own_errors, preserve_buffers_and_rng
 from actpass.diagnostics.pareto_sweep import tradeoff
 from actpass.errors import OptionError
 from actpass.ir.copying import copy_module
@@ -24,6 +24,7 @@ from actpass.ir.inline import inline_regions
 from actpass.memory.resident import storages
 from actpass.options import Config, parse
 from actpass.pipeline import Compiled
+from actpass.plan import POLICIES
 from actpass.reporting import Report
 from actpass.reporting.eager_estimate import with_eager_curve
 from actpass.torch_compat import compile_fx, detect_fake_mode, dynamo, functorch_config
@@ -47,9 +48,10 @@ def explain_model(
 ) -> Explanation:
     """See `actpass.explain`, and `actpass.explore`."""
     config = parse(options)
-    if explore and config.tensor_options.policy != "auto":
+    if explore and POLICIES[config.tensor_options.decided_by].needs_codec:
         raise OptionError(
-            f"explore: {config.tensor_options.described} chooses nothing. Only policy='auto' weighs formats against each other."
+            f"explore: {config.tensor_options.described} names the one format that tensors take. Give a policy that has a "
+            "choice under a budget, policy='auto' for one."
         )
     compiled: list[Compiled] = []
 
@@ -61,7 +63,7 @@ def explain_model(
 
     model = getattr(model, "_orig_mod", model)
     eager: int | None = None
-    with torch.enable_grad(), preserve_buffers_and_rng(model):
+    with torch.enable_grad(), preserve_buffers_and_rng(model), own_errors():
         dynamo.optimize(backend)(isolated_forward(model))(*inputs, **kwargs)
         if len(compiled) == 1:
             eager = _saved_bytes_eager(model, inputs, kwargs)

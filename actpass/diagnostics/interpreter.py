@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from actpass.torch_compat import forked_rng
+from actpass.errors import ActpassError
+from actpass.torch_compat import BackendCompilerFailed, forked_rng
 
 
 def interpret(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[[list[Any]], Any]:
@@ -47,6 +48,18 @@ def own_gradients(model: torch.nn.Module) -> Generator[None, None, None]:
     finally:
         for p, gradient in before.items():
             p.grad = gradient
+
+
+@contextmanager
+def own_errors() -> Generator[None, None, None]:
+    """Errors of this package as they were raised, and not inside Dynamo's, which becomes the cause of one that has none."""
+    try:
+        yield
+    except BackendCompilerFailed as failed:
+        inner = failed.inner_exception
+        if not isinstance(inner, ActpassError):
+            raise
+        raise inner from inner.__cause__ or failed
 
 
 def isolated_forward(model: torch.nn.Module) -> Callable[..., Any]:

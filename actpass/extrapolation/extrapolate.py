@@ -39,8 +39,8 @@ from actpass.reporting.record import Record, SiteRow
 
 @dataclass(frozen=True)
 class LayerKind:
-    """Layers that store alike. rows: what each of them saves, or would under Inductor's default. again: modules whose matmul or
-    attention the backward runs again."""
+    """Layers that store alike. rows: what each of them saves, or would under Inductor's default. recompute: modules whose
+    matmul or attention the backward recomputes."""
 
     layers: tuple[int, ...]
     rows: tuple[SiteRow, ...]
@@ -115,7 +115,7 @@ class FoldedRegion:
     # ------------------------------------------------------------------------------------------- what a search asks for
 
     def costs(self, cut: FoldedSetting, tensors: Sequence[SavedTensor]) -> Costs:
-        return Costs(self.step_flops, sum(t.elements for t in tensors), CodecSet(QUANTIZERS))
+        return Costs(self.step_flops, sum(t.elements for t in tensors), CodecSet.of(QUANTIZERS))
 
     @cached_property
     def step_flops(self) -> int:

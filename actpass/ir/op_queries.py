@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import operator
+
+import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from actpass.ir.joint_graph import is_view, rule_of
 
@@ -27,6 +31,21 @@ def is_matmul(node: fx.Node) -> bool:
 def is_attention(node: fx.Node) -> bool:
     """Whether ``node`` is a fused attention operator (not one of the tensors that come out of it)."""
     return rule_of(node).attention is not None
+
+
+def is_free_to_repeat(node: fx.Node) -> bool:
+    """Whether a second run costs a loop at most: views, pointwise operators, reductions, and what moves or reads values. Not:
+    matmuls, fused attention of any kind, sorts, scans, scatters, and what nothing is known of."""
+    if node.op != "call_function" or node.target is operator.getitem or not _makes_tensors(node):
+        return True
+    row = rule_of(node)
+    if row.matmul is not None or row.attention is not None:
+        return False
+    return is_pointwise(node) or row.reduction or row.reruns or row.recomputable or row.realised in ("loop", "heavy")
+
+
+def _makes_tensors(node: fx.Node) -> bool:
+    return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(node.meta.get("val")))
 
 
 def factors_of(matmul: fx.Node) -> tuple[fx.Node, fx.Node]:

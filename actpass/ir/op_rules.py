@@ -187,6 +187,7 @@ _TABLE: dict[Any, OpRule] = {
     aten.full.default: OpRule(fill=1, realised="loop"),
     aten.scalar_tensor.default: OpRule(fill=0, realised="loop"),
     **_rows(_LOOP, aten.full_like.default, aten.empty.memory_format, aten.arange.start_step, prims.iota.default),
+    aten.copy.default: _LOOP,
 }
 
 

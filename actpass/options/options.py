@@ -10,7 +10,7 @@ from typing import Any
 from actpass.codecs import LEARNED
 from actpass.options.tensor_options import EXACT, TensorOptions
 from actpass.plan.policies import POLICIES
-from actpass.plan.policy import AUTO
+from actpass.plan.request import AUTO
 from actpass.plan.sensitivity import Sensitivities
 from actpass.plan_file import ModelPlan
 

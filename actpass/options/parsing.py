@@ -16,7 +16,7 @@ from actpass.options.options import Config
 from actpass.options.tensor_options import BUDGET, DEFAULT, EXACT, Rank, TensorOptions
 from actpass.plan.plan import SAVE
 from actpass.plan.policies import POLICIES
-from actpass.plan.policy import AUTO
+from actpass.plan.request import AUTO
 from actpass.plan.sensitivity import Sensitivities
 from actpass.plan_file import ModelPlan
 

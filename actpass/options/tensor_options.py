@@ -8,7 +8,7 @@ from typing import Any, Literal
 from actpass.codecs import ALL_PROJECTIONS, LEARNED, QUANTIZERS
 from actpass.codecs.projections.learned import state_shape
 from actpass.errors import OptionError
-from actpass.plan.policy import AUTO
+from actpass.plan.request import AUTO
 
 EXACT, UNIFORM = "exact", "uniform"
 BUDGET = "budget"

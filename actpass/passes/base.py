@@ -112,7 +112,8 @@ class RegionState:
     joint: its joint graph as it is now. joint_inputs, kwargs: what the partitioner is given beside it. default: Inductor's own
     cut. default_bytes: what that saves. loss_rows: rows of a piece of the loss; True: as many as suit; 0: it stays whole.
     chunked: the pieces that it is in. why_whole: why it is not.
-    finding: the weight gradients that may be projected. source: who decides. constraints: how to cut. exact: the cut with all
+    finding: the weight gradients that may be projected. source: who decides. constraints: how to cut. reasons: by node, why it
+    is recomputed, where a policy says. exact: the cut with all
     exact. cut: where the graph is cut now. uncoded: that cut before anything was stored in fewer bits. plan: what was decided
     so far. decoded: the tensors that are stored as projections, by node. inserted: nodes of passes. payloads: a projected
     decision -> node of its z. sketches: nodes that are returned for learned subspaces. lifts: a weight gradient as it is
@@ -133,6 +134,7 @@ class RegionState:
     finding: WeightGradientMatmuls = NOTHING_FOUND
     source: PlanSource | None = None
     constraints: PartitionConstraints = INDUCTORS_OWN
+    reasons: Mapping[str, str] = field(default_factory=dict[str, str])
     exact: PartitionedGraph | None = None
     cut: PartitionedGraph | None = None
     uncoded: PartitionedGraph | None = None

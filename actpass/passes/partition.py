@@ -18,7 +18,8 @@ from actpass.errors import GraphUnsupported
 from actpass.ir.copying import copy_module
 from actpass.ir.editor import GraphEditor
 from actpass.ir.joint_graph import Joint, builtin_name, is_tangent, is_view, storage_root, tensor_bytes
-from actpass.ir.op_queries import is_attention, is_cast, is_matmul
+from actpass.ir.op_cost import OF_A_BASIS
+from actpass.ir.op_queries import is_attention, is_cast, is_free_to_repeat, is_matmul
 from actpass.ir.outputs import output_values, set_output_values
 from actpass.ir.products import is_sum_in_place, products_of
 from actpass.passes.base import RegionState
@@ -47,10 +48,13 @@ class Partition:
         return replace(state, cut=cut(state.joint, state.joint_inputs, state.kwargs, state.constraints))
 
     def check(self, before: RegionState, after: RegionState) -> None:
-        """Of every projected site exactly what the plan says crosses.
+        """Of what is not free the backward runs again what the constraints name, and nothing else (`run_again`). Less only
+        where upstream finds fewer bytes that way, as where a projection is stored in place of what was to be rebuilt.
 
-        ``project_in="forward"``: z crosses and x does not. ``"backward"``: z does not cross. And together no more bytes cross
-        than in the exact cut, but for the bases and the seed."""
+        And of every projected site exactly what the plan says crosses. ``project_in="forward"``: z crosses and x does not.
+        ``"backward"``: z does not cross. And together no more bytes cross than in the exact cut, but for the bases and the
+        seed."""
+        _check_again(after)
         if not after.plan.projections:
             return
         now, exact, plan = after.cuts.swapped, after.cuts.exact, after.plan
@@ -70,6 +74,14 @@ class Partition:
         slack = max(_SLACK * exact.saved_bytes, _SLACK_BYTES) if learned else 0  # sketches move upstream's choices a little
         if now.saved_bytes - state > exact.saved_bytes + slack:
             raise GraphUnsupported(f"{now.saved_bytes} bytes cross, more than the {exact.saved_bytes} of the exact cut")
+
+
+def _check_again(state: RegionState) -> None:
+    if not (state.constraints.recompute or state.constraints.part):
+        return  # upstream decides, or the budget that the user gave it
+    unnamed = run_again(state.partitioned, state.joint) - state.constraints.recompute
+    if unnamed:
+        raise AssertionError(f"the backward runs {sorted(unnamed)} again, which the plan does not name")
 
 
 _LEAST_BUDGET = 1e-9
@@ -107,10 +119,9 @@ def cut(
         _recompute_parameter_casts(Joint(gm, joint.inputs, joint.num_fwd_outputs, joint.static))
     if constraints.stock is not None:
         patch["activation_memory_budget"] = constraints.stock
-    data = {n.name for n in joint.activations} if aggressive else set[str]()
+    once = _run_once(joint, constraints.recompute) if aggressive else frozenset[str]()
     for node in gm.graph.nodes:
-        once = aggressive and (_draws(node) or (node.name in data and _is_foreign(node)))
-        if node.name in constraints.must_save or once:
+        if node.name in constraints.must_save or node.name in once:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
     if aggressive:
         patch["activation_memory_budget"] = _LEAST_BUDGET
@@ -195,6 +206,29 @@ def _region_budget(gm: fx.GraphModule, constraints: PartitionConstraints, patch:
     finally:
         for node, custom in before.items():
             node.meta["custom"] = custom
+
+
+def _run_once(joint: Joint, named: frozenset[str]) -> frozenset[str]:
+    """The names of what the backward must not run again where something runs again. Of what is not free upstream bans its own
+    list then, in which fused attention on a CPU, flex attention, grouped matmuls, sorts and scans are missing."""
+    foreign = {n for n in joint.activations if _is_foreign(n)}
+    nodes = joint.gm.graph.nodes
+    return frozenset(n.name for n in nodes if _draws(n) or n in foreign or (n.name not in named and _is_expensive(joint, n)))
+
+
+def run_again(cut: PartitionedGraph, joint: Joint) -> frozenset[str]:
+    """The names of what is not free and runs in both graphs of ``cut``, but for what the user's own checkpointing decides."""
+    forward, backward = ({n.name for n in gm.graph.nodes if n.op == "call_function"} for gm in (cut.forward, cut.backward))
+    return frozenset(n.name for n in joint.gm.graph.nodes if n.name in forward & backward and _is_expensive(joint, n))
+
+
+def _is_expensive(joint: Joint, node: fx.Node) -> bool:
+    """Whether ``node`` is of the user's forward and not free to repeat, and no checkpointing of the user's decides on it.
+    Collectives are upstream's matter."""
+    own = node.meta.get("recompute") is None and OF_A_BASIS not in node.meta and node not in joint.backward
+    if not own or is_free_to_repeat(node):
+        return False
+    return not isinstance(node.target, OpOverload) or bool(builtin_name(node)) or _is_foreign(node)
 
 
 def _draws(node: fx.Node) -> bool:

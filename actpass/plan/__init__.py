@@ -17,7 +17,8 @@ from actpass.plan.plan import (
     Storage,
 )
 from actpass.plan.policies import POLICIES, Facts, Policy, choose_storage, register_policy
-from actpass.plan.policy import KEPT, choose, choose_decoded, noise, rank_sites
+from actpass.plan.projections import choose, choose_decoded, noise, rank_sites
+from actpass.plan.request import KEPT, TensorRequest
 
 __all__ = [
     "EXPONENTIAL",
@@ -38,6 +39,7 @@ __all__ = [
     "Role",
     "SavedTensor",
     "Storage",
+    "TensorRequest",
     "choose",
     "choose_decoded",
     "choose_storage",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 from actpass.plan.plan import RECOMPUTED_SCORE, SCORE, SavedTensor
+from actpass.registry import Registry
 
 
 class Codec(Protocol):
@@ -27,7 +28,8 @@ class Codec(Protocol):
 
 @dataclass(frozen=True)
 class CodecSet:
-    """by_name: all that there are. coarsest: where given, `offered` ends with it.
+    """by_name: all that there are. coarsest_codec: where given, `offered` ends with it. foreign: those of other packages. That
+    a package is installed changes nobody's training: they are chosen only where they are named, or by a budget.
 
     The backward of fused attention forms exp(q k - logsumexp) with the logsumexp of the exact queries and keys. Where scores
     are large (200 on a small pretrained Llama) an error of 8 bits makes rows sum to 8 in place of 1 and a gradient wrong by its
@@ -37,12 +39,23 @@ class CodecSet:
 
     by_name: Mapping[str, Codec]
     coarsest_codec: str | None = None
+    foreign: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, registry: Registry[Any]) -> CodecSet:
+        """All codecs of ``registry``."""
+        return cls(registry, foreign=frozenset(registry.foreign))
 
     @cached_property
     def offered(self) -> tuple[str, ...]:
         """What a budget chooses from beside exact, the finest first."""
         found = sorted((n for n, c in self.by_name.items() if c.in_budgets), key=lambda n: self.by_name[n].error)
         return tuple(found[: found.index(self.coarsest_codec) + 1] if self.coarsest_codec is not None else found)
+
+    @cached_property
+    def own(self) -> tuple[str, ...]:
+        """What is chosen from where nobody named a codec and there is no budget, the finest first."""
+        return tuple(n for n in replace(self, coarsest_codec=None).offered if n not in self.foreign)
 
     def offered_for(self, t: SavedTensor) -> tuple[str, ...]:
         """Of `offered`, what ``t`` may take: for what fused attention reads, what is safe for recomputed scores."""
@@ -51,7 +64,7 @@ class CodecSet:
         return tuple(n for n in self.offered if self.by_name[n].safe_for_recomputed_scores)
 
     def no_coarser_than(self, name: str) -> CodecSet:
-        return CodecSet(self.by_name, name)
+        return replace(self, coarsest_codec=name)
 
     def safe_for(self, kind: str) -> tuple[str, ...] | None:
         """What a tensor with uses of ``kind`` may take, the finest first; None: all."""
@@ -65,9 +78,9 @@ class CodecSet:
         return tuple(sorted(found, key=lambda n: self.by_name[n].error))
 
     def coarsest_safe_for(self, kind: str) -> str:
-        """Of what is offered, what a tensor with uses of ``kind`` takes where a coarser form was asked for."""
-        safe = self.safe_for(kind) or self.offered
-        return [n for n in CodecSet(self.by_name).offered if n in safe][-1]
+        """Of `own`, what a tensor with uses of ``kind`` takes where a coarser form was asked for."""
+        safe = self.safe_for(kind) or self.own
+        return [n for n in self.own if n in safe][-1]
 
     def made_safe(self, codec: str, kinds: tuple[str, ...]) -> str:
         """``codec``, or what a tensor with uses of ``kinds`` takes in its place."""

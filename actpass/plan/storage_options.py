@@ -14,7 +14,7 @@ from actpass.plan.codec_set import CodecSet
 from actpass.plan.knapsack import Option
 from actpass.plan.plan import RECOMPUTE, RECOMPUTED_SCORE, SAVE, SCORE, SavedTensor
 from actpass.plan.policies import POLICIES
-from actpass.plan.policy import AUTO, RequestFor
+from actpass.plan.request import AUTO, RequestFor
 from actpass.plan.sensitivity import Sensitivity
 from actpass.plan.store import StoredBytes, store
 
@@ -93,7 +93,8 @@ def storage_options(
     recompute: bool,
     coarsest_codec: str | None = None,
 ) -> list[StorageOptions]:
-    """again: whether the backward may run anything again. coarsest: of the codecs that are offered, where a policy decides.
+    """recompute: whether the backward may recompute anything. coarsest_codec: of the codecs that are offered, where a policy
+    decides.
 
     The tensors of one fused attention are on one menu. With the logsumexp of the exact queries and keys only what is
     `safe_for_scores` is safe for these, and 8 bits for ``v`` and the output, whose products must cancel row by row; if the

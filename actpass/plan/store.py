@@ -7,7 +7,7 @@ from typing import Any
 
 from actpass.plan.codec_set import CodecSet
 from actpass.plan.plan import EXPONENTIAL, SAVE, SavedTensor, Storage
-from actpass.plan.policy import AUTO, KEPT, TensorRequest
+from actpass.plan.request import AUTO, KEPT, TensorRequest
 
 StoredBytes = Callable[[SavedTensor, str, int | None], int | None]
 """(tensor, codec, group size) -> bytes; None if it can't be divided into groups."""

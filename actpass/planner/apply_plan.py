@@ -50,7 +50,7 @@ class Following:
     def check_loss(self, state: RegionState) -> None:
         if self.given.chunk_rows and state.chunked is None:
             why = state.why_whole or "no logits weigh"
-            raise PlanError(f"the plan forms the loss in pieces, which is not possible: {why}.")
+            raise PlanError(f"the plan forms the loss in chunks, which is not possible: {why}.")
 
     def plan(self, region: Region, carry_out: CarryOut, peak: PeakBudget | None) -> tuple[PartitionPlan, RegionState]:
         choice = choose(region, self.given)
@@ -161,7 +161,7 @@ def _check_again(region: Region, nodes: dict[str, fx.Node], plan: Plan) -> None:
         if not (is_matmul(node) or is_attention(node) or is_reduction(node)) or node in region.joint.backward:
             raise PlanError(
                 f"recompute names {name!r}, which is {node.target}. Allowed: matmuls and fused attentions of the forward, and "
-                "with the scores of one that is not fused its statistics. All else is run again anyway where that is free."
+                "with the scores of one that is not fused its statistics. All else is recomputed anyway where that is free."
             )
     allowed: set[str] = set()
     scores: dict[str, tuple[str, str]] = {}
@@ -180,7 +180,7 @@ def _check_again(region: Region, nodes: dict[str, fx.Node], plan: Plan) -> None:
     for name in plan.recompute:
         if name not in allowed and name not in scores:
             raise PlanError(
-                f"recompute names {name!r}, which can't be run again with the same result, or to no end: something random, an "
+                f"recompute names {name!r}, which can't be recomputed with the same result, or to no end: something random, an "
                 "exponential, a custom operator or the user's own checkpointing lies between it and what is stored, or it is "
                 f"of the residual stream. Allowed here: {_some(sorted({*allowed, *scores}))}."
             )
@@ -304,7 +304,7 @@ def forms(
     `PlanError` for a form that is not possible."""
     tensors = region.saved(joint, cut)
     entries = {s.node: s for s in plan.storages}
-    sizes, codecs = sizes_in(cut), CodecSet(QUANTIZERS)
+    sizes, codecs = sizes_in(cut), CodecSet.of(QUANTIZERS)
 
     def form(t: SavedTensor) -> Storage:
         entry = entries.get(t.node)
@@ -372,11 +372,11 @@ def _notes(
         elif root in projected:
             yield f"{s.node} of the plan is not stored: its projection is"
         elif not s.coded:
-            yield f"{s.node} of the plan is not stored: it is rebuilt exactly from what is"
+            yield f"{s.node} of the plan is not stored: it is recomputed exactly from what is"
         else:
             raise PlanError(
                 f"the plan stores {s.node!r} in {s.codec}, but it does not cross from forward to backward: the backward "
-                f"rebuilds it exactly, or does not read it. Remove its entry, or add {s.node!r} to must_save."
+                f"recomputes it exactly, or does not read it. Remove its entry, or add {s.node!r} to must_save."
             )
 
 

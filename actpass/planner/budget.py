@@ -61,14 +61,15 @@ def _with_recomputation(region: Region, free: PartitionPlan) -> PartitionPlan:
     """``free``, or the cut that runs again what the policies want to be."""
     request_for = region.config.tensor_options_of_any
     tensors = region.tensors(free.cut) if region.config.recomputes else []
-    recompute = wanted_again(tensors, request_for, sizes_in(free.cut), CodecSet(QUANTIZERS))
+    recompute = wanted_again(tensors, request_for, sizes_in(free.cut), CodecSet.of(QUANTIZERS))
     if not recompute:
         return free
     names = frozenset(name for t in recompute for name in t.recompute or t.of_factors)
     constraints = PartitionConstraints(
         free.constraints.recompute_materialized, names, free.constraints.must_save - {t.base for t in recompute}
     )
-    return PartitionPlan(constraints, region.cut(constraints), None)
+    reasons = {t.base: reason for t, reason in recompute.items() if reason}
+    return PartitionPlan(constraints, region.cut(constraints), None, reasons=reasons)
 
 
 def _within(

@@ -29,7 +29,7 @@ class PartitionPlan:
     """constraints, cut: where the joint graph is cut. codecs: by node, the form of what ``auto`` decides; None: its own rule.
     note: what the user should know of it. levels: what else a part of a step could be, for one plan over all parts. ranks: of
     the projections that take theirs from the budget, by `Candidate.key`; None: there is no limit. limited: whether a larger
-    budget of peak bytes may give another."""
+    budget of peak bytes may give another. reasons: by node, why a policy recomputes it."""
 
     constraints: PartitionConstraints
     cut: PartitionedGraph
@@ -38,6 +38,7 @@ class PartitionPlan:
     levels: tuple[OperatingPoint, ...] = ()
     ranks: Mapping[str, int] | None = None
     limited: bool = False
+    reasons: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
     def key(self) -> Hashable:
@@ -98,7 +99,7 @@ class Region:
 
     def costs(self, cut: PartitionedGraph, tensors: Sequence[SavedTensor]) -> Costs:
         """What forms of ``tensors``, which cross ``cut``, are weighed by."""
-        return Costs(self.step_flops, sum(t.elements for t in tensors), CodecSet(QUANTIZERS), self._measured(cut, tensors))
+        return Costs(self.step_flops, sum(t.elements for t in tensors), CodecSet.of(QUANTIZERS), self._measured(cut, tensors))
 
     def _measured(self, cut: PartitionedGraph, tensors: Sequence[SavedTensor]) -> dict[str, Sensitivity]:
         """By node, what a calibration says of ``tensors``. Only how they compare: all together weigh their share of all
@@ -120,7 +121,7 @@ class Region:
         """In which form everything that crosses is stored."""
         tensors = self.saved(joint, choice.cut)
         return choose_storage(
-            tensors, self.config.tensor_options_of_any, sizes_in(choice.cut), CodecSet(QUANTIZERS), choice.codecs
+            tensors, self.config.tensor_options_of_any, sizes_in(choice.cut), CodecSet.of(QUANTIZERS), choice.codecs
         )
 
 

@@ -8,7 +8,7 @@ from actpass.analysis.partitioned import PartitionConstraints
 from actpass.plan import SavedTensor
 from actpass.plan.knapsack import Option, least_bytes, solve
 from actpass.plan.plan import RECOMPUTE, SAVE
-from actpass.plan.policy import RequestFor
+from actpass.plan.request import RequestFor
 from actpass.plan.storage_options import Costs, StorageOptions, bytes_in, storage_options
 from actpass.plan.store import StoredBytes
 from actpass.planner.capacity_search import RANGE, TRIES, Found, Searched

@@ -28,19 +28,22 @@ from actpass.torch_compat import size_hint
 
 def describe(whole: Joint, joint: Joint, done: RegionState) -> Record:
     """The record of a region that was compiled by plan. whole: the joint graph that Inductor's default was cut from. joint:
-    the one that was planned, perhaps with its loss in pieces. done: what became of it."""
+    the one that was planned, perhaps with its loss in chunks. done: what became of it."""
     plan, cuts, finding, config = done.plan, done.cuts, done.finding, done.config
     now = {n.name: n for n in joint.gm.graph.nodes}
     nodes = {**{n.name: n for n in whole.gm.graph.nodes}, **now}
     root_of = {d.site: storage_root(nodes[d.site]).name for d in plan.decisions}
     before, crossing, stored = _by_root(cuts.default.saved), _by_root(cuts.final.saved), _stored(cuts.final, plan)
     contractions = [c.node for c in finding.contractions]
+    recomputed = _recomputed(cuts.final)
     rows: dict[str, SiteRow] = {}
     for root in [n for n in nodes if n in before or n in crossing or n in root_of.values()]:
         uses = _uses(root, cuts.final if root in crossing else cuts.default, contractions)
         form, reason = _form(joint, nodes[root], root in crossing, uses, cuts.final)
         if root not in now:
-            form, reason = "chunk", "never formed: the loss and its gradients are formed in pieces of rows"
+            form, reason = "chunk", "never formed: the loss and its gradients are formed in chunks of rows"
+        elif form == "recompute":
+            reason = _why_recomputed(root, recomputed.get(root, frozenset()), done)
         rows[root] = replace(_row(nodes[root], before.get(root, 0), stored.get(root, 0), uses), form=form, reason=reason)
     for decision in plan.decisions:
         root = root_of[decision.site]
@@ -178,16 +181,31 @@ def _form(joint: Joint, node: fx.Node, kept: bool, uses: tuple[Use, ...], cut: P
         return "input", "an input of the region: never saved"
     if kept:
         return "save", _why_kept(node.name, uses, cut)
-    if is_matmul(node) or is_attention(node):
-        return "recompute", "run again in the backward, exactly"
-    return "recompute", "rebuilt exactly from what is saved"
+    return "recompute", ""
+
+
+def _recomputed(cut: PartitionedGraph) -> dict[str, frozenset[fx.Node]]:
+    """What the backward computes a second time, and the matmuls and fused attentions that it takes."""
+    in_forward = {n.name for n in cut.forward.graph.nodes if n.op == "call_function"}
+    found: dict[str, frozenset[fx.Node]] = {}
+    for node in (n for n in cut.backward.graph.nodes if n.op == "call_function" and n.name in in_forward):
+        own = frozenset([node] if is_matmul(node) or is_attention(node) else [])
+        found[node.name] = own.union(*(found.get(a.name, frozenset()) for a in node.all_input_nodes))
+    return found
+
+
+def _why_recomputed(root: str, through: frozenset[fx.Node], done: RegionState) -> str:
+    matmuls = sum(map(is_matmul, through))
+    how = f"{matmuls} matmuls and {len(through) - matmuls} attention" if through else "no matmul or attention"
+    why = f"{done.reasons[root]}; " if root in done.reasons else ""
+    return f"{why}recomputed exactly from what is saved, with {how}"
 
 
 def _why_kept(root: str, uses: tuple[Use, ...], cut: PartitionedGraph) -> str:
     if any(s.user_visible for s in cut.saved if s.base == root):
         return "also returned to the caller"
     kinds = sorted({u.kind for u in uses})
-    return f"rebuilding it would not be free; uses: {', '.join(kinds)}" if kinds else "rebuilding it would not be free"
+    return f"recomputing it would not be free; uses: {', '.join(kinds)}" if kinds else "recomputing it would not be free"
 
 
 def _with_storage(row: SiteRow, s: Storage) -> SiteRow:

@@ -21,7 +21,7 @@ def loss_notes(done: RegionState) -> Iterator[str]:
     """What became of the loss."""
     chunked = done.chunked
     if chunked is not None:
-        yield f"the loss is formed in {chunked.pieces} pieces; {chunked.logits_bytes} bytes of logits never exist at once"
+        yield f"the loss is formed in {chunked.pieces} chunks; {chunked.logits_bytes} bytes of logits never exist at once"
     if done.joint.inputs.deferred:
         yield "the logits are returned deferred: they are computed when they are first read"
     if done.why_whole is not None:
@@ -75,7 +75,7 @@ def missing_rules(joint: Joint, sites: Iterable[SiteRow]) -> Iterator[str]:
     if names:
         yield (
             f"no rule for {', '.join(names)} (actpass/ir/op_rules.py): what is read there is stored as for a nonlinear "
-            "operator, and what comes out of it is not run again"
+            "operator, and what comes out of it is not recomputed"
         )
 
 

@@ -197,7 +197,7 @@ class _Words:
             return Held(f"decoded {self.kind_of(tensor)}", _module(tensor), nbytes)
         if node in self.of_tangents:
             return Held("gradient in", _module(node), nbytes)
-        return Held(f"rebuilt {self.kind_of(node)}", _module(node), nbytes)
+        return Held(f"recomputed {self.kind_of(node)}", _module(node), nbytes)
 
     def _decoded(self, node: fx.Node) -> str | None:
         """The codes that ``node`` was decoded from by a function of their own."""

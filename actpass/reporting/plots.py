@@ -105,7 +105,7 @@ def draw_pareto(path: Path, step: Tradeoff) -> None:
     by_error.set_ylabel("MB saved for backward")
     figure.suptitle("What other budgets would give (predicted)", y=0.98)
     _legend(figure, by_error, None)
-    words = ["Time: matmuls and attention that run again, and", "what is read and written to encode and decode."]
+    words = ["Time: matmuls and attention recomputed, and", "what is read and written to encode and decode."]
     if step.early_bytes:
         words += [f"Of actpass's bytes {step.early_bytes / _MB:.1f} MB are gradients", "that are formed early with the loss."]
     _text(figure, words, 0.58)

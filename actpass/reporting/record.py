@@ -23,7 +23,7 @@ SCHEMA_VERSION = 8
 class SiteRow:
     """A tensor that Inductor's default saves, or that is saved now, or that a weight gradient reads.
 
-    form: ``save`` (stored as it is), ``quantize`` (stored in few bits), ``recompute`` (not stored, rebuilt from what is),
+    form: ``save`` (stored as it is), ``quantize`` (stored in few bits), ``recompute`` (not stored, recomputed from what is),
     ``project`` (its projection is stored), ``chunk`` (never formed whole), ``input`` (an input of the region, never saved),
     ``state`` (a basis or the seed). projection, rank: how the weight gradients that read it are formed; None: exactly. codec:
     the low-bit form in which it (or its projection) is stored. bytes_before: under Inductor's default cut. bytes_after:
@@ -61,11 +61,15 @@ class SiteRow:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """peak_bytes, peak_bytes_default: predicted, of a forward and its backward above parameters and optimizer state, now and as
-    Inductor's default; None where it is not known. resident_bytes: of parameters, inputs and optimizer state;
-    scratch_bytes: what an optimizer's step takes beside all gradients; counted where a budget of peak bytes asks for them.
-    traffic_bytes, traffic_bytes_default: predicted, that loops read and write in a forward and its backward (what matmuls and
-    fused attention move is not counted), now and as Inductor's default; kernels, kernels_default: that are launched."""
+    """saved_bytes, saved_bytes_default, saved_bytes_eager: from forward to backward, parameters and inputs excluded: now, as
+    Inductor's default, and in eager mode (None where it was not measured). backward_matmul_flops, .._default: of all matmuls
+    of the backward, fused attention not counted. extra_matmuls, extra_attention: that the backward recomputes, which the
+    forward has computed. peak_bytes, peak_bytes_default: predicted, of a forward and its backward above parameters and
+    optimizer state, now and as Inductor's default; None where it is not known. resident_bytes: of parameters, inputs and
+    optimizer state; scratch_bytes: what an optimizer's step takes beside all gradients; counted where a budget of peak bytes
+    asks for them. traffic_bytes, traffic_bytes_default: predicted, that loops read and write in a forward and its backward
+    (what matmuls and fused attention move is not counted), now and as Inductor's default; kernels, kernels_default: that are
+    launched."""
 
     saved_bytes_eager: int | None
     saved_bytes_default: int

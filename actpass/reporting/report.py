@@ -47,6 +47,8 @@ class Report:
 
     @property
     def active(self) -> bool:
+        """Whether the pass decided any region. False: all was left to Inductor, and each region's ``inactive_because`` or
+        ``why_empty`` says why."""
         return any(r.active for r in self.regions)
 
     @property
@@ -155,7 +157,7 @@ class Report:
         if not steps or len(steps) < len(self.regions):
             raise ReportError(
                 "plot_pareto: this report does not say what other budgets would give. Make one with "
-                "report = actpass.explore(model, *inputs, options=...), under policy='auto'."
+                "report = actpass.explore(model, *inputs, options=...), under policy='auto' or another that has a choice."
             )
         draw_pareto(check_path(path), add_up(steps))
 
@@ -207,7 +209,7 @@ class Report:
         recomputed = sum(s.form == "recompute" and s.bytes_before > 0 for r in self.regions for s in r.sites)
         partly = f"; {len(off)} of {len(self.regions)} regions inactive, because {off[0]}" if off else ""
         return (
-            f"active, {self.regions[0].options}: {recomputed} saved tensors rebuilt instead, {coded} stored in few bits, "
+            f"active, {self.regions[0].options}: {recomputed} saved tensors recomputed instead, {coded} stored in few bits, "
             f"{projected} contracted through a projection{f', {decoded} decoded from one' if decoded else ''}{partly}"
         )
 

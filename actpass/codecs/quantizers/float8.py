@@ -48,6 +48,12 @@ class Float8(Quantizer):
         ulp = power.clamp_min(info.smallest_normal) * info.eps
         return (torch.floor(steps / ulp + uniform) * ulp).to(self.dtype)
 
+    def neighbours(self, steps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        info = torch.finfo(self.dtype)
+        ulp = torch.exp2(torch.floor(torch.log2(steps.abs().clamp_min(info.smallest_normal)))) * info.eps
+        below = torch.floor(steps / ulp) * ulp
+        return below, below + ulp
+
     def pack(self, codes: Sequence[torch.Tensor]) -> torch.Tensor:
         return codes[0]
 

@@ -63,6 +63,10 @@ class Integer(Quantizer):
         # scale has a margin. A NaN's are masked like all others, and do not reach their neighbours'.
         return (up + _WHOLE).view(torch.int32) & (2**self.bits - 1)
 
+    def neighbours(self, steps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        below = torch.floor(steps + self.largest) - self.largest
+        return below, below + 1.0
+
     def pack(self, codes: Sequence[torch.Tensor]) -> torch.Tensor:
         if self.bits == 16:
             return ((codes[0] << 16) >> 16).to(torch.int16)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from actpass.plan.codec_set import CodecSet
 from actpass.plan.plan import RECOMPUTE, RECOMPUTED_SCORE, SAVE, SavedTensor, Storage
 from actpass.plan.policies.policy import Facts, Policy, register_policy
-from actpass.plan.policy import TensorRequest
+from actpass.plan.request import TensorRequest
 
 SAVES_LITTLE = "exact: beside the others it would save next to nothing"
 OWN_KERNELS = "exact: matmuls alone make and read it, and codes would take two kernels more"
@@ -19,10 +19,11 @@ the 8-wide products of adapters, 3.6 % of what is stored, put gradients of their
 class Auto(Policy):
     """A budget chooses for each tensor by what it takes and what it costs; without one the coarsest form that costs nothing.
 
-    A tensor all of whose uses are weight gradients takes the coarsest form that is offered (4 bits), any other the coarsest
-    that is safe for recomputed scores (8 bits). Where the error goes on into all gradients below, 4 bits cost up to 0.7 % of
-    the loss, even unbiased, and 8 nothing (tools/results/loss-*.json). On a GPU values and outputs of attention stay exact:
-    library kernels make and read them, so that codes take two kernels more, each 1 % of a step of a Llama.
+    A tensor all of whose uses are weight gradients takes the coarsest of the project's own forms that a budget may choose
+    (4 bits), any other the coarsest of them that is safe for recomputed scores (8 bits). Where the error goes on into all
+    gradients below, 4 bits cost up to 0.7 % of the loss, even unbiased, and 8 nothing (tools/results/loss-*.json). On a GPU
+    values and outputs of attention stay exact: library kernels make and read them, so that codes take two kernels more, each
+    1 % of a step of a Llama.
     """
 
     def decide(self, facts: Facts) -> tuple[Storage, ...]:
@@ -34,7 +35,7 @@ class Auto(Policy):
                 return facts.save(t, SAVES_LITTLE)
             if t.joins == (False, False):
                 return facts.save(t, OWN_KERNELS)
-            return facts.quantize(t, facts.codecs.offered[-1] if set(t.kinds) <= {"contraction"} else finer)
+            return facts.quantize(t, facts.codecs.own[-1] if set(t.kinds) <= {"contraction"} else finer)
 
         return tuple(map(form, facts.tensors))
 

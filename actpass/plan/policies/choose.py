@@ -8,7 +8,7 @@ from actpass.errors import PluginError
 from actpass.plan.codec_set import CodecSet
 from actpass.plan.plan import RECOMPUTE, SavedTensor, Storage
 from actpass.plan.policies.policy import POLICIES, Facts
-from actpass.plan.policy import AUTO, RequestFor
+from actpass.plan.request import AUTO, RequestFor
 from actpass.plan.store import StoredBytes, store
 
 
@@ -36,19 +36,19 @@ def choose_storage(
 
 def wanted_again(
     tensors: Iterable[SavedTensor], request_for: RequestFor, stored_bytes: StoredBytes, codecs: CodecSet
-) -> tuple[SavedTensor, ...]:
-    """Of ``tensors``, without a budget, what the policies want the backward to run again. Raises `PluginError` for a query or
-    key without its attention."""
+) -> dict[SavedTensor, str]:
+    """Of ``tensors``, without a budget, what the policies want the backward to recompute, and why. Raises `PluginError` for a
+    query or key without its attention."""
     tensors = tuple(tensors)
     if not any(POLICIES[request_for(t.paths).decided_by].recomputes for t in tensors):
-        return ()
+        return {}
     decided = _decided(Facts(tensors, tensors, request_for, stored_bytes, codecs, may_recompute=True))
-    recompute = tuple(t for t, s in zip(tensors, decided, strict=True) if s.codec == RECOMPUTE)
+    recompute = {t: s.reason for t, s in zip(tensors, decided, strict=True) if s.codec == RECOMPUTE}
     attentions = {t.attention for t in recompute if t.role == "output"}
     for t in recompute:
         if t.role == "score" and t.attention not in attentions:
             raise PluginError(
-                f"the policy {request_for(t.paths).decided_by!r} runs the query or key {t.node} again without its attention "
+                f"the policy {request_for(t.paths).decided_by!r} recomputes the query or key {t.node} without its attention "
                 f"{t.attention}, whose logsumexp is that of the exact ones. It must recompute its output as well, or neither."
             )
     return recompute

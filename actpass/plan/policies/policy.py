@@ -9,7 +9,7 @@ from typing import ClassVar, TypeVar
 
 from actpass.plan.codec_set import CodecSet
 from actpass.plan.plan import RECOMPUTE, SavedTensor, Storage
-from actpass.plan.policy import KEPT, RequestFor, TensorRequest
+from actpass.plan.request import KEPT, RequestFor, TensorRequest
 from actpass.plan.store import StoredBytes, keep, store
 from actpass.registry import Registry, instance_of
 
@@ -20,8 +20,8 @@ class Facts:
 
     tensors: those that it decides, in graph order. everything: all that crosses, other policies' tensors among them.
     request_for: the user's options for a tensor, by its ``paths``. stored_bytes: see `StoredBytes`. codecs: all that there are.
-    may_recompute: whether tensors may be run again in the backward; once it is settled what is, the policy is asked a second
-    time for what crosses then.
+    may_recompute: whether tensors may be recomputed in the backward; once it is settled which are, the policy is asked a
+    second time for what crosses then.
     """
 
     tensors: tuple[SavedTensor, ...]
@@ -40,14 +40,14 @@ class Facts:
         return store(t, self.request_for(t.paths), self.stored_bytes, codec, self.codecs)
 
     def can_recompute(self, t: SavedTensor) -> bool:
-        """Whether the backward may run again what ``t`` comes from. A query or key only together with its attention."""
+        """Whether the backward may recompute what ``t`` comes from. A query or key only together with its attention."""
         return self.may_recompute and bool(t.recompute or t.of_factors)
 
-    def recompute(self, t: SavedTensor) -> Storage:
-        """``t`` not stored. Raises `ValueError` if it `can_recompute` not."""
+    def recompute(self, t: SavedTensor, reason: str = "") -> Storage:
+        """``t`` not stored. The report tells the ``reason``. Raises `ValueError` if it `can_recompute` not."""
         if not self.can_recompute(t):
-            raise ValueError(f"{t.node} can't be run again. Ask `can_recompute` first.")
-        return replace(keep(t, "run again"), codec=RECOMPUTE, stored_bytes=0)
+            raise ValueError(f"{t.node} can't be recomputed. Ask `can_recompute` first.")
+        return replace(keep(t, reason), codec=RECOMPUTE, stored_bytes=0)
 
 
 class Policy(ABC):
@@ -68,7 +68,11 @@ class Policy(ABC):
     @abstractmethod
     def options(self, t: SavedTensor, request: TensorRequest, codecs: CodecSet) -> tuple[str, ...]:
         """With a budget: the forms of ``t`` that it may choose from, by what they take and cost: `SAVE`, codecs, and
-        `RECOMPUTE`, which counts where ``t`` can be run again. codecs: those ``offered`` are no coarser than all need to be."""
+        `RECOMPUTE`, which counts where ``t`` can be recomputed. codecs: those ``offered`` are no coarser than all need to be.
+
+        An empty tuple: ``t`` is stored as it is, and with it all tensors of its attention. It is asked several times a tensor
+        and must depend on its arguments alone: where an attention may be recomputed, its other tensors come once more, with
+        ``t.role`` None and the kind `RECOMPUTED_SCORE` in place of `SCORE`."""
 
 
 POLICIES: Registry[Policy] = Registry("policy", "actpass.policies")

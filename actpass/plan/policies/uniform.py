@@ -5,7 +5,7 @@ from __future__ import annotations
 from actpass.plan.codec_set import CodecSet
 from actpass.plan.plan import RECOMPUTE, SAVE, SavedTensor, Storage
 from actpass.plan.policies.policy import Facts, Policy, register_policy
-from actpass.plan.policy import TensorRequest
+from actpass.plan.request import TensorRequest
 
 
 @register_policy("uniform")

@@ -116,9 +116,9 @@ def _figures(t: Totals, step_bytes: int | None) -> Markup:
         there = f"of which {megabytes(t.resident_bytes or 0)} are parameters, inputs and optimizer state"
         cards.append(_plain_card("Predicted peak of the whole step", megabytes(step_bytes), there))
     now, before = t.backward_matmul_flops, t.backward_matmul_flops_default
-    again = f"run again: {t.extra_matmuls} matmuls, {t.extra_attention} attention"
+    recomputed = f"recomputed: {t.extra_matmuls} matmuls, {t.extra_attention} attention"
     work = f"Inductor's default: {before / 1e9:.2f} GFLOP"
-    cards.append(_plain_card("Matmuls of the backward", f"{now / 1e9:.2f} GFLOP", work, again))
+    cards.append(_plain_card("Matmuls of the backward", f"{now / 1e9:.2f} GFLOP", work, recomputed))
     return section("At a glance", "glance", element("div", *cards, class_="cards"))
 
 

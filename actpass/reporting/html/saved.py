@@ -18,8 +18,8 @@ FORMS: Mapping[str, tuple[str, str]] = {
     "save": ("form-1", "stored as it is"),
     "quantize": ("form-2", "stored in few bits"),
     "project": ("form-3", "its projection onto fewer dimensions is stored"),
-    "recompute": ("form-4", "not stored: rebuilt in the backward from what is"),
-    "chunk": ("form-5", "never formed whole: worked off in pieces of rows"),
+    "recompute": ("form-4", "not stored: recomputed in the backward from what is"),
+    "chunk": ("form-5", "never formed whole: worked off in chunks of rows"),
     "state": ("form-6", "a basis or the seed that both passes read"),
     "input": ("form-7", "an input of the region, in memory anyway"),
 }

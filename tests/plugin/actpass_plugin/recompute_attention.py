@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from actpass.plan import CodecSet, Facts, Policy, SavedTensor, Storage, register_policy
-from actpass.plan.plan import RECOMPUTE, SAVE
-from actpass.plan.policy import TensorRequest
+from actpass.plan import RECOMPUTE, SAVE, CodecSet, Facts, Policy, SavedTensor, Storage, TensorRequest, register_policy
 
 
 @register_policy("recompute_attention")

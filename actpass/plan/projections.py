@@ -3,49 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
 
 from actpass.plan.plan import EXPONENTIAL, RECOMPUTED_SCORE, SCORE, Candidate, Decision, Plan, SavedTensor
 from actpass.plan.rank_allocation import RankSite
+from actpass.plan.request import KEPT, RequestFor, TensorRequest
 
-KEPT = "kept exact, as asked"
-AUTO = "auto"
-"""The codec of a tensor whose form the policy chooses."""
-
-
-class TensorRequest(Protocol):
-    """What the user asked for one tensor (`actpass.options.TensorOptions`)."""
-
-    @property
-    def projection(self) -> str | None: ...
-    @property
-    def decided_by(self) -> str: ...
-    @property
-    def format(self) -> str | None: ...
-    @property
-    def projection_scaling(self) -> str: ...
-    @property
-    def group_size(self) -> int | None: ...
-    @property
-    def rounding(self) -> str: ...
-    @property
-    def hadamard_rotation(self) -> bool: ...
-    @property
-    def forced(self) -> bool: ...
-    @property
-    def ranks_from_budget(self) -> bool: ...
-    @property
-    def projects_activations(self) -> bool: ...
-    def rank_of(self, width: int) -> int: ...
-    def activation_rank_of(self, width: int) -> int: ...
-    def relative_variance(self, width: int, rank: int) -> float: ...
-    def bytes_of_direction(self, rows: int, element_size: int) -> int: ...
-    def state_bytes(self, width: int, rank: int) -> int: ...
-
-
-RequestFor = Callable[[tuple[str, ...]], TensorRequest]
-"""The wish for a tensor that feeds the parameters of the given paths."""
 Ranks = Mapping[str, int]
 """Ranks that a budget gave, by `Candidate.key`."""
 
@@ -78,8 +41,8 @@ def rank_sites(
     so a relative error of a gradient is a relative error of the step of all its coordinates, and the sum over the layers is
     the share of the whole step that is noise. Of the size of a gradient, which a plan can't know, it asks nothing. (Ranks as
     a share of the width then go with the square root of the out-features that read x, where layers have equally many tokens.)
-    tails: by path, the energy of x beyond the principal directions of a learned subspace, as far as one was measured; 1 for
-    all others, which says the same of all.
+    residual_energies: by path, the energy of x beyond the principal directions of a learned subspace, as far as one was
+    measured; 1 for all others, which says the same of all.
     """
     requests = {c.key: request_for(c.parameters) for c in candidates}
     exact = {c.base for c in candidates if not c.frees or not _is_projected(c, requests[c.key])}

@@ -1,4 +1,4 @@
-"""The policy and the plan: plain numbers in, plain data out."""
+"""Which projections are chosen, and the plan: plain numbers in, plain data out."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def test_flops_through_the_factors_match_the_arithmetic_of_the_docs():
     assert c.flops_at(r) == 2 * t * n * r + 3 * (2 * t * m * r + 2 * m * n * r)
 
 
-def test_policy_projects_where_it_saves_flops():
+def test_a_choice_projects_where_it_saves_flops():
     decision = decide(candidate(outs=(512, 512, 512)))
     assert decision.projects
     assert decision.project_in == "backward"
     assert decision.extra_flops < 0
 
 
-def test_policy_leaves_a_wide_input_of_a_narrow_output_exact_and_says_why():
+def test_a_choice_leaves_a_wide_input_of_a_narrow_output_exact_and_says_why():
     """down_proj: the projection of its input alone costs as much as the gradient."""
     decision = decide(candidate(width=1376, outs=(256,)))
     assert not decision.projects
@@ -55,20 +55,20 @@ def test_policy_leaves_a_wide_input_of_a_narrow_output_exact_and_says_why():
     assert "free no bytes" in decision.reason
 
 
-def test_policy_projects_for_bytes_even_if_it_costs_flops():
+def test_a_choice_projects_for_bytes_even_if_it_costs_flops():
     decision = decide(candidate(outs=(8,), frees=True))
     assert decision.project_in == "forward"
     assert decision.extra_flops > 0
 
 
-def test_policy_obeys_when_asked_for_the_unprofitable():
+def test_a_choice_obeys_when_asked_for_the_unprofitable():
     (decision,) = choose(
         [candidate(width=1376, outs=(256,))], lambda _: TensorOptions(projection="haar"), skip_unprofitable=False
     ).decisions
     assert decision.projects
 
 
-def test_policy_rounds_rank_up_to_the_kernels_multiple_within_the_width():
+def test_a_choice_rounds_rank_up_to_the_kernels_multiple_within_the_width():
     assert decide(candidate(rank_multiple=8), rank=9).rank == 16
     assert decide(candidate(width=12, frees=True, tokens=10**6, x_bytes=10**9, rank_multiple=8), rank=9).rank == 12
 
@@ -82,7 +82,7 @@ def test_plan_hash_is_stable_and_sees_every_field():
 
 
 @pytest.mark.parametrize("rank", [1, 0.001])
-def test_policy_accepts_the_smallest_rank(rank):
+def test_a_choice_accepts_the_smallest_rank(rank):
     assert decide(candidate(), rank=rank).rank == 1
 
 

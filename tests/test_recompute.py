@@ -1,0 +1,140 @@
+"""What the backward runs again is what the plan names: of all that is not free, that and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import actpass
+from actpass.diagnostics.explain import explain_model
+from actpass.ir.joint_graph import Joint
+from actpass.passes import partition
+from actpass.plan import POLICIES, SAVE, CodecSet, Facts, Policy, SavedTensor, Storage, TensorRequest, register_policy
+from actpass.plan_file import ModelPlan
+from actpass.reporting import Report
+
+from . import models
+from .helpers import EPS, assert_close, eager_actcomp, step
+
+SMALL: dict[str, Any] = {"min_tensor_bytes": 0}
+BUDGETS = (0.8, 0.7, 0.6, 0.5, 0.45, 0.35)
+
+
+class Sorted(nn.Module):
+    """Between two linear layers: a sort, a sum over all elements before, and a softmax of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.mid, self.down = nn.Linear(24, 64), nn.Linear(64, 64), nn.Linear(64, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(self.up(x).sort(-1).values.cumsum(-1))
+        return self.down(torch.nn.functional.gelu(self.mid(h))).square().mean()
+
+
+def sorted_layers() -> models.Made:
+    torch.manual_seed(0)
+    return Sorted(), {"x": torch.randn(32, 24)}
+
+
+def explained(made: models.Made, **options: Any) -> Report:
+    model, inputs = made
+    return actpass.explain(model, **inputs, options=options if "plan" in options else {**SMALL, **options})
+
+
+def named(report: Report) -> tuple[int, int]:
+    """(matmuls, fused attentions) that the plan names."""
+    names = [name for region in report.regions for name in region.plan["recompute"]]
+    attentions = sum("attention" in name for name in names)
+    return len(names) - attentions, attentions
+
+
+def run_again(report: Report) -> tuple[int, int]:
+    return report.totals.extra_matmuls, report.totals.extra_attention
+
+
+def of_plan(report: Report, recompute: tuple[str, ...]) -> ModelPlan:
+    """The plan of ``report`` that stores everything as it is and runs ``recompute`` again."""
+    (region,) = report.plan.regions
+    return replace(report.plan, regions=(replace(region, recompute=recompute, storages=(), must_save=()),))
+
+
+@pytest.mark.parametrize("policy", ["auto", "exact"])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_a_budget_runs_again_what_its_plan_names(policy: str, budget: float):
+    report = explained(models.transformer(), policy=policy, memory_budget=budget)
+    assert run_again(report) == named(report)
+
+
+def test_a_matmul_is_run_again_without_any_attention():
+    exact = explained(models.transformer(), policy="exact")
+    report = explained(models.transformer(), plan=of_plan(exact, ("mm_3",)))
+    assert run_again(report) == (1, 0)
+    assert report.totals.saved_bytes < exact.totals.saved_bytes
+
+
+def test_one_attention_is_run_again_without_the_other_and_gradients_are_exact():
+    exact = explained(models.transformer(), policy="exact")
+    attention = "_scaled_dot_product_flash_attention_for_cpu_1"
+    plan = of_plan(exact, (attention,))
+    report = explained(models.transformer(), plan=plan)
+    assert run_again(report) == (0, 1)
+    model, inputs = models.transformer()
+    loss, want = step(model, model, inputs)
+    again, got = step(torch.compile(model, backend=eager_actcomp({"plan": plan})), model, inputs)
+    assert float(again) == pytest.approx(float(loss), rel=EPS)
+    assert_close(got, want, 300 * EPS)
+
+
+@pytest.mark.parametrize("budget", [0.7, 0.6])
+def test_a_sort_and_a_scan_are_never_run_again(budget: float):
+    model, inputs = sorted_layers()
+    (region,) = explain_model(model, (), inputs, {**SMALL, "policy": "exact", "memory_budget": budget}).regions
+    forward, backward = ({n.name for n in gm.graph.nodes} for gm in (region.forward, region.backward))
+    assert region.record.plan["recompute"]
+    assert {"sort", "cumsum"} <= forward
+    assert not {"sort", "cumsum"} & backward
+
+
+def test_the_partition_is_checked(monkeypatch: pytest.MonkeyPatch):
+    """With upstream's own list of expensive operators alone, all attentions on a CPU would run again."""
+
+    def nothing(joint: Joint, named: frozenset[str]) -> frozenset[str]:
+        return frozenset()
+
+    monkeypatch.setattr(partition, "_run_once", nothing)
+    with pytest.raises(Exception, match="which the plan does not name"):
+        explained(models.transformer(), policy="exact", memory_budget=0.6)
+
+
+def test_the_report_tells_what_takes_a_matmul_or_an_attention_and_the_policys_reason():
+    class Attention(Policy):
+        recomputes = True
+
+        def decide(self, facts: Facts) -> tuple[Storage, ...]:
+            return tuple(
+                facts.recompute(t, "attention is cheap") if t.role == "output" and facts.can_recompute(t) else facts.save(t)
+                for t in facts.tensors
+            )
+
+        def options(self, t: SavedTensor, request: TensorRequest, codecs: CodecSet) -> tuple[str, ...]:
+            return (SAVE,)
+
+    with POLICIES.temporary():
+        register_policy("attention")(Attention)
+        report = explained(models.transformer(), policy="attention")
+    reasons = {s.reason for region in report.regions for s in region.sites if s.form == "recompute"}
+    free, attention = "recomputed exactly from what is saved, with no matmul or attention", "with 0 matmuls and 1 attention"
+    assert free in reasons
+    assert f"attention is cheap; recomputed exactly from what is saved, {attention}" in reasons
+    assert run_again(report) == (0, 2)
+
+
+def test_the_report_of_a_budget_tells_what_takes_a_matmul():
+    report = explained(models.transformer(), policy="exact", memory_budget=0.5)
+    reasons = {s.reason for region in report.regions for s in region.sites if s.form == "recompute"}
+    assert any("with 1 matmuls and 0 attention" in r for r in reasons)
