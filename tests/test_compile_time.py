@@ -7,6 +7,7 @@ import resource
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from actpass.memory import fusion, liveness
 from actpass.options import options_for
 from actpass.passes import partition
 from actpass.planner import region as region_of_plan
+from actpass.planner.free_cut import no_recompute_partition
 
 from . import models
 from .models import Block, Made
@@ -98,7 +100,7 @@ def test_upstream_cuts_twice_without_a_budget(monkeypatch: pytest.MonkeyPatch, n
     assert (len(cuts), len(read)) == (2, 2)
 
 
-@pytest.mark.parametrize(("name", "is_free"), [("float32", True), ("frozen", True), ("autocast", False), ("gated", False)])
+@pytest.mark.parametrize(("name", "is_free"), [("float32", True), ("frozen", True), ("gated", False)])
 def test_the_residual_stream_is_asked_for_where_both_cuts_say_that_it_costs_nothing(name: str, is_free: bool) -> None:
     model, inputs = _made(name)
     (compiled,) = explain_model(model, (), inputs, {"policy": "exact"}).regions
@@ -112,6 +114,20 @@ def test_the_residual_stream_is_asked_for_where_both_cuts_say_that_it_costs_noth
     assert choice.constraints.must_save == (sums if kept.saved_bytes <= plain.saved_bytes else frozenset())
     assert choice.cut.saved_bytes == min(kept.saved_bytes, plain.saved_bytes)
     assert bool(choice.constraints.must_save) == is_free
+
+
+def test_in_mixed_precision_the_residual_stream_is_asked_for_unless_bytes_are_limited() -> None:
+    """Its addends take half of the bytes, and whatever reads it would read them all."""
+    model, inputs = _made("autocast")
+    (compiled,) = explain_model(model, (), inputs, {"policy": "exact"}).regions
+    assert compiled.decided is not None
+    region, choice = compiled.decided.region, compiled.decided.choice
+    sums = frozenset(n.name for n in region.recomputation.residual_sums)
+    assert choice.constraints.must_save == sums
+    assert sums.isdisjoint(n.name for n in choice.cut.backward.graph.nodes if n.op == "call_function")
+    limited = no_recompute_partition(replace(region, config=replace(region.config, memory_budget=0.9)))
+    assert not limited.constraints.must_save
+    assert limited.cut.saved_bytes < choice.cut.saved_bytes
 
 
 def test_the_uses_of_all_saved_tensors_are_read_in_one_sweep_of_each_cut(monkeypatch: pytest.MonkeyPatch) -> None:

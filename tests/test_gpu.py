@@ -57,6 +57,33 @@ def both(
     return results
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_narrow_factors_are_added_up_in_float32(dtype: torch.dtype):
+    """By the matmul itself: a sum of products that were rounded before would be off by a thousand times as much."""
+    torch.manual_seed(0)
+    total = torch.randn(96, 64, device="cuda")
+    left, right = (torch.randn(512, width, device="cuda").to(dtype) for width in (96, 64))
+    want = total.double() + left.double().t() @ right.double()
+    torch.ops.actpass.add_product_(total, left, right)
+    assert float((total.double() - want).norm() / want.norm()) < 1e-5
+
+
+def test_on_a_gpu_codes_are_made_and_read_in_line_and_attention_keeps_its_own():
+    """SwiGLU's two factors are coded in the kernel that multiplies them; v and the output of attention, which only library
+    kernels touch, stay as they are."""
+    model, inputs = on_cuda(llama())
+    compiled = torch.compile(model, backend="actcomp", options={"min_tensor_bytes": 0})
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        step(compiled, model, inputs)
+    (region,) = actpass.report(model).regions
+    forms = {(s.kind, s.module.rpartition(".")[2]): s.stored_as for s in region.sites}
+    assert forms["matmul output", "gate_proj"] == "quantize int8"
+    assert forms["matmul output", "up_proj"] == "quantize int8"
+    assert forms["attention", "v_proj"] == "save"
+    totals = actpass.report(model).totals
+    assert totals.traffic_bytes < 1.2 * totals.traffic_bytes_default
+
+
 @MODES
 @pytest.mark.parametrize("method", LEARNED)
 def test_learned_subspaces_change_only_their_own_gradients_on_cuda(method: str, mode: str | None):

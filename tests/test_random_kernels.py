@@ -5,15 +5,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch._inductor.memory as inductor_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actpass.memory.kernel import Kernel
-from actpass.memory.program import Program, _depth_first, _least_memory_first, in_order
+from actpass.memory.program import Program, _breadth_first, _depth_first, _least_memory_first, in_order
 from actpass.torch_compat import inductor_config
 
 SIZES = (4, 8, 8, 16, 64)
@@ -49,6 +51,7 @@ def programs(draw: st.DrawFn, most: int = 8) -> Program:
         kernel = Kernel(writes[0], i, (1, 0) if is_loop else None, scratch, writes, reads, list(writes), zeroed=zeroed)
         kernel.size = sum(nbytes[w] for w in writes)
         kernel.unwritten = draw(st.sampled_from((0, 0, 4)))
+        kernel.allocates = not is_loop and draw(st.booleans())
         kernels.append(kernel)
         known += writes
     made = [n for n in known if n.op == "call_function"]
@@ -99,7 +102,7 @@ def allocated(program: Program, order: Sequence[Kernel], zeroed: Mapping[Buffer,
                 continue
             ours.hold(size[w], zeroed.get(w, i) if w in k.zeroed else i, freed[w])
             waiting = free.get(size[w], [])
-            if not reuse or w in zeroed or not waiting:
+            if not reuse or w in zeroed or k.allocates or not waiting:
                 continue
             between = range(waiting[-1] + 1, i)
             if all(size[w] + inductors.level(j) <= limit for j in between):
@@ -144,7 +147,7 @@ def orders(program: Program) -> Iterator[list[Kernel]]:
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(program=programs())
 def test_live_bytes_are_those_of_an_allocator_that_holds_each_block(program: Program, reuse: bool):
-    candidates = [(program.kernels, {}), _least_memory_first(program), _depth_first(program)]
+    candidates = [(program.kernels, {}), _least_memory_first(program), _breadth_first(program), _depth_first(program)]
     with inductor_config.patch(allow_buffer_reuse=reuse):
         for order, zeroed in candidates:
             assert list(program.run(order, zeroed).levels) == allocated(program, order, zeroed, reuse)
@@ -176,12 +179,36 @@ def test_names_change_nothing(program: Program):
 def test_the_orders_are_orders_and_the_one_taken_is_the_best_of_them(program: Program):
     possible = list(orders(program))
     least = min(max(program.believed_steps(order, {})) for order in possible)  # with no zeros before their time
-    found = [(program.kernels, {}), _least_memory_first(program), _depth_first(program)]
+    found = [(program.kernels, {}), _least_memory_first(program), _breadth_first(program), _depth_first(program)]
     assert in_order(list(reversed(program.kernels))) in possible
     assert all(order in possible for order, _ in found)
     believed = [max(program.believed_steps(*order)) for order in found]
     assert min(believed) >= least
     assert program.timeline() == program.run(*found[believed.index(min(believed))])
+
+
+@dataclass(eq=False)
+class Scheduled:
+    """A kernel as Inductor's scheduler hands it to its orders."""
+
+    kernel: Kernel
+    mpi_node: Any = None
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(program=programs())
+def test_breadth_first_is_inductors_own(program: Program):
+    """Without results that are zeroed before: the loops that do it have no place among the kernels here."""
+    for kernel in program.kernels:
+        kernel.zeroed = []
+    maker = {w: k for k in program.kernels for w in k.writes}
+    nodes = {k: Scheduled(k) for k in program.kernels}
+    for i, (kernel, node) in enumerate(nodes.items()):
+        before = [nodes[k] for k in dict.fromkeys(maker[r] for r in kernel.reads if r in maker)]
+        behind = [n for k, n in nodes.items() if any(maker.get(r) is kernel for r in k.reads)]
+        node.mpi_node = SimpleNamespace(index=i, pred_nodes=before, succ_nodes=behind)
+    wanted = [node.kernel for node in inductor_memory.topological_sort_bfs(list(nodes.values()))]
+    assert _breadth_first(program) == (wanted, {})
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
