@@ -24,8 +24,8 @@ _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 _MULTIPLIERS = (0x73BFB65F, 0x75083DBB, 0x551650D7, 0x56251B4D, 0x7B1DCDAF)  # odd, below 2^31
 _SHIFTS = (14, 17, 14, 17, 15)
-_ROUNDING = 1 << 40
-"""The sequence of `rounding_noise`, beyond those of the bases."""
+_ROUNDING, _KEYS = 1 << 40, 1 << 41
+"""The sequences of `rounding_noise` and of `rounding_keys`, beyond those of the bases."""
 ROUNDING_BITS = 28
 """Eight of so many bits add up to an int32."""
 _MIXED = 0x6595
@@ -97,6 +97,12 @@ def permutation(key: torch.Tensor, stream: int, count: int) -> torch.Tensor:
     return torch.sort((bits32(key, stream, count) << 21) | index).values & ((1 << 21) - 1)
 
 
+def rounding_keys(key: torch.Tensor, count: int) -> torch.Tensor:
+    """``count`` independent keys, one for each tensor that is rounded in a step: int64 (count, 8). Rows of 64 bytes, so that
+    each is aligned as a tensor of its own; the functions here read the first five numbers."""
+    return bits32(key, _KEYS, 8 * count).view(count, 8)
+
+
 def rounding_noise(key: torch.Tensor, lengths: Sequence[int], draw: int = 0) -> tuple[torch.Tensor, ...]:
     """Random numbers for rounding, int32, whose last `ROUNDING_BITS` bits are uniform: a tensor of each of ``lengths``.
 
@@ -110,7 +116,7 @@ def rounding_noise(key: torch.Tensor, lengths: Sequence[int], draw: int = 0) -> 
     return tuple(noise[start : start + length] for start, length in zip(starts, lengths, strict=False))
 
 
-def uniforms(noise: tuple[torch.Tensor, torch.Tensor], shape: Sequence[int], bits: int, piece: int, width: int) -> torch.Tensor:
+def uniforms(noise: Sequence[torch.Tensor], shape: Sequence[int], bits: int, piece: int, width: int) -> torch.Tensor:
     """Uniform numbers in (0, 1) of ``bits`` bits, and half of the last one, float32 of ``shape`` (..., groups, group).
 
     noise: `rounding_noise` of the rows and of the columns, groups times group. piece: which ``width`` bits of their numbers are

@@ -147,6 +147,7 @@ class _Unrolling:
         copy = Kernel(each([kernel.node])[0], 0, kernel.loops, kernel.scratch)
         copy.writes, copy.reads, copy.members = each(kernel.writes), each(kernel.reads), each(kernel.members)
         copy.size, copy.unwritten, copy.zeroed = kernel.size, kernel.unwritten, each(kernel.zeroed)
+        copy.allocates, copy.traffic, copy.kernels = kernel.allocates, kernel.traffic, kernel.kernels
         for node in dict.fromkeys((*kernel.writes, *kernel.members)):
             made = each([node])
             self._note(program, node, made)

@@ -18,7 +18,7 @@ from torch import fx
 from actpass.analysis.linearity import consumers
 from actpass.analysis.saved_tensors import is_on_gpu, is_read_by_loops
 from actpass.codecs import QUANTIZERS, Groups
-from actpass.codecs.generator import rounding_noise
+from actpass.codecs.generator import rounding_keys, rounding_noise
 from actpass.errors import GraphUnsupported
 from actpass.ir.joint_graph import value
 from actpass.ir.op_queries import is_pointwise, is_reduced_by_row
@@ -100,9 +100,10 @@ class QuantizeSaved:
 class _Coding:
     boundary: Boundary
 
-    def noise(self, seed: str | None, storages: tuple[Storage, ...]) -> dict[Storage, tuple[fx.Node, fx.Node]]:
-        """The random numbers of the rows and of the columns for each tensor that is rounded stochastically; those of as many
-        rows are drawn in one kernel. Each has its own: what reads one table is fused, and would keep the tensors of one layer
+    def noise(self, seed: str | None, storages: tuple[Storage, ...]) -> dict[Storage, tuple[fx.Node, ...]]:
+        """For each tensor that is rounded stochastically what its random numbers come from. On a CPU a key, from which the
+        function that is called draws them. On a GPU those of its rows and of its columns, drawn in one kernel for all tensors
+        of as many rows; each has its own of both: what reads one table is fused, and would keep the tensors of one layer
         until another's are coded. seed: the node of the step's."""
         drawn = [s for s in storages if s.rounding == "stochastic"]
         if not drawn:
@@ -110,27 +111,35 @@ class _Coding:
         node = self.boundary.before.get(seed) if seed is not None else None
         if node is None:
             raise GraphUnsupported("the step's seed did not arrive in the forward graph")
+        called: list[Storage] = []
         by_rows: dict[str, list[Storage]] = defaultdict(list)
-        for storage in drawn:
-            by_rows[str(self._layout(storage).groups.rows)].append(storage)
-        found: dict[Storage, tuple[fx.Node, fx.Node]] = {}
+        for s in drawn:
+            in_line = is_on_gpu(self.boundary.before[s.node])
+            (by_rows[str(self._layout(s).groups.rows)] if in_line else called).append(s)
+        found: dict[Storage, tuple[fx.Node, ...]] = {}
+        if called:
+            found |= {s: (key,) for s, key in zip(called, self._keys(node, len(called)), strict=True)}
         for draw, members in enumerate(by_rows.values()):
-            numbers = self._draw(node, members, draw)
-            found |= dict(zip(members, zip(numbers[: len(members)], numbers[len(members) :], strict=True), strict=True))
+            found |= dict(zip(members, self._numbers(node, members, draw), strict=True))
         return found
 
-    def _draw(self, seed: fx.Node, storages: Sequence[Storage], draw: int) -> tuple[fx.Node, ...]:
-        """Numbers for the rows, of which all ``storages`` have as many, and then for the columns of each."""
+    def _keys(self, seed: fx.Node, count: int) -> tuple[fx.Node, ...]:
+        def keys(seed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return rounding_keys(seed, count).unbind()
+
+        return self.boundary.forward.splice(keys, [seed], after=seed, like=seed)
+
+    def _numbers(self, seed: fx.Node, storages: Sequence[Storage], draw: int) -> list[tuple[fx.Node, ...]]:
+        """Of the rows and of the columns of each of ``storages``, which have as many rows."""
         first = min(storages, key=lambda s: self.boundary.before[s.node])
         x, layout = self.boundary.before[first.node], self._layout(first)
         widths = [self._layout(s).groups.columns for s in storages]
 
         def numbers(seed: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            rows = [layout.seen_from(x).groups.rows] * len(widths)
-            drawn = rounding_noise(seed, [*widths, *rows], draw)
-            return *drawn[len(widths) :], *drawn[: len(widths)]
+            return rounding_noise(seed, [*widths, *[layout.seen_from(x).groups.rows] * len(widths)], draw)
 
-        return self.boundary.forward.splice(numbers, [seed, x], after=x, like=x)
+        drawn = self.boundary.forward.splice(numbers, [seed, x], after=x, like=seed)
+        return list(zip(drawn[len(widths) :], drawn[: len(widths)], strict=True))
 
     def _layout(self, storage: Storage) -> Layout:
         layout = layout_of(value(self.boundary.before[storage.node]), storage.codec, storage.group_size)
@@ -156,8 +165,8 @@ class _Coding:
 
         def encode(x: torch.Tensor, *noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             groups = layout.seen_from(x).groups
-            drawn = (noise[0], noise[1]) if noise else None
-            return codec.encode(x if is_flat else flatten(x), groups, drawn, rotate=storage.hadamard_rotation)
+            drawn = rounding_noise(noise[0], [groups.rows, groups.columns]) if len(noise) == 1 else noise
+            return codec.encode(x if is_flat else flatten(x), groups, tuple(drawn) or None, rotate=storage.hadamard_rotation)
 
         # A view of a tensor in any other order would make Inductor copy what it has not yet decided to keep in that order.
         # Strides are of the key: a part of a wider tensor has gaps between its rows, and is copied where another is viewed.

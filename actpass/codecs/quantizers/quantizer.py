@@ -26,7 +26,7 @@ _SMALLEST_SCALE = 2.0**-120
 """Groups whose largest magnitude is below about 1e-36 keep this scale, which has a finite inverse."""
 
 
-Noise = tuple[torch.Tensor, torch.Tensor]
+Noise = tuple[torch.Tensor, ...]
 PAYLOAD_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.float8_e4m3fn, torch.float8_e5m2)
 """What `Quantizer.pack` may return."""
 
