@@ -631,3 +631,37 @@ def test_scores_of_other_attentions_do_no_harm(kind: str):
         _, grads = run(model, inputs, **options_for(method), **({} if budget is None else {"memory_budget": budget}))
         assert all(region.active for region in actpass.report(model).regions)
         assert_close(grads, want, 0.1)
+
+
+class Cell(nn.Module):
+    """The gradient of ``v`` is a sum over what is stored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.v = nn.Linear(32, 32, bias=False), nn.Parameter(torch.ones(32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) * self.v
+
+
+class TwoRegions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Cell(), Cell()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        torch._dynamo.graph_break()
+        return y + self.second(x)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_two_regions_of_a_step_are_rounded_by_numbers_of_their_own(rounding: str):
+    """Both store the same values: errors that were alike would not cancel in a product of both."""
+    model = TwoRegions()
+    compiled = torch.compile(model, backend=eager_actcomp({"codec": "int4", "rounding": rounding, "min_tensor_bytes": 0}))
+    compiled(torch.randn(64, 32, generator=torch.Generator().manual_seed(0))).sum().backward()
+    assert len([r for r in actpass.report(compiled).regions if r.active]) == 2
+    first, second = model.first.v.grad, model.second.v.grad
+    assert torch.equal(first, second) == (rounding == "nearest")

@@ -97,18 +97,21 @@ def permutation(key: torch.Tensor, stream: int, count: int) -> torch.Tensor:
     return torch.sort((bits32(key, stream, count) << 21) | index).values & ((1 << 21) - 1)
 
 
-def rounding_keys(key: torch.Tensor, count: int) -> torch.Tensor:
+def rounding_keys(key: torch.Tensor, count: int, draw: int = 0) -> torch.Tensor:
     """``count`` independent keys, one for each tensor that is rounded in a step: int64 (count, 8). Rows of 64 bytes, so that
-    each is aligned as a tensor of its own; the functions here read the first five numbers."""
-    return bits32(key, _KEYS, 8 * count).view(count, 8)
+    each is aligned as a tensor of its own; the functions here read the first five numbers. draw: which of the key's independent
+    draws, any int in [0, 2^32)."""
+    return bits32(key, _KEYS + draw, 8 * count).view(count, 8)
 
 
 def rounding_noise(key: torch.Tensor, lengths: Sequence[int], draw: int = 0) -> tuple[torch.Tensor, ...]:
     """Random numbers for rounding, int32, whose last `ROUNDING_BITS` bits are uniform: a tensor of each of ``lengths``.
 
-    draw: which of the key's independent draws, any int >= 0. See `uniforms`. Each number is a sum of eight hashes: a sum over
-    eight, because Inductor writes it to memory and then reads it, where it would compute a hash again at every element. Each
-    tensor begins at a multiple of 64 bytes, if the lengths before it are known.
+    draw: which of the key's independent draws, any int in [0, 2^40). See `uniforms`.
+
+    Each number is a sum of eight hashes: a sum over eight, because Inductor writes it to memory and then reads it, where it
+    would compute a hash again at every element. Each tensor begins at a multiple of 64 bytes, if the lengths before it are
+    known.
     """
     starts = [0, *itertools.accumulate(-(-length // 16) * 16 for length in lengths)]
     hashes = (bits32(key, _ROUNDING + draw, 8 * starts[-1]) >> (32 - ROUNDING_BITS)).to(torch.int32)

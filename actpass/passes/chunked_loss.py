@@ -190,7 +190,7 @@ def _is_in_place(node: fx.Node, region: LossRegion) -> bool:
     on a GPU, whose matmuls add up in float32."""
     if node not in region.sums or node.target is not aten.mm.default:
         return False
-    return value(node).element_size() >= 4 or value(node).device.type == "cuda"
+    return value(node).element_size() >= 4 or (value(node).device.type == "cuda" and torch.version.hip is None)
 
 
 def _add(inserter: _Inserter, product: fx.Node, total: fx.Node | None, made: Mapping[fx.Node, fx.Node]) -> fx.Node:

@@ -7,6 +7,7 @@ nothing that is inserted here.
 from __future__ import annotations
 
 import math
+import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -118,14 +119,14 @@ class _Coding:
             (by_rows[str(self._layout(s).groups.rows)] if in_line else called).append(s)
         found: dict[Storage, tuple[fx.Node, ...]] = {}
         if called:
-            found |= {s: (key,) for s, key in zip(called, self._keys(node, len(called)), strict=True)}
-        for draw, members in enumerate(by_rows.values()):
-            found |= dict(zip(members, self._numbers(node, members, draw), strict=True))
+            found |= {s: (key,) for s, key in zip(called, self._keys(node, len(called), _draw_of(storages)), strict=True)}
+        for i, members in enumerate(by_rows.values()):
+            found |= dict(zip(members, self._numbers(node, members, (i << 32) + _draw_of(storages)), strict=True))
         return found
 
-    def _keys(self, seed: fx.Node, count: int) -> tuple[fx.Node, ...]:
+    def _keys(self, seed: fx.Node, count: int, draw: int) -> tuple[fx.Node, ...]:
         def keys(seed: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return rounding_keys(seed, count).unbind()
+            return rounding_keys(seed, count, draw).unbind()
 
         return self.boundary.forward.splice(keys, [seed], after=seed, like=seed)
 
@@ -197,6 +198,12 @@ class _Coding:
         inline = all(joins(self.boundary.behind[name]) for name in storage.saved_for_backward)
         (flat,) = (editor.splice if inline else editor.call)(decode, codes, key=key, **where)
         return editor.splice(unflatten, [flat], key=("unflatten", str(layout)), **where)
+
+
+def _draw_of(storages: Sequence[Storage]) -> int:
+    """A number of the region, 32 bits, by what it stores: all regions of a step see one seed, and rounding errors of two that
+    were alike would not cancel in a product of both."""
+    return zlib.crc32(repr([(s.node, s.module, s.shape, s.codec) for s in storages]).encode())
 
 
 def _signature(x: fx.Node, layout: Layout, storage: Storage) -> tuple[Any, ...]:

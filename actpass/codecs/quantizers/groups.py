@@ -1,9 +1,9 @@
 """How a tensor is laid out for a group-wise low-bit code: which elements share a scale, which share a byte.
 
 Shapes: a tensor is first seen in the order of its memory, as (..., D). G elements that lie next to each other along D share
-one scale: scales have the shape (..., D/G). For codes below a byte, K elements share one: not neighbours, but elements that
-lie K-th parts of one axis (`axis`) apart, so that packing and unpacking read and write whole contiguous rows and a
-compiler can vectorise them.
+one scale. For codes below a byte, K elements share one: not neighbours, but elements that lie K-th parts of one axis (`axis`)
+apart, so that packing and unpacking read and write whole contiguous rows and a compiler can vectorise them. Scales have the
+shape (K, ..., D/G) of the packed tensor.
 """
 
 from __future__ import annotations

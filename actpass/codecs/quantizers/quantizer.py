@@ -34,7 +34,7 @@ PAYLOAD_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.float8_e4m3fn, tor
 class Quantizer(ABC):
     """``bits`` a code and 16 / G bits of scale an element: N (bits / 8 + 2 / G) bytes for N elements.
 
-    Stochastic rounding: E[x_hat] = x, each element independently. ``nearest``: at most half a step off, biased. A NaN or an
+    Stochastic rounding: E[x_hat] = x, any two elements independently. ``nearest``: at most half a step off, biased. A NaN or an
     infinity makes its whole group NaN or infinite, never a number. About 25 pointwise operations an element to encode, 5 to
     decode; ``hadamard_rotation`` adds a product with a (G, G) matrix to each.
 

@@ -8,7 +8,7 @@ from actpass.plan.policies.policy import Facts, Policy, register_policy
 from actpass.plan.request import TensorRequest
 
 SAVES_LITTLE = "exact: beside the others it would save next to nothing"
-OWN_KERNELS = "exact: matmuls alone make and read it, and codes would take two kernels more"
+OWN_KERNELS = "exact: only library kernels make and read it, and codes would take two kernels more"
 SMALL, FEW = 1 / 32, 0.04
 """What is left exact without a budget: tensors no larger than the first share of the largest that has a form, as long as all of
 them together are no more than the second share of what is stored. An error does not shrink with its tensor: 4 bits in
@@ -33,7 +33,7 @@ class Auto(Policy):
         def form(t: SavedTensor) -> Storage:
             if t.node in small:
                 return facts.save(t, SAVES_LITTLE)
-            if t.joins == (False, False):
+            if t.joins == (False, False) and t.role in ("value", "output"):
                 return facts.save(t, OWN_KERNELS)
             return facts.quantize(t, facts.codecs.own[-1] if set(t.kinds) <= {"contraction"} else finer)
 
