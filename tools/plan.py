@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from arguments import memory_budget, options_from, override, positive_int, probability
 from arguments import option as option_argument
-from inspect_graph import errors_unwrapped
 from torch import nn
 from workloads import (
     DTYPES,
@@ -45,6 +44,7 @@ from workloads import (
 
 import actpass
 from actpass import ActpassError, Training
+from actpass.diagnostics.interpreter import own_errors
 from actpass.extrapolation.deep_model import OPTIMIZERS
 
 
@@ -67,7 +67,7 @@ def main() -> int:
         options = options_from(
             argparse.Namespace(**{**vars(given), "projection": None, "rank": None, "plan": None, "off": False})
         )
-        with errors_unwrapped():
+        with own_errors():
             plan = actpass.plan_deep_model(_maker(workload, config, shape, given.dtype), training, options=options)
     except (UsageError, ActpassError) as error:
         parser.error(str(error))
