@@ -29,6 +29,7 @@ _ROUNDING, _KEYS = 1 << 40, 1 << 41
 ROUNDING_BITS = 28
 """Eight of so many bits add up to an int32."""
 _MIXED = 0x6595
+"""Odd and below 2^15: times a number of 16 bits it neither loses one nor overflows an int32."""
 _ONE = 0x3F800000
 """The bits of 1.0 in float32. With others behind its exponent it is a number in [1, 2)."""
 _KEY_SHIFTS = (0, 31, 16, 8, 24)  # which 32 of the seed's 63 bits each round sees
@@ -135,7 +136,5 @@ def uniforms(noise: Sequence[torch.Tensor], shape: Sequence[int], bits: int, pie
     row = noise[0].view(*rows, 1, 1)
     column = noise[1].view(*(1 for _ in rows), groups, group)
     part = ((row ^ column) >> (piece * width)) & (2**width - 1)
-    first = (part * _MIXED) & (
-        2**width - 2 ** (width - bits)
-    )  # an odd factor below 2^15: nothing is lost, and nothing overflows
+    first = (part * _MIXED) & (2**width - 2 ** (width - bits))
     return ((first << (23 - width)) | _ONE).view(torch.float32) - (1.0 - 2.0 ** -(bits + 1))

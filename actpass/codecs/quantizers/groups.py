@@ -94,7 +94,7 @@ class Groups:
 
         Rows are seen in four parts where they can be: on a GPU Inductor compares loops that are nested equally deep by their
         ranges alone, and would not fuse one over (tokens, features) with one over (tokens, groups, group) for tensors of three
-        axes, if rows are padded (torch 2.13 to 2.15). No operator of a model is nested so deep."""
+        axes, if rows are padded (torch 2.13 to 2.15). Few operators of a model are nested so deep."""
         x = unflatten(x, self.axis, (self.pieces, x.shape[self.axis] // self.pieces)).movedim(self.axis, 0)
         rows: Any = x.shape[1]
         return unflatten(x, 1, (2, 2, rows // 4)) if isinstance(rows, int) and rows % 4 == 0 else x
