@@ -13,7 +13,7 @@ from torch import fx
 from actpass.backend.inductor_options import inductor_options
 from actpass.backend.partitioner import no_code
 from actpass.backend.state_inputs import RegionRequest, device_of, with_state
-from actpass.codecs.generator import round_keys, step_seed
+from actpass.codecs.generator import region_keys, step_seed
 from actpass.diagnostics.interpreter import isolated_forward
 from actpass.ir.copying import copy_module
 from actpass.ir.graph_inputs import GraphInputs
@@ -57,7 +57,7 @@ class JointGraph:
 
     def run(self, forward: fx.GraphModule, backward: fx.GraphModule, seed: int = 0) -> Run:
         """One forward and one backward, node by node, from a gradient of one for each result."""
-        primals = [*self.primals, round_keys(step_seed(0, seed), torch.device("cpu"))]
+        primals = [*self.primals, region_keys(step_seed(0, seed), step_seed(0, seed), torch.device("cpu"))]
         with torch.no_grad():
             outputs = fx.Interpreter(forward).run(*primals)
             count = self.kwargs["num_fwd_outputs"]

@@ -32,8 +32,8 @@ from actpass.options import options_for
 
 ROW_FORMS = (
     "eager, inductor, inductor-budget=B, inductor-recompute, inductor-fp8, actcomp:NAME[:RANK][,KEY=VALUE], "
-    "before:NAME[:RANK][,KEY=VALUE] (the build of --against); for any of them also optimizer=NAME, lr=X and "
-    "optimizer.KEY=VALUE"
+    "before:NAME[:RANK][,KEY=VALUE] or before,KEY=VALUE, with options as that build spells them (the build of --against); "
+    "for any of them also optimizer=NAME, lr=X and optimizer.KEY=VALUE"
 )
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "torch": torch.optim.AdamW,
@@ -86,6 +86,8 @@ def _form(text: str) -> tuple[str, float | None, dict[str, Any] | None]:
     plain = {"eager": ("eager", None), "inductor": ("inductor", None), "inductor-recompute": ("inductor", 0.0)}
     if text in plain or text == "inductor-fp8":
         return *plain.get(text, ("inductor", 1.0)), None
+    if text == "before":
+        return "before", None, {}
     name, _, rest = text.partition(":")
     if name in ("actcomp", "before") and rest:
         option_name, _, r = rest.partition(":")
@@ -288,9 +290,15 @@ def _counts(row: Row) -> Counts:
         return count_eager(lambda: row.forward(0), row.model, vocab)
     if row.spec.kind in ("actcomp", "before"):
         report = package_of(row.spec).report(row.model)
-        row.measured["predicted_peak_bytes"] = predicted_peak(row, report)
         row.measured["budget_bytes"] = row.spec.options.get("memory_budget")
-        return counts_of_report(report, vocab)
+        try:
+            row.measured["predicted_peak_bytes"] = predicted_peak(row, report)
+            return counts_of_report(report, vocab)
+        except AttributeError as error:
+            if row.spec.kind == "actcomp":
+                raise
+            _say(f"the report of {row.spec.label} is another build's and has no counts that this one can read: {failure(error)}")
+            return Counts()
     return Counts() if row.spec.budget is None else BudgetCut(row.spec.label, row.spec.budget, vocab).counts()
 
 

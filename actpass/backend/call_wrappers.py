@@ -9,7 +9,7 @@ import torch
 
 from actpass.backend.inductor_options import has_cuda_graphs
 from actpass.backend.state_inputs import RegionRequest, StateInputs
-from actpass.codecs.generator import round_keys, step_seed
+from actpass.codecs.generator import region_keys, round_keys, step_seed
 from actpass.options import Config
 from actpass.runtime import low_rank_binding as factors
 from actpass.runtime import regions, subspaces
@@ -41,9 +41,9 @@ def _with_subspaces(
 
     def call(*args: Any) -> Any:
         region.note(args)
-        step = clock.STEP_COUNTER.read()
-        keys = [round_keys(step_seed(config.seed, d), device) for d in (config.draw_at(step), config.learned_draw_at(step))]
-        return run(args, keys, step)
+        now = clock.STEP_COUNTER.read()
+        learned = round_keys(step_seed(config.seed, config.learned_draw_at(now.step)), device)
+        return run(args, [_keys(now, config, device), learned], now.step)
 
     return call
 
@@ -67,14 +67,20 @@ def _with_seed(fn: Callable[..., Any], region: regions.Region, config: Config, d
 
     def run(*args: Any) -> Any:
         region.note(args)
-        return fn(*args, round_keys(step_seed(config.seed, config.draw_at(clock.STEP_COUNTER.read())), device))
+        return fn(*args, _keys(clock.STEP_COUNTER.read(), config, device))
 
     return run
 
 
+def _keys(now: clock.Moment, config: Config, device: torch.device) -> torch.Tensor:
+    """What a call draws from: a basis stays for as many steps as the user asks, rounding is another at each call."""
+    rounding = step_seed(step_seed(config.seed, now.step), now.call)
+    return region_keys(step_seed(config.seed, config.draw_at(now.step)), rounding, device)
+
+
 def with_unused_seed(fn: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
-        return fn(*args, round_keys(0, device))
+        return fn(*args, region_keys(0, 0, device))
 
     return run
 

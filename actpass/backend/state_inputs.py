@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from actpass.codecs.generator import round_keys
+from actpass.codecs.generator import region_keys, round_keys
 from actpass.ir.copying import copy_module
 from actpass.ir.graph_inputs import GraphInputs
 from actpass.ir.outputs import output_values, set_output_values
@@ -113,7 +113,7 @@ def append_state(
         own.append(fake)
         return last
 
-    append("actpass_seed", round_keys(0, device))
+    append("actpass_seed", region_keys(0, 0, device))
     if extra.sites:
         append("actpass_learned_seed", round_keys(0, device))
         most = subspaces.most_points(extra.sites)  # traced so: a plan's peak holds a sketch, too

@@ -50,9 +50,26 @@ def round_keys(seed: int, device: torch.device | None = None) -> torch.Tensor:
     return (torch.full((len(_KEY_SHIFTS),), seed, dtype=torch.int64, device=device) >> _key_shifts(device)) & _MASK32
 
 
+def region_keys(seed: int, rounding_seed: int, device: torch.device) -> torch.Tensor:
+    """What a region is given: int64 (10,), the `round_keys` of the seed of its bases and those of its rounding, filled on the
+    device. A basis stays for several calls, and rounds of two calls must not be alike."""
+    seeds = torch.where(_is_of_rounding(device), rounding_seed, seed)
+    return (seeds >> _key_shifts(device).repeat(2)) & _MASK32
+
+
+def rounding_part(keys: torch.Tensor) -> torch.Tensor:
+    """Of `region_keys`, the key of `rounding_keys` and `rounding_noise`; all others read the first five numbers as theirs."""
+    return keys[len(_KEY_SHIFTS) :]
+
+
 @cache
 def _key_shifts(device: torch.device) -> torch.Tensor:
     return torch.tensor(_KEY_SHIFTS, device=device)
+
+
+@cache
+def _is_of_rounding(device: torch.device) -> torch.Tensor:
+    return torch.arange(2 * len(_KEY_SHIFTS), device=device) >= len(_KEY_SHIFTS)
 
 
 def stream(width: int, code: int) -> int:

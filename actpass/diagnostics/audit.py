@@ -13,7 +13,7 @@ from torch import fx
 from actpass.backend.headroom import peak_budget
 from actpass.backend.partitioner import probe_state_inputs, run_passes
 from actpass.backend.state_inputs import RegionRequest
-from actpass.codecs.generator import round_keys, step_seed
+from actpass.codecs.generator import region_keys, round_keys, step_seed
 from actpass.diagnostics.interpreter import interpret, isolated_forward, own_errors, own_gradients, preserve_buffers_and_rng
 from actpass.errors import OptionError
 from actpass.ir.inline import inline_regions
@@ -226,12 +226,12 @@ class _Step:
                 run = WithSubspaces(fn=fn, sites=extra.sites, config=config, device=device, store=own, written=plain.written)
 
                 def learned(*args: Any) -> Any:
-                    return run(args, [round_keys(seed, device)] * 2, STEP_COUNTER.steps)
+                    return run(args, [region_keys(seed, seed, device), round_keys(seed, device)], STEP_COUNTER.steps)
 
                 return learned
 
             def seeded(*args: Any) -> Any:
-                return fn(*args, round_keys(seed, device))
+                return fn(*args, region_keys(seed, seed, device))
 
             return seeded if config.needs_seed else fn
 

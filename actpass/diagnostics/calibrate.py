@@ -18,7 +18,7 @@ from torch import fx
 from actpass.backend.partitioner import run_passes
 from actpass.backend.state_inputs import RegionRequest
 from actpass.codecs import QUANTIZERS
-from actpass.codecs.generator import round_keys
+from actpass.codecs.generator import region_keys
 from actpass.diagnostics.interpreter import interpret, isolated_forward, own_errors, own_gradients, preserve_buffers_and_rng
 from actpass.errors import OptionError
 from actpass.ir.inline import inline_regions
@@ -57,7 +57,7 @@ def calibrate_model(
         regions.append(region)
 
         def seeded(*args: Any) -> Any:
-            return fn(*args, round_keys(0, request.device))
+            return fn(*args, region_keys(0, 0, request.device))
 
         return seeded if config.needs_seed else fn
 

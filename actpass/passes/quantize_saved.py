@@ -19,7 +19,7 @@ from torch import fx
 from actpass.analysis.linearity import consumers
 from actpass.analysis.saved_tensors import is_on_gpu, is_read_by_loops
 from actpass.codecs import QUANTIZERS, Groups
-from actpass.codecs.generator import rounding_keys, rounding_noise
+from actpass.codecs.generator import rounding_keys, rounding_noise, rounding_part
 from actpass.errors import GraphUnsupported
 from actpass.ir.joint_graph import value
 from actpass.ir.op_queries import is_pointwise, is_reduced_by_row
@@ -126,7 +126,7 @@ class _Coding:
 
     def _keys(self, seed: fx.Node, count: int, draw: int) -> tuple[fx.Node, ...]:
         def keys(seed: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return rounding_keys(seed, count, draw).unbind()
+            return rounding_keys(rounding_part(seed), count, draw).unbind()
 
         return self.boundary.forward.splice(keys, [seed], after=seed, like=seed)
 
@@ -137,7 +137,8 @@ class _Coding:
         widths = [self._layout(s).groups.columns for s in storages]
 
         def numbers(seed: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return rounding_noise(seed, [*widths, *[layout.seen_from(x).groups.rows] * len(widths)], draw)
+            lengths = [*widths, *[layout.seen_from(x).groups.rows] * len(widths)]
+            return rounding_noise(rounding_part(seed), lengths, draw)
 
         drawn = self.boundary.forward.splice(numbers, [seed, x], after=x, like=seed)
         return list(zip(drawn[len(widths) :], drawn[: len(widths)], strict=True))
@@ -201,8 +202,9 @@ class _Coding:
 
 
 def _draw_of(storages: Sequence[Storage]) -> int:
-    """A number of the region, 32 bits, by what it stores: all regions of a step see one seed, and rounding errors of two that
-    were alike would not cancel in a product of both."""
+    """A number of the region, 32 bits, by what it stores. Of regions that run in one step each is given a seed of its own, but
+    a user's own code may call them side by side: rounding errors of two that were alike would not cancel in a product of
+    both."""
     return zlib.crc32(repr([(s.node, s.module, s.shape, s.codec) for s in storages]).encode())
 
 

@@ -20,4 +20,4 @@ def reset() -> None:
     low_rank_binding.clear()
     progress.clear()
     global_budget.set(None)
-    STEP_COUNTER.steps, STEP_COUNTER.drawn = 0, False
+    STEP_COUNTER.steps, STEP_COUNTER.calls = 0, 0

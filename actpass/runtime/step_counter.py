@@ -10,29 +10,37 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from actpass.errors import StateError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """step: how many optimizer steps there were before. call: how many calls of training regions since the last of them."""
+
+    step: int
+    call: int
 
 
 @dataclass
 class StepCounter:
-    """steps: optimizer steps seen since training began. drawn: whether a training forward has read the clock since then; a
-    step without one (a second optimizer in the same training step, an unrelated one) does not advance it."""
+    """steps: optimizer steps seen since training began. calls: of training regions since then, each of which draws; a step
+    without one (a second optimizer in the same training step, an unrelated one) does not advance the clock."""
 
     steps: int = 0
-    drawn: bool = False
+    calls: int = 0
 
-    def read(self) -> int:
-        """The step that a training forward belongs to."""
-        self.drawn = True
-        return self.steps
+    def read(self) -> Moment:
+        """When the training forward that asks runs. No two of a step are told the same."""
+        self.calls += 1
+        return Moment(self.steps, self.calls - 1)
 
     def advance(self) -> None:
-        if self.drawn:
+        if self.calls:
             self.steps += 1
-            self.drawn = False
+            self.calls = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"schema_version": SCHEMA_VERSION, "steps": self.steps, "drawn": self.drawn}
+        return {"schema_version": SCHEMA_VERSION, "steps": self.steps, "calls": self.calls}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         version = state.get("schema_version")
@@ -41,10 +49,10 @@ class StepCounter:
                 f"state has schema_version={version!r}; this version of actpass reads {SCHEMA_VERSION}. Pass what "
                 "actpass.state_dict(model) returned."
             )
-        steps, drawn = state.get("steps"), state.get("drawn")
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0 or not isinstance(drawn, bool):
-            raise StateError(f"state has steps={steps!r}, drawn={drawn!r}. Allowed: an int >= 0 and a bool.")
-        self.steps, self.drawn = steps, drawn
+        counts = state.get("steps"), state.get("calls")
+        if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in counts):
+            raise StateError(f"state has steps={counts[0]!r}, calls={counts[1]!r}. Allowed: two ints >= 0.")
+        self.steps, self.calls = state["steps"], state["calls"]
 
 
 STEP_COUNTER = StepCounter()
