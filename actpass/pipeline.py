@@ -29,6 +29,7 @@ from actpass.passes.quantize_saved import QuantizeSaved
 from actpass.passes.save_written_inputs import SaveWrittenInputs
 from actpass.passes.scatter_onto_sums import ScatterOntoSums
 from actpass.passes.spell_flips import SpellFlips
+from actpass.passes.sum_one_hots import SumOneHots
 from actpass.plan import Plan
 from actpass.plan.multi_region import OperatingPoint
 from actpass.planner import apply_plan as follow
@@ -39,7 +40,7 @@ from actpass.reporting.describe import describe, describe_fallback
 from actpass.reporting.record import Record
 from actpass.torch_compat import fusion_gate_growth, inductor_config
 
-PREPARE: tuple[Pass, ...] = (SpellFlips(), MergeDuplicates(), SaveWrittenInputs())
+PREPARE: tuple[Pass, ...] = (SpellFlips(), SumOneHots(), MergeDuplicates(), SaveWrittenInputs())
 """Before anything is decided."""
 SPLIT_LOSS: tuple[Pass, ...] = (ChunkedLoss(), ScatterOntoSums())
 """Before a plan is made."""

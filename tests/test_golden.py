@@ -170,6 +170,7 @@ def tied_toy() -> tuple[nn.Module, dict[str, torch.Tensor]]:
 
 PROJECTED = {"projection": "haar", "rank": 2, "skip_unprofitable": False}
 TOYS_OF_PASSES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "sum_one_hots": (tied_toy, {}),
     "chunked_loss": (tied_toy, {"chunked_loss": 16}),
     "scatter_onto_sums": (tied_toy, {"chunked_loss": 16}),
     "project_weight_gradients": (toy, PROJECTED),

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from actpass.backend.inductor_options import inductor_options
 from actpass.backend.partitioner import no_code
@@ -17,7 +18,7 @@ from actpass.codecs.generator import region_keys, step_seed
 from actpass.diagnostics.interpreter import isolated_forward
 from actpass.ir.copying import copy_module
 from actpass.ir.graph_inputs import GraphInputs
-from actpass.ir.joint_graph import Joint
+from actpass.ir.joint_graph import Joint, value
 from actpass.memory.resident import storages
 from actpass.options import Config, parse
 from actpass.passes.base import RegionState
@@ -55,6 +56,15 @@ class JointGraph:
         with inductor_config.patch(inductor_options(config)):
             return compile_joint(_state_of(self.gm, self.joint_inputs, self.inputs, self.kwargs, config))
 
+    def run_joint(self) -> list[torch.Tensor]:
+        """Results and gradients of the graph as it is, node by node, from a gradient of one for each result."""
+        primals = [*self.primals, region_keys(0, 0, torch.device("cpu"))]
+        results = [value(n) for n in Joint(self.gm, self.inputs, self.kwargs["num_fwd_outputs"]).forward_outputs]
+        ones = [torch.ones(r.shape, dtype=r.dtype) for r in results]
+        with torch.no_grad():
+            outputs = fx.Interpreter(self.gm).run(*primals, *ones)
+        return [t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor)]
+
     def run(self, forward: fx.GraphModule, backward: fx.GraphModule, seed: int = 0) -> Run:
         """One forward and one backward, node by node, from a gradient of one for each result."""
         primals = [*self.primals, region_keys(step_seed(0, seed), step_seed(0, seed), torch.device("cpu"))]
@@ -67,6 +77,11 @@ class JointGraph:
         kept = {key: nbytes for t in saved if isinstance(t, torch.Tensor) for key, nbytes in storages(t) if key not in own}
         named = zip((path or f"input {i}" for i, path in enumerate(self.inputs.paths)), gradients, strict=False)
         return Run(results, {name: g for name, g in named if g is not None}, sum(kept.values()))
+
+
+def state_of(joint: JointGraph, **options: Any) -> RegionState:
+    """What the first pass is given."""
+    return _state_of(joint.gm, joint.joint_inputs, joint.inputs, joint.kwargs, parse(options))
 
 
 def _state_of(

@@ -297,7 +297,7 @@ def _counts(row: Row) -> Counts:
         except AttributeError as error:
             if row.spec.kind == "actcomp":
                 raise
-            _say(f"the report of {row.spec.label} is another build's and has no counts that this one can read: {failure(error)}")
+            _say(f"the report of {row.spec.label} has no counts that this build can read: {failure(error)}")
             return Counts()
     return Counts() if row.spec.budget is None else BudgetCut(row.spec.label, row.spec.budget, vocab).counts()
 

@@ -51,15 +51,17 @@ def round_keys(seed: int, device: torch.device | None = None) -> torch.Tensor:
 
 
 def region_keys(seed: int, rounding_seed: int, device: torch.device) -> torch.Tensor:
-    """What a region is given: int64 (10,), the `round_keys` of the seed of its bases and those of its rounding, filled on the
-    device. A basis stays for several calls, and rounds of two calls must not be alike."""
+    """What a region is given: the `round_keys` of the seed of its bases and, in the upper halves of the same numbers, those of
+    its rounding: a basis stays for several calls, and no two calls are rounded alike. int64 (5,), no more bytes than what a
+    basis reads, or upstream's partitioner would save that in its place."""
     seeds = torch.where(_is_of_rounding(device), rounding_seed, seed)
-    return (seeds >> _key_shifts(device).repeat(2)) & _MASK32
+    bases, rounding = ((seeds >> _key_shifts(device)) & _MASK32).unbind()
+    return bases | (rounding << 32)
 
 
 def rounding_part(keys: torch.Tensor) -> torch.Tensor:
-    """Of `region_keys`, the key of `rounding_keys` and `rounding_noise`; all others read the first five numbers as theirs."""
-    return keys[len(_KEY_SHIFTS) :]
+    """Of `region_keys`, the key of `rounding_keys` and `rounding_noise`. All others read the lower halves."""
+    return (keys >> 32) & _MASK32
 
 
 @cache
@@ -69,7 +71,7 @@ def _key_shifts(device: torch.device) -> torch.Tensor:
 
 @cache
 def _is_of_rounding(device: torch.device) -> torch.Tensor:
-    return torch.arange(2 * len(_KEY_SHIFTS), device=device) >= len(_KEY_SHIFTS)
+    return torch.tensor([[False], [True]], device=device)
 
 
 def stream(width: int, code: int) -> int:
@@ -80,14 +82,16 @@ def stream(width: int, code: int) -> int:
 def bits32(key: torch.Tensor, stream: int, count: int) -> torch.Tensor:
     """``count`` uniform 32-bit numbers, int64 of shape (count,); count <= 2^32.
 
-    key: `round_keys` of the step's seed. stream: which of the key's independent sequences, any int >= 0.
+    key: `round_keys` of the step's seed, or `region_keys`, whose lower halves are read; they are not cut off by themselves, or
+    the partitioner would take its choices between them and the key. stream: which of the key's independent sequences, any
+    int >= 0.
     """
     x = torch.arange(count, dtype=torch.int64, device=key.device) ^ (step_seed(stream, 0) & _MASK32)
     for i, (multiplier, shift) in enumerate(zip(_MULTIPLIERS, _SHIFTS, strict=True)):
         if i == 2:
             x = x ^ (step_seed(stream, 1) & _MASK32)
-        x = (((x ^ key[i]) * multiplier) >> shift) & _MASK32
-    return x
+        x = (((x ^ key[i]) & _MASK32) * multiplier) >> shift
+    return x & _MASK32
 
 
 def signs(key: torch.Tensor, stream: int, count: int) -> torch.Tensor:
