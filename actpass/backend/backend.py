@@ -238,9 +238,10 @@ def _with_arguments(record: Record, config: Config, paths: Sequence[str]) -> Rec
         f"the gradients of {', '.join(paths[:3])}{more} are exact, because these are arguments of the compiled function (as "
         "with torch.func.functional_call) and not parameters of a module, whose weight gradients alone are projected"
     )
-    if config.projects:
+    if config.projects or config.contracts_codes:
+        does = "projects" if config.projects else "casts"
         warnings.warn(
-            f"actpass: {config.tensor_options.described} projects nothing here: {note}. Compile the module itself.",
+            f"actpass: {config.tensor_options.described} {does} nothing here: {note}. Compile the module itself.",
             ActpassWarning,
             stacklevel=2,
         )

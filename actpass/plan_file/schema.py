@@ -47,7 +47,8 @@ def parse(text: str, source: str) -> tuple[tuple[Plan, ...], str]:
 
 
 def region(where: str, value: Any) -> Plan:
-    """One region from plain data, `Plan.to_dict` without its version. Older files lack ``peak_growth``."""
+    """One region from plain data, `Plan.to_dict` without its version. Older files lack ``peak_growth``, and in their decisions
+    ``wgrad`` and ``rounding``."""
     if isinstance(value, Mapping):
         value = {"peak_growth": None, **cast(Mapping[str, Any], value)}
     return Plan(**_record(_REGION)(where, value))
@@ -166,6 +167,8 @@ _DECISION: dict[str, Check] = {
     "project_in": _optional(_one_of("forward", "backward")),
     "extra_flops": _integer(-_LARGEST),
     "linear": _flag,
+    "wgrad": _optional(_one_of("fp8")),
+    "rounding": _optional(_one_of("stochastic", "nearest")),
 }
 _STORAGE: dict[str, Check] = {
     "node": _text,
@@ -200,11 +203,21 @@ _PREDICTED: dict[str, Check] = {
 
 
 def _decision(where: str, value: Any) -> Decision:
+    if isinstance(value, Mapping):
+        value = {"wgrad": None, "rounding": None, **cast(Mapping[str, Any], value)}
     decision = Decision(**_record(_DECISION)(where, value))
-    if (decision.projection is None) != (decision.rank is None) or (decision.rank is None) != (decision.project_in is None):
-        shown = {"projection": decision.projection, "rank": decision.rank, "project_in": decision.project_in}
-        raise _error(where, shown, "projection, rank and project_in all null, or none of them")
+    d, given = decision, {name: getattr(decision, name) for name in _TOGETHER}
+    by = (d.projection, d.rank) if d.wgrad is None else (d.wgrad, d.rounding)
+    others = (d.wgrad, d.rounding) if d.wgrad is None else (d.projection, d.rank)
+    if any(o is not None for o in others) or len({v is None for v in (*by, d.project_in)}) > 1:
+        allowed = "projection, rank and project_in; or wgrad, rounding and project_in; or none of them, and all others null"
+        raise _error(where, given, allowed)
+    if d.wgrad is not None and not d.matmuls:
+        raise _error(f"{where}.wgrad", d.wgrad, "null where there are no matmuls")
     return decision
+
+
+_TOGETHER = ("projection", "rank", "wgrad", "rounding", "project_in")
 
 
 def _storage(where: str, value: Any) -> Storage:
