@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from actpass.analysis.partitioned import PartitionedGraph
@@ -123,7 +124,7 @@ def _fp8_obstacle(matmuls: Sequence[fx.Node]) -> str | None:
         if foreign is not None:
             return f"a factor of {str(foreign).removeprefix('torch.')}"
         sizes = [*factors[0].shape, factors[1].shape[-1]]
-        if not all(isinstance(size, int) for size in sizes):
+        if any(isinstance(size, torch.SymInt) for size in sizes):
             return f"sizes that change from call to call, and a matmul in fp8 takes multiples of {MULTIPLE}"
         odd = next((size for size in sizes if size % MULTIPLE), None)
         if odd is not None:

@@ -1,8 +1,8 @@
 """Weight gradients from codes of 8 bits: dW = dy^T x is one matmul of float8_e4m3 codes, and neither factor is decoded.
 
 A tensor of the contraction is seen as (R, T): R features, T tokens. Its codes lie in that order, tokens contiguous, as the
-matmuls of Hopper and newer take both factors. scale: fp32, of each feature (R, 1), or of the tensor (); multiplied with codes it
-gives values. Both factors are rounded stochastically and independently of each other, so that E[dW] is exact.
+matmuls of Hopper and newer take both factors. scale: fp32, of each feature (R, 1), or of the tensor (); codes times scale are
+values. Both factors are rounded stochastically and independently of each other, so that E[dW] is exact.
 
 Source of the format: Micikevicius et al., "FP8 formats for deep learning", 2022, arXiv 2209.05433.
 """
@@ -50,7 +50,7 @@ def scale_of(x: torch.Tensor, *, by_row: bool) -> torch.Tensor:
 def cast(x: torch.Tensor, scale: torch.Tensor, drawn: Sequence[torch.Tensor]) -> torch.Tensor:
     """The codes of ``x`` (R, T), of its shape and contiguous. drawn: `noise` for stochastic rounding; none: to nearest.
 
-    Stochastic: the codes times the scale are ``x`` in expectation, any two elements of a row or a column independently; variance
+    Stochastic: codes times scale are ``x`` in expectation, any two elements of a row or a column independently; variance
     ulp^2 f (1 - f). A NaN or an infinity makes all that has its scale NaN, never a number."""
     steps, uniform = (x.to(torch.float32) * (1.0 / scale)).unsqueeze(1), None
     if drawn:

@@ -30,7 +30,8 @@ class TensorOptions:
     the rank at which tensors with other uses than weight gradients are stored and reconstructed; None: they are not; `DEFAULT`:
     the projection's own. projection_scaling: ``unbiased`` (E[P P^T] = I) or ``orthonormal`` (E[P^T P] = I, for an optimizer in
     the subspace). wgrad: ``fp8``: weight gradients are matmuls of codes in 8 bits, where they can be; not with a projection;
-    None: they are exact, or projected. group_size: elements that share a scale (None: the codec's own). rounding, hadamard_rotation: of codecs.
+    None: they are exact, or projected. group_size: elements that share a scale (None: the codec's own). rounding: of codecs and
+    of ``wgrad``. hadamard_rotation: of codecs.
     forced: whether an override names the module.
     """
 

@@ -117,7 +117,8 @@ class RegionState:
     is recomputed, where a policy says. exact: the cut with all
     exact. cut: where the graph is cut now. uncoded: that cut before anything was stored in fewer bits. plan: what was decided
     so far. decoded: the tensors that are stored as projections, by node. inserted: nodes of passes. payloads: a projected
-    decision -> node of its z; one of codes -> node of these. scales: one of codes -> node of their scale. sketches: nodes that are returned for learned subspaces. lifts: a weight gradient as it is
+    decision -> node of its z; one of codes -> node of these. scales: one of codes -> node of their scale. sketches: nodes that
+    are returned for learned subspaces. lifts: a weight gradient as it is
     formed now -> its coefficients and the decision; without those that something is added to in the same matmul. notes: what
     the user should know. off: what was given up, and why. stages: what
     each pass made.

@@ -52,8 +52,8 @@ class Partition:
         where upstream finds fewer bytes that way, as where a projection is stored in place of what was to be rebuilt.
 
         And of every projected site, and of every one that is cast for its weight gradients, exactly what the plan says crosses.
-        ``project_in="forward"``: z (its codes) crosses and x does not. ``"backward"``: z does not cross. And together no more bytes cross than in the exact cut, but for the bases and the
-        seed."""
+        ``project_in="forward"``: z (its codes) crosses and x does not. ``"backward"``: z does not cross. And together no more
+        bytes cross than in the exact cut, but for the bases and the seed."""
         _check_again(after)
         if not after.plan.rewrites:
             return

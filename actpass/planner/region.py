@@ -23,7 +23,6 @@ from actpass.plan.sensitivity import Sensitivity
 from actpass.plan.storage_options import Costs
 from actpass.plan.store import StoredBytes
 
-
 CAST = "its codes in fp8 are stored, which its weight gradients are formed of"
 
 
