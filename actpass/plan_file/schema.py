@@ -202,22 +202,24 @@ _PREDICTED: dict[str, Check] = {
 }
 
 
+_TOGETHER = ("projection", "rank", "project_in", "wgrad", "rounding")
+
+
 def _decision(where: str, value: Any) -> Decision:
     if isinstance(value, Mapping):
         value = {"wgrad": None, "rounding": None, **cast(Mapping[str, Any], value)}
     decision = Decision(**_record(_DECISION)(where, value))
-    d, given = decision, {name: getattr(decision, name) for name in _TOGETHER}
-    by = (d.projection, d.rank) if d.wgrad is None else (d.wgrad, d.rounding)
-    others = (d.wgrad, d.rounding) if d.wgrad is None else (d.projection, d.rank)
-    if any(o is not None for o in others) or len({v is None for v in (*by, d.project_in)}) > 1:
-        allowed = "projection, rank and project_in; or wgrad, rounding and project_in; or none of them, and all others null"
+    projected, coded = (decision.projection, decision.rank), (decision.wgrad, decision.rounding)
+    by, others = (projected, coded) if decision.wgrad is None else (coded, projected)
+    if len({v is None for v in (*by, decision.project_in)}) > 1 or any(v is not None for v in others):
+        given = {name: getattr(decision, name) for name in _TOGETHER}
+        allowed = "projection, rank and project_in all null, or none of them, and without wgrad no rounding"
+        if decision.wgrad is not None:
+            allowed = "wgrad, rounding and project_in together, projection and rank null"
         raise _error(where, given, allowed)
-    if d.wgrad is not None and not d.matmuls:
-        raise _error(f"{where}.wgrad", d.wgrad, "null where there are no matmuls")
+    if decision.wgrad is not None and not decision.matmuls:
+        raise _error(f"{where}.wgrad", decision.wgrad, "null where there are no matmuls")
     return decision
-
-
-_TOGETHER = ("projection", "rank", "wgrad", "rounding", "project_in")
 
 
 def _storage(where: str, value: Any) -> Storage:
