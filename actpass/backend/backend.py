@@ -84,8 +84,9 @@ def actcomp(
       None. Biased where the use is nonlinear; fused attention's tensors stay as they are.
     - ``projection_scaling``: ``"unbiased"`` (default, E[P P^T] = I), or ``"orthonormal"`` (E[P^T P] = I, for an optimizer
       inside a fixed subspace).
-    - ``rounding``: of codecs and ``wgrad``: ``"stochastic"`` (unbiased), ``"nearest"`` (half the variance or less), or ``"auto"``
-      (default): stochastic where the backward is linear in the tensor, so that the gradient stays unbiased, else nearest.
+    - ``rounding``: of codecs and of ``wgrad``: ``"stochastic"`` (unbiased), ``"nearest"`` (half the variance or less), or
+      ``"auto"`` (default): stochastic where the backward is linear in the tensor, so that the gradient stays unbiased, else
+      nearest.
     - ``group_size``: elements that share a scale (default: the codec's own, 32 or 64).
     - ``hadamard_rotation``: True spreads outliers by a Hadamard rotation of each group (default False).
     - ``min_tensor_bytes``: smaller tensors are stored as they are (default 16384).
