@@ -1,7 +1,7 @@
 """Weight gradients from codes of 8 bits: dW = dy^T x is one matmul of float8_e4m3 codes, and neither factor is decoded.
 
 A tensor of the contraction is seen as (R, T): R features, T tokens. Its codes lie in that order, tokens contiguous, as the
-matmuls of Hopper and newer take both factors. scale: fp32, of each feature (R, 1), or of the tensor (); codes times scale are
+matmuls of Hopper and newer take both factors. scale: fp32, of each feature (R,), or of the tensor (); codes times scale are
 values. Both factors are rounded stochastically and independently of each other, so that E[dW] is exact.
 
 Source of the format: Micikevicius et al., "FP8 formats for deep learning", 2022, arXiv 2209.05433.
@@ -41,28 +41,34 @@ def noise(seed: torch.Tensor, features: int, tokens: int, draw: int) -> tuple[to
 
 
 def scale_of(x: torch.Tensor, *, by_row: bool) -> torch.Tensor:
-    """fp32, (R, 1) or (), of ``x`` (R, T): its largest magnitude, and a little more, is the largest code."""
+    """fp32, (R,) or (), of ``x`` (R, T): its largest magnitude, and a little more, is the largest code."""
     values = x.to(torch.float32).abs()
-    largest = values.amax(-1, keepdim=True) if by_row else values.amax()
+    largest = values.amax(-1) if by_row else values.amax()
     return (largest * (_MARGIN / E4M3.largest)).clamp_min(_SMALLEST_SCALE)
 
 
 def cast(x: torch.Tensor, scale: torch.Tensor, drawn: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The codes of ``x`` (R, T), of its shape and contiguous. drawn: `noise` for stochastic rounding; none: to nearest.
+    """The codes of ``x`` (R, T), contiguous (R, 1, T). drawn: `noise` for stochastic rounding; none: to nearest.
 
     Stochastic: codes times scale are ``x`` in expectation, any two elements of a row or a column independently; variance
-    ulp^2 f (1 - f). A NaN or an infinity makes all that has its scale NaN, never a number."""
-    steps, uniform = (x.to(torch.float32) * (1.0 / scale)).unsqueeze(1), None
+    ulp^2 f (1 - f). A NaN or an infinity makes all that has its scale NaN, never a number.
+
+    Of three axes, so that a matmul reads a view of them: what it reads as it was made Inductor lays out in any order, and on a
+    GPU this one takes factors with tokens contiguous alone."""
+    steps, uniform = x.to(torch.float32).unsqueeze(1) * (1.0 / scale).reshape(-1, 1, 1), None
     if drawn:
         uniform = uniforms(drawn, steps.shape, E4M3.random_bits, 0, E4M3.noise_bits)
-    return E4M3.round(steps, uniform).squeeze(1).contiguous()
+    return E4M3.round(steps, uniform).contiguous()
 
 
 def multiply(
     a: torch.Tensor, scale_a: torch.Tensor, b: torch.Tensor, scale_b: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """a b^T of codes (P, T) and (Q, T) -> (P, Q) in ``dtype``: one matmul of the device's own in fp8. A CPU has none, and forms
-    the same sums of the same codes more slowly than an exact product."""
-    made = dtype if scaled_by_row(dtype) else torch.float32
-    right = scale_b.reshape(1, -1) if scale_b.dim() else scale_b
-    return torch.ops.aten._scaled_mm.default(a, b.t(), scale_a, right, None, None, made).to(dtype)
+    """a b^T of codes (P, 1, T) and (Q, 1, T) -> (P, Q) in ``dtype``: one matmul of the device's own in fp8. A CPU has none, and
+    forms the same sums of the same codes more slowly than an exact product."""
+    if not scaled_by_row(dtype):
+        made = torch.ops.aten._scaled_mm.default(a.squeeze(1), b.squeeze(1).t(), scale_a, scale_b, None, None, torch.float32)
+        return made.to(dtype)
+    rows, columns = len(scale_a), len(scale_b)  # strides as the matmul checks them: those of a view Inductor leaves at 0
+    scales = scale_a.as_strided((rows, 1), (1, 1)), scale_b.as_strided((1, columns), (columns, 1))
+    return torch.ops.aten._scaled_mm.default(a.squeeze(1), b.squeeze(1).t(), *scales, None, None, dtype)

@@ -32,7 +32,7 @@ from actpass.passes.project_weight_gradients import BACKWARD_ONLY
 from actpass.plan import Decision
 
 Codes = tuple[fx.Node, fx.Node]
-"""The codes of a tensor, (R, T), and their scale."""
+"""The codes of a tensor, (R, 1, T), and their scale."""
 LEAST_CAPABILITY = (9, 0)
 """Of a CUDA device whose matmuls in fp8 take both factors with scales (Hopper)."""
 
@@ -124,7 +124,7 @@ class _Casting:
             self._replace(self.nodes[member.node], codes, by_row, decision, left=left)
 
     def _cast(self, factor: fx.Node, transpose: bool, by_row: bool, decision: Decision) -> Codes:
-        """The codes of ``factor``, or of its transpose, (R, T)."""
+        """The codes of ``factor``, or of its transpose."""
         val = value(factor)
         features, tokens = reversed(val.shape) if transpose else val.shape
         drawn: tuple[fx.Node, ...] = ()
