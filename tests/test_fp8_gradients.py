@@ -22,6 +22,7 @@ from actpass.errors import OptionError, PlanError
 from actpass.options import parse
 from actpass.passes.contract_from_codes import check_device
 from actpass.reporting import Record
+from actpass.torch_compat import FakeTensorMode
 
 from .helpers import assert_close, assert_equal, eager_actcomp, error, step
 from .tracing import JointGraph, trace
@@ -112,6 +113,19 @@ def test_products_of_codes_are_those_of_their_values(dtype: torch.dtype):
     values = [c.squeeze(1).double() * s.double().reshape(-1, 1) for c, s in pairs]
     assert got.dtype == dtype
     assert error(got, values[0] @ values[1].t()) < {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(dtype, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_gpus_matmul_takes_codes_and_scales_as_they_are_made(dtype: torch.dtype):
+    """By what torch checks of tensors on a CUDA device: factors in order, sizes, scales."""
+    with FakeTensorMode():
+        x, dy = (torch.empty(64, features, device="cuda") for features in (48, 32))
+        pairs = [(cast(t.t(), s, ()), s) for t in (dy, x) for s in [scale_of(t.t(), by_row=dtype == torch.bfloat16)]]
+        made = multiply(*pairs[0], *pairs[1], dtype)
+        assert (made.shape, made.dtype, made.device.type) == ((32, 48), dtype, "cuda")
+        codes, one = pairs[0][0].squeeze(1), torch.ones((), device="cuda")
+        with pytest.raises(RuntimeError, match="row_major"):
+            torch.ops.aten._scaled_mm(codes.t(), codes, one, one, None, None, dtype)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -381,6 +395,21 @@ def test_an_adapters_narrow_factors_are_left_exact_unless_they_are_named():
     assert found["a.weight"] == "backward"
     found = ways(only(explained(Module(adapted, **parts), inputs, module_overrides={"up": {"wgrad": "fp8"}})))
     assert found["up.weight"] in ("forward", "backward")
+
+
+def test_weights_that_are_read_as_they_are_or_twice_are_formed_of_codes_too():
+    """dWᵀ = xᵀ dy, x the first factor; and a gradient that is the sum of two products."""
+    w = nn.Parameter(torch.randn(32, 48) * 0.1)
+    twice = Module(lambda m, x: m.a(F.gelu(m.a(x.exp() @ m.w @ m.w.t()))), w=w, a=nn.Linear(32, 32))
+    inputs = {"x": torch.randn(64, 32)}
+    record = only(explained(twice, inputs))
+    assert set(ways(record)) == {"w", "a.weight"}
+    assert {d["wgrad"] for d in record.plan["decisions"]} == {"fp8"}
+    graph = trace(twice, inputs)
+    exact, fp8 = (graph.compiled(**{**FP8, "wgrad": way, "rounding": "nearest"}) for way in (None, "fp8"))
+    assert len(fp8.backward.graph.find_nodes(op="call_function", target=SCALED_MM)) == 4
+    want, got = (graph.run(c.forward, c.backward).gradients for c in (exact, fp8))
+    assert_close({n: got[n] for n in ("w", "a.weight")}, {n: want[n] for n in ("w", "a.weight")}, 0.1)
 
 
 # ---- options and plans

@@ -619,8 +619,8 @@ class InFp8(nn.Module):
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
 @pytest.mark.parametrize("options", [{"policy": "exact"}, {"policy": "auto"}, {"policy": "exact", "wgrad": "fp8"}], ids=str)
 def test_of_a_model_that_computes_in_fp8_its_own_operand_is_saved(recipe: str, options: dict[str, Any]):
-    """torchao's: the forward's cast is of the same numbers as the backward's, and its codes cross, a byte an element. What 8 bits
-    of ours move over a rounding boundary of the model's own e4m3 is off by 2^-4."""
+    """torchao's: the forward's cast is of the same numbers as the backward's, and its codes cross, a byte an element. What our
+    8 bits move over a rounding boundary of the model's own e4m3 is off by 2^-4."""
     float8 = pytest.importorskip("torchao.float8")
     torch.manual_seed(0)
     model = float8.convert_to_float8_training(InFp8(), config=float8.Float8LinearConfig.from_recipe_name(recipe))

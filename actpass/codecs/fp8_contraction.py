@@ -24,8 +24,8 @@ _SMALLEST_SCALE = 2.0**-120
 
 
 def scaled_by_row(dtype: torch.dtype) -> bool:
-    """Whether a product of ``dtype`` may have a scale for each row and column. Row-wise scales come with bfloat16 results
-    alone, a scale for each tensor with float32 ones (torch 2.13 to 2.15)."""
+    """Whether a product of ``dtype`` has a scale for each row and column. All kernels that torch may choose take those with
+    bfloat16 results, some with others (torch 2.13 to 2.15); a scale for each tensor goes with float32."""
     return dtype == torch.bfloat16
 
 
