@@ -119,11 +119,16 @@ def test_products_of_codes_are_those_of_their_values(dtype: torch.dtype):
 def test_a_gpus_matmul_takes_codes_and_scales_as_they_are_made(dtype: torch.dtype):
     """By what torch checks of tensors on a CUDA device: factors in order, sizes, scales."""
     with FakeTensorMode():
-        x, dy = (torch.empty(64, features, device="cuda") for features in (48, 32))
-        pairs = [(cast(t.t(), s, ()), s) for t in (dy, x) for s in [scale_of(t.t(), by_row=dtype == torch.bfloat16)]]
-        made = multiply(*pairs[0], *pairs[1], dtype)
+        pairs: list[torch.Tensor] = []
+        for features in (32, 48):
+            t = torch.empty(64, features).t()
+            scale = scale_of(t, by_row=dtype == torch.bfloat16)
+            pairs += [
+                torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="cuda") for a in (cast(t, scale, ()), scale)
+            ]
+        made = multiply(*pairs, dtype)
         assert (made.shape, made.dtype, made.device.type) == ((32, 48), dtype, "cuda")
-        codes, one = pairs[0][0].squeeze(1), torch.ones((), device="cuda")
+        codes, one = pairs[0].squeeze(1), torch.ones((), device="cuda")
         with pytest.raises(RuntimeError, match="row_major"):
             torch.ops.aten._scaled_mm(codes.t(), codes, one, one, None, None, dtype)
 
