@@ -20,6 +20,7 @@ from actpass.ir.fingerprint import fingerprint, plain_inputs
 from actpass.ir.joint_graph import Joint, module_path
 from actpass.passes.base import Pass, RegionState, Stage
 from actpass.passes.chunked_loss import ChunkedLoss
+from actpass.passes.contract_from_codes import ContractFromCodes
 from actpass.passes.low_rank_gradients import LowRankGradients
 from actpass.passes.merge_duplicates import MergeDuplicates
 from actpass.passes.partition import Partition, cut
@@ -44,7 +45,14 @@ PREPARE: tuple[Pass, ...] = (SpellFlips(), SumOneHots(), MergeDuplicates(), Save
 """Before anything is decided."""
 SPLIT_LOSS: tuple[Pass, ...] = (ChunkedLoss(), ScatterOntoSums())
 """Before a plan is made."""
-CARRY_OUT: tuple[Pass, ...] = (ProjectWeightGradients(), LowRankGradients(), Partition(), ProjectSaved(), QuantizeSaved())
+CARRY_OUT: tuple[Pass, ...] = (
+    ProjectWeightGradients(),
+    ContractFromCodes(),
+    LowRankGradients(),
+    Partition(),
+    ProjectSaved(),
+    QuantizeSaved(),
+)
 """What a plan asks for."""
 PASSES = (*PREPARE, *SPLIT_LOSS, *CARRY_OUT)
 

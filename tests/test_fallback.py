@@ -35,6 +35,7 @@ STAGES = {
 """Where a bug may be beside the passes, and a method that goes there."""
 GOES_THROUGH = {
     "project_weight_gradients": "haar",
+    "contract_from_codes": "exact",
     "low_rank_gradients": "low_rank",
     "partition": "haar",
     "project_saved": "prac",

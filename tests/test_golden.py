@@ -168,12 +168,26 @@ def tied_toy() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     return TiedToy(), {"tokens": torch.arange(32) % 20}
 
 
+class WideToy(Toy):
+    """Features and rows that a matmul in fp8 takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False)
+
+
+def wide_toy() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    return WideToy(), {"x": torch.randn(32, 16)}
+
+
 PROJECTED = {"projection": "haar", "rank": 2, "skip_unprofitable": False}
 TOYS_OF_PASSES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "sum_one_hots": (tied_toy, {}),
     "chunked_loss": (tied_toy, {"chunked_loss": 16}),
     "scatter_onto_sums": (tied_toy, {"chunked_loss": 16}),
     "project_weight_gradients": (toy, PROJECTED),
+    "contract_from_codes": (wide_toy, {"wgrad": "fp8", "rounding": "nearest"}),
     "low_rank_gradients": (toy, {**PROJECTED, "weight_gradient_format": "low_rank"}),
     "partition": (toy, PROJECTED),
     "project_saved": (toy, {"projection": "prac", "rank": 4, "skip_unprofitable": False}),

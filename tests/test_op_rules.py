@@ -35,6 +35,11 @@ def _x(*shape: int, seed: int = 0) -> Tensor:
     return ((order + 0.37 + 0.01 * seed) / count * 0.8 + 0.1).to(torch.float64).reshape(shape)
 
 
+def _codes(rows: int, columns: int) -> Tensor:
+    return _x(rows, columns).float().to(torch.float8_e4m3fn)
+
+
+ONE = torch.tensor(1.0)
 X, Y, ROW, MASK = _x(2, 3), _x(2, 3, seed=1), _x(3, seed=2), torch.tensor([[True, False, True], [False, False, True]])
 PLACES, LABELS = torch.tensor([[2, 0], [1, 2]]), torch.tensor([2, 0])
 Q, K, V = _x(1, 2, 3, 4), _x(1, 2, 5, 4, seed=1), _x(1, 2, 5, 4, seed=2)
@@ -85,6 +90,7 @@ SAMPLES: dict[Any, Sample] = {
     aten.bmm.default: [_x(2, 3, 4), _x(2, 4, 5)],
     aten.addmm.default: [_x(2, 4, seed=4), X, _x(3, 4)],
     aten.baddbmm.default: [_x(2, 3, 5, seed=4), _x(2, 3, 4), _x(2, 4, 5)],
+    aten._scaled_mm.default: [_codes(16, 32), _codes(48, 32).t(), ONE, ONE, None, None, torch.float32],
     aten.pow.Scalar: [2.0, X],
     aten.pow.Tensor_Scalar: [X, 2.0],
     aten.acosh.default: [X + 1],
@@ -247,6 +253,9 @@ def moves(operator: Any, row: OpRule, args: Sample) -> None:
 
 
 def is_linear_in_each_group(operator: Any, row: OpRule, args: Sample) -> None:
+    if operator is aten._scaled_mm.default:  # of codes, of which no sum is one: it is their product
+        multiplies(operator, row, args)
+        return
     for group in row.linear:
         a, b = (0.25, 0.75) if row.attention and group != (0,) else (2.0, -3.0)  # of dv, v and out are no part
         other = changed(args, group, lambda t: t.flip(0) * 0.3 + 0.2)
@@ -388,7 +397,7 @@ def multiplies(operator: Any, row: OpRule, args: Sample) -> None:
         torch.testing.assert_close(run(operator, args).float(), torch.cat(want), rtol=2**-7, atol=2**-7)
         assert matmul_flops(node_of(operator, args)) == 2 * 8 * 16 * 8
         return
-    want = left @ right
+    want = left @ right if left.itemsize > 1 else left.float() @ right.float()
     if row.matmul.addend is not None:
         want = want + args[row.matmul.addend]
     torch.testing.assert_close(run(operator, args), want)

@@ -10,7 +10,7 @@ from torch import fx
 
 from actpass.analysis.linearity import consumers
 from actpass.ir.joint_graph import is_view, rule_of, value
-from actpass.ir.op_queries import is_cast, is_matmul, is_pointwise
+from actpass.ir.op_queries import FOR_CODES, is_cast, is_matmul, is_pointwise
 from actpass.ir.op_rules import OP_RULES
 from actpass.plan import RECOMPUTED_SCORE, SCORE, Role
 from actpass.torch_compat import OpOverload, size_hint
@@ -110,7 +110,7 @@ def _places(user: fx.Node) -> tuple[tuple[int, ...], tuple[int, ...], int | None
 
 
 def _is_step(node: fx.Node) -> bool:
-    return rule_of(node).domain == "step"
+    return rule_of(node).domain == "step" and FOR_CODES not in node.meta
 
 
 def _softmax_is_formed_again(scores: fx.Node, learned: set[str]) -> bool:
@@ -144,6 +144,8 @@ def opaque_users(tensor: fx.Node | None) -> set[str]:
 
 def _is_fragile(user: fx.Node, node: fx.Node) -> bool:
     row = rule_of(user)
+    if FOR_CODES in user.meta:
+        return False
     if row.domain in ("unbounded", "step"):
         return True
     if row.divisor is not None:

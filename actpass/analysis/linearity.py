@@ -17,7 +17,7 @@ from typing import Any, Literal, cast
 from torch import fx
 
 from actpass.ir.joint_graph import is_view, rule_of, value
-from actpass.ir.op_queries import is_cast
+from actpass.ir.op_queries import FOR_CODES, OF_A_SCALE, is_cast
 
 UseKind = Literal["contraction", "linear", "nonlinear"]
 
@@ -103,6 +103,8 @@ def _degree(node: fx.Node, degree_one: Mapping[fx.Node, int]) -> tuple[int, int]
         return 0
 
     args = node.args
+    if FOR_CODES in node.meta:
+        return (0 if OF_A_SCALE in node.meta else reached), 0
     if is_cast(node) and not value(node).dtype.is_floating_point:
         return 0, reached
     if is_view(node) or node.target is operator.getitem:

@@ -9,6 +9,7 @@ from functools import cached_property
 from torch import fx
 
 from actpass.analysis.linearity import Uses
+from actpass.ir.op_queries import FOR_CODES
 from actpass.memory.footprint import Footprint, step_peak
 from actpass.memory.liveness import timeline
 from actpass.memory.program import Timeline
@@ -79,6 +80,11 @@ class PartitionedGraph:
     def timelines(self) -> tuple[Timeline, Timeline]:
         """Live bytes over the forward and over the backward, see `actpass.memory.liveness`."""
         return timeline(self.forward), timeline(self.backward, self.arrives)
+
+    @cached_property
+    def casts(self) -> Mapping[str, tuple[str, ...]]:
+        """By node of the backward that reads a tensor to cast it for weight gradients, the parameters that these are of."""
+        return {n.name: n.meta[FOR_CODES] for n in self.backward.graph.nodes if FOR_CODES in n.meta}
 
     @cached_property
     def uses(self) -> Uses:

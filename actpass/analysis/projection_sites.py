@@ -6,12 +6,15 @@ import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from actpass.analysis.partitioned import PartitionedGraph
 from actpass.analysis.saved_tensors import Scores
 from actpass.analysis.weight_gradients import WeightGradientMatmul, WeightGradientMatmuls
+from actpass.codecs.fp8_contraction import CASTABLE, MULTIPLE, codes_bytes, scaled_by_row
 from actpass.ir.joint_graph import Joint, module_path, storage_root, value
+from actpass.ir.op_queries import factors_of
 from actpass.plan import Candidate, SavedTensor
 from actpass.torch_compat import size_hint
 
@@ -35,7 +38,7 @@ def find_projection_sites(
     names = [c.node for c in finding.contractions]
     longer = sorted(max(c.width, c.out) for c in finding.contractions)
     typical = longer[len(longer) // 2] if longer else 0
-    return [_candidate(nodes[members[0].x], members, exact, names, typical) for members in groups.values()]
+    return [_candidate(nodes, members, exact, names, typical) for members in groups.values()]
 
 
 def find_owners(
@@ -83,9 +86,15 @@ def _nearest(module: str, paths: Sequence[str]) -> str:
 
 
 def _candidate(
-    x: fx.Node, members: list[WeightGradientMatmul], exact: PartitionedGraph, contractions: list[str], typical: int
+    nodes: Mapping[str, fx.Node],
+    members: list[WeightGradientMatmul],
+    exact: PartitionedGraph,
+    contractions: list[str],
+    typical: int,
 ) -> Candidate:
-    first, root = members[0], storage_root(x)
+    first = members[0]
+    x, matmuls = nodes[first.x], [nodes[c.node] for c in members]
+    root = storage_root(x)
     return Candidate(
         name=x.name,
         matmuls=tuple(c.node for c in members),
@@ -100,7 +109,29 @@ def _candidate(
         rank_multiple=max(c.rank_multiple for c in members),
         frees=_only_contracted(exact, root.name, contractions),
         narrow=min(first.width, max(c.out for c in members)) * NARROW < typical,
+        fp8_obstacle=_fp8_obstacle(matmuls),
+        fp8_bytes=codes_bytes(first.width, first.tokens, by_row=all(scaled_by_row(value(m).dtype) for m in matmuls)),
     )
+
+
+def _fp8_obstacle(matmuls: Sequence[fx.Node]) -> str | None:
+    """Why ``matmuls``, weight gradients that read one tensor, can't be matmuls in fp8; None: they can."""
+    for matmul in matmuls:
+        factors = [value(a) for a in factors_of(matmul)]
+        if value(matmul).dim() != 2:
+            return "batched or grouped, and a matmul in fp8 takes two matrices"
+        foreign = next((v.dtype for v in (*factors, value(matmul)) if v.dtype not in CASTABLE), None)
+        if foreign is not None:
+            return f"a factor of {str(foreign).removeprefix('torch.')}"
+        sizes = [*factors[0].shape, factors[1].shape[-1]]
+        if any(isinstance(size, torch.SymInt) for size in sizes):
+            return f"sizes that change from call to call, and a matmul in fp8 takes multiples of {MULTIPLE}"
+        odd = next((size for size in sizes if size % MULTIPLE), None)
+        if odd is not None:
+            return f"{odd} is no multiple of {MULTIPLE}, which a matmul in fp8 takes"
+    if len({value(m).dtype for m in matmuls}) > 1:
+        return "gradients of more than one dtype"
+    return None
 
 
 def _only_contracted(exact: PartitionedGraph, root: str, contractions: list[str]) -> bool:

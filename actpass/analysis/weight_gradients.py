@@ -170,6 +170,8 @@ def _unusable(joint: Joint, node: fx.Node, on_walk: set[fx.Node]) -> str | None:
     x = factors_of(node)[1 if factors_of(node)[0] in joint.backward else 0]
     if not value(x).is_floating_point():
         return f"x is {value(x).dtype}, not a floating-point tensor"
+    if node.target is aten._scaled_mm.default:
+        return "the model's own matmul in fp8"
     if any(n.meta.get("recompute") in _RECOMPUTED for n in (x, storage_root(x))):
         return "inside activation checkpointing: x is recomputed and saves nothing"
     if not isinstance(_width(joint, node), int):

@@ -70,6 +70,10 @@ def actcomp(
       ``"sparse"``, ``"haar"``, ``"srht"``), or a subspace that follows the data (``"pca"``, ``"prac"``, ``"oasis"``,
       ``"sampled"``, see `actpass.codecs.projections.learned` and `actpass.runtime.subspaces`). Default: none, weight
       gradients are exact.
+    - ``wgrad``: ``"fp8"``: each weight gradient is one matmul of the codes of x and dy in float8_e4m3, which are not decoded,
+      where tokens and features are multiples of 16; see `actpass.codecs.fp8_contraction`. Where x is saved for weight gradients
+      alone its codes are saved in its place; elsewhere it is cast in the backward. Default: None. Not with a projection. On
+      CUDA devices of capability 9.0 (Hopper) or newer; on a CPU it is emulated, for what it does to a loss.
     - ``rank``: of a projection: an int (directions), a float in (0, 1] (a fraction of the width; default 0.25, `prac` 0.6,
       half of which follows the data), or, of seeded ones and `prac`, ``"budget"``: layer by layer from ``memory_budget``,
       where the projection is stored in place of its input (see `actpass.plan.rank_allocation`), elsewhere exact; nothing is
@@ -80,8 +84,9 @@ def actcomp(
       None. Biased where the use is nonlinear; fused attention's tensors stay as they are.
     - ``projection_scaling``: ``"unbiased"`` (default, E[P P^T] = I), or ``"orthonormal"`` (E[P^T P] = I, for an optimizer
       inside a fixed subspace).
-    - ``rounding``: of codecs: ``"stochastic"`` (unbiased), ``"nearest"`` (half the variance or less), or ``"auto"``
-      (default): stochastic where the backward is linear in the tensor, so that the gradient stays unbiased, else nearest.
+    - ``rounding``: of codecs and of ``wgrad``: ``"stochastic"`` (unbiased), ``"nearest"`` (half the variance or less), or
+      ``"auto"`` (default): stochastic where the backward is linear in the tensor, so that the gradient stays unbiased, else
+      nearest.
     - ``group_size``: elements that share a scale (default: the codec's own, 32 or 64).
     - ``hadamard_rotation``: True spreads outliers by a Hadamard rotation of each group (default False).
     - ``min_tensor_bytes``: smaller tensors are stored as they are (default 16384).
@@ -238,9 +243,10 @@ def _with_arguments(record: Record, config: Config, paths: Sequence[str]) -> Rec
         f"the gradients of {', '.join(paths[:3])}{more} are exact, because these are arguments of the compiled function (as "
         "with torch.func.functional_call) and not parameters of a module, whose weight gradients alone are projected"
     )
-    if config.projects:
+    if config.projects or config.contracts_codes:
+        does = "projects" if config.projects else "casts"
         warnings.warn(
-            f"actpass: {config.tensor_options.described} projects nothing here: {note}. Compile the module itself.",
+            f"actpass: {config.tensor_options.described} {does} nothing here: {note}. Compile the module itself.",
             ActpassWarning,
             stacklevel=2,
         )

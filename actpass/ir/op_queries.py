@@ -10,6 +10,12 @@ from torch.utils import _pytree as pytree
 
 from actpass.ir.joint_graph import is_view, rule_of
 
+FOR_CODES = "actpass_for_codes"
+"""In a node's meta, of one that casts a factor of weight gradients to codes: the parameters whose gradients those are. What it
+reads is the factor, as far as an analysis goes, and what it makes is linear in it: rounding is unbiased."""
+OF_A_SCALE = "actpass_of_a_scale"
+"""In the meta of those of them that make a scale: whatever it is, codes times scale are the factor."""
+
 
 def is_cast(node: fx.Node) -> bool:
     return rule_of(node).cast

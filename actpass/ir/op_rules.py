@@ -141,6 +141,7 @@ _TABLE: dict[Any, OpRule] = {
     aten.bmm.default: OpRule(linear=_PRODUCT, matmul=Matmul(batched=True)),
     aten.addmm.default: OpRule(matmul=Matmul((1, 2), addend=0)),
     aten.baddbmm.default: OpRule(matmul=Matmul((1, 2), addend=0, batched=True)),
+    aten._scaled_mm.default: OpRule(linear=_PRODUCT, matmul=Matmul()),
     # functions of one number
     aten.exp.default: OpRule(exponential=True, bounded=True, realised="heavy"),
     **_rows(OpRule(exponential=True), aten.exp2.default, aten.expm1.default, aten.cosh.default, aten.sinh.default),

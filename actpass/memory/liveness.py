@@ -29,7 +29,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from actpass.ir.joint_graph import is_view, rule_of, storage_root, tensor_bytes, value
-from actpass.ir.op_queries import is_cast, is_pointwise, is_reduced_by_row, is_reduction
+from actpass.ir.op_queries import factors_of, is_cast, is_pointwise, is_reduced_by_row, is_reduction
 from actpass.memory.fusion import Fusion
 from actpass.memory.kernel import Kernel
 from actpass.memory.program import Program, Timeline, in_order
@@ -160,6 +160,7 @@ class _Reading:
                 owner = owner.all_input_nodes[0]
             if owner not in kernels:
                 kernels[owner] = Kernel(owner, self.stored[owner], self._loops(owner))
+                kernels[owner].scratch = _scratch(owner)
                 called = self._call(owner)
                 if called is not None:
                     kernels[owner].scratch, kernels[owner].traffic = called.peak, called.traffic
@@ -306,6 +307,15 @@ def _is_loop(node: fx.Node) -> bool:
     if node.target is operator.getitem:
         return is_reduction(node.all_input_nodes[0])
     return is_pointwise(node) or is_reduction(node) or rule_of(node).realised == "loop" or _scatters(node)
+
+
+def _scratch(node: fx.Node) -> int:
+    """Of a matmul in fp8 on a CPU: its result, a float32 copy of the first factor, and three copies of the second, in order, in
+    float32 and scaled (torch 2.13 to 2.15)."""
+    if node.target is not aten._scaled_mm.default or value(node).device.type != "cpu":
+        return 0
+    left, right = (size_hint(value(a).numel()) for a in factors_of(node))
+    return tensor_bytes(node) + 4 * left + 9 * right
 
 
 def _scatters(node: fx.Node) -> bool:

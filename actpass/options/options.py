@@ -94,6 +94,11 @@ class Config:
         return any(t.projection is not None for t in self._all_tensor_options())
 
     @property
+    def contracts_codes(self) -> bool:
+        """Whether any weight gradient may be a matmul of codes."""
+        return any(t.wgrad is not None for t in self._all_tensor_options())
+
+    @property
     def projects_activations(self) -> bool:
         """Whether any tensor may be stored as a projection for other uses than weight gradients."""
         return any(t.projects_activations for t in self._all_tensor_options())
@@ -107,8 +112,8 @@ class Config:
     def stores_exactly(self) -> bool:
         """Whether all that is stored is stored as it is."""
         if self.plan is not None:
-            return not any(r.coded or r.projections for r in self.plan.regions)
-        return all(t.stores_exactly and t.projection is None for t in self._all_tensor_options())
+            return not any(r.coded or r.rewrites for r in self.plan.regions)
+        return all(t.stores_exactly and t.projection is None and t.wgrad is None for t in self._all_tensor_options())
 
     def _all_tensor_options(self) -> Iterator[TensorOptions]:
         yield self.tensor_options

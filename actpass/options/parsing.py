@@ -21,6 +21,7 @@ from actpass.plan.sensitivity import Sensitivities
 from actpass.plan_file import ModelPlan
 
 _ROUNDINGS = (AUTO, "stochastic", "nearest")
+_WGRADS = ("fp8",)
 _LEAST_CHUNK = 16
 
 
@@ -128,6 +129,7 @@ def _tensor_options(given: Mapping[str, Any], base: TensorOptions, where: str) -
         policy, codec, projection = base.policy, base.codec, base.projection
     else:
         policy, codec, projection = _format(given, where)
+    projection, wgrad = _weight_gradients(given, projection, base, where)
     rank = given.get("rank", base.rank)
     scaling = given.get("projection_scaling", base.projection_scaling)
     scaling = _one_of("projection_scaling", scaling, ("unbiased", "orthonormal"), where)
@@ -150,6 +152,7 @@ def _tensor_options(given: Mapping[str, Any], base: TensorOptions, where: str) -
         policy=policy,
         codec=codec,
         projection=projection,
+        wgrad=wgrad,
         rank=None if rank is None else _rank(rank, where),
         activation_rank=_activation_rank(activation_rank, projection, "activation_rank" in given, where),
         projection_scaling=scaling,
@@ -157,6 +160,23 @@ def _tensor_options(given: Mapping[str, Any], base: TensorOptions, where: str) -
         rounding=_one_of("rounding", given.get("rounding", base.rounding), _ROUNDINGS, where),
         hadamard_rotation=rotation,
     )
+
+
+def _weight_gradients(
+    given: Mapping[str, Any], projection: str | None, base: TensorOptions, where: str
+) -> tuple[str | None, str | None]:
+    """(projection, wgrad). Of the two an override names one."""
+    wgrad = given.get("wgrad", base.wgrad)
+    if wgrad is not None:
+        _one_of("wgrad", wgrad, _WGRADS, where)
+    if projection is None or wgrad is None:
+        return projection, wgrad
+    if "wgrad" in given and given.get("projection") is not None:
+        raise OptionError(
+            f"wgrad={wgrad!r}{where} can't be given with projection={projection!r}: a weight gradient is formed in one way. "
+            "Leave out one of them, or name modules for it in module_overrides."
+        )
+    return (None, wgrad) if "wgrad" in given else (projection, None)
 
 
 def _format(given: Mapping[str, Any], where: str) -> tuple[str | None, str | None, str | None]:
@@ -253,7 +273,7 @@ def _overrides(value: Any, base: TensorOptions) -> tuple[tuple[str, TensorOption
 def _override(pattern: Any, value: Any, base: TensorOptions) -> TensorOptions:
     where = f" in module_overrides[{pattern!r}]"
     if value == SAVE:
-        return replace(base, policy=EXACT, codec=None, projection=None, forced=True)
+        return replace(base, policy=EXACT, codec=None, projection=None, wgrad=None, forced=True)
     if isinstance(value, str):
         kind = _kind_of(value)
         if kind is None:
@@ -315,7 +335,7 @@ def _inductor_options(name: str, value: Any) -> tuple[tuple[str, Any], ...]:
 
 
 _TENSOR_OPTIONS = (
-    "policy", "codec", "projection", "rank", "activation_rank", "projection_scaling", "group_size", "rounding",
+    "policy", "codec", "projection", "wgrad", "rank", "activation_rank", "projection_scaling", "group_size", "rounding",
     "hadamard_rotation",
 )  # fmt: skip
 _PARSERS: dict[str, Any] = {

@@ -29,13 +29,16 @@ class TensorOptions:
     of the width N, at least 1 direction), or `BUDGET`; None: the projection's own. activation_rank: of a learned projection,
     the rank at which tensors with other uses than weight gradients are stored and reconstructed; None: they are not; `DEFAULT`:
     the projection's own. projection_scaling: ``unbiased`` (E[P P^T] = I) or ``orthonormal`` (E[P^T P] = I, for an optimizer in
-    the subspace). group_size: elements that share a scale (None: the codec's own). rounding, hadamard_rotation: of codecs.
+    the subspace). wgrad: ``fp8``: weight gradients are matmuls of codes in 8 bits, where they can be; not with a projection;
+    None: they are exact, or projected. group_size: elements that share a scale (None: the codec's own). rounding: of codecs and
+    of ``wgrad``. hadamard_rotation: of codecs.
     forced: whether an override names the module.
     """
 
     policy: str | None = None
     codec: str | None = None
     projection: str | None = None
+    wgrad: str | None = None
     rank: Rank | None = None
     activation_rank: int | float | Literal["default"] | None = DEFAULT
     projection_scaling: ProjectionScaling = "unbiased"
@@ -59,7 +62,7 @@ class TensorOptions:
     def described(self) -> str:
         """The options that decide the storage format, as they are written in code: ``projection='haar', codec='int8'``."""
         by_policy = self.policy if self.policy not in (EXACT, UNIFORM) else None
-        given = {"policy": by_policy, "projection": self.projection, "codec": self.codec}
+        given = {"policy": by_policy, "projection": self.projection, "codec": self.codec, "wgrad": self.wgrad}
         return ", ".join(f"{k}={v!r}" for k, v in given.items() if v is not None) or f"policy={EXACT!r}"
 
     @property
@@ -79,7 +82,8 @@ class TensorOptions:
     @property
     def draws(self) -> bool:
         """Whether it takes random numbers."""
-        return self.projection is not None or (not self.stores_exactly and self.rounding != "nearest")
+        rounds = self.wgrad is not None or not self.stores_exactly
+        return self.projection is not None or (rounds and self.rounding != "nearest")
 
     @property
     def projects_activations(self) -> bool:

@@ -10,6 +10,7 @@ from torch import fx
 
 from actpass.analysis.partitioned import PartitionConstraints, PartitionedGraph, PartitionStages
 from actpass.analysis.weight_gradients import WeightGradientMatmul, WeightGradientMatmuls
+from actpass.ir.copying import copy_module
 from actpass.ir.joint_graph import Joint
 from actpass.ir.outputs import output_values
 from actpass.options import Config
@@ -116,7 +117,8 @@ class RegionState:
     is recomputed, where a policy says. exact: the cut with all
     exact. cut: where the graph is cut now. uncoded: that cut before anything was stored in fewer bits. plan: what was decided
     so far. decoded: the tensors that are stored as projections, by node. inserted: nodes of passes. payloads: a projected
-    decision -> node of its z. sketches: nodes that are returned for learned subspaces. lifts: a weight gradient as it is
+    decision -> node of its z; one of codes -> node of these. scales: one of codes -> node of their scale. sketches: nodes that
+    are returned for learned subspaces. lifts: a weight gradient as it is
     formed now -> its coefficients and the decision; without those that something is added to in the same matmul. notes: what
     the user should know. off: what was given up, and why. stages: what
     each pass made.
@@ -142,6 +144,7 @@ class RegionState:
     decoded: Mapping[str, SavedTensor] = field(default_factory=dict[str, SavedTensor])
     inserted: frozenset[fx.Node] = frozenset()
     payloads: Mapping[Decision, str] = field(default_factory=dict[Decision, str])
+    scales: Mapping[Decision, str] = field(default_factory=dict[Decision, str])
     sketches: frozenset[fx.Node] = frozenset()
     lifts: Mapping[fx.Node, Lift] = field(default_factory=dict[fx.Node, Lift])
     notes: tuple[str, ...] = ()
@@ -181,3 +184,13 @@ class RegionState:
         """With ``gm`` for its joint graph."""
         joint = self.joint
         return replace(self, joint=Joint(gm, joint.inputs, joint.num_fwd_outputs, joint.static))
+
+    def on_a_copy(self) -> RegionState:
+        """With a copy of its joint graph, to be edited."""
+        gm, now = copy_module(self.joint.gm, same_names=True)
+        return replace(
+            self.with_graph(gm),
+            inserted=frozenset(now[n] for n in self.inserted),
+            sketches=frozenset(now[n] for n in self.sketches),
+            lifts={now[n]: (now[f], contraction, decision) for n, (f, contraction, decision) in self.lifts.items()},
+        )

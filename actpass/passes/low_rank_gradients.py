@@ -16,7 +16,6 @@ from torch import fx
 
 from actpass.codecs import LEARNED
 from actpass.errors import GraphUnsupported
-from actpass.ir.copying import copy_module
 from actpass.ir.editor import GraphEditor
 from actpass.ir.joint_graph import rule_of, size_hint, value
 from actpass.ir.outputs import output_values, set_output_values
@@ -56,7 +55,7 @@ class LowRankGradients:
     def run(self, state: RegionState) -> RegionState:
         if not (state.plan.projections and state.config.keeps_low_rank_gradients):
             return state
-        state = _on_a_copy(state) if state.joint.coefficients else state
+        state = state.on_a_copy() if state.joint.coefficients else state
         joint, paths = state.joint, state.joint.parameter_path
         found = [(primal, f) for primal, f in _candidates(state) if state.decides.is_factored(paths[primal])]
         factored = tuple(_factored(paths[primal], primal, f) for primal, f in found)
@@ -75,16 +74,6 @@ class LowRankGradients:
         own = (o for o in after.joint.forward_outputs if o not in after.sketches)
         if ancestors(own).intersection(after.inserted):
             raise AssertionError("low-rank gradients reached an output of the forward")
-
-
-def _on_a_copy(state: RegionState) -> RegionState:
-    gm, now = copy_module(state.joint.gm, same_names=True)
-    return replace(
-        state.with_graph(gm),
-        inserted=frozenset(now[n] for n in state.inserted),
-        sketches=frozenset(now[n] for n in state.sketches),
-        lifts={now[n]: (now[f], contraction, decision) for n, (f, contraction, decision) in state.lifts.items()},
-    )
 
 
 def _candidates(state: RegionState) -> Iterator[tuple[fx.Node, _Found]]:

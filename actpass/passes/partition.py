@@ -19,7 +19,7 @@ from actpass.ir.copying import copy_module
 from actpass.ir.editor import GraphEditor
 from actpass.ir.joint_graph import Joint, builtin_name, is_tangent, is_view, storage_root, tensor_bytes
 from actpass.ir.op_cost import OF_A_BASIS
-from actpass.ir.op_queries import is_attention, is_cast, is_free_to_repeat, is_matmul
+from actpass.ir.op_queries import FOR_CODES, is_attention, is_cast, is_free_to_repeat, is_matmul
 from actpass.ir.outputs import output_values, set_output_values
 from actpass.ir.products import is_sum_in_place, products_of
 from actpass.passes.base import RegionState
@@ -43,7 +43,7 @@ class Partition:
     serves: str | None = "projections"
 
     def run(self, state: RegionState) -> RegionState:
-        if not state.plan.projections:
+        if not state.plan.rewrites:
             return replace(state, cut=state.exact)
         return replace(state, cut=cut(state.joint, state.joint_inputs, state.kwargs, state.constraints))
 
@@ -51,16 +51,16 @@ class Partition:
         """Of what is not free the backward runs again what the constraints name, and nothing else (`run_again`). Less only
         where upstream finds fewer bytes that way, as where a projection is stored in place of what was to be rebuilt.
 
-        And of every projected site exactly what the plan says crosses. ``project_in="forward"``: z crosses and x does not.
-        ``"backward"``: z does not cross. And together no more bytes cross than in the exact cut, but for the bases and the
-        seed."""
+        And of every projected site, and of every one that is cast for its weight gradients, exactly what the plan says crosses.
+        ``project_in="forward"``: z (its codes) crosses and x does not. ``"backward"``: z does not cross. And together no more
+        bytes cross than in the exact cut, but for the bases and the seed."""
         _check_again(after)
-        if not after.plan.projections:
+        if not after.plan.rewrites:
             return
         now, exact, plan = after.cuts.swapped, after.cuts.exact, after.plan
         crossing = {s.name for s in now.saved} | now.roots
         nodes = {n.name: n for n in after.joint.gm.graph.nodes}
-        for d in plan.contracted:
+        for d in (*plan.contracted, *plan.from_codes):
             z, x = after.payloads[d], storage_root(nodes[d.site]).name if d.site in nodes else d.site
             if d.project_in == "backward" and z in crossing:
                 raise GraphUnsupported(f"the payload of {d.site} crosses, but the plan projects it in the backward")
@@ -68,7 +68,8 @@ class Partition:
                 raise GraphUnsupported(
                     f"the plan stores the payload of {d.site}, but {'x' if x in crossing else 'nothing'} crosses"
                 )
-        own = {n.name for n in after.inserted} - set(after.payloads.values())
+        stored = {*after.payloads.values(), *after.scales.values()}
+        own = {n.name for n in after.inserted} - stored
         state = sum(s.nbytes for s in now.saved if s.base in own or s.base in now.seeds)
         learned = any(d.projection in LEARNED for d in plan.projections)
         slack = max(_SLACK * exact.saved_bytes, _SLACK_BYTES) if learned else 0  # sketches move upstream's choices a little
@@ -130,7 +131,7 @@ def cut(
     if joint.subspaces:  # they stay between steps, as parameters do: a basis that both passes read is made of them again
         stay = joint.static.union(i for i, primal in enumerate(joint.primals) if primal in joint.subspaces)
         partition_kwargs = {**partition_kwargs, "static_lifetime_input_indices": sorted(stay)}
-    _put_behind_sums(GraphEditor(gm), joint.num_fwd_outputs)
+    _put_behind(GraphEditor(gm), joint.num_fwd_outputs)
     with _region_budget(gm, constraints, patch), functorch_config.patch(patch):
         forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **partition_kwargs)
     _take_from_behind(forward)
@@ -153,18 +154,20 @@ def cut(
     )
 
 
-def _put_behind_sums(editor: GraphEditor, num_fwd_outputs: int) -> None:
+def _put_behind(editor: GraphEditor, num_fwd_outputs: int) -> None:
     """Let the first result of the forward need the gradients that are formed early with the loss
     (`actpass.passes.chunked_loss`), where they are no larger than the gradients of the logits that they are formed of. Upstream
     bans from the backward only what a result needs, and counts twice the bytes of what the backward only scales: it would save
-    the gradients of all logits, and never free a piece of them."""
+    the gradients of all logits, and never free a piece of them. And the codes that are stored for weight gradients, which
+    upstream would rather form in the backward where what they are of is rebuilt for free."""
     ends = [n for n in editor.graph.nodes if is_sum_in_place(n) and n.meta.get("recompute") == CheckpointPolicy.MUST_SAVE]
-    sums = [u for n in ends if _weighs_no_more(n) for u in n.users]
-    if not sums:
+    held = [u for n in ends if _weighs_no_more(n) for u in n.users]
+    held += [n for n in editor.graph.nodes if FOR_CODES in n.meta and n.meta.get("recompute") == CheckpointPolicy.MUST_SAVE]
+    if not held:
         return
     outputs = output_values(editor.graph)
     first = next(i for i, o in enumerate(outputs[:num_fwd_outputs]) if isinstance(o, fx.Node) and o.op == "call_function")
-    args, meta, last = (outputs[first], sums), dict(outputs[first].meta), editor.graph.output_node().prev
+    args, meta, last = (outputs[first], held), dict(outputs[first].meta), editor.graph.output_node().prev
     outputs[first] = editor.insert("call_function", torch.ops.actpass.behind.default, args, meta, after=last)
     set_output_values(editor.graph, outputs)
 

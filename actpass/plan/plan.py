@@ -31,7 +31,8 @@ class Candidate:
     allocated the storage of x; x_bytes: that storage. element_size: bytes of one element. frees: whether the storage goes
     if every contraction that reads any part of it is projected (the exact cut saves it, and nothing else reads it).
     rank_multiple: the kernel that contracts takes only multiples of this (grouped matmul: rows of 16 bytes). narrow: whether
-    all weights are far less wide on one side than the region's are (an adapter's factors, a router).
+    all weights are far less wide on one side than the region's are (an adapter's factors, a router). fp8_obstacle: why no
+    matmul in fp8 can form the weight gradients; None: one can. fp8_bytes: of the codes of x and their scales.
     """
 
     name: str
@@ -47,6 +48,8 @@ class Candidate:
     frees: bool
     rank_multiple: int = 1
     narrow: bool = False
+    fp8_obstacle: str | None = None
+    fp8_bytes: int = 0
 
     @property
     def key(self) -> str:
@@ -81,7 +84,8 @@ class Decision:
     those; of a tensor that is decoded the one that its subspace belongs to. projection: its name; None: exact. project_in:
     where z = x P is computed: ``forward`` (z is saved in place of x) or ``backward`` (x is there anyway or is rebuilt for
     free: z costs no bytes, and the weight gradient fewer FLOPs). linear: whether the backward is linear in x, so that an
-    unbiased projection keeps the gradient unbiased.
+    unbiased projection keeps the gradient unbiased. wgrad: ``fp8``: the weight gradients are matmuls of the codes of x and dy
+    in 8 bits; project_in is then where x is cast, and rounding is that of both.
     """
 
     site: str
@@ -95,6 +99,8 @@ class Decision:
     project_in: ProjectIn | None = None
     extra_flops: int = 0
     linear: bool = True
+    wgrad: str | None = None
+    rounding: str | None = None
 
     @property
     def projects(self) -> bool:
@@ -257,19 +263,29 @@ class Plan:
         return tuple(d for d in self.projections if d.projects_activations)
 
     @property
+    def from_codes(self) -> tuple[Decision, ...]:
+        """Those by which weight gradients are matmuls of codes."""
+        return tuple(d for d in self.decisions if d.wgrad is not None)
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether any weight gradient is formed otherwise than exactly, or any tensor is decoded from a projection."""
+        return bool(self.projections or self.from_codes)
+
+    @property
     def coded(self) -> tuple[Storage, ...]:
         return tuple(s for s in self.storages if s.coded)
 
     @property
     def draws(self) -> bool:
         """Whether it takes random numbers."""
-        return bool(self.projections) or any(s.rounding == "stochastic" for s in self.coded)
+        return bool(self.projections) or any(s.rounding == "stochastic" for s in (*self.coded, *self.from_codes))
 
     @property
     def is_default(self) -> bool:
         """Whether it is Inductor's own cut, untouched."""
         return not (
-            self.recompute_materialized or self.chunk_rows or self.must_save or self.recompute or self.coded or self.projections
+            self.recompute_materialized or self.chunk_rows or self.must_save or self.recompute or self.coded or self.rewrites
         )
 
     @property
@@ -293,11 +309,13 @@ class Plan:
         ]
         settings = [self.recompute_materialized, self.chunk_rows, self.seeded, sorted(self.must_save), sorted(self.recompute)]
         low_rank_gradients = sorted((g.parameter, g.site, g.side) for g in self.low_rank_gradients)
+        from_codes = sorted([d.site, sorted(d.matmuls), d.wgrad, d.project_in, d.rounding] for d in self.from_codes)
         done = [
             settings,
             sorted(forms, key=str),
             sorted(projections, key=str),
             *([low_rank_gradients] if low_rank_gradients else []),
+            *([from_codes] if from_codes else []),
         ]
         canonical = json.dumps(done, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]

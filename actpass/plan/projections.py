@@ -1,4 +1,5 @@
-"""Which tensors are projected, and at which rank: (facts, wishes) -> decisions of a Plan."""
+"""Which tensors are projected, and at which rank, and which are cast to 8 bits for their weight gradients: (facts, wishes) ->
+decisions of a Plan."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from actpass.plan.plan import EXPONENTIAL, RECOMPUTED_SCORE, SCORE, Candidate, D
 from actpass.plan.rank_allocation import RankSite
 from actpass.plan.request import KEPT, RequestFor, TensorRequest
 
+CAST_IN_BACKWARD = "cast to fp8 in the backward, where x is at no cost: it is rebuilt, an input, or stored for other uses"
 Ranks = Mapping[str, int]
 """Ranks that a budget gave, by `Candidate.key`."""
 
@@ -86,13 +88,27 @@ def _rank_site(c: Candidate, request: TensorRequest, weight: float) -> RankSite:
 def _freed_bytes(members: list[tuple[Candidate, TensorRequest]], ranks: Ranks | None) -> int:
     """Bytes that go if the payloads of all ``members`` are stored in place of the storage that they share, less what their
     learned subspaces take; 0 if it stays, or if nothing is gained."""
-    if not all(c.frees and _is_projected(c, request) for c, request in members):
+    if not all(c.frees and (_is_projected(c, request) or why_not_fp8(c, request) is None) for c, request in members):
         return 0
     if ranks is None and any(request.ranks_from_budget for _, request in members):
         return 0
-    each = [(c, request, _rank(c, request, ranks)) for c, request in members]
-    payloads = sum(c.payload_bytes(rank) + request.state_bytes(c.width, rank) for c, request, rank in each)
-    return max(0, members[0][0].x_bytes - payloads)
+    return max(0, members[0][0].x_bytes - sum(_payload_bytes(c, request, ranks) for c, request in members))
+
+
+def _payload_bytes(c: Candidate, request: TensorRequest, ranks: Ranks | None) -> int:
+    if request.wgrad is not None:
+        return c.fp8_bytes
+    rank = _rank(c, request, ranks)
+    return c.payload_bytes(rank) + request.state_bytes(c.width, rank)
+
+
+def why_not_fp8(c: Candidate, request: TensorRequest) -> str | None:
+    """Why the weight gradients of ``c`` are not formed of codes in 8 bits; None: they are."""
+    if request.wgrad is None:
+        return KEPT
+    if c.narrow and not request.forced:
+        return f"not in fp8: a weight of {c.width} x {max(c.outs)} is narrow beside the others, and casting costs more"
+    return f"not in fp8: {c.fp8_obstacle}" if c.fp8_obstacle is not None else None
 
 
 def _is_projected(c: Candidate, request: TensorRequest) -> bool:
@@ -109,6 +125,9 @@ def _decide(c: Candidate, request: TensorRequest, freed: int, skip_unprofitable:
     def exact(reason: str) -> Decision:
         return Decision(c.name, c.matmuls, c.parameters, None, reason)
 
+    if request.wgrad is not None:
+        why_not = why_not_fp8(c, request)
+        return exact(why_not) if why_not is not None else _from_codes(c, request, freed)
     if request.projection is None:
         return exact(KEPT)
     if not _is_projected(c, request):
@@ -132,6 +151,20 @@ def _decide(c: Candidate, request: TensorRequest, freed: int, skip_unprofitable:
         projection_scaling=request.projection_scaling,
         project_in="forward" if freed else "backward",
         extra_flops=extra,
+    )
+
+
+def _from_codes(c: Candidate, request: TensorRequest, freed: int) -> Decision:
+    return Decision(
+        c.name,
+        c.matmuls,
+        c.parameters,
+        None,
+        f"its codes in fp8 are stored in place of x: {freed} bytes freed" if freed else CAST_IN_BACKWARD,
+        width=c.width,
+        project_in="forward" if freed else "backward",
+        wgrad=request.wgrad,
+        rounding="nearest" if request.rounding == "nearest" else "stochastic",
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from actpass._format import megabytes, table
 from actpass.ir.joint_graph import fold_indices
-from actpass.plan import Plan, Storage
+from actpass.plan import Decision, Plan, Storage
 
 _Row = tuple[str, str, str, str, str, int, int]
 """(module, tensor, shape, form before, form after, bytes before, bytes after)."""
@@ -72,14 +72,23 @@ def _bytes(s: Storage | None) -> int:
 
 
 def _projections(one: Plan, other: Plan) -> Iterator[_Row]:
-    old, new = ({m: d for d in p.projections for m in d.matmuls or (d.site,)} for p in (one, other))
+    old, new = ({m: d for d in (*p.projections, *p.from_codes) for m in d.matmuls or (d.site,)} for p in (one, other))
     for name in dict.fromkeys((*old, *new)):
         a, b = old.get(name), new.get(name)
         known = a or b
         assert known is not None
-        texts = [f"{d.projection} rank {d.rank} ({d.projection_scaling}, in {d.project_in})" if d else "exact" for d in (a, b)]
+        texts = [_way(d) for d in (a, b)]
         if texts[0] != texts[1]:
             yield ", ".join(known.parameters), name, "weight gradient" if known.matmuls else "decoded", texts[0], texts[1], 0, 0
+
+
+def _way(d: Decision | None) -> str:
+    """How weight gradients are formed, as text."""
+    if d is None:
+        return "exact"
+    if d.wgrad is not None:
+        return f"{d.wgrad} ({d.rounding}, cast in {d.project_in})"
+    return f"{d.projection} rank {d.rank} ({d.projection_scaling}, in {d.project_in})"
 
 
 def _folded(rows: Sequence[_Row]) -> Iterator[tuple[str, ...]]:

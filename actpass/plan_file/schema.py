@@ -47,7 +47,8 @@ def parse(text: str, source: str) -> tuple[tuple[Plan, ...], str]:
 
 
 def region(where: str, value: Any) -> Plan:
-    """One region from plain data, `Plan.to_dict` without its version. Older files lack ``peak_growth``."""
+    """One region from plain data, `Plan.to_dict` without its version. Older files lack ``peak_growth``, and in their decisions
+    ``wgrad`` and ``rounding``."""
     if isinstance(value, Mapping):
         value = {"peak_growth": None, **cast(Mapping[str, Any], value)}
     return Plan(**_record(_REGION)(where, value))
@@ -166,6 +167,8 @@ _DECISION: dict[str, Check] = {
     "project_in": _optional(_one_of("forward", "backward")),
     "extra_flops": _integer(-_LARGEST),
     "linear": _flag,
+    "wgrad": _optional(_one_of("fp8")),
+    "rounding": _optional(_one_of("stochastic", "nearest")),
 }
 _STORAGE: dict[str, Check] = {
     "node": _text,
@@ -199,11 +202,23 @@ _PREDICTED: dict[str, Check] = {
 }
 
 
+_TOGETHER = ("projection", "rank", "project_in", "wgrad", "rounding")
+
+
 def _decision(where: str, value: Any) -> Decision:
+    if isinstance(value, Mapping):
+        value = {"wgrad": None, "rounding": None, **cast(Mapping[str, Any], value)}
     decision = Decision(**_record(_DECISION)(where, value))
-    if (decision.projection is None) != (decision.rank is None) or (decision.rank is None) != (decision.project_in is None):
-        shown = {"projection": decision.projection, "rank": decision.rank, "project_in": decision.project_in}
-        raise _error(where, shown, "projection, rank and project_in all null, or none of them")
+    projected, coded = (decision.projection, decision.rank), (decision.wgrad, decision.rounding)
+    by, others = (projected, coded) if decision.wgrad is None else (coded, projected)
+    if len({v is None for v in (*by, decision.project_in)}) > 1 or any(v is not None for v in others):
+        given = {name: getattr(decision, name) for name in _TOGETHER}
+        allowed = "projection, rank and project_in all null, or none of them, and without wgrad no rounding"
+        if decision.wgrad is not None:
+            allowed = "wgrad, rounding and project_in together, projection and rank null"
+        raise _error(where, given, allowed)
+    if decision.wgrad is not None and not decision.matmuls:
+        raise _error(f"{where}.wgrad", decision.wgrad, "null where there are no matmuls")
     return decision
 
 

@@ -240,6 +240,8 @@ def _check_decision(c: Candidate, d: Decision) -> None:
             f"the decision on {d.site!r} names the matmuls {', '.join(d.matmuls)}. Allowed: matmuls that read one tensor from "
             f"one side, and its name; {c.matmuls[0]!r} reads {c.name!r}."
         )
+    if d.wgrad is not None and c.fp8_obstacle is not None:
+        raise PlanError(f"the decision on {d.site!r} has wgrad {d.wgrad!r}, which is not possible: {c.fp8_obstacle}.")
     if d.rank is not None and (d.rank > c.width or (d.rank % c.rank_multiple and d.rank != c.width)):
         multiple = f" that {c.rank_multiple} divides" if c.rank_multiple > 1 else ""
         raise PlanError(f"the decision on {d.site!r} has the rank {d.rank}. Allowed: an int in [1, {c.width}]{multiple}.")
@@ -247,12 +249,13 @@ def _check_decision(c: Candidate, d: Decision) -> None:
 
 def _decision(c: Candidate, d: Decision | None, siblings: list[Decision | None], candidates: Sequence[Candidate]) -> Decision:
     """siblings: what is asked for all that read the storage that ``c`` reads."""
-    if d is None or d.rank is None:
+    if d is None or d.project_in is None:
         return Decision(c.name, c.matmuls, c.parameters, None, "exact, as the plan says")
     in_forward = d.project_in == "forward"
     members = [m for m in candidates if m.base == c.base]
     leaves = all(m.frees for m in members) and all(s is not None and s.project_in == "forward" for s in siblings)
-    payloads = sum(m.payload_bytes(s.rank or 0) for m, s in zip(members, siblings, strict=True) if s is not None)
+    pairs = [(m, s) for m, s in zip(members, siblings, strict=True) if s is not None]
+    payloads = sum(m.fp8_bytes if s.wgrad is not None else m.payload_bytes(s.rank or 0) for m, s in pairs)
     if in_forward and not (leaves and payloads < c.x_bytes):
         why = (
             f"its payloads take {payloads} bytes of {c.x_bytes}"
@@ -262,14 +265,15 @@ def _decision(c: Candidate, d: Decision | None, siblings: list[Decision | None],
         raise PlanError(
             f'the decision on {d.site!r} has project_in "forward", but that frees nothing: {why}. Allowed: "backward".'
         )
-    freed = f"z is stored in place of x: {c.x_bytes - payloads} bytes freed"
+    stored, formed = ("z is", "projected") if d.wgrad is None else ("its codes in fp8 are", "cast to fp8")
+    freed = f"{stored} stored in place of x: {c.x_bytes - payloads} bytes freed"
     return replace(
         d,
         matmuls=c.matmuls,
         parameters=c.parameters,
-        reason=freed if in_forward else "projected in the backward, as the plan says",
+        reason=freed if in_forward else f"{formed} in the backward, as the plan says",
         width=c.width,
-        extra_flops=c.flops_at(d.rank) - c.flops,
+        extra_flops=c.flops_at(d.rank) - c.flops if d.rank is not None else 0,
     )
 
 

@@ -17,11 +17,13 @@ from actpass.ir.joint_graph import Joint, module_path, value
 from actpass.options import Config
 from actpass.passes.partition import cut
 from actpass.passes.quantize_saved import layout_of
-from actpass.plan import Candidate, CodecSet, SavedTensor, Storage, choose_storage
+from actpass.plan import Candidate, CodecSet, SavedTensor, Storage, choose, choose_storage
 from actpass.plan.multi_region import OperatingPoint
 from actpass.plan.sensitivity import Sensitivity
 from actpass.plan.storage_options import Costs
 from actpass.plan.store import StoredBytes
+
+CAST = "its codes in fp8 are stored, which its weight gradients are formed of"
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,21 @@ class Region:
         return cut(self.joint, self.joint_inputs, self.kwargs, constraints)
 
     def tensors(self, cut: PartitionedGraph) -> list[SavedTensor]:
-        """What crosses ``cut``, and what it takes to run it again."""
-        return self.saved(self.joint, cut, self.recomputation)
+        """What crosses ``cut``, and what it takes to run it again. What is cast for its weight gradients is as large as its
+        codes, and has no other form."""
+        found = self.saved(self.joint, cut, self.recomputation)
+        sizes = self._bytes_of_codes(cut) if self.config.contracts_codes else {}
+        return [replace(t, nbytes=sizes.pop(t.base, 0), obstacle=CAST) if t.base in sizes else t for t in found]
+
+    def _bytes_of_codes(self, cut: PartitionedGraph) -> dict[str, int]:
+        """By the node that allocated it, the bytes of the codes in fp8 that are stored in place of what crosses ``cut``."""
+        candidates = self.candidates(cut)
+        decided = choose(candidates, self.config.tensor_options_of_any).decisions
+        sizes: dict[str, int] = {}
+        for c, d in zip(candidates, decided, strict=True):
+            if d.wgrad is not None and d.project_in == "forward":
+                sizes[c.base] = sizes.get(c.base, 0) + c.fp8_bytes
+        return sizes
 
     def sizes(self, cut: PartitionedGraph) -> StoredBytes:
         return sizes_in(cut)
@@ -92,7 +107,8 @@ class Region:
         key = id(cut), recomputation is not None
         if joint is self.joint and key in self._saved:
             return self._saved[key][1]
-        found = find_saved(cut, joint, self._weights, self.config.min_tensor_bytes, recomputation)
+        weights = {**self._weights, **cut.casts}
+        found = find_saved(cut, joint, weights, self.config.min_tensor_bytes, recomputation)
         if joint is self.joint:
             self._saved[key] = cut, found  # the cut as well: an id without its owner may come again
         return found

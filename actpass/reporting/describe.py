@@ -12,6 +12,7 @@ from torch import fx
 from actpass.analysis.linearity import Use
 from actpass.analysis.partitioned import PartitionedGraph, Saved
 from actpass.codecs import ALL_PROJECTIONS, LEARNED
+from actpass.codecs.quantizers.float8 import E4M3
 from actpass.ir.fingerprint import fingerprint, plain_inputs
 from actpass.ir.joint_graph import Joint, module_path, rule_of, source_line, storage_root, tensor_bytes
 from actpass.ir.op_cost import count_matmuls
@@ -34,7 +35,7 @@ def describe(whole: Joint, joint: Joint, done: RegionState) -> Record:
     nodes = {**{n.name: n for n in whole.gm.graph.nodes}, **now}
     root_of = {d.site: storage_root(nodes[d.site]).name for d in plan.decisions}
     before, crossing, stored = _by_root(cuts.default.saved), _by_root(cuts.final.saved), _stored(cuts.final, plan)
-    contractions = [c.node for c in finding.contractions]
+    contractions = [*(c.node for c in finding.contractions), *cuts.final.casts]
     recomputed = _recomputed(cuts.final)
     rows: dict[str, SiteRow] = {}
     for root in [n for n in nodes if n in before or n in crossing or n in root_of.values()]:
@@ -48,11 +49,12 @@ def describe(whole: Joint, joint: Joint, done: RegionState) -> Record:
     for decision in plan.decisions:
         root = root_of[decision.site]
         rows[root] = _with_decision(rows[root], decision, done, stored)
-    payloads = {z: root_of[d.site] for d, z in done.payloads.items()}
+    payloads = {z: root_of[d.site] for made in (done.payloads, done.scales) for d, z in made.items()}
     for saved in cuts.final.saved:
         if saved.base not in nodes and saved.base not in payloads:
             rows[saved.base] = _state_row(saved, cuts.final)
-    for storage in plan.storages:
+    codes = {done.payloads[d] for d in plan.from_codes} | set(done.scales.values())
+    for storage in (s for s in plan.storages if s.base not in codes):
         root = payloads.get(storage.base, storage.base)
         rows[root] = _with_storage(rows[root], storage)
     return Record(
@@ -238,6 +240,8 @@ def _with_decision(row: SiteRow, d: Decision, done: RegionState, after: dict[str
             unbiased=row.unbiased and _is_unbiased(d, config),
             reason=f"{d.reason}{'' if _is_unbiased(d, config) else '; biased'}",
         )
+    if d.wgrad is not None:
+        return _with_codes(row, d, done, after)
     if d.projection is None or d.rank is None:
         return row if d.projection is None and d.reason == KEPT else replace(row, reason=f"{row.reason}; {d.reason}")
     in_forward = d.project_in == "forward"
@@ -253,6 +257,15 @@ def _with_decision(row: SiteRow, d: Decision, done: RegionState, after: dict[str
         extra_flops=row.extra_flops + d.extra_flops,
         reason=d.reason if in_forward else f"{row.reason}; {d.reason}",
     )
+
+
+def _with_codes(row: SiteRow, d: Decision, done: RegionState, after: dict[str, int]) -> SiteRow:
+    row = replace(row, wgrad=d.wgrad, unbiased=row.unbiased and d.rounding == "stochastic")
+    reason = f"{d.reason}; {d.rounding} rounding"
+    if d.project_in == "backward":
+        return replace(row, reason=f"{row.reason}; {reason}")
+    stored = after.get(done.payloads[d], 0) + after.get(done.scales[d], 0)
+    return replace(row, form="quantize", codec=E4M3.name, bytes_after=row.bytes_after + stored, reason=reason)
 
 
 def _is_unbiased(d: Decision, config: Config) -> bool:

@@ -39,6 +39,8 @@ def region_notes(
             yield f"override {pattern!r} decided no site of this region"
     if not plan.projections and any(config.tensor_options_of(paths)[0].projection for paths in read or [()]):
         yield f"no site is projected: {_first_reason(plan, finding)}"
+    if not plan.from_codes and any(config.tensor_options_of(paths)[0].wgrad for paths in read or [()]):
+        yield f"no weight gradient is formed in fp8: {_first_reason(plan, finding)}"
     low_rank_gradients = {g.parameter for g in plan.low_rank_gradients}
     if low_rank_gradients:
         held, whole = _numbers(plan)

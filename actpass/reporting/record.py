@@ -29,7 +29,8 @@ class SiteRow:
     the low-bit form in which it (or its projection) is stored. bytes_before: under Inductor's default cut. bytes_after:
     now. unbiased: whether the expected gradient is the exact one. relative_variance: of each weight gradient's estimate, in
     closed form; 0 if exact. extra_flops: in the backward's matmuls against exact weight gradients (negative: saved). decoded:
-    the name, rank and width of the projection that is stored and that the backward rebuilds it from, for whatever use.
+    the name, rank and width of the projection that is stored and that the backward rebuilds it from, for whatever use. wgrad:
+    ``fp8``: the weight gradients that read it are matmuls of codes.
     """
 
     name: str
@@ -52,6 +53,7 @@ class SiteRow:
     reason: str
     parameters: tuple[str, ...] = ()
     decoded: str | None = None
+    wgrad: str | None = None
 
     @property
     def stored_as(self) -> str:

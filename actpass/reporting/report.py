@@ -207,10 +207,12 @@ class Report:
         decoded = sum(s.decoded is not None for r in self.regions for s in r.sites)
         coded = sum(s.codec is not None for r in self.regions for s in r.sites)
         recomputed = sum(s.form == "recompute" and s.bytes_before > 0 for r in self.regions for s in r.sites)
+        in_fp8 = sum(s.wgrad is not None for r in self.regions for s in r.sites)
+        more = f", {in_fp8} contracted in fp8" if in_fp8 else ""
         partly = f"; {len(off)} of {len(self.regions)} regions inactive, because {off[0]}" if off else ""
         return (
             f"active, {self.regions[0].options}: {recomputed} saved tensors recomputed instead, {coded} stored in few bits, "
-            f"{projected} contracted through a projection{f', {decoded} decoded from one' if decoded else ''}{partly}"
+            f"{projected} contracted through a projection{f', {decoded} decoded from one' if decoded else ''}{more}{partly}"
         )
 
 
@@ -274,7 +276,7 @@ def _total_lines(t: Totals, step_bytes: int | None) -> Iterator[str]:
 
 def _cells(row: SiteRow, count: int) -> tuple[str, ...]:
     module = fold_indices(row.module) if count > 1 else row.module
-    how = "exact" if row.projection is None else f"{row.projection} {row.rank}"
+    how = row.wgrad or ("exact" if row.projection is None else f"{row.projection} {row.rank}")
     return (
         f"{row.kind}{times(count)}",
         module or "-",

@@ -23,6 +23,7 @@ def folded(sites: Iterable[SiteRow]) -> list[tuple[SiteRow, int]]:
             s.rank,
             s.codec,
             s.decoded,
+            s.wgrad,
             s.bytes_before,
             s.bytes_after,
             s.source,

@@ -61,5 +61,5 @@ class Float8(Quantizer):
         return payload.to(torch.float32).unsqueeze(0)
 
 
-register_codec(Float8("float8_e4m3", torch.float8_e4m3fn, 64))
+E4M3 = register_codec(Float8("float8_e4m3", torch.float8_e4m3fn, 64))
 register_codec(Float8("float8_e5m2", torch.float8_e5m2, 64))

@@ -144,7 +144,7 @@ def tensor_table(sites: Sequence[SiteRow], title: str) -> Markup:
 
 
 def _cells(row: SiteRow, count: int) -> tuple[Markup | str, ...]:
-    how = "exact" if row.projection is None else f"{row.projection} {row.rank}"
+    how = row.wgrad or ("exact" if row.projection is None else f"{row.projection} {row.rank}")
     return (
         row.kind,
         element("td", f"{count}", class_="number", data_value=count),
