@@ -112,7 +112,7 @@ def worker(rank: int, folder: str) -> None:
 def learn(rank: int) -> dict[str, dict[str, torch.Tensor]]:
     """Fifty steps of DDP through learned subspaces, each rank with batches of its own."""
     torch.compiler.reset()
-    STEP_COUNTER.steps, STEP_COUNTER.drawn = 0, False
+    STEP_COUNTER.steps, STEP_COUNTER.calls = 0, 0
     model, _ = wide_mlp()
     options = {"projection": "prac", "rank": 2 * RANK, "refresh_interval": 3, "skip_unprofitable": False}
     run = torch.compile(ddp(model), backend=eager_actcomp(options))
@@ -136,7 +136,7 @@ def resume(rank: int, folder: str) -> dict[str, dict[str, torch.Tensor]]:
 
     def start() -> tuple[Any, torch.optim.Optimizer]:
         torch.compiler.reset()
-        STEP_COUNTER.steps, STEP_COUNTER.drawn = 0, False
+        STEP_COUNTER.steps, STEP_COUNTER.calls = 0, 0
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(24, 24), models.MLP())
         model[1].compile(

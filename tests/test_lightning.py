@@ -57,7 +57,7 @@ class Logger(lightning.loggers.logger.DummyLogger):
 def fit(options: dict[str, Any], callbacks: list[Any], path: Path | None = None, **more: Any) -> Any:
     """Two epochs of four steps, as in a process of its own."""
     torch.compiler.reset()
-    STEP_COUNTER.steps, STEP_COUNTER.drawn = 0, False
+    STEP_COUNTER.steps, STEP_COUNTER.calls = 0, 0
     torch.manual_seed(0)
     module = Module()
     module.compile(backend="actcomp", options=options)

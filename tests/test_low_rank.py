@@ -455,7 +455,7 @@ def test_a_model_learns_with_a_compiled_step_as_with_an_eager_one():
     options = {"projection": "haar", "rank": 8, "weight_gradient_format": "low_rank", "refresh_interval": 2}
     for compiled in (False, True):
         torch.compiler.reset()
-        STEP_COUNTER.steps, STEP_COUNTER.drawn = 0, False
+        STEP_COUNTER.steps, STEP_COUNTER.calls = 0, 0
         model, inputs = models.mlp()
         run = torch.compile(model, backend=eager_actcomp(options, skip_unprofitable=False))
         optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(1e-3))

@@ -71,7 +71,7 @@ def train(
 ) -> dict[str, Any]:  # fmt: skip
     """What the last step leaves: gradients (dense), coefficients, bytes of its collectives without and with synchronization."""
     torch.compiler.reset()
-    STEP_COUNTER.steps, STEP_COUNTER.drawn = 0, False
+    STEP_COUNTER.steps, STEP_COUNTER.calls = 0, 0
     torch.manual_seed(rank)  # of rank 0, DDP gives to all
     model = models.MLP()
     run = compiled(model, eager_actcomp({**options, **({"weight_gradient_format": "low_rank"} if low_rank else {})}), **how)
@@ -137,7 +137,7 @@ def unused(rank: int, low_rank: bool) -> list[dict[str, torch.Tensor]]:
     """The gradients of two steps in which rank 1 does not use the second expert; it has zeros before one, and none before the
     other."""
     torch.compiler.reset()
-    STEP_COUNTER.steps, STEP_COUNTER.drawn = 0, False
+    STEP_COUNTER.steps, STEP_COUNTER.calls = 0, 0
     torch.manual_seed(0)
     model = Experts(eager_actcomp({**HAAR, **({"weight_gradient_format": "low_rank"} if low_rank else {})}))
     ddp = DistributedDataParallel(model, find_unused_parameters=True)
@@ -195,7 +195,7 @@ def nothing_called() -> dict[str, Any]:
 
 def sharded(rank: int, low_rank: bool) -> dict[str, Any]:
     torch.compiler.reset()
-    STEP_COUNTER.steps, STEP_COUNTER.drawn = 0, False
+    STEP_COUNTER.steps, STEP_COUNTER.calls = 0, 0
     from torch.distributed.fsdp import fully_shard
 
     regions.clear()  # its own are found by name

@@ -267,7 +267,7 @@ def test_a_refresh_compiles_nothing():
 def test_resumed_run_is_bitwise_the_run_that_was_not_stopped(method: str, stop: int, tmp_path: Path):
     def start() -> tuple[nn.Module, Callable[..., Any], torch.optim.Optimizer]:
         torch.compiler.reset()
-        STEP_COUNTER.steps, STEP_COUNTER.drawn = 0, False
+        STEP_COUNTER.steps, STEP_COUNTER.calls = 0, 0
         model, _ = models.mlp()
         return model, compiled(model, method, refresh_interval=2, seed=7), torch.optim.AdamW(model.parameters(), lr=0.01)
 

@@ -145,7 +145,7 @@ def run(folder: Path, options: dict[str, Any], callbacks: list[Any], resume: Any
     from transformers import Trainer, TrainingArguments
 
     torch.compiler.reset()
-    STEP_COUNTER.steps, STEP_COUNTER.drawn = 0, False
+    STEP_COUNTER.steps, STEP_COUNTER.calls = 0, 0
     model, _ = models.llama(layers=1)
     model.compile(backend="actcomp", options=options)
     args = TrainingArguments(

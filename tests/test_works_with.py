@@ -63,7 +63,7 @@ def forget() -> None:
     """As if nothing had been compiled in this process."""
     torch.compiler.reset()
     regions.clear()
-    STEP_COUNTER.steps, STEP_COUNTER.drawn = 0, False
+    STEP_COUNTER.steps, STEP_COUNTER.calls = 0, 0
 
 
 def own_step(optimizer_of: nn.Module | None = None) -> None:
@@ -238,7 +238,7 @@ def test_inference_is_plain_and_draws_nothing(inference: Callable[[], Any]) -> N
         torch.compiler.reset()
         got = torch.compile(model, backend="actcomp", options=HAAR)(**inputs)
     assert torch.equal(got, want)
-    assert not STEP_COUNTER.drawn
+    assert not STEP_COUNTER.calls
     assert not actpass.report(model).regions
 
 
@@ -269,7 +269,7 @@ def test_frozen_model_runs_with_gradients_enabled(method: str) -> None:
     # a forward of 9 operators: sqrt(9) EPS / 2
     assert float((loss - model(**inputs)).abs() / loss) <= 2 * EPS
     assert not loss.requires_grad
-    assert not STEP_COUNTER.drawn
+    assert not STEP_COUNTER.calls
 
 
 # ----------------------------------------------------------------------------------------------- graphs, shapes, modules

@@ -92,7 +92,7 @@ def run(seed: int, form: dict[str, Any], reuse: bool) -> tuple[Result, str]:
     """The loss and the gradients of one step, and the generated code."""
     torch.compiler.reset()
     regions.clear()
-    STEP_COUNTER.steps, STEP_COUNTER.drawn = 0, False
+    STEP_COUNTER.steps, STEP_COUNTER.calls = 0, 0
     model = Model(seed)
     options = {"min_tensor_bytes": 0, **form, "inductor_options": {"allow_buffer_reuse": reuse}}
     compiled = torch.compile(model, backend="actcomp", options=options)

@@ -41,7 +41,7 @@ class Backend:
         import actpass
 
         actpass.show_progress()  # the first step takes minutes
-        self.load_state_dict(module, self.state_dict(module) | {"steps": 0, "drawn": False})
+        self.load_state_dict(module, self.state_dict(module) | {"steps": 0, "calls": 0})
         options = dict(self.options)
         return cast(nn.Module, torch.compile(module, backend="actcomp", options=options, dynamic=False))
 
