@@ -256,9 +256,10 @@ def _lines_of(function: Callable[[], Any]) -> tuple[int, int]:
 
 
 def test_twice_as_many_steps_of_a_recurrence_are_twice_the_work() -> None:
-    """But for pairs of loops near one another, which are a square, as Inductor's are: four times. No readers of what lies
-    between a pair are looked at for each."""
+    """But for pairs of loops near one another, which are a square, as Inductor's are, and of which each that fuses tells all
+    others: 4.6 times on torch 2.13, which has no gate that would keep levels beside it, 3 on 2.15. No readers of what lies
+    between a pair are looked at for each, which would be 8."""
     joints = [trace(Unrolled(steps), {"x": torch.randn(2, steps, 16)}) for steps in (5, 10)]
     few, many = (_lines_of(lambda joint=joint: joint.compiled(policy="auto", min_tensor_bytes=0)) for joint in joints)
     assert many[1] <= 2.5 * few[1], (few, many)
-    assert many[0] <= 4 * few[0], (few, many)
+    assert many[0] <= 5 * few[0], (few, many)

@@ -9,8 +9,11 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+from actpass.torch_compat import FUSION_GATE, inductor_config
 
 from .test_package import STAGES
 
@@ -19,6 +22,7 @@ README = ROOT / "README.md"
 PAGES = sorted((README, ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")))
 RUN = [README, *sorted((ROOT / "docs" / "tutorials").glob("*.md"))]
 NOT_RUN = "<!-- not run:"
+NEED_GATE = {"fit_a_budget.md"}
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ def name(path: Path) -> str:
 @pytest.mark.parametrize("page", RUN, ids=name)
 def test_code_of_a_page_runs(page: Path, no_codegen: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.chdir(tmp_path)
+    if page.name in NEED_GATE and not hasattr(inductor_config, FUSION_GATE[0]):
+        pytest.skip("what this page asks for takes the gate on fusions of torch 2.15")
     names: dict[str, object] = {"__name__": page.stem}
     found = list(blocks(page))
     assert any(block.run for block in found)
@@ -68,14 +74,15 @@ def test_minimal_example_runs(no_codegen: None, capsys: pytest.CaptureFixture[st
     assert "actpass: active" in capsys.readouterr().out
 
 
-def test_notebook_runs(no_codegen: None):
+def test_notebook_runs(no_codegen: None, monkeypatch: pytest.MonkeyPatch):
+    module = ModuleType("notebook")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # Dynamo 2.13 imports the module of what it traces
     notebook = json.loads((ROOT / "examples" / "first_run.ipynb").read_text(encoding="utf-8"))
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert cells
-    names: dict[str, object] = {"__name__": "notebook"}
     for cell in cells:
         assert not cell["outputs"]
-        exec("".join(cell["source"]), names)
+        exec("".join(cell["source"]), vars(module))
 
 
 def test_readme_fits_on_three_screens():

@@ -68,7 +68,10 @@ def _factors(node: fx.Node) -> tuple[_OneHots, fx.Node] | None:
         return None
     for first, second in (factors, factors[::-1]):
         one_hots, of_row = _one_hots(first), _of_rows(second)
-        if one_hots is not None and of_row is not None and value(first).shape == value(product).shape:
+        if one_hots is None or of_row is None:
+            continue
+        shape = value(product).shape
+        if shape[-1] == value(first).shape[-1] and shape[:-1] in [value(n).shape[:-1] for n in (one_hots.index, of_row)]:
             return one_hots, of_row
     return None
 
@@ -121,12 +124,13 @@ def _of_rows(node: fx.Node) -> fx.Node | None:
 
 
 def _summed(node: fx.Node, one_hots: _OneHots) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    product = value(_product(node))
-    length, result = product.shape[-1], value(node)
+    product, dtype = value(_product(node)), value(node).dtype
+    length, keeps_axis = product.shape[-1], value(node).dim() == product.dim()
 
     def summed(index: torch.Tensor, of_row: torch.Tensor) -> torch.Tensor:
         is_a_position = (index >= 0) & (index < length)
         hot = torch.where(is_a_position, one_hots.number, 0.0).to(one_hots.dtype).to(product.dtype)
-        return (hot * of_row).to(result.dtype).expand(*product.shape[:-1], 1).reshape(result.shape)
+        made = (hot * of_row).to(dtype)
+        return made if keeps_axis else made.squeeze(-1)
 
     return summed
