@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.distributed import DDPOptimizer
 from torch.nn import functional as F
 
 import actpass
@@ -671,6 +672,22 @@ def test_two_regions_of_a_step_are_rounded_by_numbers_of_their_own(rounding: str
     assert len([r for r in actpass.report(compiled).regions if r.active]) == 2
     first, second = model.first.v.grad, model.second.v.grad
     assert torch.equal(first, second) == (rounding == "nearest")
+
+
+def test_calls_that_ask_for_shapes_draw_nothing():
+    """DDP's graph splitting calls each part with fake tensors where it compiles: a resumed run does, and one that goes on does
+    not."""
+    made = torch.nn.Sequential(*(layer for _ in range(3) for layer in (nn.Linear(64, 64), nn.GELU())))
+    backend = eager_actcomp({**SMALL, "codec": "int4", "rounding": "stochastic"})
+    optimizer: Any = DDPOptimizer(bucket_bytes_cap=1 << 14, first_bucket_cap=1 << 14, backend_compile_fn=backend)
+    compiled, calls = torch.compile(made, backend=optimizer.compile_fn), list[int]()
+    for _ in range(2):
+        compiled(torch.randn(16, 64)).square().mean().backward()
+        calls.append(STEP_COUNTER.calls)
+        STEP_COUNTER.advance()
+    parts = len(actpass.report(made).regions)
+    assert parts > 1
+    assert calls == [parts, parts]
 
 
 class Factor(nn.Module):

@@ -76,6 +76,41 @@ def test_a_sum_of_one_hots_is_one_number_to_the_bit(name: str) -> None:
     assert_equal(dict(enumerate(after)), dict(enumerate(before)))
 
 
+def one_hot_times(dtype: torch.dtype, number: float, row: torch.Tensor) -> Loss:
+    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        numbers = torch.full((), number, dtype=dtype), torch.zeros((), dtype=dtype)
+        one_hot = torch.where(labels[:, None] == torch.arange(17), *numbers)
+        return (logits.sum(-1, keepdim=True) * (one_hot * row).sum(-1, keepdim=True)).sum().float()
+
+    return loss
+
+
+ROW = torch.linspace(-1, 1, 8, dtype=torch.float64)[:, None] / 3
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        one_hot_times(torch.float64, 0.1, ROW),
+        one_hot_times(torch.int64, 16777217, ROW),
+        one_hot_times(torch.float32, 1.0, ROW.float() * float("inf")),
+    ],
+    ids=["float64", "large int", "not finite"],
+)
+def test_the_number_is_that_of_the_sum(loss: Loss) -> None:
+    joint = trace(Head(loss), {"x": torch.randn(2, 4, 8)})
+    done = rewritten(joint)
+    assert (loops_over_one_hots(joint), loops_over_one_hots(done)) == (1, 0)
+    for a, b in zip(joint.run_joint(), done.run_joint(), strict=True):
+        assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+
+
+def test_sums_of_other_forms_are_read() -> None:
+    """Of no axis, of all without a list."""
+    joint = trace(Head(lambda a, b: a.square().mean().sum(-1) + torch.sum(a, dim=None)), {"x": torch.randn(2, 4, 8)})
+    rewritten(joint)
+
+
 @pytest.mark.parametrize(
     "loss",
     [
@@ -83,8 +118,21 @@ def test_a_sum_of_one_hots_is_one_number_to_the_bit(name: str) -> None:
         lambda a, b: F.cross_entropy(a, b, weight=torch.linspace(0.5, 2, 17)),
         lambda a, b: (torch.where(b[:, None] == torch.arange(17), 2.0, 1.0) * a.sum(-1, keepdim=True)).sum(-1).square().mean(),
         lambda a, b: (torch.where(b[:, None] == torch.arange(1, 18), 2.0, 0.0) * a.sum(-1, keepdim=True)).sum(-1).sin().mean(),
+        lambda a, b: (torch.where(b[:, None] + 0.5 == torch.arange(17), 2.0, 0.0) * a.sum(-1, keepdim=True)).sum(-1).mean(),
+        lambda a, b: (torch.where(b[:, None] == torch.arange(17).byte(), 2.0, 0.0) * a.sum(-1, keepdim=True)).sum(-1).mean(),
+        lambda a, b: (
+            (torch.where(b[:, None] == torch.arange(17), 0.1, 0.0).bfloat16().float() * a.sum(-1, keepdim=True)).sum(-1).mean()
+        ),
     ],
-    ids=["smoothed", "weighted words", "other than zero", "not from zero"],
+    ids=[
+        "smoothed",
+        "weighted words",
+        "other than zero",
+        "not from zero",
+        "labels between",
+        "positions that wrap",
+        "two casts",
+    ],
 )
 def test_what_is_no_one_hot_stays(loss: Loss) -> None:
     joint = trace(Head(loss), {"x": torch.randn(2, 4, 8)})

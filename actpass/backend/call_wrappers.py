@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from actpass.options import Config
 from actpass.runtime import low_rank_binding as factors
 from actpass.runtime import regions, subspaces
 from actpass.runtime import step_counter as clock
+from actpass.torch_compat import FakeTensor
 
 
 def given_state(fn: Callable[..., Any], region: regions.Region, request: RegionRequest) -> Callable[..., Any]:
@@ -41,7 +42,7 @@ def _with_subspaces(
 
     def call(*args: Any) -> Any:
         region.note(args)
-        now = clock.STEP_COUNTER.read()
+        now = _now(args)
         learned = round_keys(step_seed(config.seed, config.learned_draw_at(now.step)), device)
         return run(args, [_keys(now, config, device), learned], now.step)
 
@@ -67,9 +68,16 @@ def _with_seed(fn: Callable[..., Any], region: regions.Region, config: Config, d
 
     def run(*args: Any) -> Any:
         region.note(args)
-        return fn(*args, _keys(clock.STEP_COUNTER.read(), config, device))
+        return fn(*args, _keys(_now(args), config, device))
 
     return run
+
+
+def _now(args: Sequence[Any]) -> clock.Moment:
+    """When a call runs. One that only asks for shapes (DDP's graph splitting, where it compiles) is none."""
+    if any(isinstance(a, FakeTensor) for a in args):
+        return clock.Moment(0, 0)
+    return clock.STEP_COUNTER.read()
 
 
 def _keys(now: clock.Moment, config: Config, device: torch.device) -> torch.Tensor:

@@ -202,9 +202,8 @@ class _Coding:
 
 
 def _draw_of(storages: Sequence[Storage]) -> int:
-    """A number of the region, 32 bits, by what it stores. Of regions that run in one step each is given a seed of its own, but
-    a user's own code may call them side by side: rounding errors of two that were alike would not cancel in a product of
-    both."""
+    """A number of the region, 32 bits, by what it stores: two regions that are given one seed are rounded apart all the
+    same."""
     return zlib.crc32(repr([(s.node, s.module, s.shape, s.codec) for s in storages]).encode())
 
 

@@ -1,8 +1,8 @@
 """Take the sum of a one-hot row, times a number of the row, without its loop: it is the number times what is hot.
 
 The gradient of cross entropy is softmax less a one-hot, and log-softmax's own formula adds the one-hot's row up, over all
-words: a pass over as many elements as the logits have, though of nothing that is read. All terms but one are zeros, so the
-result is the same to the bit."""
+words: a pass over as many elements as the logits have, though of nothing that is read. All terms but one are zeros (or, where
+the number is not finite, NaN, which 0 times it is, too), so the result is the same to the bit."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _sums(graph: fx.Graph) -> list[fx.Node]:
     for node in graph.find_nodes(op="call_function", target=aten.sum.dim_IntList):
         axes: Any = node.args[1]
         count = value(node.all_input_nodes[0]).dim()
-        if [d % count for d in axes] == [count - 1]:
+        if axes and count and [d % count for d in axes] == [count - 1]:
             found.append(node)
     return found
 
@@ -77,18 +77,16 @@ def _factors(node: fx.Node) -> tuple[_OneHots, fx.Node] | None:
 
 
 def _product(node: fx.Node) -> fx.Node:
-    """What ``node`` sums, before casts."""
-    return _before_casts(node.all_input_nodes[0])
+    """What ``node`` sums, before a cast."""
+    return _before_cast(node.all_input_nodes[0])
 
 
-def _before_casts(node: fx.Node) -> fx.Node:
-    while rule_of(node).cast and value(node).is_floating_point():
-        node = node.all_input_nodes[0]
-    return node
+def _before_cast(node: fx.Node) -> fx.Node:
+    return node.all_input_nodes[0] if rule_of(node).cast and value(node).is_floating_point() else node
 
 
 def _one_hots(node: fx.Node) -> _OneHots | None:
-    node = _before_casts(node)
+    node = _before_cast(node)
     if node.target is not aten.where.self:
         return None
     choice: Any = node.args
@@ -97,24 +95,28 @@ def _one_hots(node: fx.Node) -> _OneHots | None:
         return None
     for labels, positions in (is_hot.args, is_hot.args[::-1]):
         index = _of_rows(labels)
-        if index is not None and value(index).dim() == value(node).dim() and _counts(positions):
+        if index is None or value(index).is_floating_point():
+            continue
+        if value(index).dim() == value(node).dim() and _counts(positions):
             return _OneHots(index, _number(hot), value(node).dtype)
     return None
 
 
 def _number(node: Any) -> Any:
-    """What each element of ``node`` is, if that is written in the code."""
+    """What each element of ``node`` is, if that is a number in the code."""
     fill = rule_of(node).fill if isinstance(node, fx.Node) else None
-    return None if fill is None else node.args[fill]
+    number = None if fill is None else node.args[fill]
+    return number if isinstance(number, int | float) else None
 
 
 def _counts(node: fx.Node) -> bool:
-    """Whether ``node`` is 0, 1, 2, ... along its last axis, and has no other."""
-    length = value(node).shape[-1] if value(node).dim() else None
+    """Whether ``node`` is 0, 1, 2, ... along its last axis, and has no other. One alone is no sum."""
+    length = value(node).shape[-1] if value(node).dim() else 1
     while node.target in (aten.view.default, aten.unsqueeze.default):
         node = node.all_input_nodes[0]
     is_by_ones = node.kwargs.get("start") == 0 and node.kwargs.get("step") == 1
-    return bool(node.target is prims.iota.default and is_by_ones and node.args[0] == length)
+    is_wide = value(node).dtype in (torch.int32, torch.int64)
+    return bool(node.target is prims.iota.default and is_by_ones and is_wide and node.args[0] == length != 1)
 
 
 def _of_rows(node: fx.Node) -> fx.Node | None:
@@ -124,13 +126,14 @@ def _of_rows(node: fx.Node) -> fx.Node | None:
 
 
 def _summed(node: fx.Node, one_hots: _OneHots) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    product, dtype = value(_product(node)), value(node).dtype
+    product, summed_dtype = value(_product(node)), value(node.all_input_nodes[0]).dtype
     length, keeps_axis = product.shape[-1], value(node).dim() == product.dim()
 
     def summed(index: torch.Tensor, of_row: torch.Tensor) -> torch.Tensor:
         is_a_position = (index >= 0) & (index < length)
-        hot = torch.where(is_a_position, one_hots.number, 0.0).to(one_hots.dtype).to(product.dtype)
-        made = (hot * of_row).to(dtype)
+        number, zero = (torch.full((), n, dtype=one_hots.dtype, device=index.device) for n in (one_hots.number, 0))
+        hot = torch.where(is_a_position, number, zero).to(product.dtype)
+        made = (hot * of_row + 0 * of_row).to(summed_dtype).to(value(node).dtype)
         return made if keeps_axis else made.squeeze(-1)
 
     return summed
