@@ -77,6 +77,19 @@ class PartitionedGraph:
         return sum(s.nbytes for s in self.saved)
 
     @cached_property
+    def crossing(self) -> Mapping[str, tuple[Saved, ...]]:
+        """By the node that allocated it, what of a memory crosses."""
+        found: dict[str, tuple[Saved, ...]] = {}
+        for s in self.saved:
+            found[s.base] = (*found.get(s.base, ()), s)
+        return found
+
+    @cached_property
+    def arrived(self) -> Mapping[str, fx.Node]:
+        """The inputs of the backward, by name."""
+        return {n.name: n for n in self.backward.graph.find_nodes(op="placeholder")}
+
+    @cached_property
     def timelines(self) -> tuple[Timeline, Timeline]:
         """Live bytes over the forward and over the backward, see `actpass.memory.liveness`."""
         return timeline(self.forward), timeline(self.backward, self.arrives)

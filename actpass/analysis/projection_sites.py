@@ -104,7 +104,7 @@ def _candidate(
         width=first.width,
         outs=tuple(c.out for c in members),
         base=root.name,
-        x_bytes=sum(s.nbytes for s in exact.saved if s.base == root.name),
+        x_bytes=sum(s.nbytes for s in exact.crossing.get(root.name, ())),
         element_size=value(x).element_size(),
         rank_multiple=max(c.rank_multiple for c in members),
         frees=_only_contracted(exact, root.name, contractions),
@@ -136,9 +136,8 @@ def _fp8_obstacle(matmuls: Sequence[fx.Node]) -> str | None:
 
 def _only_contracted(exact: PartitionedGraph, root: str, contractions: list[str]) -> bool:
     """Whether the exact cut saves the storage of ``root`` for weight gradients and nothing else."""
-    crossing = [s for s in exact.saved if s.base == root]
+    crossing = exact.crossing.get(root, ())
     if not crossing or any(s.user_visible for s in crossing):
         return False
-    placeholders = {n.name: n for n in exact.backward.graph.find_nodes(op="placeholder")}
-    uses = [use for s in crossing for use in exact.uses.of(placeholders[s.name], contractions)[0]]
+    uses = [use for s in crossing for use in exact.uses.of(exact.arrived[s.name], contractions)[0]]
     return bool(uses) and all(use.kind == "contraction" for use in uses)

@@ -63,13 +63,14 @@ class _Reading:
         self.joint = {n.name: n for n in joint.gm.graph.nodes}
         self.available = {self.joint[name] for s in cut.saved for name in (s.name, s.base) if name in self.joint}
         self.forward = {n.name: n for n in cut.forward.graph.nodes}
-        self.backward = {n.name: n for n in cut.backward.graph.find_nodes(op="placeholder")}
+        self.backward = cut.arrived
         self.uses, self.readers = cut.uses, ErrorPropagation(cut.backward.graph)
         self.learned = self._reach({n.name for n in joint.parameter_path})
         self.scores = Scores.of(joint)
         drawn = {n.name for n in joint.gm.graph.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())}
         self.given = self._reach(self.scores.data | drawn)
         self.infinite = self._infinite()
+        self.masked = self._masked()
 
     def _reach(self, start: Set[str]) -> set[str]:
         reached = set(start)
@@ -178,7 +179,7 @@ class _Reading:
             return EARLY_GRADIENT
         if _is_statistic(node):
             return "a statistic of each row"
-        if node.name in self.infinite or self._may_be_masked(node):
+        if node.name in self.infinite or node.name in self.masked:
             return "may hold the -inf of a mask"
         foreign = sorted({u for m in members for u in opaque_users(self.backward.get(m.name))})
         if foreign:
@@ -198,28 +199,29 @@ class _Reading:
             view = view.all_input_nodes[0]
         return True
 
-    def _may_be_masked(self, node: fx.Node) -> bool:
-        """Whether a mask may have written -inf: a choice between tensors, or attention scores with a tensor added that no
-        parameter enters."""
-        todo, seen = [node], {node}
-        while todo:
-            current = todo.pop()
-            if rule_of(current).chooses:
-                filled = [a for a in current.all_input_nodes[1:] if a.name not in self.learned]
-                if not all(map(_is_constant, filled)):
-                    return True
-            sources = [a for a in current.all_input_nodes if a.name in self.learned]
-            added = [a for a in current.all_input_nodes if a.name not in self.learned]
-            if current.target in (aten.add.Tensor, aten.sub.Tensor) and added and any(self.scores.behind(a) for a in sources):
+    def _masked(self) -> set[str]:
+        """Values into which a mask may have written -inf: a choice between tensors, or attention scores to which a tensor was
+        added that no parameter enters; and what pointwise operators make of such values, but for exp, whose exp(-inf) is an
+        ordinary zero."""
+        reached: set[str] = set()
+        for node in self.forward.values():
+            sources = [a for a in node.all_input_nodes if a.name in self.learned]
+            passes = is_pointwise(node) and node.target is not aten.exp.default
+            if self._writes_a_mask(node, sources) or (passes and any(a.name in reached for a in sources)):
+                reached.add(node.name)
+        return reached
+
+    def _writes_a_mask(self, node: fx.Node, sources: list[fx.Node]) -> bool:
+        """sources: those of its inputs that a parameter enters."""
+        row = rule_of(node)
+        if row.chooses:
+            filled = [a for a in node.all_input_nodes[1:] if a.name not in self.learned]
+            if not all(map(_is_constant, filled)):
                 return True
-            product = rule_of(current).matmul
-            if product is not None and product.addend is not None and current.args[product.addend] in added:
-                return True
-            if is_pointwise(current) and current.target is not aten.exp.default:  # exp(-inf) is an ordinary zero
-                new = [a for a in sources if a not in seen]
-                seen.update(new)
-                todo.extend(new)
-        return False
+        added = [a for a in node.all_input_nodes if a not in sources]
+        if node.target in (aten.add.Tensor, aten.sub.Tensor) and added and any(map(self.scores.behind, sources)):
+            return True
+        return row.matmul is not None and row.matmul.addend is not None and node.args[row.matmul.addend] in added
 
 
 @dataclass(frozen=True)

@@ -137,14 +137,17 @@ class _Reader:
         return _Found(result, hidden, tuple(n for n in self.placeholders if n in read), tuple(nodes))
 
     def _last_before(self, result: fx.Node) -> tuple[fx.Node | None, set[fx.Node]]:
-        """The last computed tensor that all of the way to ``result`` goes through, and what lies between them."""
+        """The last computed tensor that all of the way to ``result`` goes through, and what lies between them. It is not looked
+        for behind more matmuls than a way may have."""
         chain: set[fx.Node] = set()
         open_ = {result} & self.computed
-        while open_:
+        matmuls = 0
+        while open_ and matmuls <= _MOST_MATMULS:
             last = max(open_, key=self.order.__getitem__)
             if open_ == {last} and last is not result and _is_smaller(last, result) and not self._is_view(last):
                 return last, chain
             chain.add(last)
+            matmuls += _is_matmul(last)
             open_ = (open_ - {last}) | {a for a in last.all_input_nodes if a in self.computed}
         return None, chain
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 
@@ -244,17 +244,25 @@ def register_op_rule(operator: OpOverload[..., Any], row: OpRule, module: str) -
 
 def rule(operator: object) -> OpRule:
     """What is known of ``operator``: its row, and what torch says of it."""
-    return _completed(operator, RULES.get(operator) or _foreign_row(operator) or UNKNOWN)
-
-
-def _foreign_row(operator: object) -> OpRule | None:
-    if not isinstance(operator, OpOverload):
-        return None
-    overload = cast("OpOverload[..., Any]", operator)
-    return OP_RULES.get(str(overload)) if overload.namespace not in _TORCH_NAMESPACES else None
+    return _foreign_rule(operator) if _is_foreign(operator) else _own_rule(operator)
 
 
 _TORCH_NAMESPACES = ("aten", "prims", "prim")
+
+
+@functools.cache
+def _is_foreign(operator: object) -> bool:
+    return isinstance(operator, OpOverload) and operator.namespace not in _TORCH_NAMESPACES
+
+
+@functools.cache
+def _own_rule(operator: object) -> OpRule:
+    return _completed(operator, RULES.get(operator, UNKNOWN))
+
+
+def _foreign_rule(operator: object) -> OpRule:
+    """Looked up each time: packages register rows whenever they are imported."""
+    return _completed(operator, RULES.get(operator) or OP_RULES.get(str(operator)) or UNKNOWN)
 
 
 @functools.cache

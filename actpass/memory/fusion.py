@@ -38,7 +38,8 @@ class Fusion:
     ) -> None:
         self.kernels = kernels
         source = {w: i for i, k in enumerate(kernels) for w in k.writes}
-        self.group = list(range(len(kernels)))
+        self.group = list(range(len(kernels)))  # of each kernel
+        self.groups = list(self.group)
         self.bits = [1 << i for i in self.group]  # the members of a group
         self.direct = [0] * len(kernels)  # the kernels that read what a group leaves
         self.behind = [0] * len(kernels)  # the kernels that need it, directly or not
@@ -65,11 +66,11 @@ class Fusion:
         """The kernels that run as one, in the graph's order. The first of those in one outer loop is marked `nested`."""
         pairs = sorted(self.shared, key=self._score)
         while True:
+            pairs = [(i, j) for i, j in pairs if self.group[i] != self.group[j]]
             merged, refused = self._sweep(pairs, outer=False)
             if not merged and (refused or not self._sweep(pairs, outer=True)[0]):
                 break
-        order = range(len(self.kernels)) if self.gate is None else [g for g in self.gate.order if g is not None]
-        groups = [g for g in order if self.group[g] == g]
+        groups = self.groups if self.gate is None else [g for g in self.gate.order if g is not None]
         for g in groups:
             self.kernels[g].nested = self.nested[g]
         return [[self.kernels[k] for k in _members(self.bits[g])] for g in groups]
@@ -147,11 +148,13 @@ class Fusion:
         ahead = (self.ahead[i] | self.ahead[j]) & ~members
         span = min(self.span[i][0], self.span[j][0]), max(self.span[i][1], self.span[j][1])
         reduces, nested = self.reduces[i] or self.reduces[j], self.nested[i] or self.nested[j] or outer
-        for k in range(len(self.kernels)):
-            if members >> k & 1:
-                self.group[k], self.bits[k], self.direct[k], self.behind[k], self.ahead[k] = i, members, direct, behind, ahead
-                self.span[k], self.reduces[k], self.nested[k] = span, reduces, nested
-            elif self.behind[k] & members:
+        self.bits[i], self.direct[i], self.behind[i], self.ahead[i] = members, direct, behind, ahead
+        self.span[i], self.reduces[i], self.nested[i] = span, reduces, nested
+        for k in _members(self.bits[j]):
+            self.group[k] = i
+        self.groups.remove(j)
+        for k in self.groups:
+            if self.behind[k] & members:
                 self.behind[k] |= behind | members
             elif self.ahead[k] & members:
                 self.ahead[k] |= ahead | members

@@ -132,9 +132,8 @@ def _stored(final: PartitionedGraph, plan: Plan) -> dict[str, int]:
 
 
 def _uses(root: str, where: PartitionedGraph, contractions: list[str]) -> tuple[Use, ...]:
-    placeholders = {n.name: n for n in where.backward.graph.find_nodes(op="placeholder")}
-    crossing = [s.name for s in where.saved if s.base == root]
-    found = [u for name in crossing if name in placeholders for u in where.uses.of(placeholders[name], contractions)[0]]
+    arrived = [where.arrived[s.name] for s in where.crossing.get(root, ()) if s.name in where.arrived]
+    found = [u for node in arrived for u in where.uses.of(node, contractions)[0]]
     return tuple(dict.fromkeys(found))
 
 
@@ -204,7 +203,7 @@ def _why_recomputed(root: str, through: frozenset[fx.Node], done: RegionState) -
 
 
 def _why_kept(root: str, uses: tuple[Use, ...], cut: PartitionedGraph) -> str:
-    if any(s.user_visible for s in cut.saved if s.base == root):
+    if any(s.user_visible for s in cut.crossing.get(root, ())):
         return "also returned to the caller"
     kinds = sorted({u.kind for u in uses})
     return f"recomputing it would not be free; uses: {', '.join(kinds)}" if kinds else "recomputing it would not be free"

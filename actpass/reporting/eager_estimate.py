@@ -120,6 +120,8 @@ class _LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func is torch.ops.prim.device.default:  # autograd asks each tensor for its device: nothing runs
+            return result
         for leaf in pytree.tree_leaves(result):
             if isinstance(leaf, FakeTensor):  # what is real is a constant of the graph
                 self._note(leaf.untyped_storage())
