@@ -45,7 +45,10 @@ from torch._guards import (
 from torch._higher_order_ops import invoke_subgraph  # a function that Inductor compiles once and the graph calls often
 from torch._higher_order_ops.auto_functionalize import auto_functionalized  # an operator that writes, as one that does not
 from torch._higher_order_ops.wrap import tag_activation_checkpoint  # a user's checkpoint, as Dynamo's graph has it
-from torch._inductor import list_mode_options  # mode="reduce-overhead" -> Inductor options
+from torch._inductor import (
+    inductor_prims,  # random numbers, as Inductor draws them in its graphs
+    list_mode_options,  # mode="reduce-overhead" -> Inductor options
+)
 from torch._inductor.codecache import cache_dir as inductor_cache_dir  # records live beside Inductor's own cache
 from torch._inductor.compile_fx import compile_fx  # Inductor
 from torch._inductor.custom_graph_pass import CustomPartitionerFn  # picklable, so the caches key on it
@@ -115,6 +118,7 @@ __all__ = [
     "in_backward",
     "inductor_cache_dir",
     "inductor_config",
+    "inductor_prims",
     "invoke_subgraph",
     "is_bucketed",
     "is_joined",
@@ -124,6 +128,7 @@ __all__ = [
     "is_wrapper",
     "let_load",
     "list_mode_options",
+    "loop_limits",
     "make_graph_module",
     "merge_duplicates",
     "min_cut_rematerialization_partition",
@@ -345,6 +350,17 @@ def went_through_inductor(error: BaseException) -> bool:
     """Whether ``error`` was raised while Inductor ran, of which the pass is a part."""
     package = os.path.dirname(str(inductor_config.__file__))
     return any(f.filename.startswith(package) for f in traceback.extract_tb(error.__traceback__))
+
+
+def loop_limits(*, on_cpu: bool) -> tuple[int, int]:
+    """How many tensors a loop may read, and of how many operators it may consist, before Inductor writes its value to memory.
+    Each is the user's; or else a CPU's own, where this torch has one (from 2.13 on); or else the default."""
+    limits: list[int] = []
+    for what in ("acc_reads", "opcount"):
+        names = (f"realize_{what}_threshold", f"realize_cpu_{what}_threshold", f"_realize_{what}_threshold_default")
+        asked = [getattr(inductor_config, name, None) for name in names if on_cpu or "cpu" not in name]
+        limits.append(next(limit for limit in asked if limit is not None))
+    return limits[0], limits[1]
 
 
 FUSION_GATE = ("fusion_memory_timeline_peak_memory_increase_gb", "fusion_memory_timeline_peak_memory_pct_threshold")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._functorch.partitioners import get_default_op_list
+from torch._inductor import inductor_prims
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
@@ -141,6 +142,8 @@ SAMPLES: dict[Any, Sample] = {
     aten.scalar_tensor.default: [5.0],
     aten.empty.memory_format: [[2, 3]],
     aten.arange.start_step: [0, 6, 2],
+    inductor_prims.lookup_seed: [torch.tensor([3, 5]), 1],
+    inductor_prims.random: [[2, 3], torch.tensor(5), "rand"],
     FLASH: [Q, K, V],
     FLASH_BACKWARD: _of_flash(),
 }
@@ -366,6 +369,8 @@ def inductor_makes_a_loop_of_it(operator: Any, row: OpRule, args: Sample) -> Non
     assert operator not in lowering.fallbacks
     if row.realised == "heavy":
         assert f'"{operator._opname}"' in inspect.getsource(ir.StorageBox.should_realize_on_reuse)
+    if row.realised == "buffer":
+        assert ".realize()" in inspect.getsource(lowering.lowerings[operator])
     if row.realised == "scatter":
         assert row.writes
 

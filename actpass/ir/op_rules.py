@@ -16,7 +16,7 @@ import torch
 
 from actpass.errors import RegistryError
 from actpass.registry import Registry
-from actpass.torch_compat import OpOverload, get_default_op_list
+from actpass.torch_compat import OpOverload, get_default_op_list, inductor_prims
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -75,7 +75,8 @@ class OpRule:
     reruns: pointwise, or moving: a second run in the backward is a loop and gives the same. recomputable: by the table of
     torch's partitioner.
     realised: how Inductor compiles what is neither pointwise nor a reduction: a "loop", or a loop over values that are added
-    at indices ("scatter"); or a loop that a CPU never computes twice ("heavy").
+    at indices ("scatter"); a loop that a CPU never computes twice ("heavy"); or one that no other computes for itself, unless
+    both are fused ("buffer").
     told_as: what the report calls a result of it.
     """
 
@@ -98,7 +99,7 @@ class OpRule:
     writes: tuple[int, int] | None = None
     reruns: bool = False
     recomputable: bool = False
-    realised: Literal["loop", "scatter", "heavy"] | None = None
+    realised: Literal["loop", "scatter", "heavy", "buffer"] | None = None
     told_as: Literal["residual stream", "statistics"] | None = None
     matmul: Matmul | None = None
     attention: Attention | None = None
@@ -189,6 +190,8 @@ _TABLE: dict[Any, OpRule] = {
     aten.scalar_tensor.default: OpRule(fill=0, realised="loop"),
     **_rows(_LOOP, aten.full_like.default, aten.empty.memory_format, aten.arange.start_step, prims.iota.default),
     aten.copy.default: _LOOP,
+    inductor_prims.lookup_seed: _LOOP,
+    inductor_prims.random: OpRule(realised="buffer"),
 }
 
 

@@ -56,6 +56,8 @@ class Fusion:
         self.ends = list(itertools.accumulate(1 if k.writes == [k.node] else 1 + len(k.writes) for k in kernels))
         self.span = [(end, end) for end in self.ends]
         self.reduces = [k.loops is not None and is_reduction(k.node) for k in kernels]
+        self.flat = [k.flat for k in kernels]
+        self.shapes = [{_shape(k)} for k in kernels]
         self.nested = [False] * len(kernels)  # whether a group has an outer loop around several
         self.shared, self.yielding = self._pairs(nbytes)
         self.enough = inductor_config.score_fusion_memory_threshold
@@ -135,7 +137,17 @@ class Fusion:
         near = max(high - start, end - low) <= _NEAR
         reads = self.direct[i] & self.bits[j] or self.direct[j] & self.bits[i]
         worthwhile = near and self.shared[pair] >= self.enough
-        return bool(reads or worthwhile) and not self._between(i, j) and not self._between(j, i)
+        alike = pair in self.yielding or self._in_one_order(i, j)
+        return alike and bool(reads or worthwhile) and not self._between(i, j) and not self._between(j, i)
+
+    def _in_one_order(self, i: int, j: int) -> bool:
+        """Whether the loops of two groups can run over their elements alike: on a CPU a loop over all of them is made one over
+        rows where it stands alone, and what it joins sums nothing."""
+        if self.flat[i] == self.flat[j]:
+            return True
+        alone = i if self.flat[i] else j
+        single = self.bits[alone] & (self.bits[alone] - 1) == 0
+        return single and not (self.reduces[i] or self.reduces[j]) and len(self.shapes[i] | self.shapes[j]) == 1
 
     def _between(self, i: int, j: int) -> bool:
         """Whether some kernel outside both groups needs ``i`` and is needed by ``j``."""
@@ -148,6 +160,8 @@ class Fusion:
         ahead = (self.ahead[i] | self.ahead[j]) & ~members
         span = min(self.span[i][0], self.span[j][0]), max(self.span[i][1], self.span[j][1])
         reduces, nested = self.reduces[i] or self.reduces[j], self.nested[i] or self.nested[j] or outer
+        self.flat[i] = self.flat[i] and self.flat[j]
+        self.shapes[i] |= self.shapes[j]
         self.bits[i], self.direct[i], self.behind[i], self.ahead[i] = members, direct, behind, ahead
         self.span[i], self.reduces[i], self.nested[i] = span, reduces, nested
         for k in _members(self.bits[j]):
@@ -269,6 +283,11 @@ def _yielded(reduction: Kernel) -> int:
     """Elements of each of its results."""
     first = _first_result(reduction)
     return 0 if first is None else size_hint(first.numel())
+
+
+def _shape(kernel: Kernel) -> tuple[Any, ...]:
+    first = _first_result(kernel)
+    return () if first is None else tuple(map(size_hint, first.shape))
 
 
 def is_on_cpu(kernel: Kernel) -> bool:

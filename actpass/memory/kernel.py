@@ -12,6 +12,7 @@ class Kernel:
     it runs, its results among them, if more than they. writes, reads: what it leaves in memory and reads from there;
     size: bytes of the former. members: its results in order, with those that only the kernel itself reads. unwritten: bytes
     of the latter, which never get to memory, but Inductor counts them. nested: whether it is one outer loop around several.
+    flat: whether a CPU runs it as one loop over all elements, in the order in which they lie, not as one over rows.
     zeroed: results that a loop of its own, which needs nothing, fills with zeros before. allocates: whether the operator makes
     memory for its results itself, which then is no other's that is free again. traffic: bytes that its loops, or those of the
     graph that it calls, read and write; kernels: how many it is, if it calls a graph."""
@@ -26,6 +27,7 @@ class Kernel:
     size: int = 0
     unwritten: int = 0
     nested: bool = False
+    flat: bool = False
     zeroed: list[Any] = field(default_factory=list[Any])
     allocates: bool = False
     traffic: int = 0

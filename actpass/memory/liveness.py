@@ -33,15 +33,20 @@ from actpass.ir.op_queries import factors_of, is_cast, is_pointwise, is_reduced_
 from actpass.memory.fusion import Fusion
 from actpass.memory.kernel import Kernel
 from actpass.memory.program import Program, Timeline, in_order
-from actpass.torch_compat import inductor_config, invoke_subgraph, needs_fallback_due_to_atomic_add_limitations, size_hint
+from actpass.torch_compat import (
+    inductor_config,
+    invoke_subgraph,
+    loop_limits,
+    needs_fallback_due_to_atomic_add_limitations,
+    size_hint,
+)
 
 aten = torch.ops.aten
 
 _INTO_MEMORY = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, invoke_subgraph)
 """Operators without a loop form that write where they are told; all others make memory for their results."""
-_READS_AGAIN, _READS, _LENGTH = 4, 8, 30
-_LENGTH_WITH_CHOICES = 8
-"""A loop that reads or computes more than this is written to memory: if it is read more than once, or in any case."""
+_READS_AGAIN, _LENGTH_WITH_CHOICES = 4, 8
+"""A loop that is read more than once is written to memory if it reads more than this, or computes more with choices in it."""
 _RESIDENT = ("primals_", "arg", "fwd_rng_state", "bwd_rng_state", "tangents")
 """Inputs whose names begin so are resident to Inductor."""
 
@@ -74,6 +79,7 @@ class _Reading:
             if node is not first:
                 self.bytes[first] += self.bytes.pop(node)
         self.freed = list(shown.values())
+        self.limits = {on_cpu: loop_limits(on_cpu=on_cpu) for on_cpu in (False, True)}
         self.users = {n: _users(n) for n in self.nodes if not is_view(n)}
         self.sums = {n: product for n in self.nodes if (product := _product_in(n, self.users)) is not None}
         self.stored, self.inlined = self._inline()
@@ -112,10 +118,12 @@ class _Reading:
             several = len(users) > 1
             dear = any(map(_is_heavy, operators)) or self._is_long(operators)
             again = (several and count > _READS_AGAIN) or (dear and (several or self._is_spread(node)))
-            yields_memory = is_reduction(node) or _scatters(node) or node.target is operator.getitem
+            written = rule_of(node).realised == "buffer"
+            yields_memory = is_reduction(node) or _scatters(node) or node.target is operator.getitem or written
             is_value = self._is_loop(node) and not yields_memory
             needed = node in self.outputs or any(self._reads_memory(u, node) for u in users)
-            at_once = again or count > _READS or length > _LENGTH
+            most_reads, most_operators = self.limits[_is_on_cpu(node)]
+            at_once = again or count > most_reads or length > most_operators
             if not is_value or at_once or (needed and self._is_stored_at_once(node, read)):
                 stored[node] = self.position[node]
             elif needed:
@@ -161,6 +169,7 @@ class _Reading:
             if owner not in kernels:
                 kernels[owner] = Kernel(owner, self.stored[owner], self._loops(owner))
                 kernels[owner].scratch = _scratch(owner)
+                kernels[owner].flat = self._is_flat(owner)
                 called = self._call(owner)
                 if called is not None:
                     kernels[owner].scratch, kernels[owner].traffic = called.peak, called.traffic
@@ -201,6 +210,27 @@ class _Reading:
                 taken = _elements(source) // max(_elements(node), 1)
             node = source
         return _elements(node), taken
+
+    def _is_flat(self, node: fx.Node) -> bool:
+        """Whether a CPU computes ``node`` in one loop over all elements: all that it reads from memory are numbers, and tensors
+        as large as it is, in the same order."""
+        val, row = node.meta.get("val"), rule_of(node)
+        if not self._is_loop(node) or not (is_pointwise(node) or row.fill is not None or row.realised == "buffer"):
+            return False
+        if not isinstance(val, torch.Tensor) or val.device.type != "cpu" or not val.is_contiguous():
+            return False
+        return all(self._is_read_in_order(a, node) for a in node.all_input_nodes)
+
+    def _is_read_in_order(self, read: fx.Node, reader: fx.Node) -> bool:
+        if _elements(read) <= 1:
+            return True
+        while is_view(read) and rule_of(read).moves in ("reshape", "copy") and read.all_input_nodes:
+            read = read.all_input_nodes[0]
+        if is_view(read) or _elements(read) != _elements(reader):
+            return False
+        if read in self.stored or read.op != "call_function":
+            return value(read).is_contiguous()
+        return self._is_flat(read)
 
     def _call(self, node: fx.Node) -> Timeline | None:
         """That of the graph that ``node`` calls."""
@@ -306,7 +336,7 @@ def _is_loop(node: fx.Node) -> bool:
         return False
     if node.target is operator.getitem:
         return is_reduction(node.all_input_nodes[0])
-    return is_pointwise(node) or is_reduction(node) or rule_of(node).realised == "loop" or _scatters(node)
+    return is_pointwise(node) or is_reduction(node) or rule_of(node).realised in ("loop", "buffer") or _scatters(node)
 
 
 def _scratch(node: fx.Node) -> int:
@@ -324,6 +354,11 @@ def _scatters(node: fx.Node) -> bool:
     if rule_of(node).realised != "scatter" or torch.are_deterministic_algorithms_enabled():
         return False
     return not needs_fallback_due_to_atomic_add_limitations(value(node).dtype)
+
+
+def _is_on_cpu(node: fx.Node) -> bool:
+    val = node.meta.get("val")
+    return isinstance(val, torch.Tensor) and val.device.type == "cpu"
 
 
 def _elements(node: fx.Node) -> int:
