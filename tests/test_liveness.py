@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import actpass
 from actpass.backend.inductor_options import inductor_options
 from actpass.memory.footprint import MARGIN
 from actpass.memory.fusion import Fusion
 from actpass.memory.kernel import Kernel
+from actpass.memory.liveness import timeline
 from actpass.memory.profiler import measure
 from actpass.options import parse
 from actpass.plan import Plan
@@ -286,6 +288,12 @@ def test_sums_over_all_layers_keep_what_they_sum(gates: int, budget: int | str):
     assert totals.resident_bytes is not None
     assert totals.resident_bytes + measured <= limit
     assert measured / (1 + MARGIN) <= totals.peak_bytes <= 1.02 * measured
+
+
+def test_an_operator_of_several_results_reads_what_a_scale_is_spread_over():
+    """As a router's topk does. Its results, 96 bytes, are made while the quotient, 128 bytes, is there."""
+    graph = make_fx(lambda x, s: torch.topk(x / s, 2), tracing_mode="fake")(torch.randn(4, 8), torch.rand(4, 1))
+    assert timeline(graph, {"s_1": "s_1"}).peak == 224
 
 
 @pytest.mark.architectures

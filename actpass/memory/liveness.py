@@ -5,10 +5,12 @@ The model, after torch/_inductor (scheduler.py, memory.py, graph.py; torch 2.13 
 - Matmuls, fused attention and whatever has no loop form are kernels of their own and read from memory. Pointwise operators
   and copies are loops, inlined into each loop that reads them; such a value is in memory only if it is an output, if what is
   no loop reads it (then from there on: loops before compute it for themselves), or if it is long. What a reduction yields is
-  in memory. A sum at indices (the gradient of an embedding) is a loop over its values: what they are computed from stays while
-  the sum is allocated. The zeros that it starts from are written by another, which can run at any time before.
+  in memory, and random numbers are, unless all that reads them is fused with them. A sum at indices (the gradient of an
+  embedding) is a loop over its values: what they are computed from stays while the sum is allocated. The zeros that it starts
+  from are written by another, which can run at any time before.
 - Some loops are one kernel (`actpass.memory.fusion`): its results are allocated together, and its inputs freed behind all of
-  them. On a CPU so are all loops between two kernels that are none: one C++ function.
+  them. On a CPU so are all loops between two kernels that are none: one C++ function. There a loop over all elements, in the
+  order in which they lie, is not fused with a sum of rows.
 - Of several orders (the graph's, least memory first, breadth first, depth first) the one with the least peak runs.
 - A result takes over the memory of an input of the same size whose last and only reader it is. Memory that is free again
   stays allocated for a later result of its size, if its operator does not make its own, as long as what Inductor takes for the
@@ -297,7 +299,8 @@ def _spreads(user: fx.Node, read: fx.Node) -> bool:
     if not is_pointwise(user) or not value(read).dim() == value(user).dim() > 0 or size_hint(value(read).shape[-1]) != 1:
         return False
     width = size_hint(value(user).shape[-1])
-    return width > 1 and any(is_view(v) and size_hint(value(v).shape[-1]) != width for v in user.users if value(v).dim())
+    views = [value(v) for v in user.users if is_view(v) and isinstance(v.meta.get("val"), torch.Tensor)]
+    return width > 1 and any(v.dim() and size_hint(v.shape[-1]) != width for v in views)
 
 
 def _padded_bytes(node: fx.Node) -> int:
