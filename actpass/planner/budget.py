@@ -4,8 +4,8 @@ A budget is met from the free cut, which runs no matmul again. Each tensor that 
 (`actpass.plan.storage_options`), and the cheapest choice within a capacity of bytes is made at once for all
 (`actpass.plan.knapsack`). What is to run again is told to upstream's partitioner, which cuts anew; what crosses then is chosen
 a second time, for re-running changes what it is. A budget of peak bytes is a search for the largest capacity whose predicted
-peak (`PartitionedGraph.peak_bytes`) is within it: capacities are the same whatever the budget, so that a smaller one never ends
-in a higher peak.
+peak (`PartitionedGraph.peak_bytes`) is within it. Capacities are the same whatever the budget: where all are looked at, a
+smaller one never ends in a higher peak.
 
 With ``rank="budget"`` anywhere the ranks meet the budget and nothing else does: nothing is run again, everything is stored
 as without a budget, and what is left of the capacity is shared out to the projections (`actpass.plan.rank_allocation`).
@@ -126,7 +126,11 @@ def _least_of_ladder(search: CapacitySearch, cut_of: Callable[[PartitionPlan], P
 
 
 def within_peak(search: CapacitySearch, cut_of: Callable[[PartitionPlan], Any], budget: Limit) -> PartitionPlan:
-    """The choice of the largest capacity whose predicted peak is within ``budget``. Raises its error if there is none."""
+    """The choice of the largest capacity whose predicted peak is within ``budget``. Raises its error if there is none.
+
+    A smaller capacity may have a higher peak: what is run again is in memory beside what it is needed for. So capacities are
+    looked at from the largest down; of many tensors only each ``stride``-th, and those just above the first that fits.
+    """
     capacities = search.capacities(_STEP)
     known: dict[int, tuple[PartitionPlan, Any]] = {}
     cuts: dict[Hashable, Any] = {}  # several capacities may give one choice
@@ -139,16 +143,11 @@ def within_peak(search: CapacitySearch, cut_of: Callable[[PartitionPlan], Any], 
             known[i] = choice, cuts[choice.key]
         return budget.needs(known[i][1]) <= max(budget.nbytes, budget.floor(known[i][1]))
 
-    low, high = 0, len(capacities) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if fits(middle):
-            high = middle
-        else:
-            low = middle + 1
-    if not fits(low):  # the least bytes need not have the least peak
-        low = next((i for i in range(0, len(capacities), search.stride) if fits(i)), -1)
-    if low >= 0 and budget.needs(known[low][1]) <= budget.nbytes:
-        return replace(known[low][0], limited=low > 0)
-    least = known[low] if low >= 0 else min(known.values(), key=lambda item: budget.needs(item[1]))
+    last = len(capacities) - 1
+    first = next((i for i in (*range(0, last, search.stride), last) if fits(i)), None)
+    if first is not None:
+        first = next(i for i in range(max(0, first - search.stride + 1), first + 1) if fits(i))
+        if budget.needs(known[first][1]) <= budget.nbytes:
+            return replace(known[first][0], limited=first > 0)
+    least = known[first] if first is not None else min(known.values(), key=lambda item: budget.needs(item[1]))
     raise budget.error(least[1], search.region.config.tensor_options.described)

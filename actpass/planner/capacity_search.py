@@ -41,8 +41,8 @@ class Searched(Protocol):
 
 
 class CapacitySearch(Protocol):
-    """Plans within capacities of saved bytes. stride: each how manieth capacity is looked at where a search by halves finds
-    none that fits. reason_not_quantizable: the end of an error."""
+    """Plans within capacities of saved bytes. stride: each how manieth capacity is looked at for one that fits.
+    reason_not_quantizable: the end of an error."""
 
     @property
     def stride(self) -> int: ...

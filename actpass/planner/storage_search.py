@@ -57,7 +57,6 @@ class Search(Generic[R]):
     """Choices of what to run again and of forms within capacities of saved bytes (a `CapacitySearch`)."""
 
     reason_not_quantizable = ""
-    stride = 4
 
     def __init__(self, region: R, free: PartitionPlan) -> None:
         self.region, self.free = region, free
@@ -73,6 +72,11 @@ class Search(Generic[R]):
     def tensors(self) -> list[SavedTensor]:
         """What crosses the free cut."""
         return self._base.tensors
+
+    @property
+    def stride(self) -> int:
+        """All capacities are looked at where few layers are cut, each fourth where many are: it takes a cut or two each."""
+        return min(4, 1 + len(self.tensors) // 64)
 
     @property
     def _options(self) -> list[tuple[Option, ...]]:
