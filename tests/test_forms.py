@@ -720,3 +720,32 @@ def test_equal_layers_that_share_a_graph_leave_a_product_of_both_unbiased():
     z = float(total.sum() / squares.sum().sqrt())
     assert squares.sum() > 0
     assert abs(z) < 5
+
+
+class OneReader(nn.Module):
+    """Layers whose inputs are read by a matmul, which calls what decodes them, and by a loop, which decodes for itself."""
+
+    def __init__(self, *, norm_first: bool) -> None:
+        super().__init__()
+        norm, wide = [nn.LayerNorm(64), nn.Linear(64, 64)], [nn.Linear(64, 64), nn.GELU()]
+        self.layers = nn.Sequential(*([*norm, nn.GELU()] if norm_first else [*wide, *norm]), nn.Linear(64, 64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x).square().mean()
+
+
+@pytest.mark.parametrize("options", [{}, {"codec": "int8"}], ids=str)
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_lengths_that_change_under_the_default_options(norm_first: bool, options: dict[str, Any], no_codegen: None):
+    """Symbolic sizes come with a call's arguments: what was traced for a call is not what is copied in."""
+    model = OneReader(norm_first=norm_first)
+    compiled = torch.compile(model, backend="actcomp", options=options)
+    for length in (96, 112, 80):
+        x = torch.randn(64, length, 64)
+        model.zero_grad()
+        model(x).backward()
+        want = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        compiled(x).backward()
+        for parameter, exact in zip(model.parameters(), want, strict=True):
+            torch.testing.assert_close(parameter.grad, exact, rtol=0.05, atol=0.05 * exact.abs().max().item())

@@ -296,6 +296,41 @@ def test_an_operator_of_several_results_reads_what_a_scale_is_spread_over():
     assert timeline(graph, {"s_1": "s_1"}).peak == 224
 
 
+@pytest.mark.skipif(TORCH_2_11, reason="its limits have other names")
+def test_a_value_that_is_read_twice_again_and_again_is_looked_at_once():
+    def product(h: torch.Tensor) -> torch.Tensor:
+        for _ in range(40):  # 2 ** 40 ways lead to the last one's input
+            h = (h + 1) * (h - 1)
+        return h
+
+    graph = make_fx(product, tracing_mode="fake")(torch.randn(4, 8))
+    with inductor_config.patch(realize_opcount_threshold=1000):
+        assert timeline(graph, {}).peak == 128
+
+
+@pytest.mark.parametrize("policy", ["exact", "auto"])
+def test_sizes_that_depend_on_data(policy: str, no_codegen: None):
+    class Chosen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(32, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            chosen = (x.sum(-1) > 0).nonzero().squeeze(-1)
+            y = self.layer(x)[chosen].t().sin()
+            return self.layer(y.t()).square().mean() + y.square().mean()
+
+    model, x = Chosen(), torch.randn(24, 32)
+    model(x).backward()
+    want = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        torch.compile(model, backend="actcomp", options={"policy": policy, "min_tensor_bytes": 64})(x).backward()
+    for name, parameter in model.named_parameters():
+        error = 1e-5 if policy == "exact" else 0.1
+        torch.testing.assert_close(parameter.grad, want[name], rtol=error, atol=error * want[name].abs().max().item())
+
+
 @pytest.mark.architectures
 @pytest.mark.codegen
 @pytest.mark.skipif(TORCH_2_11, reason="its loops read less")

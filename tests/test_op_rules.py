@@ -144,6 +144,7 @@ SAMPLES: dict[Any, Sample] = {
     aten.arange.start_step: [0, 6, 2],
     inductor_prims.lookup_seed: [torch.tensor([3, 5]), 1],
     inductor_prims.random: [[2, 3], torch.tensor(5), "rand"],
+    inductor_prims.randint: [0, 3, [2, 3], torch.tensor(5)],
     FLASH: [Q, K, V],
     FLASH_BACKWARD: _of_flash(),
 }

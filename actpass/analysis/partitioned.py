@@ -41,7 +41,7 @@ class PartitionConstraints:
 class Saved:
     """A tensor that crosses from forward to backward.
 
-    name: the node that crosses. root: the node that allocated its storage. holder: the node whose memory is kept alive: the
+    name: the node that crosses. base: the node that allocated its storage. holder: the node whose memory is kept alive: the
     root, or the tensor itself where it is a part that is computed on its own. nbytes: bytes of that memory, 0 if another
     crossing tensor shows it and was counted. user_visible: whether the caller holds the storage as well.
     """

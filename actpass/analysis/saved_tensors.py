@@ -212,7 +212,7 @@ class _Reading:
         return reached
 
     def _writes_a_mask(self, node: fx.Node, sources: list[fx.Node]) -> bool:
-        """sources: those of its inputs that a parameter enters."""
+        """Whether ``node`` itself may write -inf. sources: those of its inputs that a parameter enters."""
         row = rule_of(node)
         if row.chooses:
             filled = [a for a in node.all_input_nodes[1:] if a.name not in self.learned]
@@ -279,7 +279,8 @@ def _is_statistic(node: fx.Node) -> bool:
     if val.dim() > 0 and size_hint(val.shape[-1]) == 1:
         return True
     while is_pointwise(node):
-        inputs = [a for a in node.all_input_nodes if tensor_bytes(a) and value(a).numel() == val.numel()]
+        count = size_hint(val.numel())
+        inputs = [a for a in node.all_input_nodes if tensor_bytes(a) and size_hint(value(a).numel()) == count]
         if len(inputs) != 1:
             return False
         node = inputs[0]

@@ -66,7 +66,7 @@ class GraphEditor:
         """
         tensors = [a for a in arguments if isinstance(a, fx.Node)]
         with _mode(tensors), torch.no_grad():
-            traced = self._trace(function, arguments, key)
+            traced = self._trace(function, arguments, None if key is None else ("splice", key))
             return self._copy(traced, arguments, max((after, *tensors)), {**provenance(like), **(marks or {})})
 
     def call(
@@ -81,7 +81,7 @@ class GraphEditor:
         meta = provenance(like)
         sizes = self._sizes(arguments)
         with _mode(arguments), torch.no_grad():
-            traced = self._trace(lambda *given: _apart(function(*given[: len(arguments)]), given), [*arguments, *sizes], key)
+            traced = self._trace(_called(function, len(arguments)), [*arguments, *sizes], ("call", key))
             values = [_fresh(value(n)) for n in output_values(traced.graph)]
         name = self._submodule(traced)
         graph = self.insert("get_attr", name, (), dict(meta), after=position)
@@ -221,6 +221,11 @@ def _mode(tensors: Sequence[fx.Node]) -> FakeTensorMode:
     if mode is None:
         raise GraphUnsupported("the joint graph carries no fake values")
     return mode
+
+
+def _called(function: Callable[..., Any], count: int) -> Callable[..., Any]:
+    """``function`` of the first ``count`` of what is given, its results in memory of their own."""
+    return lambda *given: _apart(function(*given[:count]), given)
 
 
 def _apart(results: Sequence[torch.Tensor], given: Sequence[Any]) -> tuple[torch.Tensor, ...]:

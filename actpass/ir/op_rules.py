@@ -190,7 +190,7 @@ _TABLE: dict[Any, OpRule] = {
     aten.scalar_tensor.default: OpRule(fill=0, realised="loop"),
     **_rows(_LOOP, aten.full_like.default, aten.empty.memory_format, aten.arange.start_step, prims.iota.default),
     aten.copy.default: _LOOP,
-    inductor_prims.lookup_seed: _LOOP,
+    **_rows(_LOOP, inductor_prims.lookup_seed, inductor_prims.randint),
     inductor_prims.random: OpRule(realised="buffer"),
 }
 

@@ -4,7 +4,8 @@
 Loops over as many elements that read one buffer, or one another, are one kernel, unless something must run between them. Sums
 over columns are fused with their like, and on a CPU any reduction with a loop over what it yields that reads it: the sums of a
 parameter's gradient over all layers are one kernel with what adds them up, and all that they sum stays until it runs. On a CPU
-a loop behind a reduction that it needs ("outer loop") is fused only when nothing else can be.
+a loop behind a reduction that it needs ("outer loop") is fused only when nothing else can be, and a loop that goes over all
+elements as one is not fused with what goes over rows, but for a single loop beside loops without sums.
 
 The gate (torch 2.15) refuses a fusion that would lift the peak above what it was before any, in the graph's order, by more than
 is allowed. A fusion that is refused stays possible, so that on a CPU one refusal keeps all outer loops apart.
@@ -38,8 +39,8 @@ class Fusion:
     ) -> None:
         self.kernels = kernels
         source = {w: i for i, k in enumerate(kernels) for w in k.writes}
-        self.group = list(range(len(kernels)))  # of each kernel
-        self.groups = list(self.group)
+        self.group = list(range(len(kernels)))  # of each kernel: the first member of its group
+        self.groups = list(self.group)  # all that is kept by group below holds for these alone
         self.bits = [1 << i for i in self.group]  # the members of a group
         self.direct = [0] * len(kernels)  # the kernels that read what a group leaves
         self.behind = [0] * len(kernels)  # the kernels that need it, directly or not
@@ -137,12 +138,13 @@ class Fusion:
         near = max(high - start, end - low) <= _NEAR
         reads = self.direct[i] & self.bits[j] or self.direct[j] & self.bits[i]
         worthwhile = near and self.shared[pair] >= self.enough
-        alike = pair in self.yielding or self._in_one_order(i, j)
+        alike = pair in self.yielding or self._in_one_order(i, j)  # what a sum yields is read once a row, outside its loop
         return alike and bool(reads or worthwhile) and not self._between(i, j) and not self._between(j, i)
 
     def _in_one_order(self, i: int, j: int) -> bool:
-        """Whether the loops of two groups can run over their elements alike: on a CPU a loop over all of them is made one over
-        rows where it stands alone, and what it joins sums nothing."""
+        """Whether the loops of two groups go, or can be made to go, over their elements in one way. On a CPU some are flat: one
+        loop over all elements, others one over rows and one inside. A flat one becomes the other kind only if it is a single
+        kernel still, neither group sums rows, and all results have one shape."""
         if self.flat[i] == self.flat[j]:
             return True
         alone = i if self.flat[i] else j

@@ -124,7 +124,7 @@ class _Reading:
             yields_memory = is_reduction(node) or _scatters(node) or node.target is operator.getitem or written
             is_value = self._is_loop(node) and not yields_memory
             needed = node in self.outputs or any(self._reads_memory(u, node) for u in users)
-            most_reads, most_operators = self.limits[_is_on_cpu(node)]
+            most_reads, most_operators = self.limits[_makes_one_on_cpu(node)]
             at_once = again or count > most_reads or length > most_operators
             if not is_value or at_once or (needed and self._is_stored_at_once(node, read)):
                 stored[node] = self.position[node]
@@ -164,6 +164,7 @@ class _Reading:
 
     def _kernels(self) -> list[Kernel]:
         kernels: dict[fx.Node, Kernel] = {}
+        flat = self._flat()
         for node in sorted(self.stored, key=lambda n: (self.stored[n], self.position[n])):
             owner = node
             while owner.target is operator.getitem:
@@ -171,7 +172,7 @@ class _Reading:
             if owner not in kernels:
                 kernels[owner] = Kernel(owner, self.stored[owner], self._loops(owner))
                 kernels[owner].scratch = _scratch(owner)
-                kernels[owner].flat = self._is_flat(owner)
+                kernels[owner].flat = owner in flat
                 called = self._call(owner)
                 if called is not None:
                     kernels[owner].scratch, kernels[owner].traffic = called.peak, called.traffic
@@ -213,26 +214,28 @@ class _Reading:
             node = source
         return _elements(node), taken
 
-    def _is_flat(self, node: fx.Node) -> bool:
-        """Whether a CPU computes ``node`` in one loop over all elements: all that it reads from memory are numbers, and tensors
-        as large as it is, in the same order."""
-        val, row = node.meta.get("val"), rule_of(node)
-        if not self._is_loop(node) or not (is_pointwise(node) or row.fill is not None or row.realised == "buffer"):
-            return False
-        if not isinstance(val, torch.Tensor) or val.device.type != "cpu" or not val.is_contiguous():
-            return False
-        return all(self._is_read_in_order(a, node) for a in node.all_input_nodes)
+    def _flat(self) -> set[fx.Node]:
+        """What a CPU computes in one loop over all elements: all that it reads from memory are numbers, and tensors as large
+        as it is, in the same order."""
+        flat: set[fx.Node] = set()
+        for node in self.nodes:
+            val, row = node.meta.get("val"), rule_of(node)
+            makes_all = is_pointwise(node) or row.fill is not None or row.realised == "buffer"
+            if not self._is_loop(node) or not makes_all or not isinstance(val, torch.Tensor) or val.device.type != "cpu":
+                continue
+            if _is_in_order(val) and all(self._is_read_in_order(a, node, flat) for a in node.all_input_nodes):
+                flat.add(node)
+        return flat
 
-    def _is_read_in_order(self, read: fx.Node, reader: fx.Node) -> bool:
-        if _elements(read) <= 1:
+    def _is_read_in_order(self, source: fx.Node, reader: fx.Node, flat: set[fx.Node]) -> bool:
+        if _elements(source) <= 1:
             return True
-        while is_view(read) and rule_of(read).moves in ("reshape", "copy") and read.all_input_nodes:
-            read = read.all_input_nodes[0]
-        if is_view(read) or _elements(read) != _elements(reader):
+        while is_view(source) and rule_of(source).moves in ("reshape", "copy") and source.all_input_nodes:
+            source = source.all_input_nodes[0]
+        if is_view(source) or _elements(source) != _elements(reader):
             return False
-        if read in self.stored or read.op != "call_function":
-            return value(read).is_contiguous()
-        return self._is_flat(read)
+        in_memory = source in self.stored or source.op != "call_function"
+        return _is_in_order(value(source)) if in_memory else source in flat
 
     def _call(self, node: fx.Node) -> Timeline | None:
         """That of the graph that ``node`` calls."""
@@ -359,9 +362,20 @@ def _scatters(node: fx.Node) -> bool:
     return not needs_fallback_due_to_atomic_add_limitations(value(node).dtype)
 
 
-def _is_on_cpu(node: fx.Node) -> bool:
+def _makes_one_on_cpu(node: fx.Node) -> bool:
+    """Whether ``node`` makes one tensor, on a CPU."""
     val = node.meta.get("val")
     return isinstance(val, torch.Tensor) and val.device.type == "cpu"
+
+
+def _is_in_order(val: torch.Tensor) -> bool:
+    """Whether ``val`` is contiguous; asked so that nothing is assumed of symbolic sizes."""
+    below = 1
+    for size, stride in zip(reversed(val.shape), reversed(val.stride()), strict=True):
+        if size_hint(size) != 1 and size_hint(stride) != below:
+            return False
+        below *= size_hint(size)
+    return True
 
 
 def _elements(node: fx.Node) -> int:
