@@ -36,6 +36,7 @@ from workloads import (
     build_model,
     drops,
     make_batch,
+    with_adapters,
     workload_from_file,
     workload_named,
 )
@@ -80,6 +81,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     parser.add_argument("--autocast", action="store_true", help="forward under bfloat16 autocast")
     parser.add_argument("--dropout", type=probability, help="replaces the config's dropout probabilities")
+    parser.add_argument(
+        "--lora-rank", type=positive_int, metavar="R", help="fine-tune adapters of this rank on all linear layers"
+    )
+    parser.add_argument("--lora-dropout", type=probability, default=0.0, help="in front of the adapters (default: 0)")
     parser.add_argument(
         "--attention", choices=("sdpa", "eager"), default="sdpa",
         help="of transformers: fused, or in matmuls that keep the scores (default: sdpa)",
@@ -175,12 +180,17 @@ def set_up(given: argparse.Namespace) -> tuple[Setup, str]:
     config = build_config(workload, shape[1], given.dropout, given.attention)
     torch.manual_seed(0)
     model = build_model(config, workload.head, DTYPES[given.dtype])
+    if given.lora_rank is not None:
+        model = with_adapters(model, given.lora_rank, given.lora_dropout)
     batches = [make_batch(config, workload.head, shape, given.device, seed) for seed in range(BATCHES)]
     device = torch.device(given.device)
-    setup = Setup(model, batches, device, given.autocast, given.optimizer, not drops(config), config.vocab_size)
+    setup = Setup(
+        model, batches, device, given.autocast, given.optimizer, not (drops(config) or given.lora_dropout), config.vocab_size
+    )
     count = sum(p.numel() for p in model.parameters())
     precision = given.dtype + (", bfloat16 autocast" if given.autocast else "")
     precision += ", unfused attention" if given.attention == "eager" else ""
+    precision += f", LoRA of rank {given.lora_rank}, dropout {given.lora_dropout}" if given.lora_rank is not None else ""
     return setup, f"{workload.name} ({count / 1e6:.1f} M parameters), {shape[0]} x {shape[1]} tokens, {precision}"
 
 

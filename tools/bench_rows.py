@@ -23,6 +23,7 @@ from arguments import option, probability, rank
 from bench_counts import BudgetCut, Counts, count_default, count_eager, counts_of_report
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
+from workloads import checkpoint_layers
 
 import actpass
 from actpass import optim
@@ -33,7 +34,7 @@ from actpass.options import options_for
 ROW_FORMS = (
     "eager, inductor, inductor-budget=B, inductor-recompute, inductor-fp8, actcomp:NAME[:RANK][,KEY=VALUE], "
     "before:NAME[:RANK][,KEY=VALUE] or before,KEY=VALUE, with options as that build spells them (the build of --against); "
-    "for any of them also optimizer=NAME, lr=X and optimizer.KEY=VALUE"
+    "for any of them also optimizer=NAME, lr=X, optimizer.KEY=VALUE, and checkpointing=true: transformers' own for every layer"
 )
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "torch": torch.optim.AdamW,
@@ -51,7 +52,8 @@ Average = Callable[[Sequence[float]], float]
 @dataclass(frozen=True, slots=True)
 class RowSpec:
     """label: as given on the command line. budget: Inductor's ``activation_memory_budget``. options: the back end's own.
-    optimizer: a name of `OPTIMIZERS`. training: the optimizer's options."""
+    optimizer: a name of `OPTIMIZERS`. training: the optimizer's options. checkpointing: whether transformers checkpoints every
+    layer."""
 
     label: str
     kind: str
@@ -59,6 +61,7 @@ class RowSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
     optimizer: str = "torch"
     training: Mapping[str, Any] = field(default_factory=dict)
+    checkpointing: bool = False
 
     def optimize(self, model: nn.Module, **defaults: Any) -> torch.optim.Optimizer:
         """Its optimizer for all of ``model``. defaults: options that the row may replace."""
@@ -69,7 +72,9 @@ def parse_row(text: str) -> RowSpec:
     """Read a row as `ROW_FORMS` has them; an argparse type."""
     form, *others = text.split(",")
     options = dict(map(option, others))
-    optimizer = options.pop("optimizer", "torch")
+    optimizer, checkpointing = options.pop("optimizer", "torch"), options.pop("checkpointing", False)
+    if not isinstance(checkpointing, bool):
+        raise argparse.ArgumentTypeError(f"checkpointing={checkpointing} in {text!r}. Allowed: true, false.")
     if optimizer not in OPTIMIZERS:
         raise argparse.ArgumentTypeError(f"optimizer={optimizer} in {text!r}. Allowed: {', '.join(OPTIMIZERS)}.")
     training = {k.removeprefix("optimizer."): options.pop(k) for k in list(options) if k == "lr" or k.startswith("optimizer.")}
@@ -78,7 +83,7 @@ def parse_row(text: str) -> RowSpec:
         raise argparse.ArgumentTypeError(f"{text!r} is no row. Allowed: {ROW_FORMS}.")
     if form == "inductor-fp8":
         options = {"post_grad_fusion_options": {"activation_quantization_aten_pass": FP8_PASS}}
-    return RowSpec(text, kind, budget, {**(named or {}), **options}, optimizer, training)
+    return RowSpec(text, kind, budget, {**(named or {}), **options}, optimizer, training, checkpointing)
 
 
 def _form(text: str) -> tuple[str, float | None, dict[str, Any] | None]:
@@ -140,6 +145,8 @@ class Row:
     @classmethod
     def prepare(cls, spec: RowSpec, setup: Setup) -> Row:
         model = setup.copy_model()
+        if spec.checkpointing:
+            checkpoint_layers(model)
         optimizer = spec.optimize(model, lr=1e-5) if setup.optimizer else None
         if optimizer is not None:
             actpass.set_optimizer(optimizer)

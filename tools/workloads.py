@@ -203,6 +203,28 @@ def build_model(config: Any, head: str, dtype: torch.dtype) -> nn.Module:
     return LossOnly(model).train()
 
 
+def with_adapters(model: nn.Module, rank: int, dropout: float) -> nn.Module:
+    """``model`` with PEFT's LoRA of ``rank`` on all linear layers but the head; all else is frozen."""
+    if not isinstance(model, LossOnly):
+        raise UsageError("--lora-rank is for models in one part. Give another --workload.")
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules="all-linear")
+    model.model = get_peft_model(model.model, config)
+    return model.train()
+
+
+def checkpoint_layers(model: nn.Module) -> None:
+    """Turn transformers' activation checkpointing of every layer on."""
+    if not isinstance(model, LossOnly):
+        raise UsageError("checkpointing=true is for models in one part. Give another --workload.")
+    inner: Any = model.model
+    if hasattr(inner, "activation_checkpointing_enable"):  # its name from transformers 5.24 on
+        inner.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        inner.gradient_checkpointing_enable({"use_reentrant": False})
+
+
 def make_batch(config: Any, head: str, shape: tuple[int, int], device: str, seed: int) -> dict[str, Tensor]:
     """Random tokens; the labels are the tokens themselves, or random classes."""
     draw = torch.Generator().manual_seed(seed)
