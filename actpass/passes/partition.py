@@ -32,7 +32,8 @@ from actpass.torch_compat import (
 )
 
 _SLACK, _SLACK_BYTES = 0.05, 16384
-"""What may cross beyond the exact cut where the forward also takes sketches: a mask in place of the bits that it is made of."""
+"""What may cross beyond the exact cut: a share of it where the forward also takes sketches (a mask in place of the bits that it
+is made of), and in any case a few bytes: upstream may save a small derivative that the exact cut forms later."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Partition:
         own = {n.name for n in after.inserted} - stored
         state = sum(s.nbytes for s in now.saved if s.base in own or s.base in now.seeds)
         learned = any(d.projection in LEARNED for d in plan.projections)
-        slack = max(_SLACK * exact.saved_bytes, _SLACK_BYTES) if learned else 0  # sketches move upstream's choices a little
+        slack = max(_SLACK * exact.saved_bytes if learned else 0, _SLACK_BYTES)
         if now.saved_bytes - state > exact.saved_bytes + slack:
             raise GraphUnsupported(f"{now.saved_bytes} bytes cross, more than the {exact.saved_bytes} of the exact cut")
 
