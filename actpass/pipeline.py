@@ -19,6 +19,7 @@ from actpass.errors import ActpassError, ActpassWarning, BudgetError, GraphUnsup
 from actpass.ir.fingerprint import fingerprint, plain_inputs
 from actpass.ir.joint_graph import Joint, module_path
 from actpass.passes.base import Pass, RegionState, Stage
+from actpass.passes.batch_weight_gradients import BatchWeightGradients
 from actpass.passes.chunked_loss import ChunkedLoss
 from actpass.passes.contract_from_codes import ContractFromCodes
 from actpass.passes.low_rank_gradients import LowRankGradients
@@ -49,11 +50,14 @@ CARRY_OUT: tuple[Pass, ...] = (
     ProjectWeightGradients(),
     ContractFromCodes(),
     LowRankGradients(),
+    BatchWeightGradients(),
     Partition(),
     ProjectSaved(),
     QuantizeSaved(),
 )
 """What a plan asks for."""
+WITHIN_LAYERS = tuple(p for p in CARRY_OUT if not isinstance(p, BatchWeightGradients))
+"""What a plan asks for, but what joins layers: a deep model's are reckoned one by one."""
 PASSES = (*PREPARE, *SPLIT_LOSS, *CARRY_OUT)
 
 

@@ -87,6 +87,7 @@ def plan_lines(explanation: Explanation) -> Iterator[str]:
         yield f"bytes: {t.saved_bytes_default} by Inductor, {t.saved_bytes} by the plan, {t.peak_bytes} at the peak"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="another CPU's attention is another operator")
 @pytest.mark.parametrize("options", PLANS)
 @pytest.mark.parametrize("model", [pytest.param(m, marks=() if m in TOYS else pytest.mark.architectures) for m in MODELS])
@@ -125,7 +126,7 @@ def test_graphs_of_every_stage_are_those_that_were_looked_at(name: str, update: 
     model, options = GRAPHS[name]
     (region,) = explained(model, options).regions
     stages = {stage.name: stage.graphs for stage in region.stages}
-    shown = {"joint": stages["scatter_onto_sums"]["joint"], "rewritten": stages["low_rank_gradients"]["joint"]}
+    shown = {"joint": stages["scatter_onto_sums"]["joint"], "rewritten": stages["batch_weight_gradients"]["joint"]}
     shown |= {"forward": region.forward, "backward": region.backward}
     lines = [f"{stage}: {line}" for stage, gm in shown.items() for line in graph_lines(gm)]
     Golden(FOLDER / "graphs.json", update).check(name, lines)
@@ -189,6 +190,7 @@ TOYS_OF_PASSES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "project_weight_gradients": (toy, PROJECTED),
     "contract_from_codes": (wide_toy, {"wgrad": "fp8", "rounding": "nearest"}),
     "low_rank_gradients": (toy, {**PROJECTED, "weight_gradient_format": "low_rank"}),
+    "batch_weight_gradients": (wide_toy, PROJECTED),
     "partition": (toy, PROJECTED),
     "project_saved": (toy, {"projection": "prac", "rank": 4, "skip_unprofitable": False}),
 }
@@ -211,6 +213,7 @@ def test_what_each_pass_makes_of_a_graph_is_what_was_looked_at(name: str, update
     Golden(FOLDER / "passes.json", update).check(name, lines)
 
 
+@pytest.mark.slow
 def test_passes_can_be_listed_filtered_timed_and_left_out():
     module, inputs = toy()
     (region,) = explain_model(module, (), inputs, {"min_tensor_bytes": 0}).regions

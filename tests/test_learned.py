@@ -87,6 +87,18 @@ def test_a_sketch_reads_what_the_projection_has_computed(name: str):
 
 
 @methods
+def test_a_sketch_of_a_batch_samples_rows_of_all_of_it(name: str):
+    """As many as there are points, whatever the batch: what is decoded is no batch of experts."""
+    method, state, x = LEARNED[name], trained(name), tokens(3)
+    z = x @ method.draw(state, method.noise(key(1), N, R), R)
+    known, p = method.leading(R), points(64)
+    whole = sketch(x, state, p, z=z, known=known)
+    batch, z_of_it = x.view(3, 4, TOKENS // 12, N), z.view(3, 4, TOKENS // 12, R)
+    assert torch.equal(sketch(batch, state, p, flat=True, z=z_of_it, known=known), whole)
+    assert float(whole[-1, 0]) == pytest.approx(float(x[(p * TOKENS).long()].square().sum()))
+
+
+@methods
 def test_spectrum_is_the_energy_along_each_direction(name: str):
     state, x = trained(name), tokens(9)
     _, spectrum = power_iteration_step(LEARNED[name], state, sketch(x, state, (torch.arange(TOKENS) + 0.5) / TOKENS), R, 1.0)

@@ -17,7 +17,7 @@ from actpass.low_rank_gradient import Basis, LowRankGradient, nbytes
 from actpass.memory.profiler import measure
 from actpass.optim import LazySubspaceAdamW, OasisAdamW
 from actpass.options import options_for
-from actpass.passes import low_rank_gradients as factor
+from actpass.passes import gradient_factors as factor
 from actpass.runtime import low_rank_binding as factors
 from actpass.runtime.step_counter import STEP_COUNTER
 from actpass.runtime.subspaces import STORE
@@ -226,6 +226,7 @@ def test_options_that_mean_nothing_are_refused():
         eager_actcomp({"projection": "haar", "weight_gradient_format": "lowrank"})
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_run_has_its_factors_and_is_followed():
     model, inputs = models.transformer()
     run = torch.compile(model, backend=eager_actcomp(projection="haar", rank=8, weight_gradient_format="low_rank"))
@@ -627,6 +628,7 @@ def test_a_model_changes_dtype_with_gradients_that_were_zeroed_or_are_dense(zero
     ("prac", "auto", True), ("sampled", "auto", True), ("sampled", "every_step", False), ("prac", "every_step", False),
     ("sampled", "every_refresh", True),
 ])  # fmt: skip
+@pytest.mark.slow
 def test_what_is_random_in_a_learned_basis_stays_between_two_refreshes(method: str, resample: str, stays: bool):
     """So that an optimizer's moments are those of one basis; with dense gradients it is another at each step."""
     torch.compiler.reset()
@@ -686,16 +688,17 @@ def test_a_checkpoint_around_the_region_forms_the_gradient_in_the_basis_of_its_s
     assert error(run(weight_gradient_format="low_rank"), run()) < 1e-6
 
 
+@pytest.mark.slow
 def test_every_node_is_looked_at_once(monkeypatch: pytest.MonkeyPatch):
     """The embedding's gradient is a sum over the residual stream: a walk back from it takes every way through it."""
     seen: list[fx.Node] = []
-    coefficients = factor._coefficients
+    factors_of = factor._factors_of
 
     def counted(node: Any, *rest: Any) -> Any:
         seen.append(node)
-        return coefficients(node, *rest)
+        return factors_of(node, *rest)
 
-    monkeypatch.setattr(factor, "_coefficients", counted)
+    monkeypatch.setattr(factor, "_factors_of", counted)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(20, 32), *models.transformer(layers=4)[0].blocks)
     run = torch.compile(

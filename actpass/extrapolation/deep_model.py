@@ -22,7 +22,7 @@ from actpass.extrapolation.sharded_budget import ShardedBudget
 from actpass.memory.resident import Resident
 from actpass.options import Config, parse
 from actpass.passes.base import RegionState
-from actpass.pipeline import carry_out, read
+from actpass.pipeline import WITHIN_LAYERS, carry_out, read
 from actpass.planner.free_cut import no_recompute_partition
 from actpass.planner.peak_budget import PeakBudget
 from actpass.planner.plan_source import SearchedPlan
@@ -135,7 +135,7 @@ class _DeepModel:
         deep, direct, few = self.region.search, Search(whole, no_recompute_partition(whole)), folded.search
         share = (outcome.plan.cut.saved_bytes - deep.least) / (deep.most - deep.least)
         capacity = direct.least + int(min(max(share, 0.0), 1.0) * (direct.most - direct.least))
-        want = carry_out(SearchedPlan(whole, direct.at(capacity).choice)).partitioned
+        want = carry_out(SearchedPlan(whole, direct.at(capacity).choice), passes=WITHIN_LAYERS).partitioned
         got = folded.carry_out(few.at(capacity).choice)
         return (
             f"checked on {folded.stack.layers * folded.stack.group} layers traced whole, as tight a plan: saved "

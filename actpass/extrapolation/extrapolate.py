@@ -23,7 +23,7 @@ from actpass.extrapolation.layer_names import Names, Stack
 from actpass.ir.joint_graph import module_path
 from actpass.options import Config
 from actpass.passes.base import RegionState
-from actpass.pipeline import carry_out, read
+from actpass.pipeline import WITHIN_LAYERS, carry_out, read
 from actpass.plan import CodecSet, Decision, Plan, SavedTensor, Storage
 from actpass.plan.storage_options import Costs
 from actpass.plan.store import StoredBytes
@@ -243,7 +243,7 @@ class FoldedRegion:
         key = constraints, tuple(sorted(codecs.items())) if codecs is not None else None
         if key not in self._finished:
             choice = PartitionPlan(constraints, where, codecs)
-            done = carry_out(SearchedPlan(self.region, choice), self._state)
+            done = carry_out(SearchedPlan(self.region, choice), self._state, WITHIN_LAYERS)
             self._finished[key] = choice, done, self._block(done.cuts.swapped, done.cuts.final)
         return self._finished[key]
 

@@ -19,8 +19,15 @@ from actpass.plan import Decision, Plan, SavedTensor, Storage
 NOTHING_FOUND, NOTHING_PLANNED = WeightGradientMatmuls((), ()), Plan()
 INDUCTORS_OWN = PartitionConstraints(recompute_materialized=False)
 
-Lift = tuple[fx.Node, WeightGradientMatmul, Decision]
-"""The factor that is lifted, the weight gradient, and what was decided on it."""
+
+@dataclass(frozen=True)
+class Lift:
+    """A weight gradient that is formed of coefficients and a basis: what it was, and what was decided on it."""
+
+    factor: fx.Node
+    basis: fx.Node
+    contraction: WeightGradientMatmul
+    decision: Decision
 
 
 class PlanSource(Protocol):
@@ -119,7 +126,7 @@ class RegionState:
     so far. decoded: the tensors that are stored as projections, by node. inserted: nodes of passes. payloads: a projected
     decision -> node of its z; one of codes -> node of these. scales: one of codes -> node of their scale. sketches: nodes that
     are returned for learned subspaces. lifts: a weight gradient as it is
-    formed now -> its coefficients and the decision; without those that something is added to in the same matmul. notes: what
+    formed now -> what it is formed of; without those that something is added to in the same matmul. notes: what
     the user should know. off: what was given up, and why. stages: what
     each pass made.
     """
@@ -192,5 +199,5 @@ class RegionState:
             self.with_graph(gm),
             inserted=frozenset(now[n] for n in self.inserted),
             sketches=frozenset(now[n] for n in self.sketches),
-            lifts={now[n]: (now[f], contraction, decision) for n, (f, contraction, decision) in self.lifts.items()},
+            lifts={now[n]: replace(lift, factor=now[lift.factor], basis=now[lift.basis]) for n, lift in self.lifts.items()},
         )

@@ -100,16 +100,18 @@ class Sketches:
         self._stand_ins = {s: n for s in joint.subspaces for n in s.users if output in n.users}
         self.taken: set[fx.Node] = set()
 
-    def take(self, decision: Decision, x: fx.Node, z: fx.Node, state: fx.Node | None, left: bool) -> None:
+    def take(
+        self, decision: Decision, x: fx.Node, z: fx.Node, state: fx.Node | None, *, left: bool = False, flat: bool = False
+    ) -> None:
         """Return the sketch of ``x`` in place of what stands for it. z: the projection of ``x``, which the sketch reads where
-        the forward computes it."""
+        the forward computes it. left, flat: see `sketch`."""
         if state is None:
             return
         leading = LEARNED[decision.projection].leading(decision.rank or 0)
         known, given = (0, None) if _is_of_backward(z) else (leading, z)
 
         def take(x: torch.Tensor, state: torch.Tensor, points: torch.Tensor, z: torch.Tensor | None) -> torch.Tensor:
-            return sketch(x, state, points, left=left, z=z, known=known)
+            return sketch(x, state, points, left=left, flat=flat, z=z, known=known)
 
         x = self._in_forward(x)
         new = self.editor.splice(take, [x, state, self.points, given], after=x, like=x)

@@ -82,7 +82,7 @@ class _Storing:
         basis = self.bases[0].learned(decision, value(x).dtype, (state, seed), x, number)
         z = boundary.forward.splice(torch.matmul, [x, basis], after=x, like=x)
         rename(z, f"{_OWN}z")  # no name that another node has in the backward
-        self.sketches.take(decision, x, z, state, False)
+        self.sketches.take(decision, x, z, state, flat=True)
         passed = [n for n in (state, seed) if n is not None and n.name not in behind]  # a forward passes its inputs on, once
         arrived, *others = boundary.send(tensor.saved_for_backward, [z, *passed], free=state)
         behind |= {n.name: new for n, new in zip(passed, others, strict=True)}

@@ -83,7 +83,7 @@ class _Projecting:
         else:
             basis = self.bases.seeded(decision, x, self.joint.seed)
         z = self._payload(x, basis, decision, members[0].left)
-        self.sketches.take(decision, x, z, subspace, members[0].left)
+        self.sketches.take(decision, x, z, subspace, left=members[0].left)
         for contraction in members:
             self._replace(contraction, z, basis, decision)
 
@@ -124,4 +124,4 @@ class _Projecting:
             raise GraphUnsupported(f"{matmul.name}: {tuple(value(new).shape)} in place of {tuple(old.shape)}")
         matmul.replace_all_uses_with(new)
         if not has_addend:
-            self.lifts[new] = factor, contraction, decision
+            self.lifts[new] = Lift(factor, basis, contraction, decision)

@@ -110,28 +110,45 @@ def sketch(
     points_S: torch.Tensor,
     *,
     left: bool = False,
+    flat: bool = False,
     z: torch.Tensor | None = None,
     known: int = 0,
 ) -> torch.Tensor:
     """(N + 1, K) in float32: X_S^T (X_S Q), and a row of |X_S|^2.
 
-    x: (T, N) or (E, T, N), with ``left`` (N, T) or (E, N, T). points: where to sample tokens, in [0, 1); with none of them
-    it is all zeros, and costs nothing. z: (T, R) or (E, T, R), of which the first ``known`` columns are x times those of Q, and
-    are not computed again. Costs 2 S N (2 K - known) FLOPs.
+    x: (T, N) or (E, T, N), with ``left`` (N, T) or (E, N, T). Of each of E experts S tokens are sampled; with ``flat`` all
+    dimensions but the last are tokens, of which there are S in all. points: where to sample tokens, in [0, 1); with none of
+    them it is all zeros, and costs nothing. z: as x, with R for N: of its columns the first ``known`` are x times those of Q,
+    and are not computed again. Costs 2 S N (2 K - known) FLOPs.
     """
     tokens = -1 if left else -2
-    if x.shape[tokens] == 0:  # an expert without tokens
+    if x.numel() == 0:  # an expert without tokens
         return torch.zeros_like(state)
-    places_S = (points_S * x.shape[tokens]).to(torch.int64)
-    sample = x.index_select(tokens, places_S).to(torch.float32)
-    sample_SN = (sample.transpose(-1, -2) if left else sample).reshape(-1, state.shape[0] - 1)
+    sample_SN = _rows(x, points_S) if flat else _of_each(x, points_S, tokens)
     projected_SK = sample_SN @ state[:-1, known:]
     if z is not None and known:
-        known_SR = z.index_select(-2, places_S).to(torch.float32).reshape(-1, z.shape[-1])
+        known_SR = _rows(z, points_S) if flat else _of_each(z, points_S, -2)
         projected_SK = torch.cat([known_SR[:, :known], projected_SK], 1)
     energies_1S = sample_SN.square().sum(1).unsqueeze(0)  # summed by a matmul: a reduction would set limits to S in Inductor
     energy_12 = energies_1S @ energies_1S.new_ones(energies_1S.shape[1], 2)
     return torch.cat([sample_SN.t() @ projected_SK, energy_12[:, :1].expand(1, state.shape[1])])
+
+
+def _of_each(x: torch.Tensor, points_S: torch.Tensor, tokens: int) -> torch.Tensor:
+    """(E S, N) in float32: of each expert the tokens, which lie along dimension ``tokens``, at ``points_S``."""
+    sample = x.index_select(tokens, (points_S * x.shape[tokens]).to(torch.int64)).to(torch.float32)
+    return (sample.transpose(-1, -2) if tokens == -1 else sample).reshape(-1, x.shape[-3 - tokens])
+
+
+def _rows(x: torch.Tensor, points_S: torch.Tensor) -> torch.Tensor:
+    """(S, N) in float32: the rows of ``x``, over all dimensions but the last, at ``points_S``. ``x`` is read where it lies."""
+    *leading, _ = x.shape
+    count = math.prod(leading)
+    left_S, places = (points_S * count).to(torch.int64).clamp(max=count - 1), list[torch.Tensor]()
+    for size in reversed(leading[1:]):
+        places.insert(0, left_S % size)
+        left_S = left_S // size
+    return x[(left_S, *places)].to(torch.float32)
 
 
 def power_iteration_step(

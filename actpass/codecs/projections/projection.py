@@ -58,9 +58,9 @@ def contract(coefficients: torch.Tensor, basis_NR: torch.Tensor, *, left: bool) 
 
     left=False: coefficients = dy^T z (M, R) -> dW = coefficients P^T (M, N).
     left=True:  coefficients = z^T dy (R, M) -> dW^T = P coefficients (N, M), as `Conv1D` and experts store it.
-    A leading E is kept.
+    A leading E is kept; the basis may have it, too.
     """
     if coefficients.dim() == 3:
-        expanded = basis_NR.expand(coefficients.shape[0], *basis_NR.shape)
+        expanded = basis_NR if basis_NR.dim() == 3 else basis_NR.expand(coefficients.shape[0], *basis_NR.shape)
         return torch.bmm(expanded, coefficients) if left else torch.bmm(coefficients, expanded.transpose(1, 2))
     return torch.mm(basis_NR, coefficients) if left else torch.mm(coefficients, basis_NR.t())

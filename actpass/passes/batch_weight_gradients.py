@@ -1,0 +1,153 @@
+"""Form the gradients of many small weights at once: one product G = C Pᵀ of all coefficients in one basis, and one batched
+product of those in bases of one size.
+
+A small model on a GPU takes as long for a product as it takes to launch it. The gradients of a batch are parts of one
+tensor: memory is free again when all of them are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import fx
+
+from actpass.codecs import contract
+from actpass.ir.editor import GraphEditor
+from actpass.ir.joint_graph import tensor_bytes, value
+from actpass.ir.outputs import output_values, set_output_values
+from actpass.ir.traversal import ancestors
+from actpass.passes.base import RegionState
+from actpass.passes.gradient_factors import GradientFactors, find_gradient_factors
+
+_MOST = 32 << 20
+"""Bytes of the gradients of one batch. Coefficients wait until their batch is whole."""
+
+
+@dataclass
+class _Bundle:
+    """Gradients in one basis, which is the second factor of all, or the first of a single one."""
+
+    basis: fx.Node
+    members: list[tuple[fx.Node, GradientFactors]] = field(default_factory=list[tuple[fx.Node, GradientFactors]])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor_bytes(primal) for primal, _ in self.members)
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Of the gradients, one below the other."""
+        return tuple(int(value(primal).shape[0]) for primal, _ in self.members)
+
+    @property
+    def size(self) -> object:
+        """Equal for bundles that may be formed in one batched product."""
+        primal, factors = self.members[0]
+        return (
+            self.rows,
+            value(primal).shape[1],
+            value(self.basis).shape,
+            value(self.basis).dtype,
+            factors.first,
+            factors.dtypes,
+        )
+
+
+@dataclass(frozen=True)
+class BatchWeightGradients:
+    """Of weights whose gradients are formed of factors, and only returned."""
+
+    name: str = "batch_weight_gradients"
+    serves: str | None = "projections"
+
+    def run(self, state: RegionState) -> RegionState:
+        if not state.lifts:
+            return state
+        state = state.on_a_copy()
+        batches = [batch for batch in _batches(state) if sum(len(b.members) for b in batch) > 1]
+        editor = GraphEditor(state.joint.gm)
+        values = output_values(editor.graph)
+        places = {p: state.joint.num_fwd_outputs + i for i, p in enumerate(state.joint.primals)}
+        for batch in batches:
+            for (primal, _), gradient in zip(_members(batch), _form(editor, batch), strict=True):
+                values[places[primal]] = gradient
+        set_output_values(editor.graph, values)
+        editor.clean()
+        inserted = frozenset(n for n in (*state.inserted, *editor.inserted) if not n._erased)
+        return replace(state.with_graph(editor.module), inserted=inserted, lifts={})
+
+    def check(self, before: RegionState, after: RegionState) -> None:
+        """Every gradient has the shape and dtype that it had, and outputs of the forward but the sketches read no inserted
+        node."""
+        for (primal, old), (_, new) in zip(before.joint.gradients, after.joint.gradients, strict=True):
+            if value(old).shape != value(new).shape or value(old).dtype != value(new).dtype:
+                raise AssertionError(f"the gradient of {primal.name} became {tuple(value(new).shape)}, {value(new).dtype}")
+        own = (o for o in after.joint.forward_outputs if o not in after.sketches)
+        if ancestors(own).intersection(after.inserted):
+            raise AssertionError("weight gradients reached an output of the forward")
+
+
+def _members(batch: Sequence[_Bundle]) -> Iterator[tuple[fx.Node, GradientFactors]]:
+    for bundle in batch:
+        yield from bundle.members
+
+
+def _batches(state: RegionState) -> Iterator[list[_Bundle]]:
+    """Bundles of one size, in the order in which the backward has them."""
+    open_batches: dict[object, list[_Bundle]] = {}
+    for bundle in _bundles(state):
+        batch = open_batches.setdefault(bundle.size, [])
+        if batch and sum(b.nbytes for b in batch) + bundle.nbytes > _MOST:
+            yield batch
+            batch = open_batches[bundle.size] = []
+        batch.append(bundle)
+    yield from open_batches.values()
+
+
+def _bundles(state: RegionState) -> Iterator[_Bundle]:
+    gradients = dict(state.joint.gradients)
+    known = [(p, f) for p, f in find_gradient_factors(state) if _can_be_batched(p, gradients[p])]
+    open_bundles: dict[object, _Bundle] = {}
+    for primal, factors in sorted(known, key=lambda found: max(found[1].nodes)):
+        alone = _Bundle(factors.basis, [(primal, factors)])
+        if factors.first:
+            yield alone
+            continue
+        key = factors.basis, factors.dtypes
+        bundle = open_bundles.get(key)
+        if bundle is None or bundle.nbytes + alone.nbytes > _MOST:
+            if bundle is not None:
+                yield bundle
+            open_bundles[key] = alone
+        else:
+            bundle.members += alone.members
+    yield from open_bundles.values()
+
+
+def _can_be_batched(primal: fx.Node, gradient: fx.Node) -> bool:
+    """Whether the gradient of ``primal`` is a small matrix that nothing but the caller reads."""
+    val = value(primal)
+    plain = val.dim() == 2 and all(type(size) is int for size in val.shape)
+    return plain and len(gradient.users) == 1 and 2 * tensor_bytes(primal) <= _MOST
+
+
+def _form(editor: GraphEditor, batch: Sequence[_Bundle]) -> Sequence[fx.Node]:
+    """The gradients of ``batch``, bundle by bundle."""
+    _, factors = batch[0].members[0]
+    bases = list(dict.fromkeys(b.basis for b in batch))
+    coefficients = [n for _, f in _members(batch) for n in f.nodes]
+
+    def gradients(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        arrived = iter(given)
+        basis_of = {basis: next(arrived) for basis in bases}
+        parts = [[f.of([next(arrived) for _ in f.nodes]) for _, f in b.members] for b in batch]
+        bundled = [torch.cat(p) if len(p) > 1 else p[0] for p in parts]
+        basis = basis_of[bases[0]] if len(bases) == 1 else torch.stack([basis_of[b.basis] for b in batch])
+        whole = factors.cast(contract(bundled[0] if len(batch) == 1 else torch.stack(bundled), basis, left=factors.first))
+        formed = [whole] if len(batch) == 1 else whole.unbind()
+        return tuple(g for part, b in zip(formed, batch, strict=True) for g in part.split_with_sizes(b.rows))
+
+    last = max(coefficients)
+    return editor.splice(gradients, [*bases, *coefficients], after=last, like=last)
