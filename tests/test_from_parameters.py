@@ -12,6 +12,7 @@ from torch import nn
 import actpass
 from actpass.options import options_for
 
+from . import models
 from .helpers import eager_actcomp, error
 
 
@@ -93,3 +94,23 @@ def test_parameters_are_static_beside_the_seed():
     x = torch.randn(2, 16, 64, requires_grad=True)
     default = [actpass.explain(Heads(), x, options={**options_for(m)}).totals.saved_bytes_default for m in ("exact", "int8")]
     assert default[0] == default[1]
+
+
+@pytest.mark.parametrize(
+    ("batch", "options", "kept"),
+    [
+        (128, {"policy": "exact"}, True),
+        (1, {"policy": "exact"}, False),
+        (128, {"policy": "exact", "memory_budget": 0.5}, False),
+    ],
+    ids=["few beside the rest", "many", "under a budget"],
+)
+def test_weights_in_half_precision_are_stored_where_they_are_few_bytes(batch: int, options: dict[str, Any], kept: bool):
+    """To cast them again takes a kernel each."""
+    model, _ = models.transformer()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        report = actpass.explain(model, x=torch.randn(batch, 16, 32), options=options)
+    copies = [s for s in report.regions[0].sites if s.bytes_after and "a cast again takes a kernel" in s.reason]
+    weights = [p for n, p in model.named_parameters() if p.dim() == 2]
+    assert sum(s.bytes_after for s in copies) == (2 * sum(w.numel() for w in weights) if kept else 0)
+    assert all(s.codec is None for s in copies)
