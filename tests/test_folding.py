@@ -29,13 +29,13 @@ from actpass.planner.storage_search import Search
 LAYERS = 8
 TOOLS = Path(__file__).parent.parent / "tools"
 
-# What is saved is the same to the byte. A peak may differ by some hidden states of one layer, each of them 1 to 2 % of it at
-# these sizes, where layers of different forms meet: what the first layer alone makes (a mask) may be made a few kernels earlier
-# or later, and other memory is then free for it. A GPT-2 under a tight budget stores outputs of norms and no sums of the
-# residual stream, which Inductor then inlines over two and three layers: its kernels repeat less often than its layers, and the
-# sum that is in memory at the peak is another one: 2.5 hidden states of 2 %.
-# Of the Llama that is one of four capacities, with 1.8 % too much; at the others its peaks are equal to the byte.
-PEAK = {"llama": 0.02, "gpt2": 0.06}
+# What is saved is the same to the byte. A peak may differ by hidden states of one layer, where layers of different forms meet:
+# what the first layer alone makes (a mask) may be made a few kernels earlier or later, and other memory is then free for it.
+# Of the Llama by one, at one of four capacities; at the others its peaks are equal to the byte. A GPT-2 under a tight budget
+# stores outputs of norms and no sums of the residual stream, which Inductor then inlines over two and three layers: its kernels
+# repeat less often than its layers, and the sum that is in memory at the peak is another one: 2.5 hidden states.
+HIDDEN = 4 * 8 * 128 * 64
+PEAK = {"llama": 1 * HIDDEN, "gpt2": 3 * HIDDEN}
 
 
 def llama(layers: int) -> tuple[nn.Module, dict[str, torch.Tensor]]:
@@ -110,7 +110,7 @@ def test_without_a_budget_all_is_the_same_to_the_byte(both: tuple[Region, Folded
     assert folded_free.saved_bytes == free.saved_bytes
     assert folded_free.footprint.backward == free.footprint.backward
     # the keys of stochastic rounding are drawn at once for all tensors, as many as there are: bytes, but other memory is reused
-    assert folded_free.footprint.forward == pytest.approx(free.footprint.forward, rel=0.02)
+    assert folded_free.footprint.forward == pytest.approx(free.footprint.forward, abs=PEAK[build_of(folded)])
 
 
 @pytest.mark.architectures
@@ -131,7 +131,7 @@ def test_projections_too(options: dict[str, Any]):
     )
     assert folded_free.saved_bytes == free.saved_bytes
     assert folded_free.footprint.gradients == free.footprint.gradients
-    assert folded_free.peak_bytes == pytest.approx(free.peak_bytes, rel=PEAK["llama"])
+    assert folded_free.peak_bytes == pytest.approx(free.peak_bytes, abs=PEAK["llama"])
 
 
 @pytest.mark.architectures
@@ -152,7 +152,7 @@ def test_from_the_most_to_the_least_saved_bytes_forms_and_peaks_agree(both: tupl
         assert len(plan.recompute) == len(done.plan.recompute)
         assert cut.saved_bytes == done.partitioned.saved_bytes
         assert cut.footprint.gradients == done.partitioned.footprint.gradients
-        assert cut.peak_bytes == pytest.approx(done.partitioned.peak_bytes, rel=PEAK[build_of(folded)])
+        assert cut.peak_bytes == pytest.approx(done.partitioned.peak_bytes, abs=PEAK[build_of(folded)])
         again.add(len(plan.recompute))
     assert len(again) > 2
 

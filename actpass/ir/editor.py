@@ -97,7 +97,8 @@ class GraphEditor:
         Inductor makes the one that writes in place of (`actpass.ir.products`). Returns the node of the sum."""
         meta, val = {k: v for k, v in left.meta.items() if k != "val"}, value(total)
         factors: dict[str, Any] = {"total": total, "left": left, "right": right}
-        added = torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
+        with _mode([total]):
+            added = _fresh(val)
         with self.graph.inserting_after(max(after, total, left, right)):
             made = self.graph.call_function(auto_functionalized, (torch.ops.actpass.add_product_.default,), factors)
         self._note(made, {**meta, "val": (None, added)})

@@ -17,8 +17,9 @@ from actpass.ir.traversal import ancestors, descendants, reach
 aten = torch.ops.aten
 
 _TRANSPOSES = (aten.permute.default, aten.t.default)
-LEAST_SHARE = 8
-"""Logits below this fraction (one in eight) of what Inductor's default saves are not worth it."""
+LEAST_SHARE = 100
+"""Logits below this fraction (a hundredth) of what Inductor's default saves are not worth it. They count twice at the peak,
+with their gradient, and beside what is stored in fewer bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
