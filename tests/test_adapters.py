@@ -64,6 +64,7 @@ def test_dropout_in_front_of_adapters_costs_its_masks_alone():
     assert with_it.peak_bytes < with_it.peak_bytes_default
 
 
+@pytest.mark.slow
 def test_auto_leaves_what_saves_next_to_nothing_exact():
     """The products of first factors have `RANK` columns of 128 to 256; all of them are 3 % of the bytes."""
     sites = explained(0.0, policy="auto", min_tensor_bytes=0).regions[0].sites
@@ -87,12 +88,14 @@ def worst_of_second_factors(**options: object) -> float:
     return max(error(model.get_parameter(n).grad, expected.get_parameter(n).grad) for n in names)
 
 
+@pytest.mark.slow
 def test_gradients_of_second_factors_are_no_worse_under_auto_than_in_8_bits():
     """They are formed from the narrow products."""
     auto, eight, four = (worst_of_second_factors(**o) for o in ({"policy": "auto"}, {"codec": "int8"}, {"codec": "int4"}))
     assert auto <= 1.5 * eight < 0.5 * four
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradients", ["dense", "low_rank"])
 def test_adapters_are_not_projected(gradients: str):
     """The first layer of all, which is no adapter, is; and an override that names one means it."""

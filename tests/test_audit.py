@@ -12,6 +12,7 @@ from . import models
 from .helpers import eager_actcomp
 
 
+@pytest.mark.slow
 def test_audit_of_exact_finds_nothing():
     model, inputs = models.transformer()
     found = actpass.audit(model, inputs, options={"policy": "exact"}, seeds=2)
@@ -47,6 +48,7 @@ def test_audit_sees_bias_where_there_is_one_and_none_where_there_is_not():
     assert "BIASED" in str(biased)
 
 
+@pytest.mark.slow
 def test_audit_ranks_the_worst_first_and_folds_layers():
     model, inputs = models.transformer()
     found = actpass.audit(model, inputs, options={"codec": "int2", "min_tensor_bytes": 0}, seeds=2)
@@ -58,6 +60,7 @@ def test_audit_ranks_the_worst_first_and_folds_layers():
     assert text.splitlines()[1].startswith("parameter")
 
 
+@pytest.mark.slow
 def test_audit_takes_adams_state():
     model, inputs = models.mlp()
     optimizer = torch.optim.AdamW(model.parameters())
@@ -79,6 +82,7 @@ def test_audit_refuses_what_has_no_loss_and_says_what_to_do():
         actpass.audit(nn.Linear(4, 4), torch.randn(2, 4), seeds=0)
 
 
+@pytest.mark.slow
 def test_explain_and_audit_may_be_called_often_and_leave_no_compiled_code_behind():
     """Dynamo compiles one code 8 times, and then no more."""
     model, inputs = models.mlp()

@@ -223,6 +223,7 @@ def test_batches_that_grow_take_few_graphs_and_no_more_than_the_budget(budget: i
         assert isinstance(getattr(raised.value, "inner_exception", raised.value), BudgetError)
 
 
+@pytest.mark.slow
 def test_a_larger_fraction_never_saves_less():
     """Also where gradients that are formed early with the loss, which no budget can do without, are most of what is saved."""
     model, inputs = llama()
@@ -386,6 +387,7 @@ def test_what_is_run_again_is_exact_where_nothing_is_coded(build: Any, autocast:
     assert_close(got, want, 2e-2 if autocast else 300 * EPS)
 
 
+@pytest.mark.slow
 def test_dropout_is_not_drawn_again():
     torch.manual_seed(0)
     model, inputs = models.transformer()
@@ -436,6 +438,7 @@ def test_dropout_is_the_same_in_a_backward_that_runs_things_again(where: str):
         assert float((model.last.weight * grad).sum()) == pytest.approx(2 * loss.item(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_users_own_checkpointing_stays_as_it_is():
     model, inputs = models.transformer(checkpoint=True)
     compiled = torch.compile(model, backend=eager_actcomp(policy="exact"))

@@ -36,6 +36,7 @@ def gradients(build: models.Made, **options: object) -> Grads:
     return step(torch.compile(model, backend=eager_actcomp({**OPTIONS, **options})), model, inputs)[1]
 
 
+@pytest.mark.slow
 def test_errors_of_single_tensors_add_up_to_that_of_all_in_one_form():
     """Rounding errors of different tensors are independent, so their squares add; correlations are what is left over. In 8 bits
     the gradient is linear in them."""
@@ -69,6 +70,7 @@ def test_a_tensor_behind_which_gradients_are_large_is_more_sensitive():
     assert 30 < large / small < 300
 
 
+@pytest.mark.slow
 def test_optimizer_state_preconditions_and_nothing_is_left_behind():
     model, inputs = models.transformer()
     optimizer = torch.optim.AdamW(model.parameters())
@@ -97,6 +99,7 @@ def test_rounding_changes_every_view_of_one_memory_and_nothing_else():
     assert changed[4] is args[4]
 
 
+@pytest.mark.slow
 def test_a_budget_weighs_by_it():
     """Where one block alone is sensitive, an error in it costs all that errors cost, whichever it is; what all together cost
     stays the same."""

@@ -84,6 +84,7 @@ def rows(model: nn.Module) -> list[tuple[str, str]]:
     return [(row.module, row.form) for region in actpass.report(model).regions for row in region.sites]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("called", "around", "form"),
     [
@@ -111,6 +112,7 @@ def test_a_region_is_what_it_is_without_the_mark(called: Callable[..., torch.Ten
     assert any("nested_compile_region" in note for region in report.regions for note in region.notes)
 
 
+@pytest.mark.slow
 def test_an_override_names_one_layer_of_a_region():
     model, inputs = made()
     run(model, inputs, codec="int8", module_overrides={"blocks.1": "save"})
@@ -119,6 +121,7 @@ def test_an_override_names_one_layer_of_a_region():
     assert not any(m.startswith("blocks.1") for m in coded), coded
 
 
+@pytest.mark.slow
 def test_regions_of_symbolic_shapes():
     model, _ = made(layer=region_of_a_region)
     model.eval()  # no dropout: gradients are eager's
@@ -144,6 +147,7 @@ def test_dynamos_graph_stays_as_it_is():
     assert gm.print_readable(print_output=False) == before
 
 
+@pytest.mark.slow
 def test_explain_reads_regions():
     model, inputs = made()
     (region,) = explain_model(model, (), inputs, {"policy": "exact"}).regions

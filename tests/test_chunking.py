@@ -86,6 +86,7 @@ def compare(model: nn.Module, tolerance: float) -> None:
         assert error(grads[name], want[name]) < tolerance, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_and_gradients_are_those_of_the_whole(name: str):
     torch.manual_seed(0)
@@ -151,6 +152,7 @@ def test_autocast():
         compare(model, 2**-6)
 
 
+@pytest.mark.slow
 def test_low_bit_forms_leave_the_early_gradient_alone():
     torch.manual_seed(0)
     model = Head(flat)
@@ -182,6 +184,7 @@ def _called(gm: Any) -> list[Any]:
     return [getattr(gm, n.args[1]) for n in gm.graph.nodes if n.target is invoke_subgraph]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [0.13, 0.15, 0.3])
 def test_a_small_budget_does_not_run_the_pieces_again(budget: float):
     torch.manual_seed(0)
@@ -326,6 +329,7 @@ def test_a_piece_makes_the_constants_that_it_reads():
     assert not any(f"empty_strided_cpu(({WORDS}, ), (1, ), torch.int64)" in source for source in sources)
 
 
+@pytest.mark.slow
 def test_an_int_sets_the_rows_of_a_piece_and_a_plan_keeps_them():
     torch.manual_seed(0)
     model = Head(flat)

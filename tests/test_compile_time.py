@@ -90,6 +90,7 @@ def _count(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[None]
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "method"), [("float32", "exact"), ("float32", "int4"), ("autocast", "auto")])
 def test_upstream_cuts_twice_without_a_budget(monkeypatch: pytest.MonkeyPatch, name: str, method: str) -> None:
     """For what Inductor saves, which the report tells, and for the plan."""
@@ -116,6 +117,7 @@ def test_the_residual_stream_is_asked_for_where_both_cuts_say_that_it_costs_noth
     assert bool(choice.constraints.must_save) == is_free
 
 
+@pytest.mark.slow
 def test_in_mixed_precision_the_residual_stream_is_asked_for_unless_bytes_are_limited() -> None:
     """Its addends take half of the bytes, and whatever reads it would read them all."""
     model, inputs = _made("autocast")
@@ -180,6 +182,7 @@ def _kind(graph: fx.Graph, start: fx.Node, degree: float) -> str:
     return "linear" if max(degrees.values()) <= 1 else "nonlinear"
 
 
+@pytest.mark.slow
 def test_a_called_function_is_read_once_for_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers call one encoder: what it takes is looked up, not found again at each call."""
     model, inputs = models.transformer(layers=3)
@@ -255,6 +258,7 @@ def _lines_of(function: Callable[[], Any]) -> tuple[int, int]:
     return count[True], count[False]
 
 
+@pytest.mark.slow
 def test_twice_as_many_steps_of_a_recurrence_are_twice_the_work() -> None:
     """But for pairs of loops near one another, which are a square, as Inductor's are, and of which each that fuses tells all
     others: 4.6 times on torch 2.13, which has no gate that would keep levels beside it, 3 on 2.15. No readers of what lies

@@ -99,6 +99,7 @@ def followed(report: Report, folder: Path) -> Report:
     return actpass.explain(Layers(), batch(), options={"plan": str(folder / "plan.json")})
 
 
+@pytest.mark.slow
 def test_a_codec_works_wherever_codecs_do(codec: str, tmp_path: Path):
     whole = explained(**options_for(codec))
     assert forms_of(whole) == {codec}
@@ -120,6 +121,7 @@ def test_a_codec_changes_gradients_by_its_error_and_the_loss_not_at_all(codec: s
     assert rms / 30 < worst < 10 * rms
 
 
+@pytest.mark.slow
 @projections
 def test_a_projection_works_wherever_projections_do(projection: str, tmp_path: Path):
     how: dict[str, Any] = {**options_for(projection), "rank": 0.25, "activation_rank": None, "skip_unprofitable": False}
@@ -167,6 +169,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, **opti
 LOW_RANK: dict[str, Any] = {"projection": "haar", "rank": 0.5, "weight_gradient_format": "low_rank", "refresh_interval": 3}
 
 
+@pytest.mark.slow
 @optimizers
 def test_an_optimizer_resumes_bitwise_in_the_middle_and_across_a_refresh(name: str, tmp_path: Path):
     model = Layers()

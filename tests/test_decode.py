@@ -47,6 +47,7 @@ def exact_step(model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, 
     return found
 
 
+@pytest.mark.slow
 @methods
 def test_a_rank_that_holds_the_tensor_gives_the_exact_gradient(method: str):
     """gate and up have 48 features of 32 dimensions. `prac` takes half of its rank for the random part."""
@@ -63,6 +64,7 @@ def test_a_rank_that_holds_the_tensor_gives_the_exact_gradient(method: str):
     assert worst < (1e-3 if method in ("pca", "oasis") else 0.6), worst
 
 
+@pytest.mark.slow
 def test_all_that_crosses_but_attention_is_decoded_and_the_loss_is_untouched():
     model, inputs = models.transformer()
     loss, exact = exact_step(model, inputs)
@@ -80,6 +82,7 @@ def test_all_that_crosses_but_attention_is_decoded_and_the_loss_is_untouched():
     assert f"{len(forms)} decoded from one" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resample", ["every_step", "every_refresh"])
 def test_a_linear_use_stays_unbiased_with_a_fresh_complement_only(resample: str):
     """``up`` enters silu(gate) * up: the backward is linear in it."""
@@ -109,6 +112,7 @@ def test_a_linear_use_stays_unbiased_with_a_fresh_complement_only(resample: str)
         assert bias < 4 / 16 if resample == "every_step" else bias > 0.9, n
 
 
+@pytest.mark.slow
 def test_a_nonlinear_use_is_called_biased():
     model, inputs = models.transformer()
     step(compiled(model, projection="prac"), model, inputs)
@@ -119,6 +123,7 @@ def test_a_nonlinear_use_is_called_biased():
     assert rows["blocks.0.gate"].bytes_after == rows["blocks.0.gate"].bytes_before * 19 // 48
 
 
+@pytest.mark.slow
 def test_payloads_are_coded_too():
     model, inputs = models.transformer(layers=1)
     _, exact = exact_step(model, inputs)
@@ -162,6 +167,7 @@ def test_compiled_and_interpreted_gradients_agree():
     assert max(error(got[n], want[n]) for n in want) < 1e-3
 
 
+@pytest.mark.slow
 def test_the_plan_is_followed_from_its_file(tmp_path: Path):
     model, inputs = models.transformer(layers=1)
     _, want = step(compiled(model, projection="prac"), model, inputs)
@@ -177,6 +183,7 @@ def test_the_plan_is_followed_from_its_file(tmp_path: Path):
     assert_equal(got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -236,6 +243,7 @@ def test_dynamic_batches_share_one_graph():
     assert decoded(model)
 
 
+@pytest.mark.slow
 def test_half_precision_and_autocast():
     model, inputs = models.transformer(layers=1)
     _, exact = exact_step(model, inputs)
@@ -250,6 +258,7 @@ def test_half_precision_and_autocast():
     assert decoded(model)
 
 
+@pytest.mark.slow
 def test_pending_backward_keeps_the_basis_of_its_own_forward():
     model, inputs = models.transformer(layers=1)
     run = compiled(model, projection="prac", refresh_interval=1)
@@ -296,6 +305,7 @@ def test_a_derivative_that_is_computed_early_is_no_tensor_to_decode(loss: Callab
     assert decoded(model)
 
 
+@pytest.mark.slow
 def test_random_numbers_are_drawn_where_their_tensor_is_stored_and_needed(monkeypatch: pytest.MonkeyPatch):
     """All at the beginning, Inductor would make them in one go on a CPU, and hold what they are summed from at once."""
     graphs: list[fx.GraphModule] = []
@@ -317,6 +327,7 @@ def test_random_numbers_are_drawn_where_their_tensor_is_stored_and_needed(monkey
         assert max(draws) - min(draws) > 0.5
 
 
+@pytest.mark.slow
 def test_two_decoded_tensors_that_are_multiplied_are_random_apart():
     class Product(nn.Module):
         def __init__(self) -> None:

@@ -83,6 +83,7 @@ def deferred(model: nn.Module, **options: Any) -> tuple[torch.Tensor, DeferredLo
     return loss, logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WAYS)
 def test_value_and_gradient_are_those_of_logits(name: str):
     model = Model(WAYS[name])
@@ -413,6 +414,7 @@ def test_a_forward_without_a_loss_is_left_alone():
     assert torch.equal(logits, model(**inputs()))
 
 
+@pytest.mark.slow
 def test_a_plan_is_followed_with_deferred_and_with_whole_logits():
     model = Model()
     for options in ({}, {"defer_logits": False}):
@@ -426,6 +428,7 @@ def test_a_plan_is_followed_with_deferred_and_with_whole_logits():
         torch.compiler.reset()
 
 
+@pytest.mark.slow
 def test_low_bit_forms_and_a_budget():
     model = Model()
     _, want = gradients(model, model)

@@ -47,6 +47,7 @@ def name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", RUN, ids=name)
 def test_code_of_a_page_runs(page: Path, no_codegen: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.chdir(tmp_path)
@@ -67,6 +68,7 @@ def test_code_of_other_pages_compiles(page: Path):
         compile(block.source, str(page), "exec")
 
 
+@pytest.mark.slow
 def test_minimal_example_runs(no_codegen: None, capsys: pytest.CaptureFixture[str]):
     script = ROOT / "examples" / "minimal.py"
     assert len(script.read_text().splitlines()) <= 30
@@ -74,6 +76,7 @@ def test_minimal_example_runs(no_codegen: None, capsys: pytest.CaptureFixture[st
     assert "actpass: active" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_notebook_runs(no_codegen: None, monkeypatch: pytest.MonkeyPatch):
     module = ModuleType("notebook")
     monkeypatch.setitem(sys.modules, module.__name__, module)  # Dynamo 2.13 imports the module of what it traces

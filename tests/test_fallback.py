@@ -37,6 +37,7 @@ GOES_THROUGH = {
     "project_weight_gradients": "haar",
     "contract_from_codes": "exact",
     "low_rank_gradients": "low_rank",
+    "batch_weight_gradients": "haar",
     "partition": "haar",
     "project_saved": "prac",
 }
@@ -62,6 +63,7 @@ def train(model: nn.Module, inputs: dict[str, Any], options: dict[str, Any]) -> 
     return step(torch.compile(model, backend=eager_actcomp(options)), model, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_bug_in_any_stage_raises_and_says_what_to_do(stage: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(stage, broken)
@@ -74,6 +76,7 @@ def test_a_bug_in_any_stage_raises_and_says_what_to_do(stage: str, monkeypatch: 
     assert isinstance(error.__cause__, TypeError)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_under_warn_a_bug_leaves_the_region_to_inductor_and_training_goes_on(stage: str, monkeypatch: pytest.MonkeyPatch):
     model, inputs = models.mlp()
@@ -108,6 +111,7 @@ def unreadable(*_: Any) -> Any:
     raise GraphUnsupported("it is odd")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["run", "check"])
 @pytest.mark.parametrize("broken_pass", [p for p in PASSES if p.serves is not None], ids=lambda p: p.name)
 def test_what_a_graph_does_not_allow_is_given_up_and_the_rest_is_done(

@@ -61,6 +61,7 @@ def test_int8_keeps_the_loss_and_nearly_the_gradients_of_every_architecture(name
     assert_close(grads, want, 0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [*LOW_BIT, "auto"])
 def test_forward_is_bit_equal_and_fewer_bytes_cross(method: str):
     model, inputs = models.transformer()
@@ -73,6 +74,7 @@ def test_forward_is_bit_equal_and_fewer_bytes_cross(method: str):
     assert actpass.report(model).saved_bytes < exact_bytes * (bits / 32 + 0.05)  # and statistics
 
 
+@pytest.mark.slow
 def test_error_falls_with_the_bits():
     model, inputs = models.transformer()
     _, want = run(model, inputs, policy="exact")
@@ -94,6 +96,7 @@ class Gated(nn.Module):
         return (self.down(F.silu(self.gate(x)) * self.up(x)) * torch.linspace(-1, 1, 8)).sum()
 
 
+@pytest.mark.slow
 def test_linear_uses_keep_the_gradient_unbiased_and_the_report_says_which_are():
     torch.manual_seed(0)
     model, x = Gated(), {"x": torch.randn(24, 32)}
@@ -137,6 +140,7 @@ def test_each_call_is_rounded_anew_and_the_same_call_of_a_step_alike(bases: dict
     assert_equal(again, second)
 
 
+@pytest.mark.slow
 def test_tensors_of_one_size_share_the_code_that_encodes_them():
     """So that an Inductor compile of many layers costs no more code than of one; their random numbers differ all the same."""
     calls, functions = [], []
@@ -241,6 +245,7 @@ def test_what_a_custom_operator_saves_is_left_alone():
     assert any("actpass_tests.scale_backward" in reason for reason in kept(model)), kept(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "function",
     [
@@ -374,6 +379,7 @@ def test_views_of_one_memory_are_stored_once():
     assert qkv["stored_bytes"] < qkv["nbytes"] / 1.9
 
 
+@pytest.mark.slow
 def test_decoding_comes_right_before_the_first_use():
     model, inputs = models.transformer(layers=3)
     (region,) = explain_model(model, (), inputs, {**SMALL, "codec": "int4"}).regions
@@ -436,6 +442,7 @@ def test_retain_graph_gives_the_same_gradients_twice(method: str):
 # --------------------------------------------------------------------------------------------------------------- options
 
 
+@pytest.mark.slow
 def test_overrides_choose_forms_by_module():
     model, inputs = models.transformer()
     run(model, inputs, codec="int4", module_overrides={"blocks.*.gate": "int8", "blocks.1.up": "save"})
@@ -445,6 +452,7 @@ def test_overrides_choose_forms_by_module():
     assert by_module["blocks.1.up"] is None
 
 
+@pytest.mark.slow
 def test_projection_and_low_bits_together():
     """At the stock cut z crosses, and is stored in int8."""
     model, inputs = models.mlp()
@@ -457,6 +465,7 @@ def test_projection_and_low_bits_together():
         assert error(g, want[n]) < 0.1, n
 
 
+@pytest.mark.slow
 def test_memory_budget_chooses_the_least_that_fits(monkeypatch: pytest.MonkeyPatch):
     """First bits, then what is run again: on a model this narrow only if reading and writing is free."""
     monkeypatch.setattr("actpass.plan.storage_options.FLOPS_PER_BYTE", 0)
@@ -517,6 +526,7 @@ def sharp() -> tuple[Sharp, dict[str, torch.Tensor]]:
     return Sharp(), {"x": x}
 
 
+@pytest.mark.slow
 def test_large_scores_do_not_throw_the_gradient_off():
     """The backward forms exp(q k - logsumexp) with the exact logsumexp: at 8 bits rows would sum to anything but one."""
     model, inputs = sharp()
@@ -540,6 +550,7 @@ def test_queries_of_attention_that_is_run_again_take_8_bits(monkeypatch: pytest.
     assert error(grads["qkv.weight"], want["qkv.weight"]) < 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [models.unfused, models.unfused_masked])
 def test_scores_that_exist_are_kept_exact_or_run_again_with_their_statistics(build: Any):
     """Inductor writes the softmax of scaled scores with a choice between two maxima, which the exponential is behind."""
@@ -557,6 +568,7 @@ def test_scores_that_exist_are_kept_exact_or_run_again_with_their_statistics(bui
         assert_close(grads, want, 300 * EPS if exact else 0.03)
 
 
+@pytest.mark.slow
 def test_of_attention_that_is_not_fused_the_weights_are_stored_and_not_the_scores():
     """Scores have no low-bit form: with them instead, all linear inputs in 4 bits, nothing rebuilt, took less."""
     model, inputs = models.unfused_masked()
@@ -592,6 +604,7 @@ def test_inductor_compiles_payloads_whose_sizes_are_products_of_a_dynamic_one():
     assert coded(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("names", "kind"), [({"bmm", "amax", "sum_1"}, RECOMPUTED_SCORE), ({"bmm"}, SCORE)])
 def test_queries_and_keys_of_scores_that_are_run_again_are_known(names: set[str], kind: str):
     model, inputs = models.unfused_masked()
@@ -603,6 +616,7 @@ def test_queries_and_keys_of_scores_that_are_run_again_are_known(names: set[str]
     assert [root for root, found in kinds.items() if kind in found] == ["clone", "clone_1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["soft-capped", "columns", "maximum", "sum without its dimension"])
 def test_scores_of_other_attentions_do_no_harm(kind: str):
     """Their softmax is read wherever it stands, or they are left alone."""

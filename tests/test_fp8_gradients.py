@@ -150,6 +150,7 @@ def traced() -> JointGraph:
     return trace(*net())
 
 
+@pytest.mark.slow
 def test_gradients_are_unbiased_and_as_far_off_as_the_codes_say():
     """Over `SEEDS` steps each mean lies within 6 standard errors. One step is off by 2 x the codes' 0.0014 (a mean over the
     binade of ulp^2 / 6) in the square where products do not cancel: a tenth at most here."""
@@ -259,6 +260,7 @@ def test_generated_code_multiplies_codes_with_tokens_contiguous_in_both_factors(
 # ---- what is stored
 
 
+@pytest.mark.slow
 def test_x_crosses_as_codes_where_nothing_else_needs_it_and_is_cast_in_the_backward_elsewhere():
     model, inputs = net()
     record = only(explained(model, inputs))
@@ -273,6 +275,7 @@ def test_x_crosses_as_codes_where_nothing_else_needs_it_and_is_cast_in_the_backw
     assert "fp8" in str(explained(model, inputs).report)
 
 
+@pytest.mark.slow
 def test_the_bytes_of_the_report_are_those_that_cross():
     graph = traced()
     for dtype in (None, torch.bfloat16):
@@ -325,6 +328,7 @@ def test_one_cast_of_dy_serves_all_that_read_it():
     assert len([n for n in backward.nodes if n.args[1:] == (torch.float8_e4m3fn,)]) == 3
 
 
+@pytest.mark.slow
 def test_codes_count_in_a_budget_as_what_they_are():
     """A fraction that the codes and what else crosses just fit leaves all as it is; below it something is recomputed, and
     no budget is exceeded."""
@@ -337,6 +341,7 @@ def test_codes_count_in_a_budget_as_what_they_are():
         assert (met.totals.saved_bytes == totals.saved_bytes) == (fraction > least)
 
 
+@pytest.mark.slow
 def test_policies_store_the_rest():
     model, inputs = net()
     record = only(explained(model, inputs, policy="auto"))
@@ -401,6 +406,7 @@ def test_an_adapters_narrow_factors_are_left_exact_unless_they_are_named():
     assert found["up.weight"] in ("forward", "backward")
 
 
+@pytest.mark.slow
 def test_weights_that_are_read_as_they_are_or_twice_are_formed_of_codes_too():
     """dWᵀ = xᵀ dy, x the first factor; and a gradient that is the sum of two products."""
     w = nn.Parameter(torch.randn(32, 48) * 0.1)
@@ -458,6 +464,7 @@ def test_a_device_without_fp8_matmuls_is_named_with_its_capability(major: int, m
         check_device(torch.device("mps"))
 
 
+@pytest.mark.slow
 def test_a_plan_file_says_the_same_again(tmp_path: Path):
     model, inputs = net()
     first = explained(model, inputs, policy="auto")

@@ -46,6 +46,7 @@ def width_axis(name: str) -> int:
     return {"conv": 0, "experts": 1}.get(name, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", PROJECTIONS)
 @pytest.mark.parametrize("scale", ["unbiased", "orthonormal"])
 def test_projected_gradient_is_the_exact_one_times_the_projector(method: str, scale: str):
@@ -98,6 +99,7 @@ def test_refresh_interval_keeps_the_basis_for_that_many_optimizer_steps():
     assert torch.equal(grads[2], grads[3])
 
 
+@pytest.mark.slow
 def test_memory_budget_one_is_inductors_own_cut_and_less_saves_less():
     net, batch = Net(), inputs()
     saved = {}

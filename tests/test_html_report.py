@@ -85,6 +85,7 @@ REPORTS = [of_a_transformer, in_two_regions, explored, in_few_bits, lambda: Repo
 NAMES = ["transformer", "two regions", "explored", "few bits", "inactive"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", REPORTS, ids=NAMES)
 def test_page_is_well_formed_and_needs_no_other_file(make: Any, tmp_path: Path):
     page = page_of(make(), tmp_path)
@@ -244,6 +245,7 @@ def test_lifetimes_of_what_is_not_small_are_the_curve():
     assert sum(t.nbytes for t in crossing) == pytest.approx(region.totals.saved_bytes, rel=0.01)
 
 
+@pytest.mark.slow
 def test_torchs_own_tools_read_the_snapshot(tmp_path: Path):
     report = of_a_transformer()
     found = snapshot_of(report, tmp_path)
@@ -273,6 +275,7 @@ print(actpass.report(model))
 """
 
 
+@pytest.mark.slow
 def test_trace_has_the_table_and_the_plan_of_each_region(tmp_path: Path):
     environment = {**os.environ, "TORCH_TRACE": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     done = subprocess.run([sys.executable, "-c", TRACED], env=environment, check=True, capture_output=True, text=True)

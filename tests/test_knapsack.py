@@ -64,6 +64,7 @@ def large(count: int, seed: int = 0) -> list[list[Option]]:
     return menus
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.2, 0.3, 0.6, 0.9])
 def test_ten_thousand_sites_in_under_a_second(share):
     menus = large(10_000)

@@ -615,6 +615,7 @@ METHODS: list[Any] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "options"), METHODS)
 def test_a_model_learns_and_resumes_bitwise(kind: Any, options: dict[str, Any], tmp_path: Any):
     """One optimizer for all parameters; clipping and a schedule; stopped in the middle, across a refresh."""

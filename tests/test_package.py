@@ -48,6 +48,7 @@ def test_private_torch_names_are_imported_in_one_file_only():
             assert not private or name == "actpass.torch_compat", f"{name} imports {private}"
 
 
+@pytest.mark.slow
 def test_import_graph_has_no_cycle():
     known = modules()
     edges = {name: {i for i in imports(path) if i in known and i != name} for name, path in known.items()}

@@ -200,6 +200,7 @@ def test_eager_curve_of_a_region_that_writes_to_what_another_computed():
     assert region.curves.eager.passed == 4 * 8 * 4
 
 
+@pytest.mark.slow
 def test_eager_curve_that_fails_costs_a_note_and_nothing_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     def unknown(*_: Any) -> Any:
         raise NotImplementedError("no fake implementation")

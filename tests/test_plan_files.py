@@ -90,6 +90,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_plan_from_a_file_gives_the_same_plan_and_the_same_bytes(case: str, tmp_path: Path):
     build, options = CASES[case]
@@ -113,6 +114,7 @@ def test_a_plan_from_a_file_gives_the_same_plan_and_the_same_bytes(case: str, tm
     assert case not in does or getattr(loaded.regions[0], does[case])
 
 
+@pytest.mark.slow
 def test_gradients_under_a_given_plan_are_those_under_the_options_that_made_it():
     options = {**SMALL, "codec": "int8"}
     model, inputs = tower()
@@ -131,6 +133,7 @@ def auto() -> ModelPlan:
     return explain(tower, **SMALL).plan
 
 
+@pytest.mark.slow
 def test_a_changed_codec_is_followed_its_bytes_recomputed_and_the_difference_told(auto: ModelPlan, tmp_path: Path):
     def to_int4(region: dict[str, Any]) -> None:
         storage(region, module="gate")["codec"] = "int4"
@@ -156,6 +159,7 @@ def test_a_dropped_entry_is_stored_as_it_is(auto: ModelPlan, tmp_path: Path):
     assert "the plan does not name it" in after.reason
 
 
+@pytest.mark.slow
 def test_a_dropped_name_is_not_run_again_and_an_added_one_is(tmp_path: Path):
     tight = explain(tower, **SMALL, memory_budget=0.1)
     matmul = next(n for n, module in tight.plan.regions[0].modules if module == "up")
@@ -291,6 +295,7 @@ def test_what_the_graph_does_not_allow_is_refused_with_the_reason(case: str, aut
         explain(tower, plan=edited(auto, edit, tmp_path))
 
 
+@pytest.mark.slow
 def test_a_query_is_coded_coarsely_only_by_name_or_with_its_attention_run_again(auto: ModelPlan, tmp_path: Path):
     report = explain(tower, plan=edited(auto, lambda r: storage(r, codec="int16").update(codec="int8", forced=True), tmp_path))
     assert any(s.codec == "int8" and s.forced for s in report.plan.regions[0].storages)
@@ -300,6 +305,7 @@ def test_a_query_is_coded_coarsely_only_by_name_or_with_its_attention_run_again(
         explain(tower, plan=edited(tight, lambda r: r["recompute"].remove(attention), tmp_path))
 
 
+@pytest.mark.slow
 def test_scores_are_run_again_with_their_statistics_or_not_at_all(tmp_path: Path):
     plan = explain(models.unfused_masked, **SMALL, memory_budget=0.2).plan
     assert explain(models.unfused_masked, plan=edited(plan, lambda r: None, tmp_path)).plan_hash == plan.hash
@@ -334,6 +340,7 @@ def test_a_plan_for_other_shapes_is_refused_with_both(auto: ModelPlan):
         explain(longer, plan=auto)
 
 
+@pytest.mark.slow
 def test_a_budget_beside_a_plan_holds_it_or_raises(auto: ModelPlan):
     assert explain(tower, plan=auto, memory_budget="1GiB").plan_hash == auto.hash
     with pytest.raises(actpass.BudgetError, match="does not hold the plan that is given, which needs") as raised:
@@ -398,6 +405,7 @@ def trained(**options: Any) -> actpass.Report:
     return actpass.report(model)
 
 
+@pytest.mark.slow
 def test_a_plan_of_two_regions_finds_each_and_a_peak_budget_holds_them_together():
     plan = trained(**SMALL).plan
     assert len(plan.regions) == 2

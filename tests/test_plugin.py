@@ -99,6 +99,7 @@ def followed(report: Report, file: Path) -> Report:
     return actpass.explain(model, options={"plan": str(file)}, **inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plugin")
 @pytest.mark.parametrize("policy", ["recompute_attention", "exact"])
 def test_other_budgets_are_explored_under_any_policy_that_has_a_choice(policy: str):
@@ -108,6 +109,7 @@ def test_other_budgets_are_explored_under_any_policy_that_has_a_choice(policy: s
     assert len({p.saved_bytes for p in region.tradeoff.ours}) > 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plugin")
 def test_codec_of_another_package_stores_saved_tensors(tmp_path: Path):
     exact_loss, exact = trained(policy="exact")
@@ -149,6 +151,7 @@ def test_codec_of_another_package_errs_as_it_says():
     assert left < 3 * codec.error / draws  # stochastic: twice the variance of nearest, and unbiased
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plugin")
 def test_policy_of_another_package_recomputes_attention(tmp_path: Path):
     exact_loss, exact = trained(policy="exact")
@@ -170,6 +173,7 @@ def test_policy_of_another_package_recomputes_attention(tmp_path: Path):
     assert [n for r in kept.regions for n in r.plan["recompute"] if "attention" in n]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plugin")
 def test_projection_of_another_package_forms_weight_gradients(tmp_path: Path):
     how: dict[str, Any] = {**options_for(PROJECTION), "rank": 0.5, "skip_unprofitable": False}
@@ -185,6 +189,7 @@ def test_projection_of_another_package_forms_weight_gradients(tmp_path: Path):
     assert budget.totals.saved_bytes <= 0.9 * budget.totals.saved_bytes_default
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plugin")
 def test_optimizer_of_another_package_steps_in_a_subspace_and_resumes(tmp_path: Path):
     """With a projection whose name is longer than 16 letters."""
@@ -302,6 +307,7 @@ class Gated(torch.nn.Module):
         return self.c(torch.ops.actpass_plugin.gate(self.a(x), self.b(x))).square().mean()
 
 
+@pytest.mark.slow
 def test_an_operator_with_a_row_is_read_by_it_and_one_without_is_left_alone(plugin: None):
     assert OP_RULES["actpass_plugin.gate.default"].linear == ((0,), (1,))
     torch.manual_seed(0)

@@ -174,6 +174,7 @@ def test_names_change_nothing(program: Program):
     assert sorted(nbytes for _, nbytes in after.live) == sorted(nbytes for _, nbytes in before.live)
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(program=programs(most=5))
 def test_the_orders_are_orders_and_the_one_taken_is_the_best_of_them(program: Program):

@@ -77,6 +77,7 @@ def least_of(options: dict[str, Any], build: Any = factored) -> float | int:
     return least
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["haar", "gaussian", "srht"])
 def test_ranks_differ_by_layer_and_meet_a_fraction_of_the_saved_bytes(method: str):
     before: dict[str, int] = {}
@@ -128,6 +129,7 @@ def predicted(found: dict[str, int]) -> tuple[float, float]:
     return mean, deviation
 
 
+@pytest.mark.slow
 def test_gradients_err_as_predicted_and_less_than_with_one_rank_of_as_many_bytes():
     seeds = 64
     model, inputs = factored()
@@ -152,6 +154,7 @@ def test_gradients_err_as_predicted_and_less_than_with_one_rank_of_as_many_bytes
         assert share_of_noise(other) > share_of_noise(audit)
 
 
+@pytest.mark.slow
 def test_forward_and_input_gradients_stay_as_they_are():
     """And so do the gradients of all weights but those whose x is stored for them alone."""
     model, inputs = factored()
@@ -184,6 +187,7 @@ def test_with_room_for_all_nothing_is_projected(budget: float | int):
     assert report.saved_bytes <= report.totals.saved_bytes_default
 
 
+@pytest.mark.slow
 def test_a_fraction_below_what_the_smallest_ranks_leave_is_an_error_with_the_least_that_is_met():
     with pytest.raises(Exception, match=r"Only 3 of the tensors .* the largest of these are .*addmm") as raised:
         explain(ranked(0.01))
@@ -197,6 +201,7 @@ def test_a_fraction_below_what_the_smallest_ranks_leave_is_an_error_with_the_lea
         explain(ranked(least - 0.01))
 
 
+@pytest.mark.slow
 def test_a_budget_of_peak_bytes_takes_the_largest_ranks_whose_predicted_peak_is_within_it():
     least = least_of(ranked(2, "srht"))
     assert isinstance(least, int)
@@ -227,6 +232,7 @@ class Broken(nn.Module):
         return loss + self.second(x).square().mean()
 
 
+@pytest.mark.slow
 def test_one_budget_of_peak_bytes_over_the_parts_of_a_step():
     """At first each part has its least peak; when a step has shown both, ranks as large as fit."""
     model, (_, inputs) = Broken(), factored()
@@ -251,6 +257,7 @@ def test_overrides_take_ranks_from_the_budget_beside_fixed_ones():
     assert report.saved_bytes <= 0.7 * report.totals.saved_bytes_default
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["auto", "int8"])
 def test_overrides_in_the_midst_of_low_bit_forms(base: str):
     """What is stored in few bits stays so; the ranks take what it leaves."""
@@ -263,6 +270,7 @@ def test_overrides_in_the_midst_of_low_bit_forms(base: str):
     assert report.totals.extra_matmuls == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 def test_payloads_in_few_bits_have_larger_ranks(quantize: str):
     plain, coded = (explain(ranked(0.15, **more)) for more in ({}, {"codec": quantize, "min_tensor_bytes": 0}))
@@ -300,6 +308,7 @@ def test_the_same_plan_in_processes_with_other_hash_seeds():
     assert len(set(eval(first))) == 2
 
 
+@pytest.mark.slow
 def test_the_energy_that_learned_subspaces_miss_weighs_their_ranks():
     """Compiled anew after some steps, `prac` gives more ranks to whose principal directions hold less."""
     model, inputs = factored()

@@ -124,6 +124,7 @@ class Group:
         ranks._compiled.clear()
 
 
+@pytest.mark.slow
 def test_the_nth_compilation_of_a_graph_is_compared_with_the_others_nth(monkeypatch: pytest.MonkeyPatch):
     group = Group(monkeypatch)
     for rank in range(2):

@@ -63,6 +63,7 @@ def of_plan(report: Report, recompute: tuple[str, ...]) -> ModelPlan:
     return replace(report.plan, regions=(replace(region, recompute=recompute, storages=(), must_save=()),))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["auto", "exact"])
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_a_budget_runs_again_what_its_plan_names(policy: str, budget: float):
@@ -70,6 +71,7 @@ def test_a_budget_runs_again_what_its_plan_names(policy: str, budget: float):
     assert run_again(report) == named(report)
 
 
+@pytest.mark.slow
 def test_a_matmul_is_run_again_without_any_attention():
     exact = explained(models.transformer(), policy="exact")
     report = explained(models.transformer(), plan=of_plan(exact, ("mm_3",)))
@@ -77,6 +79,7 @@ def test_a_matmul_is_run_again_without_any_attention():
     assert report.totals.saved_bytes < exact.totals.saved_bytes
 
 
+@pytest.mark.slow
 def test_one_attention_is_run_again_without_the_other_and_gradients_are_exact():
     exact = explained(models.transformer(), policy="exact")
     attention = "_scaled_dot_product_flash_attention_for_cpu_1"

@@ -92,6 +92,7 @@ def test_report_shows_the_compilation_that_ran_last_not_the_sum_of_all():
     assert saved[1] > saved[0] == saved[2]
 
 
+@pytest.mark.slow
 def test_report_survives_json():
     model, inputs = models.transformer()
     step(torch.compile(model, backend=eager_actcomp(projection="haar")), model, inputs)

@@ -196,6 +196,7 @@ def test_what_the_user_says_of_an_unknown_optimizer_is_taken():
     assert "assumed" not in str(actpass.report(said))
 
 
+@pytest.mark.slow
 def test_an_optimizer_is_named_before_the_first_step():
     model = net()
     actpass.set_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))  # it is not kept alive
@@ -237,6 +238,7 @@ class Mean(nn.Module):
         return self.net(x).square().mean()
 
 
+@pytest.mark.slow
 def test_a_plan_is_made_anew_where_the_optimizer_changes():
     """SGD holds less than was assumed, which leaves room; AdamW in its place takes it back."""
     model, x = Mean(Block(0), Block(1)), torch.randn(256, WIDTH)
@@ -325,6 +327,7 @@ def test_an_optimizer_that_was_deleted_does_not_count():
         gc.enable()
 
 
+@pytest.mark.slow
 def test_a_block_that_was_planned_as_all_there_is_is_planned_again_as_a_part():
     """Who does not know the optimizer can't know of a second block when the first one is compiled, which takes data. That it
     has taken too much is an error, and from then on both are parts of a step."""

@@ -57,6 +57,7 @@ def batches(count: int) -> list[dict[str, torch.Tensor]]:
 # ------------------------------------------------------------------------------------------------------------- gradients
 
 
+@pytest.mark.slow
 @methods
 def test_projected_gradient_is_the_exact_one_times_the_projector(method: str):
     net, batch = Net(), net_inputs()
@@ -80,6 +81,7 @@ def test_projected_gradient_is_the_exact_one_times_the_projector(method: str):
         assert lost < (0.999 if method in ("pca", "oasis") else 3), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @methods
 def test_full_rank_gradient_is_exact_to_rounding(method: str, dtype: torch.dtype):
@@ -93,6 +95,7 @@ def test_full_rank_gradient_is_exact_to_rounding(method: str, dtype: torch.dtype
         assert error(got[name], exact[name]) < 8 * torch.finfo(dtype).eps, name
 
 
+@pytest.mark.slow
 def test_frozen_complement_is_biased_between_refreshes_and_a_fresh_one_is_not():
     model, _ = models.mlp()
     (batch,) = batches(1)
@@ -212,6 +215,7 @@ def test_pending_backward_keeps_the_basis_of_its_own_forward():
     later.backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "gradients"), [("pca", "low_rank"), ("prac", "low_rank"), ("sampled", "dense"), ("sampled", "low_rank")]
 )
@@ -262,6 +266,7 @@ def test_a_refresh_compiles_nothing():
 # ---------------------------------------------------------------------------------------------------------------- state
 
 
+@pytest.mark.slow
 @methods
 @pytest.mark.parametrize("stop", [3, 4])  # after a refresh step, whose sketch is still to be used; and between two
 def test_resumed_run_is_bitwise_the_run_that_was_not_stopped(method: str, stop: int, tmp_path: Path):
@@ -589,6 +594,7 @@ def test_options_that_mean_nothing_are_refused(options: dict[str, Any], message:
         eager_actcomp({"projection": "prac", **options})
 
 
+@pytest.mark.slow
 def test_report_says_what_the_subspaces_captured_and_draws_it(tmp_path: Path):
     model, inputs = models.transformer()
     run = compiled(model, "prac", refresh_interval=1)

@@ -79,6 +79,7 @@ def own_step(optimizer_of: nn.Module | None = None) -> None:
 # fused operators round in other places: sqrt(2 x 30 / 12) = 2.2 EPS.
 # At full rank five roundings come on top, of P (used twice), z, the coefficients and dW: sqrt(5 / 12) = 0.65 EPS; three
 # times this. Sums run in fp32. In fp32 itself sums round, too: as derived in test_models.py.
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
 def test_precision_decides_the_rounding_and_nothing_else(precision: str) -> None:
     model, inputs = models.transformer(layers=1)
@@ -189,6 +190,7 @@ def test_two_forwards_before_one_backward_add_up() -> None:
     assert_equal(grads_of(model), {n: first[n] + second[n] for n in first})
 
 
+@pytest.mark.slow
 def test_resumed_run_is_bitwise_the_run_that_was_not_stopped(tmp_path: Path) -> None:
     def start() -> tuple[nn.Module, Callable[..., torch.Tensor], torch.optim.Optimizer]:
         forget()
@@ -314,6 +316,7 @@ def test_graph_breaks_report_every_region() -> None:
     assert len(actpass.report(model).regions) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [True, None])
 def test_changing_sequence_length_keeps_the_gradients(dynamic: bool | None) -> None:
     model, _ = models.transformer(layers=1)
@@ -349,6 +352,7 @@ def test_recompiled_graph_is_counted_once() -> None:
     assert actpass.report(model).saved_bytes == once
 
 
+@pytest.mark.slow
 def test_checkpointed_layers_stay_exact_and_say_so() -> None:
     model, inputs = models.transformer(checkpoint=True)
     _, exact = step(compiled(model, policy="exact"), model, inputs)
@@ -404,6 +408,7 @@ def test_regional_compile_gives_every_module_its_own_gradients(options: dict[str
     assert all(len(actpass.report(block).regions) == 1 for block in model.blocks)
 
 
+@pytest.mark.slow
 def test_regional_compile_draws_the_bases_of_the_whole_model() -> None:
     whole, _ = models.transformer(layers=3)
     model, inputs, _ = regional(**CROSSING)
@@ -616,6 +621,7 @@ class InFp8(nn.Module):
         return self.c(nn.functional.gelu(self.b(self.a(x)))).square().mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
 @pytest.mark.parametrize("options", [{"policy": "exact"}, {"policy": "auto"}, {"policy": "exact", "wgrad": "fp8"}], ids=str)
 def test_of_a_model_that_computes_in_fp8_its_own_operand_is_saved(recipe: str, options: dict[str, Any]):
