@@ -57,7 +57,8 @@ CARRY_OUT: tuple[Pass, ...] = (
 )
 """What a plan asks for."""
 WITHIN_LAYERS = tuple(p for p in CARRY_OUT if not isinstance(p, BatchWeightGradients))
-"""What a plan asks for, but what joins layers: a deep model's are reckoned one by one."""
+"""What a plan asks for, but what joins layers: a deep model is reckoned from single ones. Its run forms the same gradients in
+batches, which take up to 32 MiB more for a moment."""
 PASSES = (*PREPARE, *SPLIT_LOSS, *CARRY_OUT)
 
 

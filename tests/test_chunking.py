@@ -45,6 +45,12 @@ def flat(logits: torch.Tensor, y: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1), y.flatten(), **kwargs)
 
 
+def confident(logits: torch.Tensor) -> torch.Tensor:
+    """Labels and weights of the rows are formed of the logits themselves (Sohn et al., "FixMatch", 2020, arXiv 2001.07685)."""
+    sure = logits.detach().softmax(-1).amax(-1) > 0.004
+    return (flat(logits, logits.detach().argmax(-1), reduction="none") * sure.flatten()).mean()
+
+
 LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "mean": flat,
     "sum": lambda z, y: flat(z, y, reduction="sum"),
@@ -57,6 +63,7 @@ LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "capped": lambda z, y: flat(30 * torch.tanh(z / 30), y),
     "divergence": lambda z, y: F.kl_div(z.log_softmax(-1), F.one_hot(y, WORDS).float() + 1e-3, reduction="batchmean"),
     "scaled": lambda z, y: 1024 * flat(z, y),
+    "pseudo-labels": lambda z, y: confident(z),
 }
 
 
@@ -245,7 +252,14 @@ class OfTheLoss(Head):
         return flat(self.head(self.hidden(self.embed(x))), y).exp()
 
 
-@pytest.mark.parametrize("build", [BetweenRows, SumsOfColumns, PicksRows, NormsRows, OfTheLoss])
+class OfTheNorm(Head):
+    """A sum over all axes, of which none is named."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.head(self.hidden(self.embed(x))).norm()
+
+
+@pytest.mark.parametrize("build", [BetweenRows, SumsOfColumns, PicksRows, NormsRows, OfTheLoss, OfTheNorm])
 def test_what_needs_all_rows_is_left_whole_with_its_reason(build: Any):
     torch.manual_seed(0)
     model = build(flat)

@@ -56,6 +56,13 @@ class Joint:
                 paths[node] = path
         return paths
 
+    def is_narrow_copy(self, node: fx.Node) -> bool:
+        """Whether ``node`` is a parameter, cast to fewer bytes."""
+        if not rule_of(node).cast:
+            return False
+        source = storage_root(node.all_input_nodes[0])
+        return source in self.parameter_path and value(node).element_size() < value(source).element_size()
+
     @cached_property
     def computed_inputs(self) -> list[fx.Node]:
         """Primals that another region computed."""

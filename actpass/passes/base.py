@@ -125,10 +125,9 @@ class RegionState:
     exact. cut: where the graph is cut now. uncoded: that cut before anything was stored in fewer bits. plan: what was decided
     so far. decoded: the tensors that are stored as projections, by node. inserted: nodes of passes. payloads: a projected
     decision -> node of its z; one of codes -> node of these. scales: one of codes -> node of their scale. sketches: nodes that
-    are returned for learned subspaces. lifts: a weight gradient as it is
-    formed now -> what it is formed of; without those that something is added to in the same matmul. notes: what
-    the user should know. off: what was given up, and why. stages: what
-    each pass made.
+    are returned for learned subspaces. lifts: a weight gradient as it is formed now -> what it is formed of; without those that
+    something is added to in the same matmul, and none once they are formed in batches. notes: what the user should know. off:
+    what was given up, and why. stages: what each pass made.
     """
 
     joint: Joint

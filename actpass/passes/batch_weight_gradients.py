@@ -7,6 +7,7 @@ tensor: memory is free again when all of them are.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -22,12 +23,15 @@ from actpass.passes.base import RegionState
 from actpass.passes.gradient_factors import GradientFactors, find_gradient_factors
 
 _MOST = 32 << 20
-"""Bytes of the gradients of one batch. Coefficients wait until their batch is whole."""
+"""Bytes of the gradients of one batch, and so of one bundle. Coefficients wait until their batch is whole."""
+_VECTOR = 8
+"""Elements of two bytes in 16."""
 
 
 @dataclass
 class _Bundle:
-    """Gradients in one basis, which is the second factor of all, or the first of a single one."""
+    """Gradients in one basis, formed by one product: the basis is the second factor of all, or the first of a single one. A
+    batch is bundles of one ``kind``, stacked."""
 
     basis: fx.Node
     members: list[tuple[fx.Node, GradientFactors]] = field(default_factory=list[tuple[fx.Node, GradientFactors]])
@@ -42,7 +46,7 @@ class _Bundle:
         return tuple(int(value(primal).shape[0]) for primal, _ in self.members)
 
     @property
-    def size(self) -> object:
+    def kind(self) -> object:
         """Equal for bundles that may be formed in one batched product."""
         primal, factors = self.members[0]
         return (
@@ -50,7 +54,7 @@ class _Bundle:
             value(primal).shape[1],
             value(self.basis).shape,
             value(self.basis).dtype,
-            factors.first,
+            factors.basis_first,
             factors.dtypes,
         )
 
@@ -98,21 +102,23 @@ def _batches(state: RegionState) -> Iterator[list[_Bundle]]:
     """Bundles of one size, in the order in which the backward has them."""
     open_batches: dict[object, list[_Bundle]] = {}
     for bundle in _bundles(state):
-        batch = open_batches.setdefault(bundle.size, [])
+        batch = open_batches.setdefault(bundle.kind, [])
         if batch and sum(b.nbytes for b in batch) + bundle.nbytes > _MOST:
             yield batch
-            batch = open_batches[bundle.size] = []
+            batch = open_batches[bundle.kind] = []
         batch.append(bundle)
     yield from open_batches.values()
 
 
 def _bundles(state: RegionState) -> Iterator[_Bundle]:
     gradients = dict(state.joint.gradients)
-    known = [(p, f) for p, f in find_gradient_factors(state) if _can_be_batched(p, gradients[p])]
+    shared = {g for g, count in Counter(gradients.values()).items() if count > 1}
+    found = [(p, f) for p, f in find_gradient_factors(state) if gradients[p] not in shared]
+    known = [(p, f) for p, f in found if _can_be_batched(p, gradients[p])]
     open_bundles: dict[object, _Bundle] = {}
     for primal, factors in sorted(known, key=lambda found: max(found[1].nodes)):
         alone = _Bundle(factors.basis, [(primal, factors)])
-        if factors.first:
+        if factors.basis_first:
             yield alone
             continue
         key = factors.basis, factors.dtypes
@@ -127,10 +133,11 @@ def _bundles(state: RegionState) -> Iterator[_Bundle]:
 
 
 def _can_be_batched(primal: fx.Node, gradient: fx.Node) -> bool:
-    """Whether the gradient of ``primal`` is a small matrix that nothing but the caller reads."""
+    """Whether the gradient of ``primal`` is a small matrix that nothing but the caller reads, and the next one behind it begins
+    where vector loads may: every 16 bytes."""
     val = value(primal)
     plain = val.dim() == 2 and all(type(size) is int for size in val.shape)
-    return plain and len(gradient.users) == 1 and 2 * tensor_bytes(primal) <= _MOST
+    return plain and val.numel() % _VECTOR == 0 and len(gradient.users) == 1 and 2 * tensor_bytes(primal) <= _MOST
 
 
 def _form(editor: GraphEditor, batch: Sequence[_Bundle]) -> Sequence[fx.Node]:
@@ -145,7 +152,7 @@ def _form(editor: GraphEditor, batch: Sequence[_Bundle]) -> Sequence[fx.Node]:
         parts = [[f.of([next(arrived) for _ in f.nodes]) for _, f in b.members] for b in batch]
         bundled = [torch.cat(p) if len(p) > 1 else p[0] for p in parts]
         basis = basis_of[bases[0]] if len(bases) == 1 else torch.stack([basis_of[b.basis] for b in batch])
-        whole = factors.cast(contract(bundled[0] if len(batch) == 1 else torch.stack(bundled), basis, left=factors.first))
+        whole = factors.cast(contract(bundled[0] if len(batch) == 1 else torch.stack(bundled), basis, left=factors.basis_first))
         formed = [whole] if len(batch) == 1 else whole.unbind()
         return tuple(g for part, b in zip(formed, batch, strict=True) for g in part.split_with_sizes(b.rows))
 

@@ -41,12 +41,12 @@ class GradientFactors:
         return basis, self.left, self.swapped, self.dtypes
 
     @property
-    def first(self) -> bool:
+    def basis_first(self) -> bool:
         """Whether the basis is the first factor of the gradient, G = P C (N, M)."""
         return self.left != self.swapped
 
     def of(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """C of the gradient, from what its ``nodes`` hold: (R, M) if the basis is the `first` factor, or (M, R)."""
+        """C of the gradient, from what its ``nodes`` hold: (R, M) if the `basis_first`, or (M, R)."""
         whole = parts[0]
         for part in parts[1:]:
             whole = whole + part

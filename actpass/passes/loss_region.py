@@ -79,6 +79,7 @@ def find_loss_region(joint: Joint, head: fx.Node) -> LossRegion:
         raise GraphUnsupported(f"the logits are also returned to the caller: {why or 'return only the loss'}")
     below = descendants(wide)
     inside = wide | (below & ancestors(wide)) | {u for n in wide for u in n.users}
+    inside |= below & ancestors(inside)  # labels, weights of rows, that are formed of the logits
     inside |= {u for n in inside if rule_of(n).best for u in n.users if u.target is operator.getitem}
     tangent, tangible = _tangent(joint, inside, wide)
     ordered = [n for n in joint.gm.graph.nodes if n in inside]
@@ -120,9 +121,10 @@ def trailing_shape(node: fx.Node, rows: int) -> tuple[int, ...]:
 
 
 def summed_axes(node: fx.Node) -> set[int]:
-    """The axes that a sum adds up."""
-    axes: Any = node.args[1]
-    return {d % value(node.all_input_nodes[0]).dim() for d in axes}
+    """The axes that a sum adds up: all of them, if it names none."""
+    axes: Any = node.args[1] if len(node.args) > 1 else None
+    dims = value(node.all_input_nodes[0]).dim()
+    return {d % dims for d in axes or range(dims)}
 
 
 def factors(product: fx.Node) -> tuple[fx.Node, fx.Node]:

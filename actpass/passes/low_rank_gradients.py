@@ -59,8 +59,8 @@ def _factored(path: str, primal: fx.Node, found: GradientFactors) -> FactoredGra
     rank = found.decision.rank
     assert rank is not None
     *outer, rows, columns = (size_hint(s) for s in value(primal).shape)
-    shape = (*outer, rank, columns) if found.first else (*outer, rows, rank)
-    return FactoredGradient(path, found.decision.site, "left" if found.first else "right", shape)
+    shape = (*outer, rank, columns) if found.basis_first else (*outer, rows, rank)
+    return FactoredGradient(path, found.decision.site, "left" if found.basis_first else "right", shape)
 
 
 def _return(state: RegionState, found: Sequence[tuple[fx.Node, GradientFactors]]) -> frozenset[fx.Node]:

@@ -56,6 +56,9 @@ class RowInterpreter:
             for operand in operations[node].operands:
                 if isinstance(operand, Operand) and operand.read != "constant" and operand.node not in operations:
                     inputs.setdefault(operand.node, operand.read)
+        late = next((n for n in inputs if n in region.below), None)
+        if late is not None:
+            raise GraphUnsupported(f"{late.name}, which is formed of the logits of all rows, is read with the first")
         rows, whole = (tuple(n for n, read in inputs.items() if read == kind) for kind in ("rows", "whole"))
         return cls(operations, rows, whole)
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
-
-from torch import fx
-
 from actpass.analysis.partitioned import PartitionConstraints
-from actpass.ir.joint_graph import storage_root, tensor_bytes, value
-from actpass.ir.op_queries import is_cast
+from actpass.ir.joint_graph import tensor_bytes, value
 from actpass.planner.region import PartitionPlan, Region
 from actpass.torch_compat import size_hint
 
 _FEW_COPIES = 1 / 20
-"""Of what else is stored: the share up to which weights in half precision are, as Inductor stores them."""
+"""Weights in half precision are saved, as Inductor saves them, up to this share of what else is stored."""
 
 
 def no_recompute_partition(region: Region) -> PartitionPlan:
@@ -70,17 +65,14 @@ def _free_cut(region: Region, copies: frozenset[str]) -> PartitionPlan:
 
 
 def _weight_copies(region: Region) -> frozenset[str]:
-    """The casts of parameters that Inductor's default saves, if bytes are not limited, and if they are few even of those."""
+    """The parameters cast to fewer bytes that Inductor's default saves, if bytes are not limited, and if they are a small share
+    even of what that saves: it needs no cut to know."""
     if region.config.searches:
         return frozenset()
-    parameters, nodes = region.joint.parameter_path, {n.name: n for n in region.joint.gm.graph.nodes}
-    copies = [s for s in region.default.saved if s.base in nodes and _is_copy_of(nodes[s.base], parameters)]
+    nodes = {n.name: n for n in region.joint.gm.graph.nodes}
+    copies = [s for s in region.default.saved if s.base in nodes and region.joint.is_narrow_copy(nodes[s.base])]
     few = sum(s.nbytes for s in copies) <= _FEW_COPIES * region.default.saved_bytes
     return frozenset(s.base for s in copies) if few else frozenset()
-
-
-def _is_copy_of(node: fx.Node, parameters: Container[fx.Node]) -> bool:
-    return is_cast(node) and storage_root(node.all_input_nodes[0]) in parameters
 
 
 def _attention_weights(region: Region) -> frozenset[str]:

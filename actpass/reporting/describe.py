@@ -16,7 +16,7 @@ from actpass.codecs.quantizers.float8 import E4M3
 from actpass.ir.fingerprint import fingerprint, plain_inputs
 from actpass.ir.joint_graph import Joint, module_path, rule_of, source_line, storage_root, tensor_bytes
 from actpass.ir.op_cost import count_matmuls
-from actpass.ir.op_queries import is_attention, is_cast, is_matmul, is_reduction
+from actpass.ir.op_queries import is_attention, is_matmul, is_reduction
 from actpass.ir.op_rules import RULES
 from actpass.options import Config
 from actpass.passes.base import RegionState
@@ -205,7 +205,7 @@ def _why_recomputed(root: str, through: frozenset[fx.Node], done: RegionState) -
 def _why_kept(joint: Joint, root: fx.Node, uses: tuple[Use, ...], cut: PartitionedGraph) -> str:
     if any(s.user_visible for s in cut.crossing.get(root.name, ())):
         return "also returned to the caller"
-    if is_cast(root) and storage_root(root.all_input_nodes[0]) in joint.parameter_path:
+    if joint.is_narrow_copy(root):
         return "few bytes beside the rest, and a cast again takes a kernel"
     kinds = sorted({u.kind for u in uses})
     return f"recomputing it would not be free; uses: {', '.join(kinds)}" if kinds else "recomputing it would not be free"
