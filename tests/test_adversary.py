@@ -160,3 +160,22 @@ def test_explain_leaves_the_model_and_its_own_compile_alone():
     assert int(model[0].num_batches_tracked) == 0
     assert torch.equal(torch.get_rng_state(), state)
     assert not actpass.report(model).active
+
+
+def test_a_maximum_is_compared_behind_a_flip_with_what_it_was_taken_of():
+    """The gradient of amax divides by how many elements are equal to it: of a tensor rebuilt from codes none may be."""
+
+    class Flipped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = torch.sigmoid(self.first(x).flip(-1))
+            return self.last(h / (1 + h.amax(-1, keepdim=True))).square().mean()
+
+    torch.manual_seed(0)
+    model = Flipped()
+    options = {"codec": "int2", "min_tensor_bytes": 0}
+    torch.compile(model, backend=eager_actcomp(options))(torch.randn(64, 16)).backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())

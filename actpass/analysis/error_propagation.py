@@ -43,7 +43,8 @@ class ErrorPropagation:
             passed = [user for user in node.users if is_pointwise(user)]
             if any(self._attends(user, node) for user in node.users) or not self._attended.isdisjoint(passed):
                 self._attended.add(node)
-            if any(map(_is_step, passed)) or not self._stepped.isdisjoint(passed):
+            moved = [*passed, *filter(_moves_elements, node.users)]
+            if any(map(_is_step, passed)) or not self._stepped.isdisjoint(moved):
                 self._stepped.add(node)
 
     def _exponentiates(self, user: fx.Node, node: fx.Node) -> bool:
@@ -82,11 +83,12 @@ class ErrorPropagation:
     def ill_conditioned_use(self, tensor: fx.Node | None) -> str | None:
         """An operator that a small error in ``tensor`` can throw far off: what divides by it, takes a root or a logarithm of it
         (behind an addition of a tensor, a reduction or a bounded function a zero is gone), compares it for equality with the
-        exact maximum, makes an index of it, or factors it as a matrix. A comparison is found behind any pointwise operator."""
+        exact maximum, makes an index of it, or factors it as a matrix. A comparison is found behind any pointwise operator, and
+        behind what moves elements."""
         if tensor is None:
             return None
         if tensor in self._stepped:
-            return next(str(n.target) for n in _pointwise_below(tensor) if _is_step(n))
+            return next(str(n.target) for n in _pointwise_below(tensor, moved=True) if _is_step(n))
         todo = [tensor]
         seen = set(todo)
         while todo:
@@ -174,14 +176,21 @@ def _is_negated(node: fx.Node) -> bool:
     return node.target is aten.neg.default or (isinstance(factor, int | float) and factor < 0)
 
 
-def _pointwise_below(tensor: fx.Node) -> set[fx.Node]:
-    """All that is computed of ``tensor`` by pointwise operators alone."""
+def _pointwise_below(tensor: fx.Node, *, moved: bool = False) -> set[fx.Node]:
+    """All that is computed of ``tensor`` by pointwise operators alone; ``moved``: or by what moves elements."""
     todo, found = [tensor], set[fx.Node]()
     while todo:
-        new = [u for u in todo.pop().users if is_pointwise(u) and u not in found]
+        users = todo.pop().users
+        new = [u for u in users if u not in found and (is_pointwise(u) or (moved and _moves_elements(u)))]
         found.update(new)
         todo.extend(new)
     return found
+
+
+def _moves_elements(node: fx.Node) -> bool:
+    """Whether ``node`` has elements of its argument, in other places: joined, flipped, selected by an index."""
+    row = rule_of(node)
+    return row.moves is not None or (row.recomputable and row.matmul is None)
 
 
 def _adds_number(node: fx.Node) -> bool:
