@@ -346,6 +346,11 @@ def size_hint(value: int | torch.SymInt) -> int:
     return int(hint) if hint is not None else 1
 
 
+def is_data_dependent(size: int | torch.SymInt) -> bool:
+    """Whether a symbolic size is known only once the graph has run."""
+    return isinstance(size, torch.SymInt) and size.node.hint is None
+
+
 def went_through_inductor(error: BaseException) -> bool:
     """Whether ``error`` was raised while Inductor ran, of which the pass is a part."""
     package = os.path.dirname(str(inductor_config.__file__))

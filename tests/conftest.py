@@ -21,6 +21,7 @@ import torch
 from torch._inductor.graph import GraphLowering
 
 from actpass.backend import backend
+from actpass.passes import in_batches
 from actpass.runtime import state
 from actpass.torch_compat import compile_fx, functorch_config
 
@@ -85,3 +86,9 @@ def no_codegen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(backend, "compile_fx", functools.partial(compile_fx, inner_compile=interpret))
     with functorch_config.patch(enable_autograd_cache=False):
         yield
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is batched because a GPU's kernels are launched one by one is batched on a CPU, too."""
+    monkeypatch.setattr(in_batches, "launches_cost", lambda _: True)

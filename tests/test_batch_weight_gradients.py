@@ -12,13 +12,14 @@ from torch import fx, nn
 from actpass.ir.joint_graph import storage_root
 from actpass.ir.op_queries import is_matmul
 from actpass.ir.outputs import output_values
-from actpass.passes import batch_weight_gradients as batches
+from actpass.passes import in_batches
 from actpass.pipeline import Compiled
 
 from . import models
 from .helpers import assert_close, eager_actcomp, step
 from .tracing import JointGraph, trace, traced
 
+pytestmark = pytest.mark.usefixtures("launches")
 HAAR = {"projection": "haar", "rank": 0.5, "skip_unprofitable": False, "min_tensor_bytes": 0}
 
 
@@ -61,7 +62,7 @@ def test_seeded_bases_of_a_width_take_one_product(of: Callable[[], JointGraph], 
     only weights of one shape go together."""
     joint = of()
     together = joint.compiled(**HAAR)
-    monkeypatch.setattr(batches, "_MOST", 0)
+    monkeypatch.setattr(in_batches, "MOST", 0)
     single = joint.compiled(**HAAR)
     assert products(single.backward.graph) - products(together.backward.graph) == fewer
     got, want = (joint.run(done.forward, done.backward) for done in (together, single))
@@ -73,7 +74,7 @@ def test_seeded_bases_of_a_width_take_one_product(of: Callable[[], JointGraph], 
 @pytest.mark.parametrize("most", [4 * 3 * 48 * 48, 8 * 48 * 48])
 def test_a_batch_is_no_larger_than_its_limit(most: int, monkeypatch: pytest.MonkeyPatch):
     joint = traced("transformer")
-    monkeypatch.setattr(batches, "_MOST", most)
+    monkeypatch.setattr(in_batches, "MOST", most)
     done = joint.compiled(**HAAR)
     of_one_memory: dict[Any, int] = {}
     for o in output_values(done.backward.graph):
@@ -89,8 +90,8 @@ def test_a_batch_is_no_larger_than_its_limit(most: int, monkeypatch: pytest.Monk
 def test_learned_bases_of_a_size_take_one_batched_product(method: str, monkeypatch: pytest.MonkeyPatch):
     options = {**HAAR, "projection": method}
     runs: list[Any] = []
-    for most in (batches._MOST, 0):
-        monkeypatch.setattr(batches, "_MOST", most)
+    for most in (in_batches.MOST, 0):
+        monkeypatch.setattr(in_batches, "MOST", most)
         torch.compiler.reset()
         model, inputs = models.transformer()
         loss, grads = step(torch.compile(model, backend=eager_actcomp(options)), model, inputs)

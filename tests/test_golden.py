@@ -121,6 +121,7 @@ GRAPHS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.usefixtures("launches")
 @pytest.mark.parametrize("name", GRAPHS)
 def test_graphs_of_every_stage_are_those_that_were_looked_at(name: str, update: bool):
     model, options = GRAPHS[name]
@@ -197,6 +198,7 @@ TOYS_OF_PASSES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 """A toy that a pass changes, where another than a plain one does."""
 
 
+@pytest.mark.usefixtures("launches")
 @pytest.mark.parametrize("name", [p.name for p in PASSES])
 def test_what_each_pass_makes_of_a_graph_is_what_was_looked_at(name: str, update: bool):
     """The graphs before and after it; one that stays as it is would be no test."""

@@ -7,9 +7,11 @@ tensor: memory is free again when all of them are.
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -19,11 +21,10 @@ from actpass.ir.editor import GraphEditor
 from actpass.ir.joint_graph import tensor_bytes, value
 from actpass.ir.outputs import output_values, set_output_values
 from actpass.ir.traversal import ancestors
+from actpass.passes import in_batches
 from actpass.passes.base import RegionState
 from actpass.passes.gradient_factors import GradientFactors, find_gradient_factors
 
-_MOST = 32 << 20
-"""Bytes of the gradients of one batch, and so of one bundle. Coefficients wait until their batch is whole."""
 _VECTOR = 8
 """Elements of two bytes in 16."""
 
@@ -61,16 +62,18 @@ class _Bundle:
 
 @dataclass(frozen=True)
 class BatchWeightGradients:
-    """Of weights whose gradients are formed of factors, and only returned."""
+    """Of weights whose gradients are formed of factors, and only returned. A batch has at most `in_batches.MOST` bytes of them,
+    and so has a bundle. Coefficients wait until their batch is whole."""
 
     name: str = "batch_weight_gradients"
     serves: str | None = "projections"
 
     def run(self, state: RegionState) -> RegionState:
-        if not state.lifts:
+        if not state.lifts or not in_batches.launches_cost(state.joint):
             return state
         state = state.on_a_copy()
-        batches = [batch for batch in _batches(state) if sum(len(b.members) for b in batch) > 1]
+        found = (sorted(batch, key=lambda b: b.basis) for batch in _batches(state))
+        batches = [batch for batch in found if sum(len(b.members) for b in batch) > 1]
         editor = GraphEditor(state.joint.gm)
         values = output_values(editor.graph)
         places = {p: state.joint.num_fwd_outputs + i for i, p in enumerate(state.joint.primals)}
@@ -99,15 +102,8 @@ def _members(batch: Sequence[_Bundle]) -> Iterator[tuple[fx.Node, GradientFactor
 
 
 def _batches(state: RegionState) -> Iterator[list[_Bundle]]:
-    """Bundles of one size, in the order in which the backward has them."""
-    open_batches: dict[object, list[_Bundle]] = {}
-    for bundle in _bundles(state):
-        batch = open_batches.setdefault(bundle.kind, [])
-        if batch and sum(b.nbytes for b in batch) + bundle.nbytes > _MOST:
-            yield batch
-            batch = open_batches[bundle.kind] = []
-        batch.append(bundle)
-    yield from open_batches.values()
+    """Bundles of one size, as the backward comes to them."""
+    return in_batches.batches(_bundles(state), lambda b: b.kind, lambda b: b.nbytes, in_batches.MOST)
 
 
 def _bundles(state: RegionState) -> Iterator[_Bundle]:
@@ -123,7 +119,7 @@ def _bundles(state: RegionState) -> Iterator[_Bundle]:
             continue
         key = factors.basis, factors.dtypes
         bundle = open_bundles.get(key)
-        if bundle is None or bundle.nbytes + alone.nbytes > _MOST:
+        if bundle is None or bundle.nbytes + alone.nbytes > in_batches.MOST:
             if bundle is not None:
                 yield bundle
             open_bundles[key] = alone
@@ -137,24 +133,37 @@ def _can_be_batched(primal: fx.Node, gradient: fx.Node) -> bool:
     where vector loads may: every 16 bytes."""
     val = value(primal)
     plain = val.dim() == 2 and all(type(size) is int for size in val.shape)
-    return plain and val.numel() % _VECTOR == 0 and len(gradient.users) == 1 and 2 * tensor_bytes(primal) <= _MOST
+    return plain and val.numel() % _VECTOR == 0 and len(gradient.users) == 1 and 2 * tensor_bytes(primal) <= in_batches.MOST
 
 
 def _form(editor: GraphEditor, batch: Sequence[_Bundle]) -> Sequence[fx.Node]:
     """The gradients of ``batch``, bundle by bundle."""
     _, factors = batch[0].members[0]
-    bases = list(dict.fromkeys(b.basis for b in batch))
+    given, stacked = _stacked([b.basis for b in batch])
     coefficients = [n for _, f in _members(batch) for n in f.nodes]
 
-    def gradients(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        arrived = iter(given)
-        basis_of = {basis: next(arrived) for basis in bases}
+    def gradients(*arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        basis, arrived = stacked(*arguments[: len(given)]), iter(arguments[len(given) :])
         parts = [[f.of([next(arrived) for _ in f.nodes]) for _, f in b.members] for b in batch]
         bundled = [torch.cat(p) if len(p) > 1 else p[0] for p in parts]
-        basis = basis_of[bases[0]] if len(bases) == 1 else torch.stack([basis_of[b.basis] for b in batch])
         whole = factors.cast(contract(bundled[0] if len(batch) == 1 else torch.stack(bundled), basis, left=factors.basis_first))
         formed = [whole] if len(batch) == 1 else whole.unbind()
         return tuple(g for part, b in zip(formed, batch, strict=True) for g in part.split_with_sizes(b.rows))
 
     last = max(coefficients)
-    return editor.splice(gradients, [*bases, *coefficients], after=last, like=last)
+    return editor.splice(gradients, [*given, *coefficients], after=last, like=last)
+
+
+def _stacked(bases: Sequence[fx.Node]) -> tuple[Sequence[fx.Node], Callable[..., torch.Tensor]]:
+    """What the bases of a batch, (B, N, R), are made of, and how; where all have one it is that, (N, R). Bases that were drawn
+    together, and lie at equal distances in what was drawn, are a part of that: none is copied."""
+    if len(set(bases)) == 1:
+        return bases[:1], lambda basis: basis
+    drawn = {b.args[0] for b in bases if b.target is operator.getitem}
+    source = next(iter(drawn)) if len(drawn) == 1 else None
+    numbers: list[Any] = [b.args[1] for b in bases if b.target is operator.getitem and b.args[0] is source]
+    if isinstance(source, fx.Node) and source.target is torch.ops.aten.unbind.int and len(numbers) == len(bases):
+        first, step, last = numbers[0], numbers[1] - numbers[0], numbers[-1]
+        if step > 0 and numbers == list(range(first, last + 1, step)):
+            return source.all_input_nodes, lambda drawn: drawn[first : last + 1 : step]
+    return bases, lambda *bases: torch.stack(bases)

@@ -7,6 +7,7 @@ backward gets the subspace (an input of the region, never a saved copy) and draw
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,8 +19,9 @@ from actpass.errors import GraphUnsupported
 from actpass.ir.joint_graph import value
 from actpass.ir.op_cost import OF_A_BASIS
 from actpass.passes.base import RegionState
-from actpass.passes.bases import Bases, Sketches, subspaces_of
+from actpass.passes.bases import Bases, LearnedBasis, Sketches, seed_of, subspaces_of
 from actpass.passes.boundary import Boundary, check_outputs
+from actpass.passes.in_batches import most_beside
 from actpass.plan import Decision
 from actpass.torch_compat import rename
 
@@ -41,13 +43,15 @@ class ProjectSaved:
         if not plan.decoded:
             return state
         storing = _Storing(state)
-        payloads = {d: storing.store(d, number) for number, d in enumerate(plan.decoded, 1)}
+        projected = storing.project(plan.decoded)
+        storing.rebuild(projected)
+        sketches = storing.sketches.take()
         return replace(
             state,
             cut=storing.close(),
-            payloads={**state.payloads, **payloads},
+            payloads={**state.payloads, **{p.decision: p.z.name for p in projected}},
             inserted=state.inserted | storing.inserted,
-            sketches=state.sketches | storing.sketches.taken,
+            sketches=state.sketches | sketches,
         )
 
     def check(self, before: RegionState, after: RegionState) -> None:
@@ -64,42 +68,60 @@ class ProjectSaved:
             raise GraphUnsupported(f"{len(subspaces)} subspaces arrived for {len(plan.projections)} projections")
 
 
+@dataclass(frozen=True)
+class _Projected:
+    """A tensor ``x`` of the forward whose projection ``z`` crosses in its place. arrived: z in the backward. basis: what is
+    drawn there to rebuild x, before its first reader."""
+
+    decision: Decision
+    x: fx.Node
+    z: fx.Node
+    arrived: fx.Node
+    basis: LearnedBasis
+
+
 class _Storing:
     def __init__(self, state: RegionState) -> None:
+        most = most_beside(state.joint, state.default_bytes)
         self.tensors, self.boundary = state.decoded, Boundary(state.partitioned, state.count)
         self.forward = state.with_graph(self.boundary.forward.module).joint
         self.subspaces = subspaces_of(state.joint, state.plan)
-        self.bases = Bases(self.boundary.forward), Bases(self.boundary.backward)
-        self.sketches = Sketches(self.boundary.forward, self.forward)
+        self.bases = Bases(self.boundary.forward, most), Bases(self.boundary.backward, most)
+        self.sketches = Sketches(self.boundary.forward, self.forward, most)
 
-    def store(self, decision: Decision, number: int) -> str:
-        """Let the projection of a tensor cross in its place; returns its name. number: of its random numbers, which no
-        other tensor has: two may be multiplied."""
-        boundary, tensor = self.boundary, self.tensors[decision.site]
-        x, behind = boundary.before[decision.site], boundary.behind
-        state = boundary.before[self.subspaces[decision].name] if decision in self.subspaces else None
-        seed = self.forward.seed if state is None else self.forward.learned_seed
-        basis = self.bases[0].learned(decision, value(x).dtype, (state, seed), x, number)
+    def project(self, decisions: Sequence[Decision]) -> list[_Projected]:
+        """Let projections cross in place of tensors. Each has random numbers that no other has: two may be multiplied."""
+        wanted = [self._in_forward(d, number) for number, d in enumerate(decisions, 1)]
+        return [self._project(w, basis) for w, basis in zip(wanted, self.bases[0].learned(wanted), strict=True)]
+
+    def _in_forward(self, decision: Decision, number: int) -> LearnedBasis:
+        x = self.boundary.before[decision.site]
+        state = self.boundary.before[self.subspaces[decision].name] if decision in self.subspaces else None
+        seed = seed_of(decision, self.forward.seed if state is None else self.forward.learned_seed)
+        return LearnedBasis(decision, value(x).dtype, state, seed, x.next, number)
+
+    def _project(self, wanted: LearnedBasis, basis: fx.Node) -> _Projected:
+        boundary, decision, state = self.boundary, wanted.decision, wanted.state
+        x, crossing, behind = boundary.before[decision.site], self.tensors[decision.site].saved_for_backward, boundary.behind
         z = boundary.forward.splice(torch.matmul, [x, basis], after=x, like=x)
         rename(z, f"{_OWN}z")  # no name that another node has in the backward
-        self.sketches.take(decision, x, z, state, flat=True)
-        passed = [n for n in (state, seed) if n is not None and n.name not in behind]  # a forward passes its inputs on, once
-        arrived, *others = boundary.send(tensor.saved_for_backward, [z, *passed], free=state)
+        self.sketches.want(decision, x, z, state, flat=True)
+        inputs = [n for n in (state, wanted.seed) if n is not None]
+        passed = [n for n in inputs if n.name not in behind]  # a forward passes its inputs on, once
+        reader = boundary.first_reader(crossing)
+        arrived, *others = boundary.send(crossing, [z, *passed], free=state)
         behind |= {n.name: new for n, new in zip(passed, others, strict=True)}
-        drawn_from = None if state is None else behind[state.name], None if seed is None else behind[seed.name]
-        self._rebuild(decision, x, drawn_from, arrived, number)
-        return z.name
+        state, seed = None if state is None else behind[state.name], behind[wanted.seed.name]
+        return _Projected(decision, x, z, arrived, replace(wanted, state=state, seed=seed, before=reader))
 
-    def _rebuild(
-        self, decision: Decision, x: fx.Node, drawn_from: tuple[fx.Node | None, fx.Node | None], z: fx.Node, number: int
-    ) -> None:
-        """Form x_hat in the backward, in front of its first use."""
-        crossing, editor = self.tensors[decision.site].saved_for_backward, self.boundary.backward
-        reader = self.boundary.first_reader(crossing)
-        basis = self.bases[1].learned(decision, value(x).dtype, drawn_from, reader.prev, number)
-        # the product that rebuilds x is no matmul of the model
-        x_hat = editor.splice(decode, [z, basis], after=reader.prev, like=reader, marks={OF_A_BASIS: True})
-        self.boundary.show(crossing, x, x_hat)
+    def rebuild(self, projected: Sequence[_Projected]) -> None:
+        """Form each tensor in the backward, in front of its first use."""
+        editor = self.boundary.backward
+        for p, basis in zip(projected, self.bases[1].learned([p.basis for p in projected]), strict=True):
+            reader, crossing = p.basis.before, self.tensors[p.decision.site].saved_for_backward
+            # the product that rebuilds x is no matmul of the model
+            x_hat = editor.splice(decode, [p.arrived, basis], after=reader.prev, like=reader, marks={OF_A_BASIS: True})
+            self.boundary.show(crossing, p.x, x_hat)
 
     @property
     def inserted(self) -> frozenset[fx.Node]:

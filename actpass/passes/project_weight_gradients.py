@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,8 @@ from actpass.ir.editor import GraphEditor
 from actpass.ir.joint_graph import Joint, rule_of, value
 from actpass.ir.traversal import ancestors
 from actpass.passes.base import Lift, RegionState
-from actpass.passes.bases import Bases, Sketches, subspaces_of
+from actpass.passes.bases import Bases, LearnedBasis, Sketches, seed_of, subspaces_of
+from actpass.passes.in_batches import most_beside
 from actpass.plan import Decision, Plan
 
 BACKWARD_ONLY = {"partitioner_tag": "must_be_in_backward"}
@@ -37,15 +38,16 @@ class ProjectWeightGradients:
         if not plan.projections:
             return state
         projecting = _Projecting(state.with_graph(copy_module(state.joint.gm)[0]).joint, state)
+        projecting.draw_learned(plan.contracted)
         for decision in plan.contracted:
             projecting.carry_out(decision)
-        editor = projecting.editor
+        editor, sketches = projecting.editor, projecting.sketches.take()
         editor.clean()
         return replace(
             state.with_graph(editor.module),
             inserted=frozenset(editor.inserted),
             payloads=projecting.payloads,
-            sketches=frozenset(projecting.sketches.taken),
+            sketches=sketches,
             lifts=projecting.lifts,
         )
 
@@ -66,24 +68,32 @@ class _Projecting:
     state: RegionState
     payloads: dict[Decision, str] = field(default_factory=dict[Decision, str])
     lifts: dict[fx.Node, Lift] = field(default_factory=dict[fx.Node, Lift])
+    learned: dict[Decision, fx.Node] = field(default_factory=dict[Decision, fx.Node])
 
     def __post_init__(self) -> None:
         self.editor = GraphEditor(self.joint.gm)
-        self.bases, self.sketches = Bases(self.editor), Sketches(self.editor, self.joint)
+        most = most_beside(self.joint, self.state.default_bytes)
+        self.bases, self.sketches = Bases(self.editor, most), Sketches(self.editor, self.joint, most)
         self.subspaces = subspaces_of(self.joint, self.state.plan)
         self.nodes = {n.name: n for n in self.joint.gm.graph.nodes}
         self.found: Mapping[str, WeightGradientMatmul] = {c.node: c for c in self.state.finding.contractions}
 
+    def draw_learned(self, decisions: Sequence[Decision]) -> None:
+        """Draw the learned bases, in the order of what they project."""
+        learned = sorted((d for d in decisions if d.projection in LEARNED), key=lambda d: self.nodes[d.site])
+        wanted = [self._learned(d, self.nodes[d.site]) for d in learned]
+        self.learned = dict(zip(learned, self.bases.learned(wanted), strict=True))
+
+    def _learned(self, decision: Decision, x: fx.Node) -> LearnedBasis:
+        subspace = self.subspaces.get(decision)
+        seed = seed_of(decision, self.joint.seed if subspace is None else self.joint.learned_seed)
+        return LearnedBasis(decision, value(x).dtype, subspace, seed, x.next)
+
     def carry_out(self, decision: Decision) -> None:
-        members, x, subspace = [self.found[name] for name in decision.matmuls], self.nodes[decision.site], None
-        if decision.projection in LEARNED:
-            subspace = self.subspaces.get(decision)
-            seed = self.joint.seed if subspace is None else self.joint.learned_seed
-            basis = self.bases.learned(decision, value(x).dtype, (subspace, seed))
-        else:
-            basis = self.bases.seeded(decision, x, self.joint.seed)
+        members, x = [self.found[name] for name in decision.matmuls], self.nodes[decision.site]
+        basis = self.learned.get(decision) or self.bases.seeded(decision, x, self.joint.seed)
         z = self._payload(x, basis, decision, members[0].left)
-        self.sketches.take(decision, x, z, subspace, left=members[0].left)
+        self.sketches.want(decision, x, z, self.subspaces.get(decision), left=members[0].left)
         for contraction in members:
             self._replace(contraction, z, basis, decision)
 

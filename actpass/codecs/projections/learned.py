@@ -91,7 +91,8 @@ class LearnedProjection(ABC):
 
     @abstractmethod
     def draw(self, state: torch.Tensor, noise: torch.Tensor | None, rank: int) -> torch.Tensor:
-        """The basis (N, R) in float32."""
+        """The basis (N, R) in float32. With dimensions in front of those of ``state`` a batch of them, each with its own noise
+        or all with one."""
 
     def relative_variance(self, width: int, rank: int, tail: float = 1.0) -> float:
         """E|v P P^T - v|^2 / |v|^2 of a row with the fraction ``tail`` of its energy beyond the principal directions; of a
@@ -116,22 +117,35 @@ def sketch(
 ) -> torch.Tensor:
     """(N + 1, K) in float32: X_S^T (X_S Q), and a row of |X_S|^2.
 
-    x: (T, N) or (E, T, N), with ``left`` (N, T) or (E, N, T). Of each of E experts S tokens are sampled; with ``flat`` all
-    dimensions but the last are tokens, of which there are S in all. points: where to sample tokens, in [0, 1); with none of
-    them it is all zeros, and costs nothing. z: as x, with R for N: of its columns the first ``known`` are x times those of Q,
-    and are not computed again. Costs 2 S N (2 K - known) FLOPs.
+    x, points, left, flat: see `sample_tokens`; with no points it is all zeros, and costs nothing. z: as x, with R for N: of its
+    columns the first ``known`` are x times those of Q, and are not computed again. Costs 2 S N (2 K - known) FLOPs.
     """
-    tokens = -1 if left else -2
     if x.numel() == 0:  # an expert without tokens
         return torch.zeros_like(state)
-    sample_SN = _rows(x, points_S) if flat else _of_each(x, points_S, tokens)
-    projected_SK = sample_SN @ state[:-1, known:]
-    if z is not None and known:
-        known_SR = _rows(z, points_S) if flat else _of_each(z, points_S, -2)
-        projected_SK = torch.cat([known_SR[:, :known], projected_SK], 1)
-    energies_1S = sample_SN.square().sum(1).unsqueeze(0)  # summed by a matmul: a reduction would set limits to S in Inductor
-    energy_12 = energies_1S @ energies_1S.new_ones(energies_1S.shape[1], 2)
-    return torch.cat([sample_SN.t() @ projected_SK, energy_12[:, :1].expand(1, state.shape[1])])
+    sample_SN = sample_tokens(x, points_S, left=left, flat=flat)
+    if z is None or not known:
+        return sketch_of(sample_SN, state)
+    return sketch_of(sample_SN, state, sample_tokens(z, points_S, flat=flat)[:, :known])
+
+
+def sketch_of(sample_SN: torch.Tensor, state: torch.Tensor, known_SR: torch.Tensor | None = None) -> torch.Tensor:
+    """The `sketch` of sampled tokens, (..., S, N), one in each state, (..., N + 1, K). known: the first columns of X_S Q."""
+    projected_SK = sample_SN @ state[..., :-1, 0 if known_SR is None else known_SR.shape[-1] :]
+    if known_SR is not None:
+        projected_SK = torch.cat([known_SR, projected_SK], -1)
+    energies_1S = sample_SN.square().sum(-1).unsqueeze(-2)  # summed by a matmul: a reduction would set limits to S in Inductor
+    energy_12 = energies_1S @ energies_1S.new_ones(energies_1S.shape[-1], 2)
+    last_1K = energy_12[..., :1].expand(*state.shape[:-2], 1, state.shape[-1])
+    return torch.cat([sample_SN.mT @ projected_SK, last_1K], -2)
+
+
+def sample_tokens(x: torch.Tensor, points_S: torch.Tensor, *, left: bool = False, flat: bool = False) -> torch.Tensor:
+    """The tokens of ``x`` at ``points_S``, in [0, 1), as rows in float32.
+
+    x: (T, N), or (E, T, N), of each of whose E experts S tokens are taken: (E S, N); with ``left`` (N, T) or (E, N, T). With
+    ``flat`` all dimensions but the last are tokens, of which S are taken in all.
+    """
+    return _rows(x, points_S) if flat else _of_each(x, points_S, -1 if left else -2)
 
 
 def _of_each(x: torch.Tensor, points_S: torch.Tensor, tokens: int) -> torch.Tensor:

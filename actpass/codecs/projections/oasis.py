@@ -25,4 +25,4 @@ class Oasis(LearnedProjection):
     points = 512
 
     def draw(self, state: torch.Tensor, noise: torch.Tensor | None, rank: int) -> torch.Tensor:
-        return state[:-1, :rank]
+        return state[..., :-1, :rank]

@@ -21,4 +21,4 @@ class Pca(LearnedProjection):
     step_size = HALF_WAY
 
     def draw(self, state: torch.Tensor, noise: torch.Tensor | None, rank: int) -> torch.Tensor:
-        return state[:-1, :rank]
+        return state[..., :-1, :rank]

@@ -43,14 +43,14 @@ class Prac(LearnedProjection):
 
     def draw(self, state: torch.Tensor, noise: torch.Tensor | None, rank: int) -> torch.Tensor:
         assert noise is not None
-        width, principal = state.shape[0] - 1, self.principal(rank)
-        leading_NR = state[:-1, :principal]
+        width, principal = state.shape[-2] - 1, self.principal(rank)
+        leading_NR = state[..., :-1, :principal]
         left = width - principal
-        beyond_NR = noise - leading_NR @ (leading_NR.t() @ noise)
+        beyond_NR = noise - leading_NR @ (leading_NR.mT @ noise)
         for _ in range(2 if 2 * (rank - principal) > left else 1):  # a matrix that is nearly square there is badly conditioned
-            beyond_NR = orthonormal(beyond_NR - leading_NR @ (leading_NR.t() @ beyond_NR), within=left)
+            beyond_NR = orthonormal(beyond_NR - leading_NR @ (leading_NR.mT @ beyond_NR), within=left)
         scale = (left / (rank - principal)) ** 0.5
-        return torch.cat([leading_NR, beyond_NR * scale], 1)
+        return torch.cat([leading_NR, beyond_NR * scale], -1)
 
     def relative_variance(self, width: int, rank: int, tail: float = 1.0) -> float:
         principal = self.principal(rank)

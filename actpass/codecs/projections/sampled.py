@@ -39,12 +39,12 @@ class Sampled(LearnedProjection):
 
     def draw(self, state: torch.Tensor, noise: torch.Tensor | None, rank: int) -> torch.Tensor:
         assert noise is not None
-        width = state.shape[1]
-        directions_NN, probabilities_N = state[:-1], state[-1]
+        width = state.shape[-1]
         points_R = torch.arange(rank, device=state.device, dtype=torch.float64) + noise
-        below_NR = torch.cumsum(probabilities_N.double(), 0).unsqueeze(1) <= points_R.unsqueeze(0)
-        chosen_R = below_NR.sum(0).clamp(max=width - 1)
-        return directions_NN[:, chosen_R] * probabilities_N[chosen_R] ** -0.5
+        below_NR = torch.cumsum(state[..., -1, :].double(), -1).unsqueeze(-1) <= points_R.unsqueeze(-2)
+        chosen_1R = below_NR.sum(-2, keepdim=True).clamp(max=width - 1)
+        chosen = state.gather(-1, chosen_1R.expand(*state.shape[:-1], rank))  # of the directions and, last, probabilities
+        return chosen[..., :-1, :] * chosen[..., -1:, :] ** -0.5
 
     def relative_variance(self, width: int, rank: int, tail: float = 1.0) -> float:
         """Of a flat spectrum, the worst."""
