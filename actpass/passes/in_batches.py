@@ -14,8 +14,8 @@ from actpass.ir.joint_graph import Joint, value
 MOST = 32 << 20
 """Bytes of a batch."""
 _SHARE = 200
-"""Of what Inductor would save, the part that a batch of bases, or of sampled tokens, may take beside it: those of a few sizes,
-forward or backward, stay below a hundredth of the peak."""
+"""Of what Inductor would save, the part that a batch of bases, or of sampled tokens, may take beside it. (llama-60m, 64 x 256,
+on a GPU: of a 200th the peak is that of making one by one; of a hundredth it is 2 % higher with `oasis`, 11 % with `prac`.)"""
 T = TypeVar("T")
 
 

@@ -21,10 +21,11 @@ from .backend import Backend
 from .checkpoint import RunSettings, find_checkpoint, load_checkpoint, require_no_checkpoint, save_checkpoint
 from .compare import Metrics, Row, compare, to_arguments
 from .measure import UNKNOWN, format_bytes, resident_bytes
-from .settings import COMPRESSION, NOT_OF_THE_RUN, Settings, make_backend, make_train_config
+from .settings import COMPRESSION, NOT_OF_THE_RUN, Settings, SettingsT, make_backend, make_train_config
 from .train import Batches, Run, start_run, train
 
 BASELINE = "Inductor"
+Variants = Callable[[SettingsT], dict[str, SettingsT]]
 
 
 def run_job(settings: Settings, module: nn.Module, batches: Batches) -> tuple[Run, Metrics]:
@@ -112,28 +113,42 @@ def write_metrics(metrics: Metrics, file: str | None) -> None:
 
 
 def run_main(
-    parser: argparse.ArgumentParser, settings: Settings, full: Callable[[], Settings], run: Callable[[Any], None]
+    parser: argparse.ArgumentParser,
+    settings: SettingsT,
+    full: Callable[[], Settings],
+    run: Callable[[Any], None],
+    variants: Variants[SettingsT] | None = None,
 ) -> None:
     """`run` the completed settings (`full`), or compare; what the user gave wrongly ends the program with its message."""
     try:
         if not settings.compare:
             run(full())
-        elif not _run_comparison(settings, full()):
+        elif not _run_comparison(comparison_rows(settings, variants), settings, full()):
             raise SystemExit(1)
     except UsageError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 
-def comparison_rows(settings: Settings) -> list[Row]:
-    """The rows of `--compare`: the same run on other backends, whose gradients are dense and go to AdamW."""
+def comparison_rows(settings: SettingsT, variants: Variants[SettingsT] | None = None) -> list[Row]:
+    """The rows of `--compare`: the same run in other ways. variants: these by their labels, if not `backend_variants`."""
     defaults: Any = type(settings)  # each job's own has a default for every option
     settings = replace(settings, compare=False, out=defaults().out)
-    uncompressed: dict[str, Any] = dict.fromkeys(COMPRESSION) | {"override": (), "optimizer": "adamw"}
-    plain = replace(settings, **uncompressed)
+    return [Row(label, to_arguments(row, defaults())) for label, row in (variants or backend_variants)(settings).items()]
+
+
+def uncompressed(settings: SettingsT) -> SettingsT:
+    """The run on any backend: gradients are dense and go to AdamW."""
+    changes: dict[str, Any] = dict.fromkeys(COMPRESSION) | {"override": (), "optimizer": "adamw"}
+    return replace(settings, **changes)
+
+
+def backend_variants(settings: SettingsT) -> dict[str, SettingsT]:
+    """The run on other backends."""
+    plain = uncompressed(settings)
     last = settings if settings.codec or settings.projection else replace(settings, policy=None, projection="haar")
     last = replace(last, rank=settings.rank or 0.25) if last.projection else last
     formats = " ".join(str(name) for name in (last.projection, last.rank, last.codec) if name)
-    variants = {
+    return {
         "eager": replace(plain, backend="eager"),
         BASELINE: replace(plain, backend="inductor"),
         "Inductor, full recompute": replace(plain, backend="inductor", inductor_budget=0.0),
@@ -141,10 +156,9 @@ def comparison_rows(settings: Settings) -> list[Row]:
         "actcomp auto": replace(plain, policy="auto"),
         f"actcomp {formats}": last,
     }
-    return [Row(label, to_arguments(row, defaults())) for label, row in variants.items()]
 
 
-def _run_comparison(settings: Settings, full: Settings) -> bool:
+def _run_comparison(rows: list[Row], settings: Settings, full: Settings) -> bool:
     """`--compare`; False if a row failed."""
     on_cuda = full.device.startswith("cuda")
     machine = torch.cuda.get_device_name() if on_cuda else f"{torch.get_num_threads()} CPU threads"
@@ -154,4 +168,4 @@ def _run_comparison(settings: Settings, full: Settings) -> bool:
         f"torch {torch.__version__}"
     )
     script = Path(os.path.relpath(sys.argv[0]))
-    return compare(script, comparison_rows(settings), BASELINE, title, Path(settings.out))
+    return compare(script, rows, BASELINE, title, Path(settings.out))

@@ -102,7 +102,7 @@ def load_config(model: str, sizes: Mapping[str, Size], seq_len: int, changes: Ma
         raise UsageError(
             f"model {model!r} is unknown: give one of {', '.join(sizes)}, or the path of a transformers config (JSON)"
         )
-    return _with_room(config, model, seq_len)
+    return with_room(config, model, seq_len)
 
 
 def _config_from_file(path: Path, fallback: str, changes: Mapping[str, Any]) -> PretrainedConfig:
@@ -123,7 +123,7 @@ def _config(what: str, model_type: str, fields: Mapping[str, Any]) -> Pretrained
         raise UsageError(f"{what} cannot be used: {error}") from error
 
 
-def _with_room(config: PretrainedConfig, model: str, seq_len: int) -> PretrainedConfig:
+def with_room(config: PretrainedConfig, model: str, seq_len: int) -> PretrainedConfig:
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and "roberta" in config.model_type:
         limit -= (config.pad_token_id or 0) + 1  # its positions start behind the padding token
@@ -156,7 +156,7 @@ def load_classifier(folder: str, seq_len: int, vocab_size: int, labels: int, dro
     if not Path(folder).is_dir():
         raise UsageError(f"checkpoint {folder!r} is not a directory: {allowed}")
     try:
-        config = _with_room(AutoConfig.from_pretrained(folder, local_files_only=True), folder, seq_len)
+        config = with_room(AutoConfig.from_pretrained(folder, local_files_only=True), folder, seq_len)
         _prepare(config, labels, dropout)
         model = AutoModelForSequenceClassification.from_pretrained(
             folder, config=config, dtype=torch.float32, local_files_only=True, ignore_mismatched_sizes=True

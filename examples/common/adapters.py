@@ -1,0 +1,72 @@
+"""Low-rank adapters on a frozen language model (PEFT's LoRA), which may be stored in 4 bits (QLoRA)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from . import UsageError
+from .models import LanguageModelLoss, with_room
+
+QUANTIZERS = ("none", "nf4", "bnb4")
+
+
+def load_language_model(folder: str, seq_len: int) -> LanguageModelLoss:
+    """The language model of a local Hugging Face checkpoint, in float32 and in training mode."""
+    allowed = "give a local directory with a Hugging Face model (config.json and its weights)"
+    if not Path(folder).is_dir():
+        raise UsageError(f"checkpoint {folder!r} is not a directory: {allowed}")
+    try:
+        config = with_room(AutoConfig.from_pretrained(folder, local_files_only=True), folder, seq_len)
+        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"checkpoint {folder!r} cannot be read ({error}): {allowed}") from error
+    return LanguageModelLoss(model).train()
+
+
+def quantize_base(module: LanguageModelLoss, how: str) -> None:
+    """Store the weights of all linear layers but the head in 4 bits: torchao's NF4, or bitsandbytes' (which works with blocks
+    of 64 numbers, too)."""
+    if how == "none":
+        return
+    head = module.model.get_output_embeddings()
+    for parent in list(module.model.modules()):
+        for name, layer in parent.named_children():
+            if isinstance(layer, nn.Linear) and layer is not head:
+                setattr(parent, name, _quantized(layer, how))
+
+
+def _quantized(layer: nn.Linear, how: str) -> nn.Module:
+    if how == "nf4":
+        from torchao.prototype.dtypes.nf4tensor import to_nf4  # pyright: ignore[reportMissingImports]
+
+        layer.weight = nn.Parameter(to_nf4(layer.weight.detach()), requires_grad=False)
+        return layer
+    from bitsandbytes.nn import Linear4bit, Params4bit  # pyright: ignore[reportMissingImports]
+
+    made = Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, quant_type="nf4", device="meta")
+    made.weight = Params4bit(layer.weight.detach(), requires_grad=False, quant_type="nf4", module=made)
+    made.bias = layer.bias
+    return made.to(layer.weight.device)
+
+
+def add_adapters(module: LanguageModelLoss, rank: int, alpha: float, dropout: float) -> None:
+    """Freeze the model, and put adapters on all its linear layers but the head; seed torch's generator before."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise UsageError("adapters are made by peft, which is not installed: pip install peft") from error
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+    module.model = get_peft_model(module.model, config)
+    module.train()
+
+
+def checkpoint_layers(module: LanguageModelLoss) -> None:
+    """Turn transformers' activation checkpointing of every layer on."""
+    inner: Any = module.model
+    enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
