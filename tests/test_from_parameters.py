@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -49,6 +50,24 @@ class Factors(nn.Module):
         return (self.first(x).relu() @ (self.a @ self.b + self.base.float()).t()).square().mean()
 
 
+class LookedUp(nn.Module):
+    """Frozen weights of 4 bits: two codes in a byte, a table of 16 numbers, and a scale for each row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(32, 64), nn.Linear(96, 8)
+        self.codes = nn.Parameter(torch.randint(0, 256, (96, 32), dtype=torch.uint8), requires_grad=False)
+        self.register_buffer("table", torch.linspace(-1, 1, 16))
+        self.scale = nn.Parameter(torch.rand(96, 1), requires_grad=False)
+
+    def weight(self) -> torch.Tensor:
+        codes = torch.stack([self.codes >> 4, self.codes & 15], -1).view(96, 64)
+        return self.table[codes.to(torch.int32)] * self.scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last((self.first(x).relu() @ self.weight().t()).relu()).square().mean()
+
+
 def sites(model: nn.Module, x: torch.Tensor, **options: Any) -> dict[tuple[int, ...], Any]:
     """By shape, what crosses or crossed; exact or in low bits."""
     report = actpass.explain(model, x, options={"min_tensor_bytes": 0, **options})
@@ -86,6 +105,24 @@ def test_a_product_of_parameters_is_neither_coded_nor_run_again(method: str):
     assert site.codec is None
     assert "parameters alone" in site.reason
     assert report.totals.extra_matmuls == 0
+
+
+@pytest.mark.parametrize(
+    "options", [{"policy": "auto"}, {"policy": "exact"}, {"codec": "int4"}, {"memory_budget": 0.3}], ids=str
+)
+def test_weights_in_few_bits_are_looked_up_again(options: dict[str, Any]):
+    """The weight, as large as what is stored beside it, is no part of it; nor are its codes as indices."""
+    model, x = LookedUp(), torch.randn(48, 32)
+    report = actpass.explain(model, x, options={"min_tensor_bytes": 0, **options})
+    weights = [s for s in report.regions[0].sites if math.prod(s.shape) == 96 * 64]
+    assert any(s.bytes_before for s in weights)
+    assert not any(s.bytes_after for s in weights)
+    other = copy.deepcopy(model)
+    torch.compile(model, backend=eager_actcomp({**options, "min_tensor_bytes": 0}))(x).backward()
+    other(x).backward()
+    if options == {"policy": "exact"}:
+        assert error(model.first.weight.grad, other.first.weight.grad) < 1e-6
+    assert error(model.last.weight.grad, other.last.weight.grad) < 0.3
 
 
 def test_parameters_are_static_beside_the_seed():

@@ -17,11 +17,12 @@ from actpass.codecs import LEARNED
 from actpass.errors import GraphUnsupported
 from actpass.ir.copying import copy_module
 from actpass.ir.editor import GraphEditor
-from actpass.ir.joint_graph import Joint, builtin_name, is_tangent, is_view, storage_root, tensor_bytes
+from actpass.ir.joint_graph import Joint, builtin_name, is_tangent, is_view, rule_of, storage_root, tensor_bytes
 from actpass.ir.op_cost import OF_A_BASIS
-from actpass.ir.op_queries import FOR_CODES, is_attention, is_cast, is_free_to_repeat, is_matmul
+from actpass.ir.op_queries import FOR_CODES, is_attention, is_cast, is_free_to_repeat, is_matmul, is_pointwise
 from actpass.ir.outputs import output_values, set_output_values
 from actpass.ir.products import is_sum_in_place, products_of
+from actpass.ir.traversal import ancestors, descendants
 from actpass.passes.base import RegionState
 from actpass.torch_compat import (
     REGION_BUDGET,
@@ -118,7 +119,7 @@ def cut(
     aggressive = bool(constraints.recompute) or constraints.part
     if constraints.recompute_materialized:
         patch["ban_recompute_materialized_backward"] = patch["ban_recompute_used_far_apart"] = False
-        _recompute_parameter_casts(Joint(gm, joint.inputs, joint.num_fwd_outputs, joint.static))
+        _recompute_from_parameters(Joint(gm, joint.inputs, joint.num_fwd_outputs, joint.static))
     if constraints.stock is not None:
         patch["activation_memory_budget"] = constraints.stock
     once = _run_once(joint, constraints.recompute) if aggressive else frozenset[str]()
@@ -249,15 +250,31 @@ def _is_foreign(node: fx.Node) -> bool:
     return isinstance(target, OpOverload) and not builtin_name(node) and not target.namespace.startswith("_c10d")
 
 
-def _recompute_parameter_casts(joint: Joint) -> None:
-    """Under autocast every weight's half-precision copy would be saved; it is a cast of a tensor that stays."""
-    stays = set(joint.parameter_path)
+def _recompute_from_parameters(joint: Joint) -> None:
+    """Let the backward cast parameters again, and look up again what tables say of them. Under autocast every weight's
+    half-precision copy would be saved, and a weight that is stored in 4 bits would be saved as it was looked up among 16
+    numbers: upstream repeats no lookup. Both are made of tensors that stay."""
+    casts, made = set(joint.parameter_path), set[fx.Node]()  # by casts and views alone; by any loops
+    changing = joint.activations | joint.backward | set(joint.state)
     for node in joint.gm.graph.nodes:
-        movable = is_cast(node) or is_view(node)
-        if movable and node.all_input_nodes and all(a in stays for a in node.all_input_nodes):
-            stays.add(node)
-            if is_cast(node):
-                node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+        if node.op == "output" or node in changing:
+            continue
+        sources = node.all_input_nodes
+        if node.op != "call_function" or (all(a in made for a in sources) and _is_a_loop(node)):
+            made.add(node)
+        if sources and (is_cast(node) or is_view(node)) and all(a in casts for a in sources):
+            casts.add(node)
+    lookups = {n for n in made if n.all_input_nodes and rule_of(n).realised == "loop"}
+    of_lookups = made & (ancestors(lookups) | descendants(lookups))
+    for node in {n for n in casts if is_cast(n)} | of_lookups:
+        if node.op == "call_function" and node.meta.get("recompute") is None:
+            node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _is_a_loop(node: fx.Node) -> bool:
+    """Whether ``node`` is a loop that gives the same again."""
+    row = rule_of(node)
+    return not _draws(node) and (is_pointwise(node) or row.moves is not None or row.realised == "loop")
 
 
 def _saved(forward: fx.GraphModule, num_fwd_outputs: int, seeds: Sequence[str]) -> tuple[Saved, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from . import UsageError
 from .models import LanguageModelLoss, with_room
 
 QUANTIZERS = ("none", "nf4", "bnb4")
+NF4_BLOCK, NF4_BLOCKS_OF_A_SCALE = 64, 256
+"""torchao's: numbers that share a scale, and at most so many scales that share one of their own."""
 
 
 def load_language_model(folder: str, seq_len: int) -> LanguageModelLoss:
@@ -29,8 +32,8 @@ def load_language_model(folder: str, seq_len: int) -> LanguageModelLoss:
 
 
 def quantize_base(module: LanguageModelLoss, how: str) -> None:
-    """Store the weights of all linear layers but the head in 4 bits: torchao's NF4, or bitsandbytes' (which works with blocks
-    of 64 numbers, too)."""
+    """Store the weights of all linear layers but the head in 4 bits: torchao's NF4, or
+    bitsandbytes'."""
     if how == "none":
         return
     head = module.model.get_output_embeddings()
@@ -42,11 +45,15 @@ def quantize_base(module: LanguageModelLoss, how: str) -> None:
 
 def _quantized(layer: nn.Linear, how: str) -> nn.Module:
     if how == "nf4":
-        from torchao.prototype.dtypes.nf4tensor import to_nf4  # pyright: ignore[reportMissingImports]
+        from torchao.quantization import to_nf4
 
-        layer.weight = nn.Parameter(to_nf4(layer.weight.detach()), requires_grad=False)
+        blocks, left = divmod(layer.weight.numel(), NF4_BLOCK)
+        if left:
+            raise UsageError(f"nf4 stores blocks of {NF4_BLOCK} numbers, and a weight has {layer.weight.numel()}: give bnb4")
+        weight = to_nf4(layer.weight.detach(), NF4_BLOCK, math.gcd(blocks, NF4_BLOCKS_OF_A_SCALE))
+        layer.weight = nn.Parameter(weight, requires_grad=False)
         return layer
-    from bitsandbytes.nn import Linear4bit, Params4bit  # pyright: ignore[reportMissingImports]
+    from bitsandbytes.nn import Linear4bit, Params4bit
 
     made = Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, quant_type="nf4", device="meta")
     made.weight = Params4bit(layer.weight.detach(), requires_grad=False, quant_type="nf4", module=made)
