@@ -215,7 +215,8 @@ def with_adapters(model: nn.Module, rank: int, dropout: float) -> nn.Module:
 
 
 def checkpoint_layers(model: nn.Module) -> None:
-    """Turn transformers' activation checkpointing of every layer on."""
+    """Turn transformers' activation checkpointing of every layer on. Without what it does to a PEFT model's embedding for
+    reentrant checkpoints, which these are not: it breaks the graph there."""
     if not isinstance(model, LossOnly):
         raise UsageError("checkpointing=true is for models in one part. Give another --workload.")
     inner: Any = model.model
@@ -223,6 +224,7 @@ def checkpoint_layers(model: nn.Module) -> None:
         inner.activation_checkpointing_enable({"use_reentrant": False})
     else:
         inner.gradient_checkpointing_enable({"use_reentrant": False})
+    inner.disable_input_require_grads()
 
 
 def make_batch(config: Any, head: str, shape: tuple[int, int], device: str, seed: int) -> dict[str, Tensor]:

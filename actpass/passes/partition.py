@@ -119,7 +119,9 @@ def cut(
     aggressive = bool(constraints.recompute) or constraints.part
     if constraints.recompute_materialized:
         patch["ban_recompute_materialized_backward"] = patch["ban_recompute_used_far_apart"] = False
-        _recompute_from_parameters(Joint(gm, joint.inputs, joint.num_fwd_outputs, joint.static))
+        own = Joint(gm, joint.inputs, joint.num_fwd_outputs, joint.static)
+        _recompute_from_parameters(own)
+        _release_what_no_parameter_gives(own)
     if constraints.stock is not None:
         patch["activation_memory_budget"] = constraints.stock
     once = _run_once(joint, constraints.recompute) if aggressive else frozenset[str]()
@@ -269,6 +271,18 @@ def _recompute_from_parameters(joint: Joint) -> None:
     for node in {n for n in casts if is_cast(n)} | of_lookups:
         if node.op == "call_function" and node.meta.get("recompute") is None:
             node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _release_what_no_parameter_gives(joint: Joint) -> None:
+    """Leave what a user's checkpoints make of data and constants alone to the min-cut. A mask that is alike in all layers is
+    one value once equal ones are merged; upstream saves what one checkpoint makes and others read, and that mask is made again
+    for free."""
+    learned = descendants(joint.parameter_path)
+    for node in joint.gm.graph.nodes:
+        if node in learned or node in joint.backward or node.op != "call_function" or "ac_graph_id" not in node.meta:
+            continue
+        if node.meta.get("recompute") == CheckpointPolicy.PREFER_RECOMPUTE and is_free_to_repeat(node) and not _draws(node):
+            node.meta = {k: v for k, v in node.meta.items() if k not in ("recompute", "ac_graph_id")}
 
 
 def _is_a_loop(node: fx.Node) -> bool:

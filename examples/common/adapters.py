@@ -73,7 +73,9 @@ def add_adapters(module: LanguageModelLoss, rank: int, alpha: float, dropout: fl
 
 
 def checkpoint_layers(module: LanguageModelLoss) -> None:
-    """Turn transformers' activation checkpointing of every layer on."""
+    """Turn transformers' activation checkpointing of every layer on. Without what it does to a PEFT model's embedding for
+    reentrant checkpoints, which these are not: it breaks the graph there."""
     inner: Any = module.model
     enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    inner.disable_input_require_grads()
