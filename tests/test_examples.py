@@ -36,19 +36,28 @@ LOW_RANK = ["--projection", "haar", "--rank", "4", "--weight-gradient-format", "
 Finetune = Callable[..., dict[str, Any]]
 
 
-@pytest.fixture
-def finetune(no_codegen: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Finetune:
-    """The example with these arguments; what it measured."""
+def example(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Finetune:
+    """The program of that name, to be run with arguments; it returns what it measured."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
 
     def run(*arguments: str) -> dict[str, Any]:
         metrics = tmp_path / "metrics.json"
-        script = str(EXAMPLES / "finetune_classifier.py")
+        script = str(EXAMPLES / name)
         monkeypatch.setattr(sys, "argv", [script, *SHORT, *arguments, "--metrics", str(metrics)])
         runpy.run_path(script, run_name="__main__")
         return json.loads(metrics.read_text())
 
     return run
+
+
+@pytest.fixture
+def finetune(no_codegen: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Finetune:
+    return example("finetune_classifier.py", monkeypatch, tmp_path)
+
+
+@pytest.fixture
+def finetune_lora(no_codegen: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Finetune:
+    return example("finetune_lora.py", monkeypatch, tmp_path)
 
 
 @pytest.fixture
@@ -142,3 +151,40 @@ def test_the_rows_of_a_comparison_are_commands(finetune: Finetune, data: str):
     found = finetune(*rows["actcomp haar 4"])
     assert found["settings"]["optimizer"] == "oasis"
     assert [run["seed"] for run in found["runs"]] == [0, 1]
+
+
+@pytest.fixture
+def tiny_llama(tmp_path: Path) -> str:
+    """A config that takes bytes."""
+    fields = {"model_type": "llama", "vocab_size": 272, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(fields))
+    return str(path)
+
+
+@pytest.mark.architectures
+@pytest.mark.parametrize("more", [[], ["--quantize", "nf4"], ["--checkpointing"]], ids=" ".join)
+def test_adapters_learn_as_in_eager_mode_in_fewer_bytes(finetune_lora: Finetune, tiny_llama: str, more: list[str]):
+    arguments = ["--model", tiny_llama, "--max-data-bytes", "200000", "--lora-rank", "4", "--steps", "12", *more]
+    ours = finetune_lora(*arguments)
+    eager = finetune_lora(*arguments, "--backend", "eager")
+    assert ours["report"]["regions"][0]["active"]
+    assert ours["final_train_loss"] < ours["train_loss"][0]
+    assert ours["final_train_loss"] == pytest.approx(eager["final_train_loss"], rel=3e-3)
+    assert ours["saved_bytes"] < 0.5 * eager["saved_bytes"]
+
+
+@pytest.mark.architectures
+def test_the_rows_of_a_comparison_with_adapters(finetune_lora: Finetune, tiny_llama: str):
+    from common.job import comparison_rows  # pyright: ignore[reportMissingImports]: on the path by the fixture
+
+    names = runpy.run_path(str(EXAMPLES / "finetune_lora.py"))
+    settings = names["LoraSettings"](model=tiny_llama, lora_rank=4, codec="int4", compare=True)
+    rows = {row.label: row.arguments for row in comparison_rows(settings, names["variants"])}
+    assert [label for label in rows if "checkpointing" in label] == [
+        "eager, checkpointing", "Inductor, checkpointing", "actcomp, checkpointing",
+    ]  # fmt: skip
+    found = finetune_lora(*rows["actcomp, checkpointing"], "--max-data-bytes", "100000")["settings"]
+    assert found["codec"] == "int4"
+    assert found["checkpointing"]

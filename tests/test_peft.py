@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,3 +51,24 @@ def test_overrides_match_the_paths_that_modules_have():
     codecs = {s.module: s.codec for s in stored}
     assert codecs[path] is None
     assert codecs[path.replace("layers.1", "layers.0")] == "int8"
+
+
+@pytest.mark.parametrize("how", ["nf4", "bnb4"])
+def test_weights_in_four_bits_are_no_part_of_what_is_stored(how: str, monkeypatch: pytest.MonkeyPatch):
+    """QLoRA stores what LoRA does: nothing of the frozen weights, looked up or dequantised, crosses."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
+    from common import adapters, models  # pyright: ignore[reportMissingImports]
+
+    def explained_with(how: str) -> Report:
+        torch.manual_seed(0)
+        config = models.load_config("llama-mini", models.LLAMAS, 64, {"num_hidden_layers": 2, "vocab_size": 512})
+        module = models.build_language_model(config)
+        adapters.quantize_base(module, how)
+        adapters.add_adapters(module, 8, 16, 0.0)
+        tokens = torch.randint(3, 512, (2, 64))
+        return actpass.explain(module, tokens, tokens)
+
+    report, plain = explained_with(how), explained_with("none")
+    assert report.active
+    assert report.totals.saved_bytes <= plain.totals.saved_bytes + 1024
+    assert len(report.regions) == 1

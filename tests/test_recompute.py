@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 import actpass
@@ -18,7 +20,7 @@ from actpass.plan_file import ModelPlan
 from actpass.reporting import Report
 
 from . import models
-from .helpers import EPS, assert_close, eager_actcomp, step
+from .helpers import EPS, assert_close, eager_actcomp, error, step
 
 SMALL: dict[str, Any] = {"min_tensor_bytes": 0}
 BUDGETS = (0.8, 0.7, 0.6, 0.5, 0.45, 0.35)
@@ -141,3 +143,45 @@ def test_the_report_of_a_budget_tells_what_takes_a_matmul():
     report = explained(models.transformer(), policy="exact", memory_budget=0.5)
     reasons = {s.reason for region in report.regions for s in region.sites if s.form == "recompute"}
     assert any("with 1 matmuls and 0 attention" in r for r in reasons)
+
+
+class Checkpointed(nn.Module):
+    """Layers of attention, each inside activation checkpointing, in which each makes the same mask of positions."""
+
+    def __init__(self, layers: int = 3) -> None:
+        super().__init__()
+        self.q, self.v = (nn.ModuleList(nn.Linear(64, 64) for _ in range(layers)) for _ in range(2))
+
+    def layer(self, x: torch.Tensor, q: nn.Module, v: nn.Module) -> torch.Tensor:
+        position = torch.arange(x.shape[1], device=x.device)
+        mask = torch.where(position[:, None] >= position, 0.0, -torch.inf)
+        return x + torch.softmax(q(x) @ x.mT / 8 + mask, -1) @ v(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for q, v in zip(self.q, self.v, strict=True):
+            x = torch.utils.checkpoint.checkpoint(self.layer, x, q, v, use_reentrant=False)
+        return x.square().mean()
+
+
+@pytest.mark.slow
+def test_of_a_users_checkpoints_only_what_enters_a_layer_is_stored_and_in_few_bits():
+    """16384 bytes a layer; the mask of as many, alike in all, is made again. What runs again is what the user asked for."""
+    x = torch.randn(1, 64, 64)
+    exact, auto = (actpass.explain(Checkpointed(), x, options={"policy": p, "min_tensor_bytes": 0}) for p in ("exact", "auto"))
+    assert exact.totals.saved_bytes <= 2 * 16384 + 16384  # two that enter a layer, and what the loss reads
+    assert exact.totals.saved_bytes_default >= exact.totals.saved_bytes + 16384
+    assert auto.totals.saved_bytes <= 0.3 * exact.totals.saved_bytes
+    assert auto.totals.extra_matmuls == exact.totals.extra_matmuls
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["exact", "auto"])
+def test_gradients_through_a_users_checkpoints(policy: str):
+    torch.manual_seed(0)
+    expected, x = Checkpointed(), torch.randn(2, 64, 64)
+    model = copy.deepcopy(expected)
+    expected(x).backward()
+    torch.compile(model, backend=eager_actcomp({"policy": policy, "min_tensor_bytes": 0}))(x).backward()
+    for name, p in model.named_parameters():
+        want = expected.get_parameter(name).grad
+        assert error(p.grad, want) < (1e-5 if policy == "exact" else 0.02), name

@@ -259,7 +259,7 @@ def _recompute_from_parameters(joint: Joint) -> None:
     casts, made = set(joint.parameter_path), set[fx.Node]()  # by casts and views alone; by any loops
     changing = joint.activations | joint.backward | set(joint.state)
     for node in joint.gm.graph.nodes:
-        if node.op == "output" or node in changing:
+        if node.op == "output" or node in changing or node.meta.get("recompute") == CheckpointPolicy.MUST_SAVE:
             continue
         sources = node.all_input_nodes
         if node.op != "call_function" or (all(a in made for a in sources) and _is_a_loop(node)):
