@@ -150,6 +150,7 @@ class Checkpointed(nn.Module):
 
     def __init__(self, layers: int = 3) -> None:
         super().__init__()
+        self.first = nn.Linear(64, 64)
         self.q, self.v = (nn.ModuleList(nn.Linear(64, 64) for _ in range(layers)) for _ in range(2))
 
     def layer(self, x: torch.Tensor, q: nn.Module, v: nn.Module) -> torch.Tensor:
@@ -158,6 +159,7 @@ class Checkpointed(nn.Module):
         return x + torch.softmax(q(x) @ x.mT / 8 + mask, -1) @ v(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
         for q, v in zip(self.q, self.v, strict=True):
             x = torch.utils.checkpoint.checkpoint(self.layer, x, q, v, use_reentrant=False)
         return x.square().mean()
@@ -168,7 +170,7 @@ def test_of_a_users_checkpoints_only_what_enters_a_layer_is_stored_and_in_few_bi
     """16384 bytes a layer; the mask of as many, alike in all, is made again. What runs again is what the user asked for."""
     x = torch.randn(1, 64, 64)
     exact, auto = (actpass.explain(Checkpointed(), x, options={"policy": p, "min_tensor_bytes": 0}) for p in ("exact", "auto"))
-    assert exact.totals.saved_bytes <= 2 * 16384 + 16384  # two that enter a layer, and what the loss reads
+    assert exact.totals.saved_bytes <= 3 * 16384  # what enters a layer; the last one's result is made again for the loss
     assert exact.totals.saved_bytes_default >= exact.totals.saved_bytes + 16384
     assert auto.totals.saved_bytes <= 0.3 * exact.totals.saved_bytes
     assert auto.totals.extra_matmuls == exact.totals.extra_matmuls
