@@ -129,9 +129,17 @@ def make_meter(device: torch.device) -> Meter:
 def resident_bytes(module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Bytes of parameters, buffers and optimizer state, each storage once."""
     state = [value for values in optimizer.state.values() for value in values.values()]
-    tensors = [*module.parameters(), *module.buffers(), *state]
-    storages = [value.untyped_storage() for value in tensors if isinstance(value, Tensor)]
+    tensors = [value for value in (*module.parameters(), *module.buffers(), *state) if isinstance(value, Tensor)]
+    storages = [inner.untyped_storage() for tensor in tensors for inner in _inner_tensors(tensor)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _inner_tensors(tensor: Tensor) -> list[Tensor]:
+    """`tensor`, or what it is made of, if it is of a kind of its own (a weight in NF4)."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names: list[str] = tensor.__tensor_flatten__()[0]
+    return [inner for name in names for inner in _inner_tensors(getattr(tensor, name))]
 
 
 def format_bytes(count: int | None) -> str:

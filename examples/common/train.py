@@ -126,10 +126,11 @@ def _parameter_groups(module: nn.Module, config: TrainConfig) -> list[dict[str, 
     trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     matrices = [named for named in trained if named[1].ndim >= 2]
     vectors = [named for named in trained if named[1].ndim < 2]
-    return [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    groups: list[dict[str, object]] = []
+    for members, weight_decay in ((matrices, config.weight_decay), (vectors, 0.0)):
+        if members:  # adapters have no vectors
+            groups.append({"params": members, "weight_decay": weight_decay})
+    return groups
 
 
 def cosine_factor(step: int, warmup: int, steps: int, floor: float = 0.1) -> float:
