@@ -110,7 +110,7 @@ def test_a_product_of_parameters_is_neither_coded_nor_run_again(method: str):
 @pytest.mark.parametrize(
     "options", [{"policy": "auto"}, {"policy": "exact"}, {"codec": "int4"}, {"memory_budget": 0.3}], ids=str
 )
-def test_weights_in_few_bits_are_looked_up_again(options: dict[str, Any]):
+def test_weights_in_few_bits_are_dequantised_again(options: dict[str, Any]):
     """The weight, as large as what is stored beside it, is no part of it; nor are its codes as indices."""
     model, x = LookedUp(), torch.randn(48, 32)
     report = actpass.explain(model, x, options={"min_tensor_bytes": 0, **options})
@@ -123,6 +123,30 @@ def test_weights_in_few_bits_are_looked_up_again(options: dict[str, Any]):
     if options == {"policy": "exact"}:
         assert error(model.first.weight.grad, other.first.weight.grad) < 1e-6
     assert error(model.last.weight.grad, other.last.weight.grad) < 0.3
+
+
+class Joined(nn.Module):
+    """A weight that is two buffers, one below the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(32, 64), nn.Linear(96, 8)
+        self.register_buffer("upper", torch.randn(48, 64))
+        self.register_buffer("lower", torch.randn(48, 64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last((self.first(x).relu() @ torch.cat([self.upper, self.lower]).t()).relu()).square().mean()
+
+
+def test_buffers_may_move_between_forward_and_backward():
+    """As an average of weights does; what the forward joined is stored, as in eager mode."""
+    model, x = Joined(), torch.randn(48, 32)
+    other = copy.deepcopy(model)
+    for m, call in ((model, torch.compile(model, backend=eager_actcomp({"policy": "exact"}))), (other, other)):
+        loss = call(x)
+        m.upper.mul_(0.9)
+        loss.backward()
+    assert error(model.first.weight.grad, other.first.weight.grad) < 1e-6
 
 
 def test_parameters_are_static_beside_the_seed():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -634,3 +635,35 @@ def test_the_number_of_sampled_tokens_is_bounded_for_inductor():
     assert not shapes.guards
     assert not bool(count == 512)  # while another question is one
     assert shapes.guards
+
+
+class Uneven(nn.Module):
+    """Beside subspaces the cut decodes one tensor fewer than when it is asked which there will be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pairs = nn.ModuleList(nn.Linear(32, 32) for _ in range(4))
+        self.up = nn.ModuleList(nn.Linear(32, 64, bias=False) for _ in range(2))
+        self.down = nn.ModuleList(nn.Linear(64, 32, bias=False) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for i in range(2):
+            x = x + self.pairs[2 * i](x.tanh()).relu() + self.pairs[2 * i + 1](x.sigmoid()).tanh()
+            x = x + self.down[i](self.up[i](nn.functional.layer_norm(x, (32,))).relu())
+        return x.square().mean()
+
+
+@pytest.mark.slow
+def test_a_second_compilation_trains_as_the_first_where_projections_are_off():
+    """Or all of them are on; no basis of zeros is ever trained with, which gives gradients of zero."""
+    found: list[Grads] = []
+    for _ in range(2):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        model, batch = Uneven(), {"x": torch.randn(64, 32, generator=torch.Generator().manual_seed(1))}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", actpass.ActpassWarning)
+            options = {"projection": "prac", "rank": 0.5, "skip_unprofitable": False, "min_tensor_bytes": 0}
+            found.append(step(torch.compile(model, backend=eager_actcomp(options)), model, batch)[1])
+    assert all(bool(g.any()) for grads in found for g in grads.values())
+    assert_equal(*found)

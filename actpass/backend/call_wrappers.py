@@ -22,7 +22,10 @@ def given_state(fn: Callable[..., Any], region: regions.Region, request: RegionR
     config, extra, plain, device = region.config, request.extra, request.inputs, request.device
     if not config.needs_seed:
         return plain_call(fn, region)
-    if extra and StateInputs.of(region.record.plan, plain.paths) != extra:
+    planned = StateInputs.of(region.record.plan, plain.paths)
+    if planned.sites and planned.sites != extra.sites:
+        raise AssertionError(f"{len(extra.sites)} subspaces are given to a region that projects onto {len(planned.sites)}")
+    if extra and planned != extra:
         return _with_seed(_without(fn, extra, device), region, config, device)
     copies = device.type == "cuda" and has_cuda_graphs(config)
     if extra.factors:

@@ -65,12 +65,14 @@ def _run_passes(
 
 
 def probe_state_inputs(request: RegionRequest, record: Record | None = None) -> StateInputs:
-    """What a region will take. record: of the region, if it was compiled before. Otherwise the pass is run once without any of
-    it, and no code is made; under a budget of peak bytes twice: the second time beside the subspaces that the first one asked
-    for."""
+    """What a region will take. record: of the region, if it was compiled before, and something came of what it was given.
+    Otherwise the pass is run once without any of it, and no code is made; under a budget of peak bytes twice: the second time
+    beside the subspaces that the first one asked for."""
     config, peak, paths = request.config, request.peak, request.inputs.paths
     if not (config.learned or config.keeps_low_rank_gradients):
         return StateInputs()
+    if record is not None and not record.active:
+        record = None  # it does not say what the region took
     extra = StateInputs.of(record.plan, paths) if record is not None else StateInputs()
     rounds = 0 if record is not None else 1 if peak is None else 2
     for _ in range(rounds):

@@ -157,13 +157,20 @@ def _form(editor: GraphEditor, batch: Sequence[_Bundle]) -> Sequence[fx.Node]:
 def _stacked(bases: Sequence[fx.Node]) -> tuple[Sequence[fx.Node], Callable[..., torch.Tensor]]:
     """What the bases of a batch, (B, N, R), are made of, and how; where all have one it is that, (N, R). Bases that were drawn
     together, and lie at equal distances in what was drawn, are a part of that: none is copied."""
-    if len(set(bases)) == 1:
-        return bases[:1], lambda basis: basis
-    drawn = {b.args[0] for b in bases if b.target is operator.getitem}
-    source = next(iter(drawn)) if len(drawn) == 1 else None
-    numbers: list[Any] = [b.args[1] for b in bases if b.target is operator.getitem and b.args[0] is source]
-    if isinstance(source, fx.Node) and source.target is torch.ops.aten.unbind.int and len(numbers) == len(bases):
-        first, step, last = numbers[0], numbers[1] - numbers[0], numbers[-1]
-        if step > 0 and numbers == list(range(first, last + 1, step)):
-            return source.all_input_nodes, lambda drawn: drawn[first : last + 1 : step]
-    return bases, lambda *bases: torch.stack(bases)
+
+    def stack(*given: torch.Tensor) -> torch.Tensor:
+        return given[0] if alike else torch.stack(given)
+
+    def part(drawn: torch.Tensor) -> torch.Tensor:
+        return drawn[places]
+
+    alike = len(set(bases)) == 1
+    draws = {b.all_input_nodes[0] if b.target is operator.getitem else b for b in bases}
+    source = next(iter(draws))
+    if alike or len(draws) > 1 or source.target is not torch.ops.aten.unbind.int:
+        return bases[:1] if alike else bases, stack
+    numbers: list[Any] = [b.args[1] for b in bases]
+    places = slice(numbers[0], numbers[-1] + 1, numbers[1] - numbers[0])
+    if numbers[1] <= numbers[0] or numbers != list(range(places.start, places.stop, places.step)):
+        return bases, stack
+    return source.all_input_nodes, part

@@ -121,7 +121,7 @@ def cut(
         patch["ban_recompute_materialized_backward"] = patch["ban_recompute_used_far_apart"] = False
         own = Joint(gm, joint.inputs, joint.num_fwd_outputs, joint.static)
         _recompute_from_parameters(own)
-        _release_what_no_parameter_gives(own)
+        _release_what_layers_share(own)
     if constraints.stock is not None:
         patch["activation_memory_budget"] = constraints.stock
     once = _run_once(joint, constraints.recompute) if aggressive else frozenset[str]()
@@ -253,42 +253,50 @@ def _is_foreign(node: fx.Node) -> bool:
 
 
 def _recompute_from_parameters(joint: Joint) -> None:
-    """Let the backward cast parameters again, and look up again what tables say of them. Under autocast every weight's
-    half-precision copy would be saved, and a weight that is stored in 4 bits would be saved as it was looked up among 16
-    numbers: upstream repeats no lookup. Both are made of tensors that stay."""
-    casts, made = set(joint.parameter_path), set[fx.Node]()  # by casts and views alone; by any loops
+    """Let the backward cast parameters again, and dequantise what is stored as codes. Under autocast every weight's
+    half-precision copy would be saved, and a frozen weight in few bits would be saved as it was dequantised: upstream repeats
+    no concatenation, which puts the codes of one byte side by side. Both are made of tensors that stay."""
+    casts, made, coded = set(joint.parameter_path), set[fx.Node](), set[fx.Node]()
     changing = joint.activations | joint.backward | set(joint.state)
     for node in joint.gm.graph.nodes:
         if node.op == "output" or node in changing or node.meta.get("recompute") == CheckpointPolicy.MUST_SAVE:
             continue
         sources = node.all_input_nodes
         if node.op != "call_function" or (all(a in made for a in sources) and _is_a_loop(node)):
-            made.add(node)
+            made.add(node)  # by loops, of what stays
+            if any(a in coded for a in sources) or (node.op != "call_function" and _holds_integers(node)):
+                coded.add(node)
         if sources and (is_cast(node) or is_view(node)) and all(a in casts for a in sources):
             casts.add(node)
-    lookups = {n for n in made if n.all_input_nodes and rule_of(n).realised == "loop"}
-    of_lookups = made & (ancestors(lookups) | descendants(lookups))
-    for node in {n for n in casts if is_cast(n)} | of_lookups:
+    dequantised = coded | (made & ancestors(coded))
+    for node in {n for n in casts if is_cast(n)} | dequantised:
         if node.op == "call_function" and node.meta.get("recompute") is None:
             node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _release_what_no_parameter_gives(joint: Joint) -> None:
-    """Leave what a user's checkpoints make of data and constants alone to the min-cut. A mask that is alike in all layers is
-    one value once equal ones are merged; upstream saves what one checkpoint makes and others read, and that mask is made again
-    for free."""
-    learned = descendants(joint.parameter_path)
-    for node in joint.gm.graph.nodes:
-        if node in learned or node in joint.backward or node.op != "call_function" or "ac_graph_id" not in node.meta:
-            continue
-        if node.meta.get("recompute") == CheckpointPolicy.PREFER_RECOMPUTE and is_free_to_repeat(node) and not _draws(node):
-            node.meta = {k: v for k, v in node.meta.items() if k not in ("recompute", "ac_graph_id")}
+def _holds_integers(node: fx.Node) -> bool:
+    val = node.meta.get("val")
+    return isinstance(val, torch.Tensor) and not val.dtype.is_floating_point
 
 
 def _is_a_loop(node: fx.Node) -> bool:
     """Whether ``node`` is a loop that gives the same again."""
     row = rule_of(node)
-    return not _draws(node) and (is_pointwise(node) or row.moves is not None or row.realised == "loop")
+    loop = is_pointwise(node) or row.moves is not None or row.realised == "loop"
+    return loop and not _draws(node) and not _is_foreign(node)
+
+
+def _release_what_layers_share(joint: Joint) -> None:
+    """Leave to the min-cut what one of a user's checkpoints makes without a parameter, and others read: the mask of all layers,
+    once equal values are merged. Upstream would save it; it makes it again for free."""
+    kept = descendants([*joint.parameter_path, *joint.computed_inputs]) | joint.backward
+    for node in joint.gm.graph.nodes:
+        own = node.meta.get("ac_graph_id")
+        if own is None or node in kept or node.meta.get("recompute") != CheckpointPolicy.PREFER_RECOMPUTE:
+            continue
+        shared = any(u.meta.get("ac_graph_id", own) != own for u in node.users)
+        if shared and (rule_of(node).recomputable or is_view(node)) and not _draws(node):
+            node.meta = {k: v for k, v in node.meta.items() if k not in ("recompute", "ac_graph_id")}
 
 
 def _saved(forward: fx.GraphModule, num_fwd_outputs: int, seeds: Sequence[str]) -> tuple[Saved, ...]:

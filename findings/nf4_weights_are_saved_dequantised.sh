@@ -4,9 +4,9 @@
 #
 # torchao's linear_nf4 is an autograd function that dequantises the weight in the forward and again in the backward, and saves the
 # weight as it is. Compiled, both are one graph: the two dequantisations are one computation, and the partitioner of AOTAutograd
-# decides what of it crosses. It repeats pointwise operators for free, but never a lookup in a table (aten.index), and NF4 is a
-# lookup among 16 numbers. So what was looked up crosses, before its scales are applied, for every frozen weight of the model at
-# once: compiled QLoRA holds its base in float32 from the forward to the backward, where eager QLoRA never does. Nothing warns, and
+# decides what of it crosses. What it never makes again is a concatenation (aten.cat), and torchao's dequantisation ends in one: it
+# stacks what both halves of each byte stand for. So the finished weight in float32 crosses, for every frozen layer of the model at
+# once: compiled QLoRA holds its base in full from the forward to the backward, where eager QLoRA never does. Nothing warns, and
 # results are right.
 #
 # Seen (bytes that are saved for the backward, but parameters; a batch of 8 rows, weights of 512 x 512):
