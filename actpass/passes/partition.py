@@ -264,7 +264,7 @@ def _recompute_from_parameters(joint: Joint) -> None:
         sources = node.all_input_nodes
         if node.op != "call_function" or (all(a in made for a in sources) and _is_a_loop(node)):
             made.add(node)  # by loops, of what stays
-            if any(a in coded for a in sources) or (node.op != "call_function" and _holds_integers(node)):
+            if any(a in coded for a in sources) or (node.op != "call_function" and _may_hold_codes(node)):
                 coded.add(node)
         if sources and (is_cast(node) or is_view(node)) and all(a in casts for a in sources):
             casts.add(node)
@@ -274,9 +274,12 @@ def _recompute_from_parameters(joint: Joint) -> None:
             node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _holds_integers(node: fx.Node) -> bool:
+def _may_hold_codes(node: fx.Node) -> bool:
+    """Whether it holds integers, but none of 64 bits: those are positions and types."""
     val = node.meta.get("val")
-    return isinstance(val, torch.Tensor) and not val.dtype.is_floating_point
+    if not isinstance(val, torch.Tensor) or val.dtype.is_floating_point or val.dtype.is_complex:
+        return False
+    return val.dtype not in (torch.bool, torch.int64)
 
 
 def _is_a_loop(node: fx.Node) -> bool:
