@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -78,6 +80,15 @@ class GraphUnsupported(ActpassError):
 class LogitsReturned(ActpassError):
     """The loss of a graph whose logits would be deferred can't be formed in pieces. Caught by the backend, which compiles the
     region with its logits whole; the report carries the message. Users never see it raised."""
+
+
+class SubspacesDiffer(ActpassError):
+    """A region projects onto other subspaces than it was given. Caught by the backend, which compiles it again with those that
+    ``plan`` asks for. Users never see it raised."""
+
+    def __init__(self, given: int, plan: Mapping[str, Any]) -> None:
+        super().__init__(f"{given} subspaces were given to a region that asks for others beside them")
+        self.plan = plan
 
 
 class DeferredError(ActpassError, RuntimeError):

@@ -23,7 +23,7 @@ STAGES = {
     "actpass.backend.backend.GraphInputs.of": "auto",
     "actpass.backend.backend.peak_budget": "auto",
     "actpass.backend.backend.records.region_key": "auto",
-    "actpass.backend.backend.probe_state_inputs": "pca",
+    "actpass.backend.partitioner.probe_state_inputs": "pca",
     "actpass.backend.backend.with_eager_curve": "auto",
     "actpass.pipeline.cut": "auto",
     "actpass.pipeline.find_weight_gradient_matmuls": "auto",

@@ -18,7 +18,7 @@ from torch import fx
 from actpass.backend.call_wrappers import given_state, plain_call, with_unused_seed
 from actpass.backend.headroom import as_planned, headrooms, is_part, peak_budget
 from actpass.backend.inductor_options import inductor_options
-from actpass.backend.partitioner import probe_state_inputs, run_passes
+from actpass.backend.partitioner import run_passes_with_state
 from actpass.backend.stack import in_one_piece
 from actpass.backend.state_inputs import RegionRequest, device_of
 from actpass.errors import ActpassError, ActpassWarning, InternalError
@@ -200,9 +200,8 @@ def _compile_region(
     request = RegionRequest(
         gm=gm, example_inputs=example_inputs, config=config, inputs=plain, device=device, nonce=nonce, peak=peak
     )
-    extra = probe_state_inputs(request, record)
+    compiled, fn, extra = run_passes_with_state(request, compile_fx, record, **compiler_options)
     peak = extra.with_state_bytes(peak)
-    compiled, fn = run_passes(replace(request, peak=peak, extra=extra), compile_fx, **compiler_options)
     if compiled is not None:
         with sizes_as_planned(compiled.record.sizes):
             record = with_eager_curve(noting_calls(compiled.record, called), gm, example_inputs)

@@ -25,8 +25,12 @@ def given_state(fn: Callable[..., Any], region: regions.Region, request: RegionR
     planned = StateInputs.of(region.record.plan, plain.paths)
     if planned.sites and planned.sites != extra.sites:
         raise AssertionError(f"{len(extra.sites)} subspaces are given to a region that projects onto {len(planned.sites)}")
-    if extra and planned != extra:
+    if extra and not planned:
         return _with_seed(_without(fn, extra, device), region, config, device)
+    if planned.factors != extra.factors:
+        raise AssertionError(
+            f"{len(extra.factors)} low-rank gradients are asked of a region that returns {len(planned.factors)}"
+        )
     copies = device.type == "cuda" and has_cuda_graphs(config)
     if extra.factors:
         fn = factors.with_coefficients(fn, extra.factors, len(plain.paths), config, copies=copies)

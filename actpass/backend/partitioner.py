@@ -11,7 +11,7 @@ from torch import fx
 from actpass.backend.inductor_options import inductor_options
 from actpass.backend.returned_logits import take_logits
 from actpass.backend.state_inputs import RegionRequest, StateInputs, with_state
-from actpass.errors import ActpassError, BudgetError, GraphUnsupported, InternalError, LogitsReturned
+from actpass.errors import ActpassError, BudgetError, GraphUnsupported, InternalError, LogitsReturned, SubspacesDiffer
 from actpass.ir.graph_inputs import GraphInputs
 from actpass.ir.joint_graph import Joint
 from actpass.options import Config
@@ -24,7 +24,32 @@ from actpass.reporting.record import Record
 from actpass.runtime import progress
 from actpass.runtime import record_cache as records
 from actpass.runtime.deferred_logits import delivering
+from actpass.runtime.subspaces import Site
 from actpass.torch_compat import CustomPartitionerFn, compile_fx, functorch_config, sizes_as_planned
+
+_ROUNDS = 4
+"""In which a region is asked anew for its subspaces. What a cut stores may depend on them, if only where two cuts are equal."""
+
+
+def run_passes_with_state(
+    request: RegionRequest,
+    compiler: Callable[..., Any],
+    record: Record | None = None,
+    *,
+    dense: bool = False,
+    **compiler_options: Any,
+) -> tuple[Compiled | None, Callable[..., Any], StateInputs]:
+    """`run_passes` with what the region takes beside the model's own inputs and the seed, and what that is. record: see
+    `probe_state_inputs`. dense: all gradients come back so."""
+    extra = probe_state_inputs(request, record)
+    for _ in range(_ROUNDS):
+        extra = replace(extra, factors=()) if dense else extra
+        given = replace(request, peak=extra.with_state_bytes(request.peak), extra=extra)
+        try:
+            return *run_passes(given, compiler, **compiler_options), extra
+        except SubspacesDiffer as error:
+            extra = StateInputs.of(error.plan, request.inputs.paths)
+    raise AssertionError(f"the subspaces of a region are others in each of {_ROUNDS} rounds, at last {len(extra.sites)}")
 
 
 def run_passes(
@@ -58,7 +83,7 @@ def _run_passes(
     """`run_passes` for a graph whose results stay what they are."""
     config = request.config
     request = with_state(request) if config.needs_seed else request
-    partitioner = Partitioner(config, request.inputs, request.nonce, request.peak, request.extra.decided)
+    partitioner = Partitioner(config, request.inputs, request.nonce, request.peak, request.extra.decided, request.extra.sites)
     patches = {**inductor_options(config), "custom_partitioner_fn": partitioner}
     fn = compiler(request.gm, request.example_inputs, config_patches=patches, **compiler_options)
     return (partitioner.done[0] if partitioner.done else None), fn
@@ -108,6 +133,7 @@ class Partitioner(CustomPartitionerFn):
     nonce: str
     peak: PeakBudget | None = None
     decided: Plan | None = None
+    sites: tuple[Site, ...] = ()
     source: str = field(default_factory=records.source_hash)
     donated: bool = field(default_factory=lambda: functorch_config.donated_buffer)
     """Inductor's graph cache does not key on it: a backward that overwrites what it read would be found again after the
@@ -122,6 +148,8 @@ class Partitioner(CustomPartitionerFn):
             joint = Joint(gm, self.inputs, kwargs["num_fwd_outputs"], static)
             state = RegionState(joint=joint, joint_inputs=joint_inputs, kwargs=kwargs, config=self.config)
             compiled = self._within_headroom(lambda peak: compile_joint(state, peak, self.decided))
+            if self.sites and compiled.record.active:
+                self._check_sites(compiled.record)
         except ActpassError:
             raise
         except Exception as error:
@@ -130,6 +158,10 @@ class Partitioner(CustomPartitionerFn):
         if self.nonce:  # or it was only asked what would be done
             progress.planned()
         return compiled.forward, compiled.backward
+
+    def _check_sites(self, record: Record) -> None:
+        if StateInputs.of(record.plan, self.inputs.paths).sites != self.sites:
+            raise SubspacesDiffer(len(self.sites), record.plan)
 
     def _within_headroom(self, compiled: Callable[[PeakBudget | None], Compiled]) -> Compiled:
         """As ``compiled`` comes within the first headroom of the budget that can be met."""
@@ -159,4 +191,5 @@ class Partitioner(CustomPartitionerFn):
             repr(self.inputs),
             repr(self.peak),
             repr(self.decided),
+            repr(self.sites),
         )

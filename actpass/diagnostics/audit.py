@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from actpass.backend.headroom import peak_budget
-from actpass.backend.partitioner import probe_state_inputs, run_passes
+from actpass.backend.partitioner import run_passes_with_state
 from actpass.backend.state_inputs import RegionRequest
 from actpass.codecs.generator import region_keys, round_keys, step_seed
 from actpass.diagnostics.interpreter import interpret, isolated_forward, own_errors, own_gradients, preserve_buffers_and_rng
@@ -218,8 +218,7 @@ class _Step:
             gm = inline_regions(gm, example_inputs)[0]
             with functorch_config.patch(enable_autograd_cache=False):
                 request = RegionRequest.of(gm, example_inputs, config, peak=peak_budget(config, example_inputs))
-                extra = replace(probe_state_inputs(request), factors=())  # dense, to be compared
-                fn = run_passes(replace(request, extra=extra), compile_fx, inner_compile=interpret)[1]
+                _, fn, extra = run_passes_with_state(request, compile_fx, inner_compile=interpret, dense=True)
             device, plain = request.device, request.inputs
             if extra.sites:
                 own = Store(STORE)  # those of the training run stay as they are

@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 
 from actpass.backend.backend import noting_calls
 from actpass.backend.headroom import peak_budget
-from actpass.backend.partitioner import no_code, probe_state_inputs, run_passes
-from actpass.backend.state_inputs import RegionRequest, StateInputs
+from actpass.backend.partitioner import no_code, run_passes, run_passes_with_state
+from actpass.backend.state_inputs import RegionRequest
 from actpass.diagnostics.interpreter import isolated_forward, own_errors, preserve_buffers_and_rng
 from actpass.diagnostics.pareto_sweep import tradeoff
 from actpass.errors import OptionError
@@ -81,10 +81,9 @@ def _analyse(gm: fx.GraphModule, example_inputs: list[Any], config: Config, expl
     peak = peak_budget(config, example_inputs)
     request = RegionRequest.of(gm, example_inputs, config, inputs=plain, peak=peak)
     # what a region takes beside its inputs fixes its plan, and then there is no choice whose alternatives could be explored
-    extra = StateInputs() if explore else probe_state_inputs(request)
+    run = run_passes if explore else run_passes_with_state
     with functorch_config.patch(enable_autograd_cache=False):
-        request = replace(request, peak=extra.with_state_bytes(peak), extra=extra)
-        compiled, _ = run_passes(request, compile_fx, inner_compile=no_code)
+        compiled = run(request, compile_fx, inner_compile=no_code)[0]
     if compiled is None:
         return None
     record = with_eager_curve(noting_calls(compiled.record, called), gm, example_inputs)

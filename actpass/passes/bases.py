@@ -27,7 +27,7 @@ class LearnedBasis:
 
     state: the subspace; None where none has arrived yet (the compiler asks which there will be; zeros stand for it then). seed:
     of what is random in it. before: its first reader, or what is to follow it. sequence: of random numbers: sites of one are
-    random alike. Raises `GraphUnsupported` where what arrived is not what the decision says.
+    random alike.
     """
 
     decision: Decision
@@ -36,11 +36,6 @@ class LearnedBasis:
     seed: fx.Node
     before: fx.Node
     sequence: int = 0
-
-    def __post_init__(self) -> None:
-        arrived = None if self.state is None else tuple(value(self.state).shape)
-        if arrived is not None and arrived != state_shape(self.projection, self.decision.width, self.rank):
-            raise GraphUnsupported(f"a subspace of {arrived} arrived for {self.decision.site}")
 
     @property
     def projection(self) -> LearnedProjection:
@@ -252,14 +247,18 @@ def seed_of(decision: Decision, seed: fx.Node | None) -> fx.Node:
 
 
 def subspaces_of(joint: Joint, plan: Plan) -> dict[Decision, fx.Node]:
-    """The subspace of each learned projection of ``plan``, in the order in which a region takes them; none where they have not
-    arrived yet."""
+    """The subspace of each learned projection of ``plan``, in the order in which a region takes them. None where they have not
+    arrived yet, or others have (the region is then compiled again with those of its plan)."""
     learned = [d for d in plan.projections if d.projection in LEARNED]
-    if not joint.subspaces:
-        return {}
-    if len(joint.subspaces) < len(learned):
-        raise GraphUnsupported(f"{len(joint.subspaces)} subspaces arrived for {len(learned)} sites")
-    return dict(zip(learned, joint.subspaces, strict=False))
+    given = dict(zip(learned, joint.subspaces, strict=False))
+    fit = len(given) == len(learned) and all(tuple(value(s).shape) == _state_shape(d) for d, s in given.items())
+    return given if fit else {}
+
+
+def _state_shape(decision: Decision) -> tuple[int, int]:
+    assert decision.projection is not None
+    assert decision.rank is not None
+    return state_shape(LEARNED[decision.projection], decision.width, decision.rank)
 
 
 def _is_of_backward(node: fx.Node) -> bool:
