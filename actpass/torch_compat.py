@@ -61,7 +61,12 @@ from torch._logging._internal import trace_structured  # artifacts that tlparse 
 from torch._ops import HigherOrderOperator, OpOverload  # an operator's namespace tells torch's own from a user's
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _make_graph_module  # Python code only where it is run
-from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext, StrictMinMaxConstraint
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    StatelessSymbolicContext,
+    StrictMinMaxConstraint,
+    statically_known_true,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel import distributed as _distributed  # `_find_tensors`: where DDP looks for tensors in an output
 from torch.utils import checkpoint
@@ -344,6 +349,11 @@ def size_hint(value: int | torch.SymInt) -> int:
         return planned
     hint = value.node.hint
     return int(hint) if hint is not None else 1
+
+
+def is_same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Whether two sizes are one whatever symbols stand for; asked so that nothing is assumed of them."""
+    return statically_known_true(a == b) if isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt) else a == b
 
 
 def is_data_dependent(size: int | torch.SymInt) -> bool:

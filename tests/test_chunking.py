@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -289,14 +290,54 @@ def test_a_loss_that_is_no_single_number_is_left_whole_with_advice(build: Any, a
     assert advice in notes(model)
 
 
-def test_returned_logits_and_symbolic_rows_are_left_whole_with_their_reason():
+def test_returned_logits_are_left_whole_with_their_reason():
     torch.manual_seed(0)
     model = Returns(flat)
     torch.compile(model, backend=eager_actcomp({"policy": "exact", "defer_logits": False}))(**inputs())[0].backward()
     assert "returned to the caller" in notes(model)
+
+
+def of_length(batch: int, length: int) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(length)
+    return {name: torch.randint(0, WORDS, (batch, length), generator=draw) for name in ("x", "y")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", LOSSES)
+def test_rows_whose_number_changes(name: str, tied: bool):
+    """One graph for all lengths and batches; each is in as many pieces."""
+    torch.manual_seed(0)
+    model = Head(LOSSES[name], tied)
+    compiled = torch.compile(model, backend=eager_actcomp({"policy": "exact"}), dynamic=True)
+    for batch, length in ((4, 75), (4, 120), (4, 10), (7, 33), (2, 301)):
+        given = of_length(batch, length)
+        want_loss, want = step(model, model, given)
+        with nullcontext() if length == 75 else torch.compiler.set_stance("fail_on_recompile"):
+            loss, grads = step(compiled, model, given)
+        torch.testing.assert_close(loss, want_loss, rtol=300 * EPS, atol=0)
+        for key in want:
+            assert error(grads[key], want[key]) < 300 * EPS, (key, length)
+    assert "in 3 chunks" in notes(model), notes(model)
+
+
+@pytest.mark.codegen
+@pytest.mark.slow
+def test_code_for_rows_whose_number_changes_holds_no_logits():
+    """Under the default: the second length is what makes the graph one of all lengths. 2,400 rows of 500 words are 4.8 MB."""
+    torch.manual_seed(0)
     model = Head(flat)
-    torch.compile(model, backend=eager_actcomp({"policy": "exact"}), dynamic=True)(**inputs()).backward()
-    assert "symbolic" in notes(model)
+    compiled = torch.compile(model, backend="actcomp", options={"policy": "exact"})
+    for length in (512, 600, 570):
+        given = of_length(4, length)
+        want_loss, want = step(model, model, given)
+        loss, grads = step(compiled, model, given)
+        torch.testing.assert_close(loss, want_loss, rtol=300 * EPS, atol=0)
+        for key in want:
+            assert error(grads[key], want[key]) < 300 * EPS, (key, length)
+    given = of_length(4, 600)
+    peak = measure(lambda: compiled(**given).backward()).peak_bytes
+    assert peak < 0.5 * 4 * 2400 * WORDS
 
 
 def test_the_budget_of_one_is_inductors_own():

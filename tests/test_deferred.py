@@ -19,7 +19,7 @@ from actpass import DeferredLogits
 from actpass.memory.profiler import measure
 
 from .helpers import EPS, Grads, eager_actcomp, error, grads_of
-from .test_chunking import TOKENS, WIDTH, WORDS, flat, inputs, notes
+from .test_chunking import TOKENS, WIDTH, WORDS, flat, inputs, notes, of_length
 
 Logits = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 
@@ -98,6 +98,32 @@ def test_value_and_gradient_are_those_of_logits(name: str):
     assert "chunks" in notes(model)
     for key in want:
         assert error(found[key], want[key]) < 300 * EPS, key  # sums of 300 rows in another order
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in WAYS if name != "flattened"])
+def test_lengths_that_change(name: str):
+    """Value and gradient of each length are those of its logits; one that is not read takes no trace."""
+    model = Model(WAYS[name])
+    function = torch.compile(model, backend=eager_actcomp({"policy": "exact"}), dynamic=True)
+    for batch, length in ((4, 75), (4, 120), (3, 40)):
+        given = of_length(batch, length)
+        want_loss, want_logits = model(**given)
+        loss, logits = function(**given)
+        assert isinstance(logits, DeferredLogits)
+        assert not logits.is_read
+        assert logits.shape == want_logits.shape
+        assert torch.equal(logits, want_logits)
+        assert error(loss, want_loss) < 4 * EPS
+        found: list[Grads] = []
+        for f in (model, function):
+            model.zero_grad(set_to_none=True)
+            loss, logits = f(**given)
+            (loss + f_of(logits)).backward()
+            found.append(grads_of(model))
+        for key in found[0]:
+            assert error(found[1][key], found[0][key]) < 300 * EPS, (key, length)
+    assert "chunks" in notes(model)
 
 
 @pytest.mark.parametrize(("tied", "bias"), [(True, False), (False, False), (True, True)])

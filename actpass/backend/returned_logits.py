@@ -11,8 +11,10 @@ from what derives from the graph's inputs alone, and that is much smaller than t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -24,13 +26,13 @@ from actpass.ir.copying import copy_module
 from actpass.ir.graph_inputs import GraphInputs, is_written
 from actpass.ir.traversal import ancestors, descendants
 from actpass.passes.loss_region import LEAST_SHARE
-from actpass.runtime.deferred_logits import Way
+from actpass.runtime.deferred_logits import Layouts, Steps, Way, layouts_of
 from actpass.torch_compat import (
     FakeTensor,
     FakeTensorMode,
     HigherOrderOperator,
     gathered,
-    has_fixed_shape,
+    is_data_dependent,
     returns_to_a_graph_break,
     size_hint,
     storage_key,
@@ -174,8 +176,8 @@ class _Reader:
             if kind not in (torch.Tensor, torch.nn.Parameter, FakeTensor):
                 raise GraphUnsupported(f"{node.name}, which they are made of, is a {kind.__name__}")
         around = [n for n in (*found.sources, *found.chain) if _fake(n) is not None]
-        if not all(has_fixed_shape(_made(n)) for n in around):
-            raise GraphUnsupported("their shape is symbolic")
+        if any(is_data_dependent(size) for n in around for size in _made(n).shape):
+            raise GraphUnsupported("their shape depends on data")
         shown = {_storage(n) for n in around}
         written = [n for n in self.gm.graph.nodes if _storage(n) in shown and is_written(n)]
         if written:
@@ -187,26 +189,17 @@ class _Reader:
 
     def way(self, found: _Found, position: int | None) -> Way:
         """What was found, as functions of tensors. position: of the hidden state in the clone's results."""
-        function = self._function(found)
-        logits, positions = _made(found.logits), {n: i for i, n in enumerate(self.placeholders)}
-        hooks = torch.autograd.graph.saved_tensors_hooks(_same, _same)  # not those of a checkpoint around the region
-        with hooks, FakeTensorMode(allow_non_fake_inputs=True):  # of its own: Dynamo's values are of several by now
-            fakes = [_like(_made(n)).requires_grad_(self._wants_gradient(n)) for n in found.sources]
-            with torch.no_grad():
-                forward = make_fx(function)(*fakes)
-            random = [n for n in forward.graph.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())]
-            if random:
-                raise GraphUnsupported(f"{random[0].target} on the way to them draws random numbers")
-            backward = _pullback(function, fakes, logits) if logits.requires_grad else None
-        return Way(
-            hidden=position,
-            inputs=tuple(positions[n] for n in found.leaves),
-            forward=_tidy(forward),
-            backward=_tidy(backward) if backward is not None else None,
-            shape=tuple(logits.shape),
-            strides=logits.stride(),
-            dtype=logits.dtype,
-        )
+        positions = {n: i for i, n in enumerate(self.placeholders)}
+        sources = [_Source(_made(n).dtype, _made(n).device, self._wants_gradient(n)) for n in found.sources]
+        steps_of = partial(_steps, self._function(found), sources, _made(found.logits).requires_grad)
+        layouts = layouts_of([_made(n) for n in found.sources])
+        steps = steps_of(layouts)
+        random = [n for n in steps.forward.graph.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())]
+        if random:
+            raise GraphUnsupported(f"{random[0].target} on the way to them draws random numbers")
+        if steps.differentiated:
+            _ = steps.backward  # traced now: what can't be differentiated is said now
+        return Way(position, tuple(positions[n] for n in found.leaves), steps_of, {layouts: steps})
 
     def _wants_gradient(self, node: fx.Node) -> bool:
         return _made(node).requires_grad if node not in self.examples else bool(self.examples[node].requires_grad)
@@ -223,18 +216,55 @@ class _Reader:
         return fx.GraphModule(self.gm, graph)
 
 
-def _pullback(function: fx.GraphModule, fakes: Sequence[torch.Tensor], logits: torch.Tensor) -> fx.GraphModule:
-    """``g(gradient, *sources)``: the gradients of those that want one. What of the forward it does not need is not in it."""
+@dataclass(frozen=True)
+class _Source:
+    """What logits are made of, whatever its shape."""
 
-    def pull(gradient: torch.Tensor, *sources: torch.Tensor) -> list[torch.Tensor | None]:
-        leaves = [x.detach().requires_grad_(x.requires_grad) for x in sources]
-        wanted = [x for x in leaves if x.requires_grad]
-        with torch.enable_grad():
-            made = function(*leaves)
-        found = iter(torch.autograd.grad(made, wanted, gradient, allow_unused=True))
-        return [next(found) if x.requires_grad else None for x in leaves]
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
 
-    return make_fx(pull)(_like(logits), *fakes)
+    def of(self, layout: tuple[Sequence[int], Sequence[int]]) -> torch.Tensor:
+        return torch.empty_strided(*layout, dtype=self.dtype, device=self.device).requires_grad_(self.requires_grad)
+
+
+def _steps(function: fx.GraphModule, sources: Sequence[_Source], differentiated: bool, layouts: Layouts) -> Steps:
+    """``function`` of ``sources`` of these shapes, and its gradients if they are wanted."""
+
+    def fakes() -> list[torch.Tensor]:
+        return [source.of(layout) for source, layout in zip(sources, layouts, strict=True)]
+
+    def trace_forward() -> fx.GraphModule:
+        with _fake_values(), torch.no_grad():
+            return _tidy(make_fx(function)(*fakes()))
+
+    def trace_backward() -> fx.GraphModule:
+        with _fake_values():
+            return _tidy(
+                make_fx(partial(_pull, function))(torch.empty_strided(shape, strides, dtype=dtype, device=device), *fakes())
+            )
+
+    with _fake_values(), torch.no_grad():
+        logits = function(*fakes())
+    shape, strides, dtype, device = tuple(logits.shape), logits.stride(), logits.dtype, logits.device
+    return Steps(shape, strides, dtype, differentiated, trace_forward, trace_backward)
+
+
+@contextmanager
+def _fake_values() -> Generator[None, None, None]:
+    """In a mode of its own: Dynamo's values are of several by now. And without the hooks of a checkpoint around the region."""
+    with torch.autograd.graph.saved_tensors_hooks(_same, _same), FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+def _pull(function: fx.GraphModule, gradient: torch.Tensor, *sources: torch.Tensor) -> list[torch.Tensor | None]:
+    """The gradients of those ``sources`` that want one. What of the forward they do not need is dead code in what is traced."""
+    leaves = [x.detach().requires_grad_(x.requires_grad) for x in sources]
+    wanted = [x for x in leaves if x.requires_grad]
+    with torch.enable_grad():
+        made = function(*leaves)
+    found = iter(torch.autograd.grad(made, wanted, gradient, allow_unused=True))
+    return [next(found) if x.requires_grad else None for x in leaves]
 
 
 def _same(x: torch.Tensor) -> torch.Tensor:
@@ -245,10 +275,6 @@ def _tidy(gm: fx.GraphModule) -> fx.GraphModule:
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return gm
-
-
-def _like(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
 
 
 def _fake(node: Any) -> torch.Tensor | None:
@@ -285,7 +311,11 @@ def _is_wide(node: fx.Node) -> bool:
 
 def _is_smaller(node: fx.Node, logits: fx.Node) -> bool:
     made = _fake(node)
-    return made is not None and made.is_floating_point() and _LEAST_RATIO * made.numel() < _made(logits).numel()
+    return (
+        made is not None
+        and made.is_floating_point()
+        and _LEAST_RATIO * size_hint(made.numel()) < size_hint(_made(logits).numel())
+    )
 
 
 def _is_matmul(node: fx.Node) -> bool:

@@ -184,6 +184,10 @@ class GraphEditor:
         missing = {symbol for expression in known for symbol in expression.free_symbols} - known
         return [self._size(symbol) for symbol in sorted(missing, key=str)]
 
+    def size_of(self, size: torch.SymInt) -> fx.Node:
+        """The node of a symbolic ``size``. Raises `GraphUnsupported` where it is no size of an input."""
+        return self._size(size.node.expr)
+
     def _size(self, symbol: object) -> fx.Node:
         """The node of ``symbol``: an input of the graph, or a size of one."""
         inputs = self.graph.find_nodes(op="placeholder")

@@ -46,7 +46,7 @@ from actpass.passes.loss_region import (
     trailing_shape,
 )
 from actpass.passes.row_interpreter import RowInterpreter
-from actpass.torch_compat import invoke_subgraph
+from actpass.torch_compat import invoke_subgraph, size_hint
 
 aten = torch.ops.aten
 
@@ -55,6 +55,31 @@ _ROWS_PER_FEATURE = {"cpu": 0.5}
 _ROWS_PER_FEATURE_ELSEWHERE = 4
 """Rows of a piece to features N. Each piece reads and writes dW, some 10 N V bytes, beside some 12 bytes of each of its logits:
 with 4 N rows that is a fifth. A CPU is faster with pieces that its cache holds."""
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """``count`` pieces of ``size`` rows, the last of what is left; size None: of as many as each other, but for the last, of a
+    number of rows that changes from call to call."""
+
+    count: int
+    size: int | None
+
+    @classmethod
+    def of(cls, rows: int | torch.SymInt, size: int) -> Pieces:
+        """Pieces of nearly ``size`` rows, two or more. Of a known number of rows they are multiples of 16."""
+        count = max(2, -(-size_hint(rows) // size))
+        if not isinstance(rows, int):
+            if rows < count:  # a guard: for fewer rows there is another graph
+                raise GraphUnsupported(f"{size_hint(rows)} rows make no {count} pieces")
+            return cls(count, None)
+        size = -(-rows // (count * 16)) * 16
+        return cls(-(-rows // size), size)
+
+    def span(self, number: int, rows: Any) -> tuple[Any, Any]:
+        """The first row of a piece of ``rows``, and the one behind its last."""
+        size = self.size or rows // self.count
+        return number * size, rows if number == self.count - 1 else (number + 1) * size
 
 
 @dataclass(frozen=True)
@@ -75,18 +100,18 @@ class ChunkedLoss(GraphPass):
         try:
             region = find_loss_region(after.joint, mapping[head])
             rows = _rows_of_a_piece(value(region.hidden)) if state.loss_rows is True else state.loss_rows
-            sizes = _pieces(region.rows, rows)
-            build_chunks(GraphEditor(copy), region, sizes)
+            pieces = Pieces.of(region.rows, rows)
+            build_chunks(GraphEditor(copy), region, pieces)
         except GraphUnsupported as error:
             return replace(state, why_whole=str(error))
         copy.graph.eliminate_dead_code()
         copy.recompile()
-        chunked = Chunked(tensor_bytes(head), len(sizes), sizes[0])
+        chunked = Chunked(tensor_bytes(head), pieces.count, size_hint(pieces.span(0, region.rows)[1]))
         return replace(state.with_graph(copy), chunked=chunked)
 
 
-def build_chunks(editor: GraphEditor, region: LossRegion, sizes: Sequence[int]) -> None:
-    """Rewrite the graph of ``region``. sizes: rows of each piece. Raises `GraphUnsupported` where it can't be run in pieces."""
+def build_chunks(editor: GraphEditor, region: LossRegion, pieces: Pieces) -> None:
+    """Rewrite the graph of ``region``. Raises `GraphUnsupported` where it can't be run in pieces."""
     interpreter = RowInterpreter.of(region)
     inserter = _Inserter(editor, region, _put_below_last(editor.graph, region))
     row_inputs, whole_inputs = interpreter.row_inputs, interpreter.whole_inputs
@@ -98,18 +123,18 @@ def build_chunks(editor: GraphEditor, region: LossRegion, sizes: Sequence[int]) 
     parts: dict[fx.Node, list[fx.Node]] = {n: [] for n in region.leaving if n not in region.sums}
     returned = [*region.leaving, *(f for n in products for f in factors(n))]
     results_of = list(dict.fromkeys(n for n in returned if n not in products and n not in flat))
-    start = 0
-    for size in sizes:
-        pieces = [_slice(inserter, flat[n], start, start + size) for n in row_inputs]
-        inputs = [*pieces, *(unit.get(n, n) for n in whole_inputs), *(totals[n] for n in sums)]
-        results = inserter.call(_head(region, interpreter, results_of, sums, size), inputs, ("head", size))
-        made = dict(zip([*row_inputs, *results_of], [*pieces, *results], strict=True))
+    head = _head(region, interpreter, results_of, sums)
+    for number in range(pieces.count):
+        begin, end = pieces.span(number, region.rows)
+        parts_of = [_slice(inserter, flat[n], pieces, number) for n in row_inputs]
+        inputs = [*parts_of, *(unit.get(n, n) for n in whole_inputs), *(totals[n] for n in sums)]
+        results = inserter.call(head, inputs, ("head", str(end - begin)))
+        made = dict(zip([*row_inputs, *results_of], [*parts_of, *results], strict=True))
         for node in region.leaving:
             if node in parts:
                 parts[node].append(made[node])
             else:
                 totals[node] = _add(inserter, node, totals.get(node), made) if node in products else made[node]
-        start += size
     for node in region.leaving:
         for result in (totals[node],) if node in totals else parts[node]:
             _keep(result)
@@ -171,14 +196,14 @@ def _with_unit_tangent(inserter: _Inserter, region: LossRegion, inputs: Sequence
 
 
 def _head(
-    region: LossRegion, interpreter: RowInterpreter, results: Sequence[fx.Node], sums: Sequence[fx.Node], size: int
+    region: LossRegion, interpreter: RowInterpreter, results: Sequence[fx.Node], sums: Sequence[fx.Node]
 ) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """The function of one piece of ``size`` rows: of its inputs and the totals so far of ``sums``."""
+    """The function of one piece: of its inputs and the totals so far of ``sums``."""
     nodes = [n for n in region.body if n not in region.sums or n in sums]
 
     def head(*arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
         count = len(arguments) - len(sums)
-        values = interpreter.run(nodes, arguments[:count], size)
+        values = interpreter.run(nodes, arguments[:count], arguments[0].shape[0])
         totals = dict(zip(sums, arguments[count:], strict=True))
         return tuple(totals[n] + values[n] if n in totals else values[n] for n in results)
 
@@ -208,20 +233,23 @@ def _flatten(inserter: _Inserter, node: fx.Node, argument: fx.Node) -> fx.Node:
     rows, trail = inserter.region.rows, trailing_shape(node, inserter.region.rows)
 
     def flatten(x: torch.Tensor) -> torch.Tensor:
-        return x.reshape(rows, *trail)
+        return x.reshape(rows if isinstance(rows, int) else -1, *trail)
 
     return inserter.insert(flatten, [argument], argument)
 
 
-def _slice(inserter: _Inserter, node: fx.Node, start: int, stop: int) -> fx.Node:
+def _slice(inserter: _Inserter, node: fx.Node, pieces: Pieces, number: int) -> fx.Node:
     def rows_of(x: torch.Tensor) -> torch.Tensor:
-        return x[start:stop]
+        begin, end = pieces.span(number, x.shape[0])  # a traced function knows no symbol but from its arguments
+        return x[begin:end]
 
     return inserter.insert(rows_of, [node], node)
 
 
 def _zeros(inserter: _Inserter, node: fx.Node) -> fx.Node:
     val, shape = value(node), _total_shape(node, inserter.region.rows)
+    if not all(isinstance(size, int) for size in shape):
+        raise GraphUnsupported(f"{node.name}, a sum over the rows, has the symbolic shape {shape}")
     dtype = torch.float32 if val.dtype.is_floating_point and val.element_size() < 4 else val.dtype
 
     def zeros(_: torch.Tensor) -> torch.Tensor:
@@ -230,7 +258,7 @@ def _zeros(inserter: _Inserter, node: fx.Node) -> fx.Node:
     return inserter.insert(zeros, [inserter.region.hidden])
 
 
-def _total_shape(node: fx.Node, rows: int) -> tuple[int, ...]:
+def _total_shape(node: fx.Node, rows: int | torch.SymInt) -> tuple[Any, ...]:
     if node.target is not aten.sum.dim_IntList:
         return tuple(value(node).shape)
     source = node.all_input_nodes[0]
@@ -242,16 +270,20 @@ def _leave(inserter: _Inserter, node: fx.Node, total: fx.Node | None, parts: Seq
     """Put the whole where the rest of the graph reads ``node``."""
     val, region = value(node), inserter.region
     scaled = node in region.tangible
+    shape: tuple[Any, ...] = tuple(val.shape)
+    unknown = [size for size in shape if not isinstance(size, int)]
+    sizes = [inserter.editor.size_of(size) for size in unknown] if len(unknown) > 1 else []
 
-    def join(*found: torch.Tensor) -> torch.Tensor:
-        *pieces, tangent = found if scaled else (*found, None)
+    def join(*found: Any) -> torch.Tensor:
+        given = iter(found[len(found) - len(sizes) :] or [-1])
+        *pieces, tangent = found[: len(found) - len(sizes)] if scaled else (*found[: len(found) - len(sizes)], None)
         whole = pieces[0] if total is not None else torch.cat(pieces)
         if tangent is not None:
             whole = whole * tangent.to(whole.dtype)
-        return whole.reshape(val.shape).to(val.dtype)
+        return whole.reshape([size if isinstance(size, int) else next(given) for size in shape]).to(val.dtype)
 
     arguments = [total] if total is not None else list(parts)
-    new = inserter.insert(join, [*arguments, region.tangent] if scaled else arguments, node)
+    new = inserter.insert(join, [*arguments, *([region.tangent] if scaled else []), *sizes], node)
     node.replace_all_uses_with(new, lambda user: user not in region.inside)
 
 
@@ -266,11 +298,3 @@ def _keep(result: fx.Node) -> None:
 def _rows_of_a_piece(hidden: torch.Tensor) -> int:
     share = _ROWS_PER_FEATURE.get(hidden.device.type, _ROWS_PER_FEATURE_ELSEWHERE)
     return max(_LEAST_ROWS, int(share * hidden.shape[1]))
-
-
-def _pieces(rows: int, size: int) -> list[int]:
-    """Rows of each piece: nearly ``size``, multiples of 16, two pieces or more."""
-    count = max(2, -(-rows // size))
-    size = -(-rows // (count * 16)) * 16
-    full, rest = divmod(rows, size)
-    return [size] * full + ([rest] if rest else [])

@@ -13,6 +13,7 @@ from actpass.errors import GraphUnsupported
 from actpass.ir.joint_graph import Joint, is_tangent, is_view, rule_of, storage_root, tensor_bytes, value
 from actpass.ir.op_queries import is_attention, is_matmul
 from actpass.ir.traversal import ancestors, descendants, reach
+from actpass.torch_compat import is_data_dependent, is_same_size, size_hint
 
 aten = torch.ops.aten
 
@@ -35,7 +36,7 @@ class LossRegion:
 
     head: fx.Node
     hidden: fx.Node
-    rows: int
+    rows: int | torch.SymInt
     inside: frozenset[fx.Node]
     body: tuple[fx.Node, ...]
     sums: frozenset[fx.Node]
@@ -68,10 +69,9 @@ def find_head(joint: Joint, saved_bytes: int) -> fx.Node | None:
 def find_loss_region(joint: Joint, head: fx.Node) -> LossRegion:
     """What can be formed in pieces of rows around ``head``. Raises `GraphUnsupported`, with why, where the loss must stay
     whole."""
-    shape: tuple[Any, ...] = tuple(value(head).shape)
-    if not all(isinstance(s, int) for s in shape):
-        raise GraphUnsupported("the number of rows is symbolic")
-    hidden, rows = head.args[-2], shape[0]
+    hidden, rows = head.args[-2], value(head).shape[0]
+    if is_data_dependent(rows):
+        raise GraphUnsupported("the number of rows depends on data")
     assert isinstance(hidden, fx.Node)
     wide = _wide(joint, head)
     if {storage_root(o) for o in joint.outputs if o is not None} & wide:
@@ -102,22 +102,26 @@ def find_loss_region(joint: Joint, head: fx.Node) -> LossRegion:
     )
 
 
-def leading_axes(node: fx.Node, rows: int) -> int:
+def leading_axes(node: fx.Node, rows: int | torch.SymInt) -> int:
     """How many leading axes of ``node`` make up the rows."""
-    size, lead = 1, 0
+    size: int | torch.SymInt = 1
+    lead = 0
     if not isinstance(node.meta["val"], torch.Tensor):
         raise GraphUnsupported(f"{node.name} has several results ({node.target}), which can't be formed for a part of the rows")
     shape = value(node).shape
-    while size < rows and lead < len(shape):
+    while size_hint(size) < size_hint(rows) and lead < len(shape):
         size, lead = size * shape[lead], lead + 1
-    if size != rows:
+    if not is_same_size(size, rows):
         raise GraphUnsupported(f"{node.name} {tuple(shape)} does not keep the {rows} rows")
     return lead
 
 
-def trailing_shape(node: fx.Node, rows: int) -> tuple[int, ...]:
+def trailing_shape(node: fx.Node, rows: int | torch.SymInt) -> tuple[int, ...]:
     """The shape of one row of ``node``."""
-    return tuple(value(node).shape[leading_axes(node, rows) :])
+    shape: tuple[Any, ...] = tuple(value(node).shape[leading_axes(node, rows) :])
+    if not all(isinstance(size, int) for size in shape):
+        raise GraphUnsupported(f"a row of {node.name} has the symbolic shape {shape}")
+    return shape
 
 
 def summed_axes(node: fx.Node) -> set[int]:
@@ -145,7 +149,7 @@ def _wide(joint: Joint, head: fx.Node) -> set[fx.Node]:
     def is_wide(node: fx.Node) -> bool:
         if node not in computed or node in weights or (is_matmul(node) and node is not head):
             return False
-        return tensor_bytes(node) > 0 and value(node).numel() == size
+        return tensor_bytes(node) > 0 and is_same_size(value(node).numel(), size)
 
     return reach({head}, lambda node: [n for n in (*node.users, *node.all_input_nodes) if is_wide(n)])
 
@@ -171,11 +175,11 @@ def _tangent(joint: Joint, inside: set[fx.Node], wide: set[fx.Node]) -> tuple[fx
     return tangents[0], tangible
 
 
-def _is_sum(node: fx.Node, wide: set[fx.Node], rows: int) -> bool:
+def _is_sum(node: fx.Node, wide: set[fx.Node], rows: int | torch.SymInt) -> bool:
     """Whether ``node`` adds up rows."""
     if node.target is aten.mm.default:
         left: Any = node.args[0]
-        return value(left).shape[1] == rows and left.target in _TRANSPOSES and value(left).dim() == 2
+        return is_same_size(value(left).shape[1], rows) and left.target in _TRANSPOSES and value(left).dim() == 2
     if node.target is aten.sum.default and node.all_input_nodes[0] in wide:
         return True
     if node.target is aten.sum.dim_IntList and node.all_input_nodes[0] in wide:

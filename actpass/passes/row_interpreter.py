@@ -14,6 +14,7 @@ from actpass.errors import GraphUnsupported
 from actpass.ir.joint_graph import builtin_name, is_view, rule_of, value
 from actpass.ir.op_queries import is_pointwise, is_reduction
 from actpass.passes.loss_region import LossRegion, factors, leading_axes, summed_axes, trailing_shape
+from actpass.torch_compat import is_same_size
 
 aten = torch.ops.aten
 
@@ -33,7 +34,7 @@ class RowOperation:
     """One node on some rows: ``function(number of rows, operands)``. operands: `Operand`, or numbers and the like."""
 
     operands: tuple[Any, ...]
-    function: Callable[[int, Sequence[Any]], Any]
+    function: Callable[[int | torch.SymInt, Sequence[Any]], Any]
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class RowInterpreter:
         rows, whole = (tuple(n for n, read in inputs.items() if read == kind) for kind in ("rows", "whole"))
         return cls(operations, rows, whole)
 
-    def run(self, nodes: Sequence[fx.Node], inputs: Sequence[Any], rows: int) -> Mapping[fx.Node, Any]:
+    def run(self, nodes: Sequence[fx.Node], inputs: Sequence[Any], rows: int | torch.SymInt) -> Mapping[fx.Node, Any]:
         """The values of ``nodes`` of the body (in its order, with all that they read of it) for as many ``rows``.
 
         inputs: values of `row_inputs`, that many rows of each, and of `whole_inputs`.
@@ -84,7 +85,7 @@ class RowInterpreter:
 class _Translator:
     """What a node is on a part of the rows. rows: all of them. sums: nodes that add up rows. constants: of the graph."""
 
-    rows: int
+    rows: int | torch.SymInt
     sums: frozenset[fx.Node]
     constants: frozenset[fx.Node]
 
@@ -139,10 +140,10 @@ class _Translator:
         if node in known:
             return Operand(node, "rows")
         shape, wanted, lead = tuple(value(node).shape), tuple(value(like).shape), self._lead(like)
-        if len(shape) == len(wanted) and shape[:lead] == wanted[:lead]:
+        if len(shape) == len(wanted) and all(map(is_same_size, shape[:lead], wanted[:lead])):
             return self._rows_of(node, known)
         leading = shape[: max(0, len(shape) - (len(wanted) - lead))]
-        if any(s != 1 for s in leading):
+        if not all(is_same_size(s, 1) for s in leading):
             raise GraphUnsupported(f"{node.name} {shape} is spread over a part of the rows")
         return self._whole(node)
 
@@ -194,7 +195,7 @@ def _same(node: fx.Node, *operands: Any) -> RowOperation:
     target: Any = node.target
     kwargs = {} if target is aten.clone.default else node.kwargs
 
-    def function(_: int, args: Sequence[Any]) -> Any:
+    def function(_: int | torch.SymInt, args: Sequence[Any]) -> Any:
         try:
             return target(*args, **kwargs)
         except (RuntimeError, TypeError, ValueError) as error:

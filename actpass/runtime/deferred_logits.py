@@ -26,6 +26,7 @@ import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 from weakref import WeakSet
 
@@ -36,9 +37,34 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
 
 from actpass.errors import DeferredError
-from actpass.torch_compat import FakeTensor, in_backward
+from actpass.torch_compat import FakeTensor, in_backward, size_hint
 
 aten = torch.ops.aten
+Layouts = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+"""The shape and strides of each of some tensors."""
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """From a hidden state and inputs of one shape to logits. shape, strides, dtype: of the logits. differentiated: whether they
+    want a gradient. trace_forward, trace_backward: make what is below, when it is first run."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    differentiated: bool
+    trace_forward: Callable[[], fx.GraphModule]
+    trace_backward: Callable[[], fx.GraphModule]
+
+    @cached_property
+    def forward(self) -> fx.GraphModule:
+        """``f(hidden, *inputs) -> logits``."""
+        return self.trace_forward()
+
+    @cached_property
+    def backward(self) -> fx.GraphModule:
+        """``g(gradient, hidden, *inputs) -> gradients`` of those that want one, None for the others."""
+        return self.trace_backward()
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,30 +72,40 @@ class Way:
     """From a hidden state to logits.
 
     hidden: which of the compiled graph's results the state is; None if it is one of the inputs. inputs: which of the region's
-    inputs are read on the way. forward: ``f(hidden, *inputs) -> logits``. backward: ``g(gradient, hidden, *inputs) ->
-    gradients`` of those that want one, None for the others. shape, strides, dtype: of the logits.
+    inputs are read on the way. find: the steps for a state and inputs of these shapes and strides. found: those of the shapes
+    that were met so far.
     """
 
     hidden: int | None
     inputs: tuple[int, ...]
-    forward: fx.GraphModule
-    backward: fx.GraphModule | None
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
+    find: Callable[[Layouts], Steps]
+    found: dict[Layouts, Steps]
+
+    def steps(self, leaves: Sequence[torch.Tensor]) -> Steps:
+        layouts = layouts_of(leaves)
+        if layouts not in self.found:
+            self.found[layouts] = self.find(layouts)
+        return self.found[layouts]
 
     def start(self, results: Sequence[Any], args: Sequence[Any]) -> torch.Tensor:
         """The logits of one call, deferred; of a call with fake tensors as they are."""
         hidden = () if self.hidden is None else (results[self.hidden],)
         leaves = (*hidden, *(args[i] for i in self.inputs))
+        steps = self.steps(leaves)
         if any(isinstance(leaf, FakeTensor) for leaf in leaves):
-            return self.forward(*leaves)
-        if self.backward is None:
-            return self.deferred(leaves)
-        return _Deferred.apply(self, *leaves)  # pyright: ignore[reportReturnType]
+            return steps.forward(*leaves)
+        if not steps.differentiated:
+            return _deferred(steps, leaves, len(self.inputs))
+        return _Deferred.apply(steps, len(self.inputs), *leaves)  # pyright: ignore[reportReturnType]
 
-    def deferred(self, leaves: Sequence[torch.Tensor]) -> DeferredLogits:
-        return DeferredLogits(_Logits(self, leaves), self.shape, self.strides, self.dtype, leaves[0].device)
+
+def layouts_of(tensors: Sequence[torch.Tensor]) -> Layouts:
+    """The shapes and strides of ``tensors``, symbolic ones as they were traced."""
+    return tuple((tuple(map(size_hint, t.shape)), tuple(map(size_hint, t.stride()))) for t in tensors)
+
+
+def _deferred(steps: Steps, leaves: Sequence[torch.Tensor], inputs: int) -> DeferredLogits:
+    return DeferredLogits(_Logits(steps, leaves, inputs), steps.shape, steps.strides, steps.dtype, leaves[0].device)
 
 
 def delivering(fn: Callable[..., Any], outputs: Sequence[int | Way]) -> Callable[..., Any]:
@@ -99,17 +135,17 @@ class _Deferred(torch.autograd.Function):
     """The step from a hidden state and weights to logits, as autograd sees it."""
 
     @staticmethod
-    def forward(ctx: Any, way: Way, *leaves: torch.Tensor) -> torch.Tensor:
-        ctx.way = way
+    def forward(ctx: Any, steps: Steps, inputs: int, *leaves: torch.Tensor) -> torch.Tensor:
+        ctx.steps = steps
         ctx.save_for_backward(*leaves)
-        return way.deferred(leaves)
+        return _deferred(steps, leaves, inputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        way, gradient = ctx.way, gradients[0]
+        steps, gradient = ctx.steps, gradients[0]
         with _as_traced(gradient.device):
-            return None, *way.backward(_laid_out(gradient, way.strides), *ctx.saved_tensors)
+            return None, None, *steps.backward(_laid_out(gradient, steps.strides), *ctx.saved_tensors)
 
 
 def _laid_out(x: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
@@ -155,11 +191,12 @@ class _Value:
 
 
 class _Logits(_Value):
-    """Those of one call. leaves: what they are computed from, the hidden state first."""
+    """Those of one call. leaves: what they are computed from, the hidden state first, of which the last ``inputs`` are the
+    region's."""
 
-    def __init__(self, way: Way, leaves: Sequence[torch.Tensor]) -> None:
+    def __init__(self, steps: Steps, leaves: Sequence[torch.Tensor], inputs: int) -> None:
         super().__init__()
-        self.way, self.leaves = way, [leaf.detach() for leaf in leaves]
+        self.steps, self.inputs, self.leaves = steps, inputs, [leaf.detach() for leaf in leaves]
         self.versions = [leaf._version for leaf in self.leaves]
         self.is_settled = False
         _start()
@@ -168,14 +205,14 @@ class _Logits(_Value):
     def compute(self) -> torch.Tensor:
         self._check()
         with _as_traced(self.leaves[0].device):
-            return _laid_out(self.way.forward(*self.leaves), self.way.strides)
+            return _laid_out(self.steps.forward(*self.leaves), self.steps.strides)
 
     def _check(self) -> None:
         for leaf, version in zip(self.leaves, self.versions, strict=True):
             freed = leaf.numel() > 0 and leaf.untyped_storage().nbytes() == 0
             if freed or leaf._version != version:
                 raise DeferredError(
-                    f"logits of {self.way.shape} were not read while they could be computed: a tensor of {tuple(leaf.shape)} "
+                    f"logits of {self.steps.shape} were not read while they could be computed: a tensor of {tuple(leaf.shape)} "
                     f"that they are made of was {'freed' if freed else 'changed in place'} since the forward. Read them before "
                     'that (logits.detach() + 0, say), or let the forward compute them: options={"defer_logits": False}.'
                 )
@@ -185,8 +222,8 @@ class _Logits(_Value):
         others before this step."""
         if self.is_settled or self.made is not None:
             return
-        own = len(self.leaves) - len(self.way.inputs)
-        if sum(leaf.nbytes for leaf in self.leaves[own:]) >= math.prod(self.way.shape) * self.way.dtype.itemsize:
+        own = len(self.leaves) - self.inputs
+        if sum(leaf.nbytes for leaf in self.leaves[own:]) >= math.prod(self.steps.shape) * self.steps.dtype.itemsize:
             self.get()
             return
         self._check()
