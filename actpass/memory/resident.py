@@ -141,11 +141,12 @@ def _bucket_bytes(ddp: DistributedDataParallel | None, parameters: Mapping[int, 
 
 def storages(tensor: torch.Tensor) -> Iterator[tuple[int, int]]:
     """(key, bytes) of the memory of ``tensor``: of a subclass that wraps others (a shard, codes and their scales) of what it
-    wraps; its own storage is as large as the tensor that it stands for, and empty."""
+    wraps; its own storage is as large as the tensor that it stands for, and empty. A shard (DTensor) names its mesh, too."""
     if is_wrapper(tensor):
         names, _ = tensor.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue]
-        for name in names:
-            yield from storages(getattr(tensor, name))
+        for inner in (getattr(tensor, name) for name in names):
+            if isinstance(inner, torch.Tensor):
+                yield from storages(inner)
     else:
         storage = tensor.untyped_storage()
         yield storage_key(storage), storage.nbytes()

@@ -139,7 +139,8 @@ def _inner_tensors(tensor: Tensor) -> list[Tensor]:
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
     names: list[str] = tensor.__tensor_flatten__()[0]
-    return [inner for name in names for inner in _inner_tensors(getattr(tensor, name))]
+    found = [getattr(tensor, name) for name in names]  # a shard (DTensor) names its mesh, too
+    return [inner for each in found if isinstance(each, Tensor) for inner in _inner_tensors(each)]
 
 
 def format_bytes(count: int | None) -> str:
