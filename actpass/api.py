@@ -22,7 +22,7 @@ from actpass.plan.sensitivity import Sensitivities
 from actpass.reporting import Record, Report
 from actpass.runtime import regions, subspaces
 from actpass.runtime.data_parallel import why_dense
-from actpass.runtime.regions import Region, following_global_budget, recompile, regions_of, why_no_more_graphs
+from actpass.runtime.regions import Region, following_global_budget, modules_of, recompile, regions_of, why_no_more_graphs
 from actpass.runtime.step_counter import STEP_COUNTER
 from actpass.torch_compat import has_all_graphs, module_in
 
@@ -40,7 +40,8 @@ def report(model: torch.nn.Module) -> Report:
     dense = why_dense(_plain(model)) if factored else None
     assumed = any(r.peak.resident.assumed for r in found if r.peak is not None)
     notes = [dense, f"optimizer state is {ASSUMED}" if assumed else None, _no_more_graphs(found)]
-    return Report(tuple(map(_record, found)), why, rows, notes=tuple(n for n in notes if n is not None))
+    said = tuple(n for n in notes if n is not None)
+    return Report(tuple(map(_record, found)), why, rows, notes=said, modules=modules_of(_plain(model), found))
 
 
 def _no_more_graphs(found: Sequence[Region]) -> str | None:

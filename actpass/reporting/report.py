@@ -32,13 +32,15 @@ class Report:
     """What is saved for backward, in which form, and why. ``str(report)`` is a table, `to_dict` plain data.
 
     regions: one `Record` for each compiled graph (a model with graph breaks has several). why_empty: the reason if there
-    is none. subspaces: the learned ones, as they stand. notes: on the whole model.
+    is none. subspaces: the learned ones, as they stand. notes: on the whole model. modules: how many of the model's modules
+    each region serves (equal layers that are compiled one by one share a graph); empty: one each.
     """
 
     regions: tuple[Record, ...]
     why_empty: str | None = None
     subspaces: tuple[SubspaceRow, ...] = ()
     notes: tuple[str, ...] = ()
+    modules: tuple[int, ...] = ()
 
     @property
     def saved_bytes(self) -> int:
@@ -53,14 +55,15 @@ class Report:
 
     @property
     def totals(self) -> Totals:
-        """Sums over the regions, and the peak of a step that runs each once, in this order. ``saved_bytes_eager`` and peaks are
-        there only if they are known for all."""
-        rows = [r.totals for r in self.regions]
+        """Sums over the regions, and the peak of a step that runs each once for every module that it serves, in this order.
+        ``saved_bytes_eager`` and peaks are there only if they are known for all."""
+        calls = self._calls()
+        rows = [r.totals for r in calls]
         sums: dict[str, Any] = {f.name: sum(getattr(t, f.name) or 0 for t in rows) for f in fields(Totals)}
         if not rows or any(t.saved_bytes_eager is None for t in rows):
             sums["saved_bytes_eager"] = None
-        sums["peak_bytes"] = _peak([r.footprint for r in self.regions])
-        sums["peak_bytes_default"] = _peak([r.footprint_default for r in self.regions])
+        sums["peak_bytes"] = _peak([r.footprint for r in calls])
+        sums["peak_bytes_default"] = _peak([r.footprint_default for r in calls])
         for name in ("resident_bytes", "scratch_bytes"):
             known = [getattr(t, name) for t in rows]
             sums[name] = max((n for n in known if n is not None), default=None)
@@ -70,11 +73,16 @@ class Report:
     def step_bytes(self) -> int | None:
         """The predicted peak of a whole step: what is resident, and the more of what forward and backward and what the
         optimizer's step take above it. Known under a budget of peak bytes."""
-        totals, footprints = self.totals, [r.footprint for r in self.regions]
+        totals, footprints = self.totals, [r.footprint for r in self._calls()]
         if totals.peak_bytes is None or totals.resident_bytes is None:
             return None
         gradients = sum(f.gradients for f in footprints if f is not None)
         return totals.resident_bytes + max(totals.peak_bytes, gradients + (totals.scratch_bytes or 0))
+
+    def _calls(self) -> list[Record]:
+        """The regions of a step, each as often as it runs."""
+        times = self.modules or (1,) * len(self.regions)
+        return [r for r, n in zip(self.regions, times, strict=True) for _ in range(n)]
 
     @property
     def plan_hash(self) -> str:
@@ -183,7 +191,8 @@ class Report:
         yield f"actpass: {self._status()}"
         for number, region in enumerate(self.regions):
             if len(self.regions) > 1:
-                yield f"-- graph {number}/{len(self.regions)}"
+                served = self.modules[number] if self.modules else 1
+                yield f"-- graph {number}/{len(self.regions)}{f', of {served} modules' if served > 1 else ''}"
             yield from _region_lines(region)
         if self.regions:
             yield from lines(self.subspaces)

@@ -23,7 +23,7 @@ from actpass.options import Config
 from actpass.planner.peak_budget import PeakBudget
 from actpass.reporting import Record
 from actpass.runtime import replan as steps
-from actpass.torch_compat import has_all_graphs, reset_code, uncompiled
+from actpass.torch_compat import has_all_graphs, reset_code, stand_ins, uncompiled
 
 
 @dataclass(eq=False)
@@ -286,6 +286,13 @@ def regions_of(model: torch.nn.Module) -> list[Region]:
         if not region.positions and region.follows in latest.values():
             latest[region.frame, id(region.follows)] = region
     return sorted(latest.values(), key=lambda r: r.called)
+
+
+def modules_of(model: torch.nn.Module, regions: Iterable[Region]) -> tuple[int, ...]:
+    """How many modules of ``model`` ran with each of ``regions``: by the parameters that it was seen with. One at least."""
+    own = {id(p) for p in model.parameters()}
+    own |= {id(p) for module in model.modules() for p in stand_ins(module).values()}
+    return tuple(max(1, len(own & set(r.parameters.keys())) // max(1, len(r.positions))) for r in regions)
 
 
 def _fits(parameters: Iterable[tuple[str, tuple[int, ...]]], shapes: dict[str, tuple[int, ...]]) -> bool:
