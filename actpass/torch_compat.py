@@ -15,8 +15,9 @@ import inspect
 import os
 import traceback
 import types
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar, cast
 
 import sympy  # what torch's symbolic sizes are made of
@@ -149,6 +150,7 @@ __all__ = [
     "returns_to_a_graph_break",
     "run_and_get_code",
     "select_decomp_table",
+    "sharded_units",
     "size_hint",
     "sizes_as_planned",
     "solve_triangular",
@@ -239,11 +241,50 @@ def returns_to_a_graph_break(gm: torch.fx.GraphModule) -> bool:
 
 def gathered() -> set[int]:
     """Ids of what FSDP2 runs forwards with in place of parameters, of all modules (`stand_ins`)."""
+    return {id(p) for module in _sharded_modules() for p in stand_ins(module).values()}
+
+
+def _sharded_modules() -> list[torch.nn.Module]:
     try:
         from torch.distributed._composable_state import _module_state_mapping  # 2.11 to 2.15
     except ImportError:  # a torch without distributed
-        return set()
-    return {id(p) for module in list(_module_state_mapping) for p in stand_ins(module).values()}
+        return []
+    return list(_module_state_mapping)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardedUnit:
+    """The parameters of one ``fully_shard`` call. shards: this rank's pieces. whole: ids of what a forward runs with in place
+    of them. nbytes: of that. stays: whether it stays whole from the forward to the end of the backward."""
+
+    shards: tuple[torch.nn.Parameter, ...]
+    whole: frozenset[int]
+    nbytes: int
+    stays: bool
+
+
+def sharded_units(parameters: Collection[int]) -> list[ShardedUnit]:
+    """All units of the models under FSDP2 that run with any of ``parameters``, ids of stand-ins."""
+    contexts: dict[int, Any] = {}
+    for module in _sharded_modules():
+        if any(id(p) in parameters for p in stand_ins(module).values()):
+            context = cast(Any, module)._get_fsdp_state()._state_ctx
+            contexts[id(context)] = context
+    return [_unit(group) for c in contexts.values() for state in c.all_states for group in _groups(state)]
+
+
+def _unit(group: Any) -> ShardedUnit:
+    own = group.fsdp_params
+    return ShardedUnit(
+        shards=tuple(p.sharded_param for p in own),
+        whole=frozenset(id(p._unsharded_param) for p in own if hasattr(p, "_unsharded_param")),
+        nbytes=sum(p._orig_size.numel() * (p.param_dtype or p.orig_dtype).itemsize for p in own),
+        stays=group.post_forward_mesh_info is None,
+    )
+
+
+def _groups(state: Any) -> list[Any]:
+    return getattr(state, "_fsdp_param_groups", None) or [g for g in (state._fsdp_param_group,) if g is not None]  # 2.11
 
 
 def in_backward() -> bool:
@@ -447,9 +488,7 @@ def stand_ins(module: torch.nn.Module) -> dict[int, torch.nn.Parameter]:
     get: Any = getattr(module, "_get_fsdp_state", None)
     if get is None:
         return {}
-    state = get()
-    groups = getattr(state, "_fsdp_param_groups", None) or [g for g in (state._fsdp_param_group,) if g is not None]  # 2.11
-    of = [p for group in groups for p in group.fsdp_params if hasattr(p, "_unsharded_param")]
+    of = [p for group in _groups(get()) for p in group.fsdp_params if hasattr(p, "_unsharded_param")]
     return {id(p.sharded_param): p._unsharded_param for p in of}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from actpass.low_rank_gradient import numbers_of
 from actpass.memory import optimizer_state as optimizers
-from actpass.torch_compat import FakeTensor, active_ddp, is_bucketed, is_wrapper, storage_key
+from actpass.torch_compat import FakeTensor, ShardedUnit, active_ddp, is_bucketed, is_wrapper, sharded_units, storage_key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,9 +20,10 @@ class Resident:
     same optimizers or of regions that ran before it in the step. optimizer_state: of the optimizers that step these
     parameters, what is there and what their first step will add. assumed: whether it is AdamW's, because no optimizer is known
     yet. accumulated: gradients that are there already, to which a backward's are added. buckets: the copy of all
-    gradients that DistributedDataParallel reduces. scratch: what an optimizer's step takes for a moment beside all gradients;
-    not part of ``total``. elsewhere: whether there are trained parameters that the region does not take: it is not the whole
-    of a step. known: whether an optimizer of these parameters is."""
+    gradients that DistributedDataParallel reduces. gathered: parameters of other FSDP2 units that are whole at the same time:
+    those that stay so, and those of the next unit, which arrive. scratch: what an optimizer's step takes for a moment beside
+    all gradients; not part of ``total``. elsewhere: whether there are trained parameters that the region does not take: it is
+    not the whole of a step. known: whether an optimizer of these parameters is."""
 
     inputs: int
     optimizer_state: int
@@ -30,13 +31,14 @@ class Resident:
     others: int = 0
     assumed: bool = False
     buckets: int = 0
+    gathered: int = 0
     scratch: int = 0
     elsewhere: bool = False
     known: bool = False
 
     @property
     def total(self) -> int:
-        return self.inputs + self.others + self.optimizer_state + self.accumulated + self.buckets
+        return self.inputs + self.others + self.optimizer_state + self.accumulated + self.buckets + self.gathered
 
     def with_more(self, nbytes: int) -> Resident:
         """With other inputs that stay: learned subspaces."""
@@ -44,7 +46,11 @@ class Resident:
 
     def __str__(self) -> str:
         assumed = f" ({ASSUMED})" if self.assumed else ""
-        more = {"accumulated gradients": self.accumulated, "gradient buckets": self.buckets}
+        more = {
+            "accumulated gradients": self.accumulated,
+            "gradient buckets": self.buckets,
+            "gathered parameters": self.gathered,
+        }
         parts = [f"{self.inputs + self.others} of parameters and inputs", f"{self.optimizer_state} of optimizer state{assumed}"]
         return ", ".join([*parts, *(f"{nbytes} of {name}" for name, nbytes in more.items() if nbytes)])
 
@@ -60,7 +66,8 @@ def resident(inputs: Sequence[Any], others: Iterable[torch.Tensor] = (), optimiz
     Counted by storage, so that what is tied counts once, and of a tensor subclass what is inside it.
 
     others: parameters that were seen in the same step. optimizer_state_bytes: what the user said of an optimizer that is not
-    known. Where DDP's buckets cut the graph in pieces, inputs are fake: parameters are then those of the DDP that runs.
+    known. Where DDP's buckets cut the graph in pieces, inputs are fake: parameters are then those of the DDP that runs. Under
+    FSDP2 inputs are whole parameters; all shards are there beside them, those of frozen parameters, too.
     """
     tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
     parameters = {id(p): p for p in tensors if isinstance(p, torch.nn.Parameter)}
@@ -92,7 +99,7 @@ def again(before: Resident, parameters: Iterable[torch.Tensor], optimizer_state_
 
 @dataclass(frozen=True)
 class _Stepped:
-    """everything: the region's parameters, and those that are stepped with them, by id."""
+    """everything: the region's parameters, and those that are stepped with them, by id; under FSDP2 the shards."""
 
     own: Mapping[int, torch.Tensor]
     everything: Mapping[int, torch.Tensor]
@@ -100,6 +107,7 @@ class _Stepped:
     assumed: bool
     scratch: int
     known: bool
+    gathered: int
 
     def beside(self, there: Resident, tensors: Iterable[torch.Tensor]) -> Resident:
         """``there``, whose inputs are ``tensors`` among others."""
@@ -112,6 +120,7 @@ class _Stepped:
             optimizer_state=self.state,
             assumed=self.assumed,
             scratch=self.scratch,
+            gathered=self.gathered,
             elsewhere=elsewhere,
             known=self.known,
         )
@@ -121,14 +130,26 @@ def _stepped(
     own: Mapping[int, torch.Tensor], others: Mapping[int, torch.Tensor], optimizer_state_bytes: int | None
 ) -> _Stepped:
     """What the optimizers of ``own`` and ``others`` hold: of those that are known, or as the user or AdamW has it."""
-    seen = {**own, **others}
+    units = sharded_units(own.keys())
+    gathered = _gathered_bytes(units, own.keys())
+    whole = frozenset[int]().union(*(u.whole for u in units))
+    shards = {id(p): p for u in units for p in u.shards}
+    seen = {**{i: p for i, p in {**own, **others}.items() if i not in whole}, **shards}
     known = optimizers.stepping(seen.values())
     if not known:
         state = optimizers.assumed_state(seen.values()) if optimizer_state_bytes is None else optimizer_state_bytes
-        return _Stepped(own, seen, state, optimizer_state_bytes is None, optimizers.scratch_of(seen.values()), known=False)
+        scratch = optimizers.scratch_of(seen.values())
+        return _Stepped(own, seen, state, optimizer_state_bytes is None, scratch, known=False, gathered=gathered)
     state = sum(storage_bytes(optimizers.state_tensors(o)) + optimizers.state_to_come(o) for o in known)
     everything = {**seen, **{id(p): p for o in known for p in optimizers.stepped_by(o)}}
-    return _Stepped(own, everything, state, False, max(optimizers.scratch(o) for o in known), known=True)
+    return _Stepped(own, everything, state, False, max(map(optimizers.scratch, known)), known=True, gathered=gathered)
+
+
+def _gathered_bytes(units: Sequence[ShardedUnit], own: Collection[int]) -> int:
+    """Of units that ``own`` are not parameters of: the buffer in which the next one arrives is as large as that is whole."""
+    stay = sum(u.nbytes for u in units if u.stays and u.whole.isdisjoint(own))
+    arriving = [u.nbytes for u in units if not u.stays]
+    return stay + (max(arriving) if len(arriving) > 1 else 0)
 
 
 def _bucket_bytes(ddp: DistributedDataParallel | None, parameters: Mapping[int, torch.Tensor]) -> int:
