@@ -4,12 +4,14 @@
     python examples/finetune_classifier.py --checkpoint FOLDER --data SST-2/ --steps 2000
     python examples/finetune_classifier.py --projection oasis --rank 0.25 --weight-gradient-format low_rank --optimizer oasis
     python examples/finetune_classifier.py --backend inductor --seeds 0 1 2 --metrics adamw.json
+    python examples/finetune_classifier.py --checkpoint FOLDER --data SST-2/ --lora-rank 16 --lora-dropout 0.05
     python examples/finetune_classifier.py --compare               # eager, Inductor and actcomp
 
 The model is a Hugging Face checkpoint in a local directory, or has random weights, made from a `transformers` config; nothing
 is downloaded. Data are a TSV in the format of SST-2 (`sentence<TAB>label`; the last 5 % are held out) or a directory with
 train.tsv and dev.tsv. The default task is to tell prose (comments, docstrings) from code in lines of Python's standard library
-as found on this machine. There is no dropout unless asked for, so that all backends compute the same.
+as found on this machine. All weights are trained, or with --lora-rank PEFT's adapters on all linear layers and the head.
+There is no dropout unless asked for, so that all backends compute the same.
 Runs on CUDA where there is a GPU, else on the CPU. Defaults are in parentheses below.
 """
 
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common.adapters import add_adapters
 from common.data import BYTES
 from common.job import print_metrics, run_job, run_main, write_metrics
 from common.models import (
@@ -34,9 +37,16 @@ from common.models import (
     load_config,
     widths,
 )
-from common.options import add_backend_options, add_output_options, add_training_options, number, whole
+from common.options import (
+    add_adapter_options,
+    add_backend_options,
+    add_output_options,
+    add_training_options,
+    number,
+    whole,
+)
 from common.sentences import RowTokenizer, SentenceBatches, load_row_tokenizer, load_sentences
-from common.settings import Settings, complete, defaults_of, make_train_config, parse_settings
+from common.settings import AdapterSettings, complete, defaults_of, make_train_config, parse_settings
 from common.train import TrainConfig, autocast, make_repeatable, to_device
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
@@ -44,7 +54,7 @@ OF_EACH_SEED = ("accuracy", "final_train_loss", "held_out_loss", "median_step_s"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FinetuneSettings(Settings):
+class FinetuneSettings(AdapterSettings):
     """The command line of this job."""
 
     model: str = DEFAULT_CLASSIFIER
@@ -60,7 +70,8 @@ class FinetuneSettings(Settings):
 
     @property
     def title(self) -> str:
-        return Path(self.checkpoint).name if self.checkpoint else self.model
+        name = Path(self.checkpoint).name if self.checkpoint else self.model
+        return f"{name} with LoRA of rank {self.lora_rank}" if self.lora_rank else name
 
     @property
     def own_widths(self) -> dict[str, int]:
@@ -84,6 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dropout", type=number(0, 1), metavar="X", help="of the whole model (0)")
     add("--tokenizer", metavar="PATH", help="bytes, or a Hugging Face tokenizer's directory (the checkpoint's, else bytes)")
     add("--data", metavar="PATH", help="stdlib, a TSV, or a directory with train.tsv and dev.tsv (stdlib)")
+    add_adapter_options(parser.add_argument_group("adapters"), rank="train adapters and the head alone (all is trained)")
     training = parser.add_argument_group("training")
     add_training_options(training)
     training.add_argument(
@@ -99,6 +111,8 @@ def find_problem(settings: FinetuneSettings) -> str | None:
     """What is wrong with this job's own options taken together, or None."""
     if settings.checkpoint and (settings.own_widths or settings.model != DEFAULT_CLASSIFIER):
         return "--checkpoint brings its model: leave out --model, --hidden-size, --intermediate-size, --layers and --heads"
+    if (settings.lora_alpha or settings.lora_dropout) and not settings.lora_rank:
+        return "--lora-alpha and --lora-dropout go with --lora-rank"
     if settings.seeds and settings.save:
         return "--save keeps one run: give --seed in place of --seeds"
     return None
@@ -124,6 +138,8 @@ def load_module(settings: FinetuneSettings, tokenizer: RowTokenizer, labels: int
         changes = settings.own_widths | {"vocab_size": tokenizer.vocab_size, "pad_token_id": tokenizer.pad_id}
         config = load_config(settings.model, CLASSIFIERS, settings.seq_len, changes)
         module = build_classifier(config, labels, settings.dropout)
+    if settings.lora_rank:
+        add_adapters(module, settings.lora_rank, settings.lora_alpha, settings.lora_dropout)
     return module.to(settings.device)
 
 

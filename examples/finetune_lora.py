@@ -25,27 +25,24 @@ from common.data import load_text, load_tokenizer
 from common.job import BASELINE, print_metrics, run_job, run_main, uncompressed, write_metrics
 from common.models import DEFAULT_LLAMA, LLAMAS, LanguageModelLoss, build_language_model, load_config
 from common.options import (
+    add_adapter_options,
     add_backend_options,
     add_output_options,
     add_text_options,
     add_training_options,
-    number,
-    whole,
 )
-from common.settings import Settings, complete, defaults_of, parse_settings
+from common.settings import AdapterSettings, complete, defaults_of, parse_settings
 from common.train import make_repeatable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoraSettings(Settings):
+class LoraSettings(AdapterSettings):
     """The command line of this job."""
 
     model: str = DEFAULT_LLAMA
     checkpoint: str | None = None
     max_data_bytes: int = 16_000_000
     lora_rank: int = 16
-    lora_alpha: float = 0.0
-    lora_dropout: float = 0.0
     quantize: str = "none"
     checkpointing: bool = False
     out: str = "finetune_lora_compare"
@@ -69,10 +66,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", help=f"{', '.join(LLAMAS)}, or the path of a config JSON: random weights ({DEFAULT_LLAMA})")
     add_text_options(model)
     adapters = parser.add_argument_group("adapters")
+    add_adapter_options(adapters, rank="of each adapter (16)")
     add = adapters.add_argument
-    add("--lora-rank", type=whole(1), metavar="R", help="of each adapter (16)")
-    add("--lora-alpha", type=number(0), metavar="X", help="an adapter counts alpha / rank (twice the rank)")
-    add("--lora-dropout", type=number(0, 1), metavar="X", help="in front of the adapters (0)")
     add("--quantize", choices=QUANTIZERS, help="how the frozen weights are stored: nf4 is torchao's, bnb4 bitsandbytes' (none)")
     add("--checkpointing", action="store_true", help="of activations, every layer: transformers' gradient checkpointing")
     add_training_options(parser.add_argument_group("training"))
@@ -102,7 +97,7 @@ def load_module(settings: LoraSettings, vocab_size: int) -> LanguageModelLoss:
             "give --tokenizer"
         )
     quantize_base(module, settings.quantize)
-    add_adapters(module, settings.lora_rank, settings.lora_alpha or 2 * settings.lora_rank, settings.lora_dropout)
+    add_adapters(module, settings.lora_rank, settings.lora_alpha, settings.lora_dropout)
     if settings.checkpointing:
         checkpoint_layers(module)
     return module.to(settings.device)

@@ -114,6 +114,46 @@ def test_a_checkpoint_brings_weights_and_tokenizer(finetune: Finetune, data: str
     assert loaded.model.classifier.out_features == 3
 
 
+@pytest.mark.architectures
+@pytest.mark.parametrize("model", ["bert-mini", "roberta-base"])  # one has a pooler, the other's head has two layers
+def test_a_classifier_trains_adapters_on_all_linear_layers_and_its_head(finetune: Finetune, model: str):
+    from common.sentences import ByteRows  # pyright: ignore[reportMissingImports]: on the path by the fixture
+
+    names = runpy.run_path(str(EXAMPLES / "finetune_classifier.py"))
+
+    def load(**more: Any) -> torch.nn.Module:
+        settings = names["FinetuneSettings"](model=model, hidden_size=16, intermediate_size=24, layers=1, heads=2, **more)
+        return names["load_module"](names["complete_here"](settings), ByteRows(), 2).model
+
+    plain = load()
+    linear = {name for name, layer in plain.named_modules() if isinstance(layer, torch.nn.Linear) and "classifier" not in name}
+    trained = [name for name, parameter in load(lora_rank=4).named_parameters() if parameter.requires_grad]
+    adapted = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in trained if ".lora_" in name}
+    assert adapted == linear
+    assert {name.removeprefix("base_model.model.") for name in trained if ".lora_" not in name} == {
+        f"classifier.modules_to_save.default.{name}" for name, _ in plain.classifier.named_parameters()
+    }
+
+
+@pytest.mark.architectures
+def test_a_classifier_with_adapters_learns_as_in_eager_mode_in_fewer_bytes(finetune: Finetune, data: str):
+    wide = ["--hidden-size", "64", "--intermediate-size", "128", "--layers", "2", "--heads", "2"]
+    arguments = [*wide, "--data", data, "--steps", "20", "--lora-rank", "4"]
+    ours = finetune(*arguments)
+    eager = finetune(*arguments, "--backend", "eager")
+    assert ours["report"]["regions"][0]["active"]
+    assert ours["accuracy"] == eager["accuracy"] == 1.0
+    assert ours["final_train_loss"] == pytest.approx(eager["final_train_loss"], rel=5e-3)
+    assert ours["saved_bytes"] < 0.5 * eager["saved_bytes"]
+
+
+@pytest.mark.parametrize("option", ["--lora-dropout", "--lora-alpha"])
+def test_options_of_adapters_need_a_rank(finetune: Finetune, capsys: pytest.CaptureFixture[str], option: str):
+    with pytest.raises(SystemExit):
+        finetune(*TINY, option, "0.5")
+    assert "go with --lora-rank" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "line", "allowed"),
     [

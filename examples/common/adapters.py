@@ -1,4 +1,4 @@
-"""Low-rank adapters on a frozen language model (PEFT's LoRA), which may be stored in 4 bits (QLoRA)."""
+"""Low-rank adapters on a frozen model (PEFT's LoRA); a language model may be stored in 4 bits (QLoRA)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from . import UsageError
-from .models import LanguageModelLoss, with_room
+from .models import ClassifierLoss, LanguageModelLoss, with_room
 
 QUANTIZERS = ("none", "nf4", "bnb4")
 NF4_BLOCK, NF4_BLOCKS_OF_A_SCALE = 64, 256
@@ -61,13 +61,20 @@ def _quantized(layer: nn.Linear, how: str) -> nn.Module:
     return made.to(layer.weight.device)
 
 
-def add_adapters(module: LanguageModelLoss, rank: int, alpha: float, dropout: float) -> None:
-    """Freeze the model, and put adapters on all its linear layers but the head; seed torch's generator before."""
+def add_adapters(module: LanguageModelLoss | ClassifierLoss, rank: int, alpha: float, dropout: float) -> None:
+    """Freeze the model, and put adapters on all its linear layers but the head; seed torch's generator before. The head of a
+    classifier is trained as it is. alpha: 0 is twice the rank."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise UsageError("adapters are made by peft, which is not installed: pip install peft") from error
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha or 2 * rank,
+        lora_dropout=dropout,
+        target_modules="all-linear",
+        task_type="SEQ_CLS" if isinstance(module, ClassifierLoss) else "CAUSAL_LM",  # the first leaves the head trainable
+    )
     module.model = get_peft_model(module.model, config)
     module.train()
 

@@ -57,6 +57,14 @@ def add_text_options(group: Group) -> None:
     add("--max-data-bytes", type=whole(1), metavar="N", help="read at most this much (16 MB)")
 
 
+def add_adapter_options(group: Group, rank: str) -> None:
+    """Low-rank adapters. rank: the help of that option."""
+    add = group.add_argument
+    add("--lora-rank", type=whole(1), metavar="R", help=rank)
+    add("--lora-alpha", type=number(0), metavar="X", help="an adapter counts alpha / rank (twice the rank)")
+    add("--lora-dropout", type=number(0, 1), metavar="X", help="in front of the adapters (0)")
+
+
 def add_training_options(group: Group) -> None:
     """Steps, batches, optimizer, device, validation."""
     add = group.add_argument

@@ -63,6 +63,15 @@ class Settings:
         return self.model
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSettings(Settings):
+    """The command line of a job with low-rank adapters. A rank of 0: without, an alpha of 0: twice the rank."""
+
+    lora_rank: int = 0
+    lora_alpha: float = 0.0
+    lora_dropout: float = 0.0
+
+
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
