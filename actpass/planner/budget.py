@@ -23,9 +23,9 @@ from actpass.analysis.saved_tensors import EARLY_GRADIENT
 from actpass.codecs import QUANTIZERS
 from actpass.errors import BudgetError
 from actpass.plan import CodecSet
-from actpass.plan.multi_region import OperatingPoint, needs
+from actpass.plan.multi_region import Capacity, OperatingPoint, needs
 from actpass.plan.policies import wanted_again
-from actpass.planner.capacity_search import RANGE, CapacitySearch
+from actpass.planner.capacity_search import RANGE, CapacitySearch, Found
 from actpass.planner.free_cut import no_recompute_partition
 from actpass.planner.peak_budget import Limit, PeakBudget
 from actpass.planner.rank_search import RankSearch
@@ -78,7 +78,7 @@ def _within(
     """The best choice within the budget of the region."""
     budget = region.config.memory_budget
     if peak is not None and peak.capacity is not None:
-        return search.at(peak.capacity).choice
+        return search.at(peak.capacity.nbytes, recompute=peak.capacity.recompute).choice
     if peak is not None and peak.part:
         return _least_of_ladder(search, cut_of)
     if peak is not None:
@@ -117,8 +117,11 @@ def alternatives(region: Region, count: int) -> list[tuple[int, PartitionPlan]]:
 def _least_of_ladder(search: CapacitySearch, cut_of: Callable[[PartitionPlan], PartitionedGraph]) -> PartitionPlan:
     """The choice with the least peak, and all of the ladder."""
     levels: list[tuple[OperatingPoint, PartitionPlan]] = []
-    for capacity in search.capacities(_STEP_OF_LADDER):
-        found = search.at(capacity)
+    ladder = [*map(Capacity, search.capacities(_STEP_OF_LADDER))]
+    if search.unlimited is not None:
+        ladder.append(Capacity(search.unlimited, recompute=False))
+    for capacity in ladder:
+        found = search.at(capacity.nbytes, recompute=capacity.recompute)
         footprint = cut_of(found.choice).footprint
         levels.append((OperatingPoint(capacity, found.cost, footprint), found.choice))
     _, choice = min(levels, key=lambda item: (needs([item[0]]), item[0].cost))
@@ -129,25 +132,49 @@ def within_peak(search: CapacitySearch, cut_of: Callable[[PartitionPlan], Any], 
     """The choice of the largest capacity whose predicted peak is within ``budget``. Raises its error if there is none.
 
     A smaller capacity may have a higher peak: what is run again is in memory beside what it is needed for. So capacities are
-    looked at from the largest down; of many tensors only each ``stride``-th, and those just above the first that fits.
+    looked at from the largest down; of many tensors only each ``stride``-th, and those just above the first that fits. What is
+    stored without a budget, with nothing run again, is taken where it fits and costs less, or nothing else fits.
     """
-    capacities = search.capacities(_STEP)
-    known: dict[int, tuple[PartitionPlan, Any]] = {}
-    cuts: dict[Hashable, Any] = {}  # several capacities may give one choice
-
-    def fits(i: int) -> bool:
-        if i not in known:
-            choice = search.at(capacities[i]).choice
-            if choice.key not in cuts:
-                cuts[choice.key] = cut_of(choice)
-            known[i] = choice, cuts[choice.key]
-        return budget.needs(known[i][1]) <= max(budget.nbytes, budget.floor(known[i][1]))
-
+    looked = _Looked(search, cut_of, budget)
+    capacities = [*map(Capacity, search.capacities(_STEP))]
     last = len(capacities) - 1
-    first = next((i for i in (*range(0, last, search.stride), last) if fits(i)), None)
+    first = next((i for i in (*range(0, last, search.stride), last) if looked.fits(capacities[i])), None)
+    found: list[Found] = []
     if first is not None:
-        first = next(i for i in range(max(0, first - search.stride + 1), first + 1) if fits(i))
-        if budget.needs(known[first][1]) <= budget.nbytes:
-            return replace(known[first][0], limited=first > 0)
-    least = known[first] if first is not None else min(known.values(), key=lambda item: budget.needs(item[1]))
-    raise budget.error(least[1], search.region.config.tensor_options.described)
+        first = next(i for i in range(max(0, first - search.stride + 1), first + 1) if looked.fits(capacities[i]))
+        found.append(looked.at(capacities[first]))
+    if first != 0 and search.unlimited is not None:
+        plain = Capacity(search.unlimited, recompute=False)
+        found += [looked.at(plain)] if looked.fits(plain) else []
+    best = min(found, key=lambda f: f.cost, default=looked.least)
+    if found and budget.needs(looked.cut_of(best)) <= budget.nbytes:
+        return replace(best.choice, limited=first != 0)
+    raise budget.error(looked.cut_of(best), search.region.config.tensor_options.described)
+
+
+class _Looked:
+    """Choices that were looked at, as they will be compiled: several capacities may give one."""
+
+    def __init__(self, search: CapacitySearch, cut_of: Callable[[PartitionPlan], Any], budget: Limit) -> None:
+        self._search, self._cut_of, self._budget = search, cut_of, budget
+        self._found: dict[Capacity, Found] = {}
+        self._cuts: dict[Hashable, Any] = {}
+
+    def at(self, capacity: Capacity) -> Found:
+        if capacity not in self._found:
+            self._found[capacity] = self._search.at(capacity.nbytes, recompute=capacity.recompute)
+        return self._found[capacity]
+
+    def cut_of(self, found: Found) -> Any:
+        if found.choice.key not in self._cuts:
+            self._cuts[found.choice.key] = self._cut_of(found.choice)
+        return self._cuts[found.choice.key]
+
+    def fits(self, capacity: Capacity) -> bool:
+        cut = self.cut_of(self.at(capacity))
+        return self._budget.needs(cut) <= max(self._budget.nbytes, self._budget.floor(cut))
+
+    @property
+    def least(self) -> Found:
+        """The one that needs the fewest bytes."""
+        return min(self._found.values(), key=lambda found: self._budget.needs(self.cut_of(found)))

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from actpass.errors import BudgetError
 from actpass.memory.footprint import MARGIN, Footprint, step_peak
 from actpass.memory.resident import Resident
+from actpass.plan.multi_region import Capacity
 from actpass.torch_compat import Sizes
 
 
@@ -40,7 +41,7 @@ class PeakBudget:
     nbytes: int
     resident: Resident
     part: bool = False
-    capacity: int | None = None
+    capacity: Capacity | None = None
     headrooms: tuple[Headroom, ...] = ()
 
     def within(self, headroom: Headroom) -> PeakBudget:

@@ -57,7 +57,9 @@ class RankSearch:
             found.append(int(found[-1] * step))
         return [self.least - least + room for room in (*found, least)]
 
-    def at(self, capacity: int) -> Found:
+    unlimited = None  # nothing is run again at any capacity
+
+    def at(self, capacity: int, *, recompute: bool = True) -> Found:
         """The choice with the least error within ``capacity``, or the smallest ranks. What is stored besides does not depend
         on the ranks, but for a basis that crosses or a payload too small to be coded: what it comes to is looked at."""
         best = self._smallest

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, Generic, TypeVar
 
 from actpass.analysis.partitioned import PartitionConstraints
-from actpass.plan import SavedTensor
+from actpass.codecs import QUANTIZERS
+from actpass.plan import CodecSet, SavedTensor, choose_storage
 from actpass.plan.knapsack import Option, least_bytes, solve
 from actpass.plan.plan import RECOMPUTE, SAVE
 from actpass.plan.request import RequestFor
@@ -30,7 +31,7 @@ class _Crossing:
         costs: Costs,
     ) -> None:
         self.constraints, self.cut, self.tensors = constraints, cut, tensors
-        self._wish_for, self._sizes, self._costs = request_for, sizes, costs
+        self.sizes, self._request_for, self._costs = sizes, request_for, costs
         self._menus: dict[tuple[str | None, bool], list[StorageOptions]] = {}
         self._bytes: dict[str, int] = {}
 
@@ -43,13 +44,13 @@ class _Crossing:
         key = coarsest_codec, recompute
         if key not in self._menus:
             self._menus[key] = storage_options(
-                self.tensors, self._wish_for, self._sizes, self._costs, recompute=recompute, coarsest_codec=coarsest_codec
+                self.tensors, self._request_for, self.sizes, self._costs, recompute=recompute, coarsest_codec=coarsest_codec
             )
         return self._menus[key]
 
     def bytes_in(self, width: str) -> int:
         if width not in self._bytes:
-            self._bytes[width] = bytes_in(width, self.tensors, self._wish_for, self._sizes, self._costs.codecs)
+            self._bytes[width] = bytes_in(width, self.tensors, self._request_for, self.sizes, self._costs.codecs)
         return self._bytes[width]
 
 
@@ -97,8 +98,16 @@ class Search(Generic[R]):
             found.append(int(found[-1] * step))
         return [*found, self.least]
 
-    def at(self, capacity: int) -> Found:
-        """The cheapest choice within ``capacity``, or the smallest that was found.
+    @property
+    def unlimited(self) -> int:
+        """What is stored without a budget. It is looked at without recomputation, too: what is run again is in memory beside
+        what it is needed for, and fewer bits may have the lower peak."""
+        crossing, request_for = self._base, self.region.config.tensor_options_of_any
+        found = choose_storage(crossing.tensors, request_for, crossing.sizes, CodecSet.of(QUANTIZERS))
+        return sum(s.stored_bytes for s in found)
+
+    def at(self, capacity: int, *, recompute: bool = True) -> Found:
+        """The cheapest choice within ``capacity``, or the smallest that was found. recompute: whether matmuls may be run again.
 
         Where everything fits in one width, nothing takes a coarser one, if that can be met with queries and keys in forms that
         are safe: an error is weighed against time, and one tensor in 8 bits where 16 do for all is a worse gradient.
@@ -107,7 +116,8 @@ class Search(Generic[R]):
         widest = next((i for i, w in enumerate(widths) if self._base.bytes_in(w) <= capacity), len(widths) - 1)
         found: list[Found] = []
         for coarsest_codec in widths[widest:]:
-            found.append(self._at(capacity, coarsest_codec))
+            again = self._at(capacity, coarsest_codec) if recompute else self._settle([], capacity, coarsest_codec)
+            found.append(again)
             if found[-1].stored <= capacity:
                 return found[-1]
         return min(found, key=lambda f: f.stored)
