@@ -13,6 +13,7 @@ import contextlib
 import functools
 import inspect
 import os
+import sys
 import traceback
 import types
 from collections.abc import Callable, Collection, Generator, Iterable, Sequence
@@ -149,6 +150,7 @@ __all__ = [
     "reset_code",
     "returns_to_a_graph_break",
     "run_and_get_code",
+    "running_modules",
     "select_decomp_table",
     "sharded_units",
     "size_hint",
@@ -225,6 +227,17 @@ def is_part_of_a_step(gm: torch.fx.GraphModule) -> bool:
     reason, code = getattr(gm, "compile_subgraph_reason", None), current_code()
     resumed = code is not None and code.co_name.startswith(TORCH_DYNAMO_RESUME_IN_PREFIX)
     return resumed or (reason is not None and reason.graph_break)
+
+
+def running_modules() -> list[torch.nn.Module]:
+    """The modules in whose forward this thread is."""
+    found: list[torch.nn.Module] = []
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is torch.nn.Module._wrapped_call_impl.__code__:
+            found.append(frame.f_locals["self"])
+        frame = frame.f_back
+    return found
 
 
 def is_piece_of_ddp(gm: torch.fx.GraphModule) -> bool:

@@ -1,5 +1,5 @@
 """What is resident beside a step, whichever optimizer comes and when; and budgets that hold as sizes grow. Graphs are
-interpreted."""
+interpreted, but for those whose peak is measured."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 import actpass
 from actpass.errors import BudgetError
 from actpass.memory import optimizer_state as optimizers
+from actpass.memory.profiler import measure
 from actpass.memory.resident import resident, storage_bytes
 from actpass.runtime import regions
 
@@ -342,6 +343,88 @@ def test_a_block_that_was_planned_as_all_there_is_is_planned_again_as_a_part():
         train()
     train()
     assert all(r.peak is not None and r.peak.part for r in regions.regions_of(blocks))
+
+
+class Layers(nn.Module):
+    """With a frozen embedding and head that no region takes, and layers that share a graph. frozen: so are
+    all but their biases."""
+
+    def __init__(self, *, frozen: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(16, WIDTH).requires_grad_(False)
+        self.layers = nn.ModuleList(Block(seed) for seed in range(3))
+        self.head = nn.Linear(WIDTH, 16).requires_grad_(False)
+        for name, p in self.layers.named_parameters():
+            p.requires_grad_(not frozen or name.endswith("bias"))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.loss(tokens)
+
+    def loss(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x).square().mean()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_forward", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_all_layers_that_share_a_graph_are_resident_and_what_is_frozen_around_them(frozen: bool, in_forward: bool):
+    model, tokens = Layers(frozen=frozen), torch.arange(128) % 16
+    for layer in model.layers:
+        layer.compile(backend=eager_actcomp(memory_budget=16_000_000))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    found = []
+    for _ in range(3):
+        (model if in_forward else model.loss)(tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(resident_bytes(model))
+    seen = model if in_forward else model.layers  # of no module's forward, only what its regions take is known
+    held = storage_bytes(seen.parameters())
+    assert found == [held + inner_bytes(optimizer) + 128 * WIDTH * 4] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.codegen
+@pytest.mark.architectures
+@pytest.mark.parametrize(("adapted", "layers", "budget"), [(True, 8, 7_300_000), (False, 4, 6_000_000)])
+def test_a_llama_whose_layers_are_compiled_one_by_one_holds_its_budget(adapted: bool, layers: int, budget: int):
+    peft = pytest.importorskip("peft")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=64, intermediate_size=172, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, use_cache=False,
+    )  # fmt: skip
+    base: Any = LlamaForCausalLM(config).train()
+    lora = peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    model: nn.Module = peft.get_peft_model(base, lora) if adapted else base
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    actpass.set_optimizer(optimizer)  # else the first layer, which takes data, is planned as all there is
+    for layer in base.model.layers:
+        layer.compile(backend="actcomp", options={"memory_budget": budget, "min_tensor_bytes": 1024})
+    tokens = torch.randint(32, (8, 64), generator=torch.Generator().manual_seed(0))
+
+    def backward() -> None:
+        model(input_ids=tokens, labels=tokens).loss.backward()
+
+    def begin() -> None:
+        backward()
+        model.zero_grad()
+
+    for _ in range(3):
+        begin()
+        backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    there = storage_bytes([*model.parameters(), *model.buffers()]) + inner_bytes(optimizer)
+    taken = there + measure(backward, before=begin).peak_bytes
+    assert taken <= budget
+    assert actpass.report(model).step_bytes == pytest.approx(taken, rel=0.05)
 
 
 def test_sizes_that_grow_take_few_graphs_and_no_budget_is_exceeded():

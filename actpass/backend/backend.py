@@ -24,6 +24,7 @@ from actpass.backend.state_inputs import RegionRequest, device_of
 from actpass.errors import ActpassError, ActpassWarning, InternalError
 from actpass.ir.graph_inputs import GraphInputs, arguments_of
 from actpass.ir.inline import inline_regions
+from actpass.memory.resident import frozen_around
 from actpass.options import Config, parse
 from actpass.reporting.describe import describe_unknown
 from actpass.reporting.eager_estimate import with_eager_curve
@@ -36,12 +37,14 @@ from actpass.runtime import replan as steps
 from actpass.runtime.deferred_logits import taking_ordinary
 from actpass.torch_compat import (
     TESTED_TORCH,
+    FakeTensor,
     RestartAnalysis,
     compile_fx,
     current_code,
     current_frame,
     is_part_of_a_step,
     is_piece_of_ddp,
+    running_modules,
     sizes_as_planned,
     torch_is_tested,
     went_through_inductor,
@@ -182,7 +185,8 @@ def _compile_region(
     if config.plan is not None:
         shapes += config.plan.hash  # what a search gave the same code is not this plan's
     before = steps.running() if is_part_of_a_step(gm) or any(plain.computed) else []
-    peak = peak_budget(config, example_inputs, [p for r in before for p in r.parameters.values()])
+    others = [*(p for r in before for p in r.parameters.values()), *frozen_around(example_inputs, running_modules())]
+    peak = peak_budget(config, example_inputs, others)
     if peak is not None:
         peak = replace(peak, headrooms=headrooms(gm, example_inputs, again=regions.is_compiled(code)))
         shapes += repr([h.sizes for h in peak.headrooms[:1]])
@@ -221,7 +225,18 @@ def _compile_region(
     positions = positions or tuple(i for _, i in arguments)
     named = tuple((path, tuple(example_inputs[i].shape)) for path, i in arguments)
     trace(record)
-    region = regions.Region(record, config, positions, current_frame(), code=code, shapes=shapes, peak=peak, arguments=named)
+    region = regions.Region(
+        record,
+        config,
+        positions,
+        current_frame(),
+        code=code,
+        shapes=shapes,
+        peak=peak,
+        arguments=named,
+        compiled_with=regions.weakly(example_inputs[i] for i in positions if not isinstance(example_inputs[i], FakeTensor)),
+        beside=regions.weakly(others),
+    )
     regions.register(region)
     return given_state(fn, region, replace(request, extra=extra))
 

@@ -17,8 +17,8 @@ from actpass.torch_compat import is_part_of_a_step, size_hint, sizes_as_planned,
 
 
 def peak_budget(config: Config, inputs: Sequence[Any], others: Iterable[torch.Tensor] = ()) -> PeakBudget | None:
-    """The budget of a region that runs with ``inputs``, if it is one of peak bytes. others: parameters of regions that ran
-    before it in the step."""
+    """The budget of a region that runs with ``inputs``, if it is one of peak bytes. others: of regions that ran before it
+    in the step, and what is frozen around it."""
     asked = config.memory_budget
     return PeakBudget(asked, resident(inputs, others, config.optimizer_state_bytes)) if isinstance(asked, int) else None
 

@@ -21,7 +21,7 @@ from actpass.errors import OptionError
 from actpass.ir.copying import copy_module
 from actpass.ir.graph_inputs import GraphInputs
 from actpass.ir.inline import inline_regions
-from actpass.memory.resident import storages
+from actpass.memory.resident import frozen_around, storages
 from actpass.options import Config, parse
 from actpass.pipeline import Compiled
 from actpass.plan import POLICIES
@@ -56,7 +56,7 @@ def explain_model(
     compiled: list[Compiled] = []
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any], **_: Any) -> Any:
-        done = _analyse(gm, example_inputs, config, explore)
+        done = _analyse(model, gm, example_inputs, config, explore)
         if done is not None:
             compiled.append(done)
         return gm.forward
@@ -74,11 +74,13 @@ def explain_model(
     return Explanation(Report(tuple(records), why), tuple(compiled))
 
 
-def _analyse(gm: fx.GraphModule, example_inputs: list[Any], config: Config, explore: bool) -> Compiled | None:
+def _analyse(
+    model: torch.nn.Module, gm: fx.GraphModule, example_inputs: list[Any], config: Config, explore: bool
+) -> Compiled | None:
     gm, called = inline_regions(gm, example_inputs)
     plain = GraphInputs.of(gm, example_inputs)
     gm, example_inputs = _off_meta(gm, example_inputs)
-    peak = peak_budget(config, example_inputs)
+    peak = peak_budget(config, example_inputs, frozen_around(example_inputs, [model]))
     request = RegionRequest.of(gm, example_inputs, config, inputs=plain, peak=peak)
     # what a region takes beside its inputs fixes its plan, and then there is no choice whose alternatives could be explored
     run = run_passes if explore else run_passes_with_state

@@ -16,14 +16,15 @@ from actpass.torch_compat import FakeTensor, ShardedUnit, active_ddp, is_buckete
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resident:
-    """Bytes. inputs: parameters, buffers and a region's other inputs. others: parameters that the region does not take, of the
-    same optimizers or of regions that ran before it in the step. optimizer_state: of the optimizers that step these
-    parameters, what is there and what their first step will add. assumed: whether it is AdamW's, because no optimizer is known
-    yet. accumulated: gradients that are there already, to which a backward's are added. buckets: the copy of all
-    gradients that DistributedDataParallel reduces. gathered: parameters of other FSDP2 units that are whole at the same time:
-    those that stay so, and those of the next unit, which arrive. scratch: what an optimizer's step takes for a moment beside
-    all gradients; not part of ``total``. elsewhere: whether there are trained parameters that the region does not take: it is
-    not the whole of a step. known: whether an optimizer of these parameters is."""
+    """Bytes. inputs: parameters, buffers and other inputs of the call that a region was compiled in. others: parameters that
+    this call does not take, of the same optimizers or of regions of the step, and what is frozen in the modules around it.
+    optimizer_state: of the optimizers that step these parameters, what is there and what their first step will add. assumed:
+    whether it is AdamW's, because no optimizer is known yet. accumulated: gradients that are there already, to which a
+    backward's are added. buckets: the copy of all gradients that DistributedDataParallel reduces. gathered: parameters of other
+    FSDP2 units that are whole at the same time: those that stay so, and those of the next unit, which arrive. scratch: what an
+    optimizer's step takes for a moment beside all gradients; not part of ``total``. elsewhere: whether there are trained
+    parameters that the region does not take: it is not the whole of a step. known: whether an optimizer of these parameters
+    is."""
 
     inputs: int
     optimizer_state: int
@@ -65,9 +66,10 @@ def resident(inputs: Sequence[Any], others: Iterable[torch.Tensor] = (), optimiz
     """What a region that runs with ``inputs`` finds in memory: they, and all that the optimizers of its parameters step.
     Counted by storage, so that what is tied counts once, and of a tensor subclass what is inside it.
 
-    others: parameters that were seen in the same step. optimizer_state_bytes: what the user said of an optimizer that is not
-    known. Where DDP's buckets cut the graph in pieces, inputs are fake: parameters are then those of the DDP that runs. Under
-    FSDP2 inputs are whole parameters; all shards are there beside them, those of frozen parameters, too.
+    others: parameters that were seen in the same step, and what is frozen around the region. optimizer_state_bytes: what the
+    user said of an optimizer that is not known. Where DDP's buckets cut the graph in pieces, inputs are fake: parameters are
+    then those of the DDP that runs. Under FSDP2 inputs are whole parameters; all shards are there beside them, those of frozen
+    parameters, too.
     """
     tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
     parameters = {id(p): p for p in tensors if isinstance(p, torch.nn.Parameter)}
@@ -90,11 +92,26 @@ def resident(inputs: Sequence[Any], others: Iterable[torch.Tensor] = (), optimiz
     )
 
 
-def again(before: Resident, parameters: Iterable[torch.Tensor], optimizer_state_bytes: int | None) -> Resident:
-    """What a region that was compiled beside ``before``, and runs with ``parameters``, finds now that other optimizers are
-    known."""
+def again(
+    before: Resident, parameters: Iterable[torch.Tensor], others: Iterable[torch.Tensor], optimizer_state_bytes: int | None
+) -> Resident:
+    """What a region that was compiled beside ``before``, in a call with ``parameters``, finds now that more is known: other
+    optimizers, and ``others``, which include what later calls ran with."""
     own = {id(p): p for p in parameters}
-    return _stepped(own, {}, optimizer_state_bytes).beside(before, own.values())
+    around = {id(p): p for p in others if id(p) not in own}
+    return _stepped(own, around, optimizer_state_bytes).beside(before, own.values())
+
+
+def frozen_around(inputs: Sequence[Any], modules: Iterable[torch.nn.Module]) -> list[torch.Tensor]:
+    """Frozen parameters and buffers of ``modules``, in whose forward a region with ``inputs`` is compiled, that are no inputs
+    and on the device of one: those of an embedding and a head no optimizer steps, and maybe no region takes. None where inputs
+    are fake, and do not tell which they are."""
+    tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+    if any(isinstance(x, FakeTensor) for x in tensors):
+        return []
+    own, devices = {id(x) for x in tensors}, {x.device for x in tensors}
+    held = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
+    return [t for i, t in held.items() if i not in own and not t.requires_grad and t.device in devices]
 
 
 @dataclass(frozen=True)

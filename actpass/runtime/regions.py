@@ -25,6 +25,13 @@ from actpass.reporting import Record
 from actpass.runtime import replan as steps
 from actpass.torch_compat import has_all_graphs, reset_code, stand_ins, uncompiled
 
+Tensors = weakref.WeakValueDictionary[int, torch.Tensor]
+"""By id."""
+
+
+def weakly(tensors: Iterable[torch.Tensor]) -> Tensors:
+    return Tensors({id(t): t for t in tensors})
+
 
 @dataclass(eq=False)
 class Region:
@@ -35,9 +42,10 @@ class Region:
     graph break), the region that ran before. frame: Dynamo's number for the code that was compiled; a recompilation has the
     same. called: when it ran last. code: the Python code that it was compiled from. shapes: of its inputs. peak: its budget, if
     that is one of peak bytes, beside what is resident now. arguments: (path, shape) where the parameters are arguments of the
-    compiled function; positions are theirs then. planned: what was resident when it was compiled. superseded: whether it
-    will be compiled again. refused: the error that its next call raises. missed: why the last step of its parameters did not
-    run it.
+    compiled function; positions are theirs then. planned: what was resident when it was compiled. compiled_with: the parameters
+    of the call that compiled it, which ``planned.inputs`` counts. beside: what was counted beside them then. superseded:
+    whether it will be compiled again. refused: the error that its next call raises. missed: why the last step of its
+    parameters did not run it. is_met: whether all it ran with is in its budget.
     """
 
     record: Record
@@ -45,18 +53,19 @@ class Region:
     positions: tuple[int, ...]
     frame: int | None = None
     called: int = 0
-    parameters: weakref.WeakValueDictionary[int, torch.Tensor] = field(
-        default_factory=weakref.WeakValueDictionary[int, torch.Tensor]
-    )
+    parameters: Tensors = field(default_factory=Tensors)
     follows: Region | None = None
     code: types.CodeType | None = None
     shapes: str = ""
     peak: PeakBudget | None = None
     arguments: tuple[tuple[str, tuple[int, ...]], ...] = ()
     planned: Resident | None = None
+    compiled_with: Tensors = field(default_factory=Tensors)
+    beside: Tensors = field(default_factory=Tensors)
     superseded: bool = False
     refused: BudgetError | None = None
     missed: str | None = None
+    is_met: bool = False
 
     def __post_init__(self) -> None:
         self.planned = self.peak.resident if self.peak is not None else None
@@ -83,6 +92,7 @@ class Region:
         first = args[self.positions[0]]
         if self.parameters.get(id(first)) is not first:
             self.parameters.update((id(args[i]), args[i]) for i in self.positions)
+            self.is_met = False
 
     def compile_again(self) -> None:
         """Forget the code that was compiled: it is compiled again at the next call."""
@@ -101,12 +111,15 @@ class Region:
             return False
         return self.planned.total - self.peak.resident.total > MARGIN * self.peak.nbytes
 
-    def meet(self) -> BudgetError | None:
-        """Take what the known optimizers hold for what is resident. A plan that does not hold beside it is made anew at the
-        next call. Returns the error if none can: while the optimizer steps there is too little room, whatever the plan."""
+    def meet(self, others: Iterable[torch.Tensor]) -> BudgetError | None:
+        """Take what the known optimizers hold, and ``others``, which the step runs with, for what is resident. A plan that does
+        not hold beside it is made anew at the next call. Returns the error if none can: while the optimizer steps there is too
+        little room, whatever the plan."""
+        self.is_met = True
         if self.peak is None:
             return None
-        now = again(self.peak.resident, self.parameters.values(), self.config.optimizer_state_bytes)
+        others = [*self.beside.values(), *others]
+        now = again(self.peak.resident, self.compiled_with.values(), others, self.config.optimizer_state_bytes)
         self.peak = replace(self.peak, resident=now)
         totals = replace(self.record.totals, resident_bytes=now.total, scratch_bytes=now.scratch)
         self.record = replace(self.record, totals=totals)
@@ -176,8 +189,8 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         return
     if is_new and len(optimizers.stepping(optimizers.stepped_by(optimizer))) > 1:
         gc.collect()  # one that was deleted may live on in a cycle with its scheduler, and its state with it
-    errors = [r.meet() for r in own] if changed else []
-    if error := next((e for e in errors if e is not None), None):
+    errors = _meet(own) if changed or not all(r.is_met for r in own) else {}
+    if error := next(iter(errors.values()), None):
         optimizers.forget(optimizer)
         raise error
     _tell_missed(optimizer, own)
@@ -190,8 +203,7 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     if not optimizers.note(optimizer):
         return
     own = _stepped_by(optimizer)
-    for region in own:
-        region.refused = region.meet()
+    _refuse(own)
     try:
         if any(r.peak is not None and r.peak.part for r in own):
             steps.plan_again()
@@ -202,16 +214,34 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 def step_done() -> None:
     """A training loop without a torch optimizer has made a step. Raises as an optimizer's step does."""
-    if steps.running():
-        steps.complete()
+    running = set(steps.running())
+    if not running:
+        return
+    own = {r for r in _regions if r in running}
+    if not all(r.is_met for r in own):
+        _refuse(own)
+    steps.complete()
 
 
 def meet(given: Iterable[torch.optim.Optimizer]) -> None:
     """Optimizers were named. Regions that run already are planned anew beside them, if they must."""
     for optimizer in given:
         optimizers.note(optimizer)
-        for region in _stepped_by(optimizers.inner(optimizer)):
-            region.refused = region.meet()
+        _refuse(_stepped_by(optimizers.inner(optimizer)))
+
+
+def _refuse(own: set[Region]) -> None:
+    """`_meet`: its errors are for the next call."""
+    errors = _meet(own)
+    for region in own:
+        region.refused = errors.get(region)
+
+
+def _meet(own: set[Region]) -> dict[Region, BudgetError]:
+    """Count what is resident anew for ``own``: with all that they, and the regions of their step, ran with."""
+    others = [p for r in steps.together(own) for p in list(r.parameters.values())]
+    errors = {r: r.meet(others) for r in own}
+    return {r: error for r, error in errors.items() if error is not None}
 
 
 def _stepped_by(optimizer: torch.optim.Optimizer) -> set[Region]:

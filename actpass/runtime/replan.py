@@ -7,7 +7,7 @@ import math
 import types
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -64,6 +64,16 @@ def note(region: Part, parameter: int | None) -> None:
 def running() -> list[Part]:
     """The regions that have run in this step."""
     return list(dict.fromkeys(r for r, _ in _living(_calls)))
+
+
+def together(regions: Collection[Part]) -> set[Part]:
+    """``regions``, and those that ran with one of them in this step or the last."""
+    found = set(regions)
+    for calls in (_calls, _last):
+        step = {r for r, _ in _living(calls)}
+        if not step.isdisjoint(regions):
+            found |= step
+    return found
 
 
 def is_part(code: types.CodeType | None, parameter: int | None) -> bool | None:
