@@ -484,3 +484,26 @@ def test_accumulated_gradients_are_planned_for_once_there_are_any():
         resident += [r.totals.resident_bytes for r in report.regions]
     gradients = sum(p.numel() * 4 for p in model.parameters())
     assert resident[-1] == resident[0] + gradients
+
+
+@pytest.mark.usefixtures("no_codegen")
+def test_eager_modes_curve_is_known_where_sizes_are_planned():
+    """It is that of the planned sizes, whatever the call's are."""
+
+    class Reshaped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.hidden, self.head = nn.Embedding(500, 32), nn.Linear(32, 32), nn.Linear(32, 500)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.hidden(self.embed(x)).tanh().view(x.shape[0], x.shape[1], -1, 8).flatten(2)
+            return nn.functional.cross_entropy(self.head(h).flatten(0, 1), x.flatten())
+
+    model = Reshaped()
+    compiled = torch.compile(model, backend="actcomp", options={"memory_budget": 50_000_000})
+    for length in (100, 130):
+        compiled(torch.randint(500, (4, length))).backward()
+    region = actpass.report(model).regions[0]
+    assert [n for _, n in region.sizes] == [256]
+    assert region.curves is not None
+    assert region.curves.eager is not None

@@ -43,7 +43,8 @@ def run_eager(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Curve:
     gm = _as_eager_runs_it(gm)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode, torch.enable_grad():
-        leaves = [_fake(e) for e in example_inputs]
+        traced = [n.meta.get("example_value") for n in gm.graph.find_nodes(op="placeholder")]
+        leaves = [_fake(e, like) for e, like in zip(example_inputs, traced, strict=True)]
         # what another region computed is no leaf, and may be written to
         inputs = [i.clone() if is_computed(e) else i for i, e in zip(leaves, example_inputs, strict=True)]
     live = _LiveBytes([*leaves, *inputs])
@@ -144,13 +145,14 @@ class _LiveBytes(TorchDispatchMode):
         return levels
 
 
-def _fake(example: Any) -> Any:
-    """A fresh leaf like ``example``, in the fake mode that is on."""
+def _fake(example: Any, traced: Any) -> Any:
+    """A fresh leaf like ``example``, in the fake mode that is on. traced: what stood for it, whose sizes may be symbolic."""
     if not isinstance(example, torch.Tensor):
         return size_hint(example) if isinstance(example, torch.SymInt) else example
     if type(example) not in (torch.Tensor, torch.nn.Parameter, FakeTensor):
         raise GraphUnsupported(f"an input is a {type(example).__name__}, a tensor of a kind of its own")
-    shape, strides = ([size_hint(n) for n in sizes] for sizes in (example.shape, example.stride()))
+    sizes = traced if isinstance(traced, torch.Tensor) else example
+    shape, strides = ([size_hint(n) for n in of] for of in (sizes.shape, sizes.stride()))
     new = torch.empty_strided(shape, strides, dtype=example.dtype, device=example.device)
     return new.requires_grad_(example.requires_grad)
 
