@@ -33,7 +33,7 @@ from actpass.passes.scatter_onto_sums import ScatterOntoSums
 from actpass.passes.spell_flips import SpellFlips
 from actpass.passes.sum_one_hots import SumOneHots
 from actpass.plan import Plan
-from actpass.plan.multi_region import Capacity, OperatingPoint
+from actpass.plan.multi_region import OperatingPoint
 from actpass.planner import apply_plan as follow
 from actpass.planner.peak_budget import PeakBudget
 from actpass.planner.plan_source import Planner, RegionPlan, Searching
@@ -175,7 +175,7 @@ def _left_to_inductor(traced: RegionState, peak: PeakBudget | None, reason: str)
     warnings.warn(f"actpass left a region to Inductor alone, because {reason}", ActpassWarning, stacklevel=2)
     record = describe_fallback(traced.joint, default, config, reason)
     if peak is not None and fits:  # it has no choice, but counts in one plan over all parts of a step
-        record = _under(peak, replace(record, levels=(OperatingPoint(Capacity(default.saved_bytes), 0, default.footprint),)))
+        record = _under(peak, replace(record, levels=(OperatingPoint(default.saved_bytes, 0, default.footprint),)))
     return Compiled(record, default, traced.stages, traced)
 
 

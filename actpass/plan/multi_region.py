@@ -14,19 +14,11 @@ _CAPACITIES = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Capacity:
-    """nbytes: that may be saved. recompute: whether matmuls may be run again for that; if not, it takes fewer bits."""
-
-    nbytes: int
-    recompute: bool = True
-
-
-@dataclass(frozen=True, slots=True)
 class OperatingPoint:
-    """A plan of one region. capacity: from which the region finds it again. cost: see `actpass.plan.storage_options`.
-    footprint: what it takes."""
+    """A plan of one region. capacity: of saved bytes, from which the region finds it again. cost: see
+    `actpass.plan.storage_options`. footprint: what it takes."""
 
-    capacity: Capacity
+    capacity: int
     cost: int
     footprint: Footprint
 

@@ -26,7 +26,7 @@ from actpass.ir.op_queries import is_attention, is_matmul, is_reduction
 from actpass.options import Config, TensorOptions
 from actpass.passes.base import RegionState
 from actpass.plan import EXPONENTIAL, RECOMPUTED_SCORE, SAVE, SCORE, Candidate, CodecSet, Decision, Plan, SavedTensor, Storage
-from actpass.plan.multi_region import Capacity, OperatingPoint
+from actpass.plan.multi_region import OperatingPoint
 from actpass.plan.store import store
 from actpass.plan_file import ModelPlan
 from actpass.planner.peak_budget import PeakBudget
@@ -399,7 +399,7 @@ def check_budget(
                 f"more{other}.",
                 needed,
             )
-        level = OperatingPoint(Capacity(0), 0, done.footprint)
+        level = OperatingPoint(0, 0, done.footprint)
         return replace(choice, levels=(level,) if peak.part else ())
     if isinstance(budget, float):
         early = sum(s.nbytes for s in tensors if s.reason == EARLY_GRADIENT)

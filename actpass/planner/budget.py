@@ -23,7 +23,7 @@ from actpass.analysis.saved_tensors import EARLY_GRADIENT
 from actpass.codecs import QUANTIZERS
 from actpass.errors import BudgetError
 from actpass.plan import CodecSet
-from actpass.plan.multi_region import Capacity, OperatingPoint, needs
+from actpass.plan.multi_region import OperatingPoint, needs
 from actpass.plan.policies import wanted_again
 from actpass.planner.capacity_search import RANGE, CapacitySearch, Found
 from actpass.planner.free_cut import no_recompute_partition
@@ -78,7 +78,7 @@ def _within(
     """The best choice within the budget of the region."""
     budget = region.config.memory_budget
     if peak is not None and peak.capacity is not None:
-        return search.at(peak.capacity.nbytes, recompute=peak.capacity.recompute).choice
+        return search.at(peak.capacity).choice
     if peak is not None and peak.part:
         return _least_of_ladder(search, cut_of)
     if peak is not None:
@@ -117,11 +117,8 @@ def alternatives(region: Region, count: int) -> list[tuple[int, PartitionPlan]]:
 def _least_of_ladder(search: CapacitySearch, cut_of: Callable[[PartitionPlan], PartitionedGraph]) -> PartitionPlan:
     """The choice with the least peak, and all of the ladder."""
     levels: list[tuple[OperatingPoint, PartitionPlan]] = []
-    ladder = [*map(Capacity, search.capacities(_STEP_OF_LADDER))]
-    if search.unlimited is not None:
-        ladder.append(Capacity(search.unlimited, recompute=False))
-    for capacity in ladder:
-        found = search.at(capacity.nbytes, recompute=capacity.recompute)
+    for capacity in search.capacities(_STEP_OF_LADDER):
+        found = search.at(capacity)
         footprint = cut_of(found.choice).footprint
         levels.append((OperatingPoint(capacity, found.cost, footprint), found.choice))
     _, choice = min(levels, key=lambda item: (needs([item[0]]), item[0].cost))
@@ -135,46 +132,31 @@ def within_peak(search: CapacitySearch, cut_of: Callable[[PartitionPlan], Any], 
     looked at from the largest down; of many tensors only each ``stride``-th, and those just above the first that fits. What is
     stored without a budget, with nothing run again, is taken where it fits and costs less, or nothing else fits.
     """
-    looked = _Looked(search, cut_of, budget)
-    capacities = [*map(Capacity, search.capacities(_STEP))]
+    capacities = search.capacities(_STEP)
+    known: dict[int, Found] = {}
+    cuts: dict[Hashable, Any] = {}  # several capacities may give one choice
+
+    def cut(found: Found) -> Any:
+        if found.choice.key not in cuts:
+            cuts[found.choice.key] = cut_of(found.choice)
+        return cuts[found.choice.key]
+
+    def fits(found: Found) -> bool:
+        return budget.needs(cut(found)) <= max(budget.nbytes, budget.floor(cut(found)))
+
+    def is_enough(i: int) -> bool:
+        known[i] = known[i] if i in known else search.at(capacities[i])
+        return fits(known[i])
+
     last = len(capacities) - 1
-    first = next((i for i in (*range(0, last, search.stride), last) if looked.fits(capacities[i])), None)
-    found: list[Found] = []
+    first = next((i for i in (*range(0, last, search.stride), last) if is_enough(i)), None)
     if first is not None:
-        first = next(i for i in range(max(0, first - search.stride + 1), first + 1) if looked.fits(capacities[i]))
-        found.append(looked.at(capacities[first]))
-    if first != 0 and search.unlimited is not None:
-        plain = Capacity(search.unlimited, recompute=False)
-        found += [looked.at(plain)] if looked.fits(plain) else []
-    best = min(found, key=lambda f: f.cost, default=looked.least)
-    if found and budget.needs(looked.cut_of(best)) <= budget.nbytes:
+        first = next(i for i in range(max(0, first - search.stride + 1), first + 1) if is_enough(i))
+    looked = [*known.values()] if first is None else [known[first]]
+    plain = search.unlimited if first != 0 else None
+    looked += [plain] if plain is not None else []
+    fitting = [found for found in looked if fits(found)]
+    best = min(fitting, key=lambda f: f.cost) if fitting else min(looked, key=lambda f: budget.needs(cut(f)))
+    if budget.needs(cut(best)) <= budget.nbytes:
         return replace(best.choice, limited=first != 0)
-    raise budget.error(looked.cut_of(best), search.region.config.tensor_options.described)
-
-
-class _Looked:
-    """Choices that were looked at, as they will be compiled: several capacities may give one."""
-
-    def __init__(self, search: CapacitySearch, cut_of: Callable[[PartitionPlan], Any], budget: Limit) -> None:
-        self._search, self._cut_of, self._budget = search, cut_of, budget
-        self._found: dict[Capacity, Found] = {}
-        self._cuts: dict[Hashable, Any] = {}
-
-    def at(self, capacity: Capacity) -> Found:
-        if capacity not in self._found:
-            self._found[capacity] = self._search.at(capacity.nbytes, recompute=capacity.recompute)
-        return self._found[capacity]
-
-    def cut_of(self, found: Found) -> Any:
-        if found.choice.key not in self._cuts:
-            self._cuts[found.choice.key] = self._cut_of(found.choice)
-        return self._cuts[found.choice.key]
-
-    def fits(self, capacity: Capacity) -> bool:
-        cut = self.cut_of(self.at(capacity))
-        return self._budget.needs(cut) <= max(self._budget.nbytes, self._budget.floor(cut))
-
-    @property
-    def least(self) -> Found:
-        """The one that needs the fewest bytes."""
-        return min(self._found.values(), key=lambda found: self._budget.needs(self.cut_of(found)))
+    raise budget.error(cut(best), search.region.config.tensor_options.described)

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 from actpass.errors import BudgetError
 from actpass.memory.footprint import MARGIN, Footprint, step_peak
 from actpass.memory.resident import Resident
-from actpass.plan.multi_region import Capacity
 from actpass.torch_compat import Sizes
 
 
@@ -41,7 +40,7 @@ class PeakBudget:
     nbytes: int
     resident: Resident
     part: bool = False
-    capacity: Capacity | None = None
+    capacity: int | None = None
     headrooms: tuple[Headroom, ...] = ()
 
     def within(self, headroom: Headroom) -> PeakBudget:

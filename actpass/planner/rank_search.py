@@ -59,7 +59,7 @@ class RankSearch:
 
     unlimited = None  # nothing is run again at any capacity
 
-    def at(self, capacity: int, *, recompute: bool = True) -> Found:
+    def at(self, capacity: int) -> Found:
         """The choice with the least error within ``capacity``, or the smallest ranks. What is stored besides does not depend
         on the ranks, but for a basis that crosses or a payload too small to be coded: what it comes to is looked at."""
         best = self._smallest

@@ -31,26 +31,26 @@ class _Crossing:
         costs: Costs,
     ) -> None:
         self.constraints, self.cut, self.tensors = constraints, cut, tensors
-        self.sizes, self._request_for, self._costs = sizes, request_for, costs
+        self.sizes, self._request_for, self.costs = sizes, request_for, costs
         self._menus: dict[tuple[str | None, bool], list[StorageOptions]] = {}
         self._bytes: dict[str, int] = {}
 
     @property
     def widths(self) -> tuple[str, ...]:
         """The codecs that are offered, the finest first."""
-        return self._costs.codecs.offered
+        return self.costs.codecs.offered
 
     def storage_options(self, coarsest_codec: str | None, *, recompute: bool) -> list[StorageOptions]:
         key = coarsest_codec, recompute
         if key not in self._menus:
             self._menus[key] = storage_options(
-                self.tensors, self._request_for, self.sizes, self._costs, recompute=recompute, coarsest_codec=coarsest_codec
+                self.tensors, self._request_for, self.sizes, self.costs, recompute=recompute, coarsest_codec=coarsest_codec
             )
         return self._menus[key]
 
     def bytes_in(self, width: str) -> int:
         if width not in self._bytes:
-            self._bytes[width] = bytes_in(width, self.tensors, self._request_for, self.sizes, self._costs.codecs)
+            self._bytes[width] = bytes_in(width, self.tensors, self._request_for, self.sizes, self.costs.codecs)
         return self._bytes[width]
 
 
@@ -99,15 +99,20 @@ class Search(Generic[R]):
         return [*found, self.least]
 
     @property
-    def unlimited(self) -> int:
-        """What is stored without a budget. It is looked at without recomputation, too: what is run again is in memory beside
-        what it is needed for, and fewer bits may have the lower peak."""
-        crossing, request_for = self._base, self.region.config.tensor_options_of_any
-        found = choose_storage(crossing.tensors, request_for, crossing.sizes, CodecSet.of(QUANTIZERS))
-        return sum(s.stored_bytes for s in found)
+    def unlimited(self) -> Found:
+        """What is chosen without a budget, with nothing run again: that is in memory beside what it is needed for, and fewer
+        bits may have the lower peak."""
+        crossing, costs = self._base, self._base.costs
+        storages = choose_storage(
+            crossing.tensors, self.region.config.tensor_options_of_any, crossing.sizes, CodecSet.of(QUANTIZERS)
+        )
+        codecs = {s.node: None if s.codec == SAVE else s.codec for s in storages}
+        stored = sum(s.stored_bytes for s in storages)
+        cost = sum(costs.of_form(t, s.codec, s.stored_bytes) for t, s in zip(crossing.tensors, storages, strict=True))
+        return Found(PartitionPlan(crossing.constraints, crossing.cut, codecs), stored, cost)
 
-    def at(self, capacity: int, *, recompute: bool = True) -> Found:
-        """The cheapest choice within ``capacity``, or the smallest that was found. recompute: whether matmuls may be run again.
+    def at(self, capacity: int) -> Found:
+        """The cheapest choice within ``capacity``, or the smallest that was found.
 
         Where everything fits in one width, nothing takes a coarser one, if that can be met with queries and keys in forms that
         are safe: an error is weighed against time, and one tensor in 8 bits where 16 do for all is a worse gradient.
@@ -116,8 +121,7 @@ class Search(Generic[R]):
         widest = next((i for i, w in enumerate(widths) if self._base.bytes_in(w) <= capacity), len(widths) - 1)
         found: list[Found] = []
         for coarsest_codec in widths[widest:]:
-            again = self._at(capacity, coarsest_codec) if recompute else self._settle([], capacity, coarsest_codec)
-            found.append(again)
+            found.append(self._at(capacity, coarsest_codec))
             if found[-1].stored <= capacity:
                 return found[-1]
         return min(found, key=lambda f: f.stored)

@@ -14,7 +14,7 @@ import torch
 
 from actpass.errors import BudgetError
 from actpass.memory.footprint import MARGIN, step_peak
-from actpass.plan.multi_region import Capacity, OperatingPoint, allocate_budget
+from actpass.plan.multi_region import OperatingPoint, allocate_budget
 from actpass.planner.peak_budget import PeakBudget
 from actpass.reporting import Record
 from actpass.runtime.progress import log
@@ -43,7 +43,7 @@ _last: list[tuple[weakref.ref[Part], int | None]] = []
 """Those of the last step."""
 _planned: set[tuple[Any, ...]] = set()
 """Sequences of parts for which there is a plan, with what was resident."""
-_capacities: dict[_Part, tuple[Capacity, tuple[OperatingPoint, ...]]] = {}
+_capacities: dict[_Part, tuple[int, tuple[OperatingPoint, ...]]] = {}
 """What the plan gave a part, and what it could choose from."""
 _parts: set[types.CodeType | None] = set()
 """Codes that were seen to be one of several in a step."""
@@ -82,7 +82,7 @@ def is_part(code: types.CodeType | None, parameter: int | None) -> bool | None:
     return True if code in _parts else False if (code, parameter) in _alone else None
 
 
-def capacity_of(code: types.CodeType | None, shapes: str, nbytes: int) -> Capacity | None:
+def capacity_of(code: types.CodeType | None, shapes: str, nbytes: int) -> int | None:
     """What the plan over all parts gave the one that is compiled from ``code`` for inputs of ``shapes`` under a budget."""
     given = _capacities.get((code, shapes, nbytes))
     return given[0] if given is not None else None
@@ -142,7 +142,7 @@ def _spread(noted: _Calls) -> None:
     calls = [((r.code, r.shapes, r.peak.nbytes), parameter) for r, parameter in noted if r.peak is not None]
     keys: list[_Part] = [part for part, _ in _once(calls)]
     regions = {part: r for (part, _), (r, _) in zip(calls, noted, strict=True)}
-    ladders = {k: r.record.levels or _capacities.get(k, (None, ()))[1] for k, r in regions.items()}
+    ladders = {k: r.record.levels or _capacities.get(k, (0, ()))[1] for k, r in regions.items()}
     peaks = [r.peak for r in regions.values() if r.peak is not None]
     resident = max((p.resident.total for p in peaks), default=0)
     if not keys or (resident, *keys) in _planned or not all(ladders.values()):
