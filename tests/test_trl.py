@@ -126,15 +126,15 @@ def step_bytes(trainer: Any) -> list[int]:
 
 @pytest.mark.codegen
 def test_packed_batches_of_many_lengths_stay_within_a_budget(tmp_path: Path):
-    """Whatever the length, also behind the first two, which are compiled. Eager mode takes twice as much."""
-    eager = max(step_bytes(sft(tmp_path, 8)))
+    """Whatever the length, also behind the first two, which are compiled. It is 0.55 of what eager mode takes."""
+    budget = int(0.55 * max(step_bytes(sft(tmp_path, 8))))
     trainer = sft(tmp_path, 8)
     met = lengths_of(trainer)
-    trainer.model.compile(backend="actcomp", options={"memory_budget": eager // 2, "min_tensor_bytes": 0})
+    trainer.model.compile(backend="actcomp", options={"memory_budget": budget, "min_tensor_bytes": 0})
     taken = step_bytes(trainer)
     assert len(met) > 4
     assert len(taken) == 8
-    assert max(taken[2:]) <= eager // 2
+    assert max(taken[2:]) <= budget
 
 
 @pytest.mark.usefixtures("no_codegen")
