@@ -126,8 +126,8 @@ def step_bytes(trainer: Any) -> list[int]:
 
 @pytest.mark.codegen
 def test_packed_batches_of_many_lengths_stay_within_a_budget(tmp_path: Path):
-    """Whatever the length, also behind the first two, which are compiled. It is 0.55 of what eager mode takes."""
-    budget = int(0.55 * max(step_bytes(sft(tmp_path, 8))))
+    """Whatever the length, also behind the first two, which are compiled. It is 0.65 of what eager mode takes."""
+    budget = int(0.65 * max(step_bytes(sft(tmp_path, 8))))
     trainer = sft(tmp_path, 8)
     met = lengths_of(trainer)
     trainer.model.compile(backend="actcomp", options={"memory_budget": budget, "min_tensor_bytes": 0})
