@@ -321,6 +321,23 @@ def test_rows_whose_number_changes(name: str, tied: bool):
     assert "in 3 chunks" in notes(model), notes(model)
 
 
+def test_logits_that_read_how_many_rows_there_are_stay_whole():
+    class OfTheLength(Head):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            logits = self.head(torch.tanh(self.hidden(self.embed(x))))
+            return flat(logits / logits.shape[1], y)
+
+    torch.manual_seed(0)
+    model = OfTheLength(flat)
+    compiled = torch.compile(model, backend=eager_actcomp({"policy": "exact"}), dynamic=True)
+    for length in (75, 120):
+        given = of_length(4, length)
+        _, want = step(model, model, given)
+        _, grads = step(compiled, model, given)
+        assert all(error(grads[key], want[key]) < 300 * EPS for key in want)
+    assert "reads the size" in notes(model)
+
+
 @pytest.mark.codegen
 @pytest.mark.slow
 def test_code_for_rows_whose_number_changes_holds_no_logits():

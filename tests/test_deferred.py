@@ -126,6 +126,22 @@ def test_lengths_that_change(name: str):
     assert "chunks" in notes(model)
 
 
+def test_lengths_that_change_under_autocast():
+    """Read outside of it, which is where they are traced."""
+    model = Model()
+    function = torch.compile(model, backend=eager_actcomp({"policy": "exact"}), dynamic=True)
+    for length in (75, 120, 40):
+        given = of_length(4, length)
+        with torch.autocast("cpu", torch.bfloat16):
+            _, want = model(**given)
+            loss, logits = function(**given)
+        assert isinstance(logits, DeferredLogits)
+        read = logits.detach() + 0
+        assert read.dtype == logits.dtype == torch.bfloat16
+        assert torch.equal(read, want)
+        (loss + logits.float().square().mean()).backward()
+
+
 @pytest.mark.parametrize(("tied", "bias"), [(True, False), (False, False), (True, True)])
 def test_tied_weights_and_biases(tied: bool, bias: bool):
     model = Model(tied=tied, bias=bias)

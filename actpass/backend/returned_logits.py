@@ -191,7 +191,9 @@ class _Reader:
         """What was found, as functions of tensors. position: of the hidden state in the clone's results."""
         positions = {n: i for i, n in enumerate(self.placeholders)}
         sources = [_Source(_made(n).dtype, _made(n).device, self._wants_gradient(n)) for n in found.sources]
-        steps_of = partial(_steps, self._function(found), sources, _made(found.logits).requires_grad)
+        kind = sources[0].device.type
+        autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)  # as Dynamo's guards hold it for each call
+        steps_of = partial(_steps, self._function(found), sources, _made(found.logits).requires_grad, autocast)
         layouts = layouts_of([_made(n) for n in found.sources])
         steps = steps_of(layouts)
         random = [n for n in steps.forward.graph.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())]
@@ -216,6 +218,10 @@ class _Reader:
         return fx.GraphModule(self.gm, graph)
 
 
+_Autocast = tuple[bool, torch.dtype]
+"""Whether it is on, and to which dtype."""
+
+
 @dataclass(frozen=True)
 class _Source:
     """What logits are made of, whatever its shape."""
@@ -228,23 +234,32 @@ class _Source:
         return torch.empty_strided(*layout, dtype=self.dtype, device=self.device).requires_grad_(self.requires_grad)
 
 
-def _steps(function: fx.GraphModule, sources: Sequence[_Source], differentiated: bool, layouts: Layouts) -> Steps:
-    """``function`` of ``sources`` of these shapes, and its gradients if they are wanted."""
+def _steps(
+    function: fx.GraphModule, sources: Sequence[_Source], differentiated: bool, autocast: _Autocast, layouts: Layouts
+) -> Steps:
+    """``function`` of ``sources`` of these shapes, and its gradients if they are wanted, under the ``autocast`` around the
+    region: whoever reads them may be outside of it."""
+    enabled, to = autocast
+
+    @contextmanager
+    def traced() -> Generator[None, None, None]:
+        with _fake_values(), torch.autocast(sources[0].device.type, to, enabled, cache_enabled=False):
+            yield
 
     def fakes() -> list[torch.Tensor]:
         return [source.of(layout) for source, layout in zip(sources, layouts, strict=True)]
 
     def trace_forward() -> fx.GraphModule:
-        with _fake_values(), torch.no_grad():
+        with traced(), torch.no_grad():
             return _tidy(make_fx(function)(*fakes()))
 
     def trace_backward() -> fx.GraphModule:
-        with _fake_values():
+        with traced():
             return _tidy(
                 make_fx(partial(_pull, function))(torch.empty_strided(shape, strides, dtype=dtype, device=device), *fakes())
             )
 
-    with _fake_values(), torch.no_grad():
+    with traced(), torch.no_grad():
         logits = function(*fakes())
     shape, strides, dtype, device = tuple(logits.shape), logits.stride(), logits.dtype, logits.device
     return Steps(shape, strides, dtype, differentiated, trace_forward, trace_backward)

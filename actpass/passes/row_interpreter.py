@@ -137,6 +137,8 @@ class _Translator:
         """An operand of a pointwise operator: with rows if it has the axes of ``like``, else whole."""
         if not isinstance(node, fx.Node):
             return node
+        if not isinstance(node.meta.get("val"), torch.Tensor):
+            raise GraphUnsupported(f"{like.name} reads the size {node.name}, which changes with the number of rows")
         if node in known:
             return Operand(node, "rows")
         shape, wanted, lead = tuple(value(node).shape), tuple(value(like).shape), self._lead(like)

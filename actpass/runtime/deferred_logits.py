@@ -42,6 +42,8 @@ from actpass.torch_compat import FakeTensor, in_backward, size_hint
 aten = torch.ops.aten
 Layouts = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
 """The shape and strides of each of some tensors."""
+_MOST_SHAPES = 256
+"""Of which the steps to the logits are known: each takes some 0.3 MB once they are read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +74,8 @@ class Way:
     """From a hidden state to logits.
 
     hidden: which of the compiled graph's results the state is; None if it is one of the inputs. inputs: which of the region's
-    inputs are read on the way. find: the steps for a state and inputs of these shapes and strides. found: those of the shapes
-    that were met so far.
+    inputs are read on the way. find: the steps for a state and inputs of these shapes and strides. found: those of the last
+    shapes that were met.
     """
 
     hidden: int | None
@@ -84,6 +86,8 @@ class Way:
     def steps(self, leaves: Sequence[torch.Tensor]) -> Steps:
         layouts = layouts_of(leaves)
         if layouts not in self.found:
+            if len(self.found) >= _MOST_SHAPES:
+                del self.found[next(iter(self.found))]
             self.found[layouts] = self.find(layouts)
         return self.found[layouts]
 
