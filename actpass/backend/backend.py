@@ -26,6 +26,7 @@ from actpass.ir.graph_inputs import GraphInputs, arguments_of
 from actpass.ir.inline import inline_regions
 from actpass.memory.resident import frozen_around
 from actpass.options import Config, parse
+from actpass.planner.peak_budget import PeakBudget
 from actpass.reporting.describe import describe_unknown
 from actpass.reporting.eager_estimate import with_eager_curve
 from actpass.reporting.record import Record
@@ -186,10 +187,7 @@ def _compile_region(
         shapes += config.plan.hash  # what a search gave the same code is not this plan's
     before = steps.running() if is_part_of_a_step(gm) or any(plain.computed) else []
     others = [*(p for r in before for p in r.parameters.values()), *frozen_around(example_inputs, running_modules())]
-    peak = peak_budget(config, example_inputs, others)
-    if peak is not None:
-        peak = replace(peak, headrooms=headrooms(gm, example_inputs, again=regions.is_compiled(code)))
-        shapes += repr([h.sizes for h in peak.headrooms[:1]])
+    peak, shapes = _peak_budget(gm, example_inputs, config, shapes, others)
     positions = tuple(i for i, path in enumerate(plain.paths) if path is not None)
     first = id(example_inputs[positions[0]]) if positions else None
     if peak is not None and is_part(gm, plain, peak, steps.is_part(code, first)):
@@ -222,9 +220,9 @@ def _compile_region(
     arguments = arguments_of(gm, example_inputs, plain)
     if arguments:
         record = _with_arguments(record, config, [path for path, _ in arguments])
-    positions = positions or tuple(i for _, i in arguments)
-    named = tuple((path, tuple(example_inputs[i].shape)) for path, i in arguments)
     trace(record)
+    positions = positions or tuple(i for _, i in arguments)
+    parameters = [example_inputs[i] for i in positions if not isinstance(example_inputs[i], FakeTensor)]
     region = regions.Region(
         record,
         config,
@@ -233,12 +231,23 @@ def _compile_region(
         code=code,
         shapes=shapes,
         peak=peak,
-        arguments=named,
-        compiled_with=regions.weakly(example_inputs[i] for i in positions if not isinstance(example_inputs[i], FakeTensor)),
+        arguments=tuple((path, tuple(example_inputs[i].shape)) for path, i in arguments),
+        compiled_with=regions.weakly(parameters),
         beside=regions.weakly(others),
     )
     regions.register(region)
     return given_state(fn, region, replace(request, extra=extra))
+
+
+def _peak_budget(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, shapes: str, others: Sequence[torch.Tensor]
+) -> tuple[PeakBudget | None, str]:
+    """The budget of a region beside ``others``, with the sizes to plan for, and ``shapes`` with these."""
+    peak = peak_budget(config, example_inputs, others)
+    if peak is None:
+        return None, shapes
+    peak = replace(peak, headrooms=headrooms(gm, example_inputs, again=regions.is_compiled(current_code())))
+    return peak, shapes + repr([h.sizes for h in peak.headrooms[:1]])
 
 
 def noting_calls(record: Record, called: int) -> Record:

@@ -26,7 +26,7 @@ from actpass.ir.copying import copy_module
 from actpass.ir.graph_inputs import GraphInputs, is_written
 from actpass.ir.traversal import ancestors, descendants
 from actpass.passes.loss_region import LEAST_SHARE
-from actpass.runtime.deferred_logits import Layouts, Steps, Way, layouts_of
+from actpass.runtime.deferred_logits import Layouts, TracedWay, Way, layouts_of
 from actpass.torch_compat import (
     FakeTensor,
     FakeTensorMode,
@@ -193,15 +193,15 @@ class _Reader:
         sources = [_Source(_made(n).dtype, _made(n).device, self._wants_gradient(n)) for n in found.sources]
         kind = sources[0].device.type
         autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)  # as Dynamo's guards hold it for each call
-        steps_of = partial(_steps, self._function(found), sources, _made(found.logits).requires_grad, autocast)
+        at = partial(_traced_way, self._function(found), sources, _made(found.logits).requires_grad, autocast)
         layouts = layouts_of([_made(n) for n in found.sources])
-        steps = steps_of(layouts)
-        random = [n for n in steps.forward.graph.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())]
+        way = at(layouts)
+        random = [n for n in way.forward.graph.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())]
         if random:
             raise GraphUnsupported(f"{random[0].target} on the way to them draws random numbers")
-        if steps.differentiated:
-            _ = steps.backward  # traced now: what can't be differentiated is said now
-        return Way(position, tuple(positions[n] for n in found.leaves), steps_of, {layouts: steps})
+        if way.differentiated:
+            _ = way.backward  # traced now: what can't be differentiated is said now
+        return Way(position, tuple(positions[n] for n in found.leaves), at, {layouts: way})
 
     def _wants_gradient(self, node: fx.Node) -> bool:
         return _made(node).requires_grad if node not in self.examples else bool(self.examples[node].requires_grad)
@@ -234,9 +234,9 @@ class _Source:
         return torch.empty_strided(*layout, dtype=self.dtype, device=self.device).requires_grad_(self.requires_grad)
 
 
-def _steps(
+def _traced_way(
     function: fx.GraphModule, sources: Sequence[_Source], differentiated: bool, autocast: _Autocast, layouts: Layouts
-) -> Steps:
+) -> TracedWay:
     """``function`` of ``sources`` of these shapes, and its gradients if they are wanted, under the ``autocast`` around the
     region: whoever reads them may be outside of it."""
     enabled, to = autocast
@@ -262,7 +262,7 @@ def _steps(
     with traced(), torch.no_grad():
         logits = function(*fakes())
     shape, strides, dtype, device = tuple(logits.shape), logits.stride(), logits.dtype, logits.device
-    return Steps(shape, strides, dtype, differentiated, trace_forward, trace_backward)
+    return TracedWay(shape, strides, dtype, differentiated, trace_forward, trace_backward)
 
 
 @contextmanager

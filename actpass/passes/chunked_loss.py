@@ -126,10 +126,11 @@ def build_chunks(editor: GraphEditor, region: LossRegion, pieces: Pieces) -> Non
     head = _head(region, interpreter, results_of, sums)
     for number in range(pieces.count):
         begin, end = pieces.span(number, region.rows)
-        parts_of = [_slice(inserter, flat[n], pieces, number) for n in row_inputs]
-        inputs = [*parts_of, *(unit.get(n, n) for n in whole_inputs), *(totals[n] for n in sums)]
+        rows_in = [_slice(inserter, flat[n], pieces, number) for n in row_inputs]
+        inputs = [*rows_in, *(unit.get(n, n) for n in whole_inputs), *(totals[n] for n in sums)]
+        # as many rows by the same expression are as many in every call: one graph serves both
         results = inserter.call(head, inputs, ("head", str(end - begin)))
-        made = dict(zip([*row_inputs, *results_of], [*parts_of, *results], strict=True))
+        made = dict(zip([*row_inputs, *results_of], [*rows_in, *results], strict=True))
         for node in region.leaving:
             if node in parts:
                 parts[node].append(made[node])
@@ -275,8 +276,8 @@ def _leave(inserter: _Inserter, node: fx.Node, total: fx.Node | None, parts: Seq
     sizes = [inserter.editor.size_of(size) for size in unknown] if len(unknown) > 1 else []
 
     def join(*found: Any) -> torch.Tensor:
-        given = iter(found[len(found) - len(sizes) :] or [-1])
-        *pieces, tangent = found[: len(found) - len(sizes)] if scaled else (*found[: len(found) - len(sizes)], None)
+        made, given = found[: len(found) - len(sizes)], iter(found[len(found) - len(sizes) :] or [-1])
+        *pieces, tangent = made if scaled else (*made, None)
         whole = pieces[0] if total is not None else torch.cat(pieces)
         if tangent is not None:
             whole = whole * tangent.to(whole.dtype)

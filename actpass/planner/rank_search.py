@@ -18,6 +18,7 @@ class RankSearch:
     """Choices of ranks within capacities of saved bytes (a `CapacitySearch`). cut_of: a choice as it will be compiled."""
 
     stride = 8  # each look rewrites and cuts anew
+    unlimited = None  # nothing is run again at any capacity
 
     def __init__(self, region: Region, free: PartitionPlan, cut_of: Callable[[PartitionPlan], PartitionedGraph]) -> None:
         self.region, self.free, self._cut_of = region, free, cut_of
@@ -56,8 +57,6 @@ class RankSearch:
         while found[-1] * step > max(least, most / RANGE):
             found.append(int(found[-1] * step))
         return [self.least - least + room for room in (*found, least)]
-
-    unlimited = None  # nothing is run again at any capacity
 
     def at(self, capacity: int) -> Found:
         """The choice with the least error within ``capacity``, or the smallest ranks. What is stored besides does not depend

@@ -43,11 +43,11 @@ aten = torch.ops.aten
 Layouts = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
 """The shape and strides of each of some tensors."""
 _MOST_SHAPES = 256
-"""Of which the steps to the logits are known: each takes some 0.3 MB once they are read."""
+"""Of which the way to the logits is known: each takes some 0.3 MB once they are read."""
 
 
 @dataclass(frozen=True, eq=False)
-class Steps:
+class TracedWay:
     """From a hidden state and inputs of one shape to logits. shape, strides, dtype: of the logits. differentiated: whether they
     want a gradient. trace_forward, trace_backward: make what is below, when it is first run."""
 
@@ -74,33 +74,34 @@ class Way:
     """From a hidden state to logits.
 
     hidden: which of the compiled graph's results the state is; None if it is one of the inputs. inputs: which of the region's
-    inputs are read on the way. find: the steps for a state and inputs of these shapes and strides. found: those of the last
-    shapes that were met.
+    inputs are read on the way. at: the way for a state and inputs of these shapes and strides. traced: those of the shapes
+    that were met last.
     """
 
     hidden: int | None
     inputs: tuple[int, ...]
-    find: Callable[[Layouts], Steps]
-    found: dict[Layouts, Steps]
+    at: Callable[[Layouts], TracedWay]
+    traced: dict[Layouts, TracedWay]
 
-    def steps(self, leaves: Sequence[torch.Tensor]) -> Steps:
+    def of(self, leaves: Sequence[torch.Tensor]) -> TracedWay:
+        """The way for the shapes of ``leaves``."""
         layouts = layouts_of(leaves)
-        if layouts not in self.found:
-            if len(self.found) >= _MOST_SHAPES:
-                del self.found[next(iter(self.found))]
-            self.found[layouts] = self.find(layouts)
-        return self.found[layouts]
+        way = self.traced.pop(layouts, None) or self.at(layouts)
+        if len(self.traced) >= _MOST_SHAPES:
+            del self.traced[next(iter(self.traced))]
+        self.traced[layouts] = way  # behind all others: the first is the one that was met longest ago
+        return way
 
     def start(self, results: Sequence[Any], args: Sequence[Any]) -> torch.Tensor:
         """The logits of one call, deferred; of a call with fake tensors as they are."""
         hidden = () if self.hidden is None else (results[self.hidden],)
         leaves = (*hidden, *(args[i] for i in self.inputs))
-        steps = self.steps(leaves)
+        way = self.of(leaves)
         if any(isinstance(leaf, FakeTensor) for leaf in leaves):
-            return steps.forward(*leaves)
-        if not steps.differentiated:
-            return _deferred(steps, leaves, len(self.inputs))
-        return _Deferred.apply(steps, len(self.inputs), *leaves)  # pyright: ignore[reportReturnType]
+            return way.forward(*leaves)
+        if not way.differentiated:
+            return _deferred(way, leaves, len(self.inputs))
+        return _Deferred.apply(way, len(self.inputs), *leaves)  # pyright: ignore[reportReturnType]
 
 
 def layouts_of(tensors: Sequence[torch.Tensor]) -> Layouts:
@@ -108,8 +109,8 @@ def layouts_of(tensors: Sequence[torch.Tensor]) -> Layouts:
     return tuple((tuple(map(size_hint, t.shape)), tuple(map(size_hint, t.stride()))) for t in tensors)
 
 
-def _deferred(steps: Steps, leaves: Sequence[torch.Tensor], inputs: int) -> DeferredLogits:
-    return DeferredLogits(_Logits(steps, leaves, inputs), steps.shape, steps.strides, steps.dtype, leaves[0].device)
+def _deferred(way: TracedWay, leaves: Sequence[torch.Tensor], inputs: int) -> DeferredLogits:
+    return DeferredLogits(_Logits(way, leaves, inputs), way.shape, way.strides, way.dtype, leaves[0].device)
 
 
 def delivering(fn: Callable[..., Any], outputs: Sequence[int | Way]) -> Callable[..., Any]:
@@ -139,17 +140,17 @@ class _Deferred(torch.autograd.Function):
     """The step from a hidden state and weights to logits, as autograd sees it."""
 
     @staticmethod
-    def forward(ctx: Any, steps: Steps, inputs: int, *leaves: torch.Tensor) -> torch.Tensor:
-        ctx.steps = steps
+    def forward(ctx: Any, way: TracedWay, inputs: int, *leaves: torch.Tensor) -> torch.Tensor:
+        ctx.way = way
         ctx.save_for_backward(*leaves)
-        return _deferred(steps, leaves, inputs)
+        return _deferred(way, leaves, inputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        steps, gradient = ctx.steps, gradients[0]
+        way, gradient = ctx.way, gradients[0]
         with _as_traced(gradient.device):
-            return None, None, *steps.backward(_laid_out(gradient, steps.strides), *ctx.saved_tensors)
+            return None, None, *way.backward(_laid_out(gradient, way.strides), *ctx.saved_tensors)
 
 
 def _laid_out(x: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
@@ -198,9 +199,9 @@ class _Logits(_Value):
     """Those of one call. leaves: what they are computed from, the hidden state first, of which the last ``inputs`` are the
     region's."""
 
-    def __init__(self, steps: Steps, leaves: Sequence[torch.Tensor], inputs: int) -> None:
+    def __init__(self, way: TracedWay, leaves: Sequence[torch.Tensor], inputs: int) -> None:
         super().__init__()
-        self.steps, self.inputs, self.leaves = steps, inputs, [leaf.detach() for leaf in leaves]
+        self.way, self.inputs, self.leaves = way, inputs, [leaf.detach() for leaf in leaves]
         self.versions = [leaf._version for leaf in self.leaves]
         self.is_settled = False
         _start()
@@ -209,14 +210,14 @@ class _Logits(_Value):
     def compute(self) -> torch.Tensor:
         self._check()
         with _as_traced(self.leaves[0].device):
-            return _laid_out(self.steps.forward(*self.leaves), self.steps.strides)
+            return _laid_out(self.way.forward(*self.leaves), self.way.strides)
 
     def _check(self) -> None:
         for leaf, version in zip(self.leaves, self.versions, strict=True):
             freed = leaf.numel() > 0 and leaf.untyped_storage().nbytes() == 0
             if freed or leaf._version != version:
                 raise DeferredError(
-                    f"logits of {self.steps.shape} were not read while they could be computed: a tensor of {tuple(leaf.shape)} "
+                    f"logits of {self.way.shape} were not read while they could be computed: a tensor of {tuple(leaf.shape)} "
                     f"that they are made of was {'freed' if freed else 'changed in place'} since the forward. Read them before "
                     'that (logits.detach() + 0, say), or let the forward compute them: options={"defer_logits": False}.'
                 )
@@ -227,7 +228,7 @@ class _Logits(_Value):
         if self.is_settled or self.made is not None:
             return
         own = len(self.leaves) - self.inputs
-        if sum(leaf.nbytes for leaf in self.leaves[own:]) >= math.prod(self.steps.shape) * self.steps.dtype.itemsize:
+        if sum(leaf.nbytes for leaf in self.leaves[own:]) >= math.prod(self.way.shape) * self.way.dtype.itemsize:
             self.get()
             return
         self._check()

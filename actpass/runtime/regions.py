@@ -45,7 +45,7 @@ class Region:
     compiled function; positions are theirs then. planned: what was resident when it was compiled. compiled_with: the parameters
     of the call that compiled it, which ``planned.inputs`` counts. beside: what was counted beside them then. superseded:
     whether it will be compiled again. refused: the error that its next call raises. missed: why the last step of its
-    parameters did not run it. is_met: whether all it ran with is in its budget.
+    parameters did not run it. is_counted: whether all it ran with is counted in its budget.
     """
 
     record: Record
@@ -65,7 +65,7 @@ class Region:
     superseded: bool = False
     refused: BudgetError | None = None
     missed: str | None = None
-    is_met: bool = False
+    is_counted: bool = False
 
     def __post_init__(self) -> None:
         self.planned = self.peak.resident if self.peak is not None else None
@@ -92,7 +92,7 @@ class Region:
         first = args[self.positions[0]]
         if self.parameters.get(id(first)) is not first:
             self.parameters.update((id(args[i]), args[i]) for i in self.positions)
-            self.is_met = False
+            self.is_counted = False
 
     def compile_again(self) -> None:
         """Forget the code that was compiled: it is compiled again at the next call."""
@@ -115,7 +115,7 @@ class Region:
         """Take what the known optimizers hold, and ``others``, which the step runs with, for what is resident. A plan that does
         not hold beside it is made anew at the next call. Returns the error if none can: while the optimizer steps there is too
         little room, whatever the plan."""
-        self.is_met = True
+        self.is_counted = True
         if self.peak is None:
             return None
         others = [*self.beside.values(), *others]
@@ -189,7 +189,7 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         return
     if is_new and len(optimizers.stepping(optimizers.stepped_by(optimizer))) > 1:
         gc.collect()  # one that was deleted may live on in a cycle with its scheduler, and its state with it
-    errors = _meet(own) if changed or not all(r.is_met for r in own) else {}
+    errors = _meet(own) if changed or not all(r.is_counted for r in own) else {}
     if error := next(iter(errors.values()), None):
         optimizers.forget(optimizer)
         raise error
@@ -218,7 +218,7 @@ def step_done() -> None:
     if not running:
         return
     own = {r for r in _regions if r in running}
-    if not all(r.is_met for r in own):
+    if not all(r.is_counted for r in own):
         _refuse(own)
     steps.complete()
 
@@ -231,7 +231,7 @@ def meet(given: Iterable[torch.optim.Optimizer]) -> None:
 
 
 def _refuse(own: set[Region]) -> None:
-    """`_meet`: its errors are for the next call."""
+    """Count what is resident anew for ``own``. Where a budget has no room for it, the region's next call raises the error."""
     errors = _meet(own)
     for region in own:
         region.refused = errors.get(region)
