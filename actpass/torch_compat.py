@@ -42,6 +42,8 @@ from torch._functorch.partitioners import (
 )
 from torch._guards import (
     CompileContext,  # which frame is being compiled: a recompilation supersedes
+    Guard,  # what Dynamo checks before it runs a graph again
+    TracingContext,  # the compilation that is under way, and its guards
     detect_fake_mode,  # the fake mode in which the joint graph's values live
 )
 from torch._higher_order_ops import invoke_subgraph  # a function that Inductor compiles once and the graph calls often
@@ -101,6 +103,7 @@ __all__ = [
     "arguments_of",
     "auto_functionalized",
     "averages_otherwise",
+    "can_be_guarded",
     "checkpointed",
     "cholesky_ex",
     "compile_fx",
@@ -120,6 +123,7 @@ __all__ = [
     "gathered",
     "get_default_op_list",
     "get_default_store",
+    "guard_each_call",
     "has_all_graphs",
     "has_fixed_shape",
     "in_backward",
@@ -202,6 +206,24 @@ def merge_duplicates(graph: torch.fx.Graph, apart: Callable[[torch.fx.Node], boo
     if "extra_node_key" in inspect.signature(cse).parameters:
         return cse(graph, extra_node_key=apart)
     return cse(graph)
+
+
+def guard_each_call(inputs: Sequence[torch.fx.Node], check: Callable[..., bool]) -> None:
+    """Have Dynamo ask ``check``, given the values of ``inputs`` (placeholders of the graph that it compiles), before each later
+    call. Where it says no, Dynamo compiles anew. Whatever it says, the other guards hold by then."""
+    sources: list[Any] = [cast(Any, node)._dynamo_source for node in inputs]
+    names = [str(source.name() if callable(source.name) else source.name) for source in sources]
+    code = f"___actpass_check({', '.join(names)})"
+
+    def create(builder: Any, _: Guard) -> None:
+        builder.add_python_lambda_leaf_guard_to_root([code], [code], {"___actpass_check": check})
+
+    TracingContext.get().guards_context.dynamo_guards.add(Guard(sources[0], create))
+
+
+def can_be_guarded(placeholder: torch.fx.Node) -> bool:
+    """Whether Dynamo compiles a graph now, and knows where this placeholder of it comes from."""
+    return TracingContext.try_get() is not None and getattr(placeholder, "_dynamo_source", None) is not None
 
 
 def current_frame() -> int | None:

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from actpass.backend.call_wrappers import given_state, plain_call, with_unused_seed
+from actpass.backend.dynamo_graph import prepared
 from actpass.backend.headroom import as_planned, headrooms, is_part, peak_budget
 from actpass.backend.inductor_options import inductor_options
 from actpass.backend.partitioner import run_passes_with_state
@@ -23,7 +24,6 @@ from actpass.backend.stack import in_one_piece
 from actpass.backend.state_inputs import RegionRequest, device_of
 from actpass.errors import ActpassError, ActpassWarning, InternalError
 from actpass.ir.graph_inputs import GraphInputs, arguments_of
-from actpass.ir.inline import inline_regions
 from actpass.memory.resident import frozen_around
 from actpass.options import Config, parse
 from actpass.planner.peak_budget import PeakBudget
@@ -99,6 +99,8 @@ def actcomp(
       are faster. See `actpass.passes.chunked_loss`.
     - ``defer_logits``: True (default): logits that are returned beside a chunked loss are computed when they are first read;
       see `actpass.runtime.deferred_logits`. False: they are whole, and so is the loss.
+    - ``infer_masks``: True (default): an attention mask that is proved to say no more than ``is_causal=True`` is left out; see
+      `actpass.backend.attention_masks`. False: masks are left alone.
     - ``refresh_interval``: optimizer steps for which a seeded basis stays (default 1), or between two sketches of a learned
       subspace (default: `oasis` 1, others 20).
     - ``resample``: when the random part of `prac` and `sampled` is drawn: ``"every_step"`` (unbiased), ``"every_refresh"``,
@@ -148,9 +150,9 @@ def compile_region(
 ) -> Callable[..., Any]:
     """Compile one training graph and register its region. compiler_options: for `compile_fx`, e.g. ``inner_compile``."""
     try:
-        gm, called = inline_regions(gm, example_inputs)
+        gm, notes = prepared(gm, example_inputs, config)
         with progress.compiling():
-            run = in_one_piece(_compile_region, gm, example_inputs, config, called, **compiler_options)
+            run = in_one_piece(_compile_region, gm, example_inputs, config, notes, **compiler_options)
         return taking_ordinary(run) if is_piece_of_ddp(gm) else run  # the piece before it may have returned deferred logits
     except Exception as error:
         if isinstance(error, ActpassError) and not isinstance(error, InternalError):
@@ -178,9 +180,9 @@ def _without_the_pass(
 
 
 def _compile_region(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, called: int, **compiler_options: Any
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, notes: tuple[str, ...], **compiler_options: Any
 ) -> Callable[..., Any]:
-    """called: how many of the user's nested regions were put in line."""
+    """notes: on what was done to Dynamo's graph."""
     plain = GraphInputs.of(gm, example_inputs)
     code, shapes = current_code(), repr([tuple(e.shape) for e in example_inputs if isinstance(e, torch.Tensor)])
     if config.plan is not None:
@@ -206,7 +208,7 @@ def _compile_region(
     peak = extra.with_state_bytes(peak)
     if compiled is not None:
         with sizes_as_planned(compiled.record.sizes):
-            record = with_eager_curve(noting_calls(compiled.record, called), gm, example_inputs)
+            record = with_eager_curve(noting(compiled.record, notes), gm, example_inputs)
         records.store(key, nonce, record)
     elif record is not None and not record.active:
         warnings.warn(f"actpass: a region is not as asked, because {record.inactive_because}", ActpassWarning, stacklevel=2)
@@ -250,13 +252,8 @@ def _peak_budget(
     return peak, shapes + repr([h.sizes for h in peak.headrooms[:1]])
 
 
-def noting_calls(record: Record, called: int) -> Record:
-    """``record`` with a note on the calls of regions that `inline_regions` has put in line."""
-    if not called:
-        return record
-    calls = "a call" if called == 1 else f"{called} calls"
-    why = "Inductor overwrites what a region that is called still needs for its backward, and one budget is over all of them"
-    return replace(record, notes=(*record.notes, f"{calls} of nested_compile_region in line, each compiled by itself: {why}"))
+def noting(record: Record, notes: tuple[str, ...]) -> Record:
+    return replace(record, notes=(*record.notes, *notes))
 
 
 def _with_arguments(record: Record, config: Config, paths: Sequence[str]) -> Record:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from actpass.backend.dynamo_graph import prepared
 from actpass.backend.headroom import peak_budget
 from actpass.backend.partitioner import run_passes_with_state
 from actpass.backend.state_inputs import RegionRequest
 from actpass.codecs.generator import region_keys, round_keys, step_seed
 from actpass.diagnostics.interpreter import interpret, isolated_forward, own_errors, own_gradients, preserve_buffers_and_rng
 from actpass.errors import OptionError
-from actpass.ir.inline import inline_regions
 from actpass.ir.joint_graph import fold_indices
 from actpass.options import Config, exactly
 from actpass.reporting.report import table
@@ -215,7 +215,7 @@ class _Step:
         seed = config.seed
 
         def backend(gm: fx.GraphModule, example_inputs: list[Any], **more: Any) -> Any:
-            gm = inline_regions(gm, example_inputs)[0]
+            gm, _ = prepared(gm, example_inputs, config, guarded=False)
             with functorch_config.patch(enable_autograd_cache=False):
                 request = RegionRequest.of(gm, example_inputs, config, peak=peak_budget(config, example_inputs))
                 _, fn, extra = run_passes_with_state(request, compile_fx, inner_compile=interpret, dense=True)

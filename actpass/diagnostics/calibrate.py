@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from actpass.backend.dynamo_graph import prepared
 from actpass.backend.partitioner import run_passes
 from actpass.backend.state_inputs import RegionRequest
 from actpass.codecs import QUANTIZERS
 from actpass.codecs.generator import region_keys
 from actpass.diagnostics.interpreter import interpret, isolated_forward, own_errors, own_gradients, preserve_buffers_and_rng
 from actpass.errors import OptionError
-from actpass.ir.inline import inline_regions
 from actpass.ir.joint_graph import Joint, module_path, plain_input_index
 from actpass.options import Config, exactly
 from actpass.passes.quantize_saved import layout_of
@@ -48,7 +48,7 @@ def calibrate_model(
     regions: list[_Region] = []
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any], **_: Any) -> Any:
-        gm = inline_regions(gm, example_inputs)[0]
+        gm = prepared(gm, example_inputs, config, guarded=False)[0]
         region = _Region(example_inputs, state)
         request = RegionRequest.of(gm, example_inputs, config)
         with functorch_config.patch(enable_autograd_cache=False):

@@ -11,7 +11,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from actpass.backend.backend import noting_calls
+from actpass.backend.backend import noting
+from actpass.backend.dynamo_graph import prepared
 from actpass.backend.headroom import peak_budget
 from actpass.backend.partitioner import no_code, run_passes, run_passes_with_state
 from actpass.backend.state_inputs import RegionRequest
@@ -20,7 +21,6 @@ from actpass.diagnostics.pareto_sweep import tradeoff
 from actpass.errors import OptionError
 from actpass.ir.copying import copy_module
 from actpass.ir.graph_inputs import GraphInputs
-from actpass.ir.inline import inline_regions
 from actpass.memory.resident import frozen_around, storages
 from actpass.options import Config, parse
 from actpass.pipeline import Compiled
@@ -77,7 +77,7 @@ def explain_model(
 def _analyse(
     model: torch.nn.Module, gm: fx.GraphModule, example_inputs: list[Any], config: Config, explore: bool
 ) -> Compiled | None:
-    gm, called = inline_regions(gm, example_inputs)
+    gm, notes = prepared(gm, example_inputs, config, guarded=False)
     plain = GraphInputs.of(gm, example_inputs)
     gm, example_inputs = _off_meta(gm, example_inputs)
     peak = peak_budget(config, example_inputs, frozen_around(example_inputs, [model]))
@@ -88,7 +88,7 @@ def _analyse(
         compiled = run(request, compile_fx, inner_compile=no_code)[0]
     if compiled is None:
         return None
-    record = with_eager_curve(noting_calls(compiled.record, called), gm, example_inputs)
+    record = with_eager_curve(noting(compiled.record, notes), gm, example_inputs)
     if explore and compiled.decided is not None:
         record = replace(record, tradeoff=tradeoff(compiled.decided))
     return replace(compiled, record=record)

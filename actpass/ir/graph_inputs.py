@@ -55,7 +55,7 @@ def arguments_of(gm: fx.GraphModule, example_inputs: Sequence[Any], inputs: Grap
         return ()
     placeholders = gm.graph.find_nodes(op="placeholder")
     return tuple(
-        (clean_path(_source_name(node)), position)
+        (clean_path(source_name(node)), position)
         for position, (node, e) in enumerate(zip(placeholders, example_inputs, strict=True))
         if isinstance(e, torch.Tensor) and not isinstance(e, FakeTensor) and e.requires_grad and e.is_leaf
     )
@@ -73,12 +73,17 @@ _WRITES = {
 }  # fmt: skip
 
 
+_NOT_IN_PLACE = {"and_", "or_", "not_", "is_"}
+"""Of Python's `operator`: ``a & b`` and the like."""
+
+
 def is_written(tensor: fx.Node) -> bool:
     """Whether what is in the memory of ``tensor`` is changed in place, by the names of operators (``mul_``, ``x[i] = ...``,
     ``out=``)."""
     for user in tensor.users:
         name = str(getattr(user.target, "__name__", user.target))
-        if name in _WRITES or (name.endswith("_") and not name.endswith("__")) or user.kwargs.get("out") is tensor:
+        is_in_place = name.endswith("_") and not name.endswith("__") and name not in _NOT_IN_PLACE
+        if name in _WRITES or is_in_place or user.kwargs.get("out") is tensor:
             return True
         if name in _SHOWS and is_written(user):
             return True
@@ -103,13 +108,14 @@ def _unique(paths: Iterable[str | None]) -> tuple[str | None, ...]:
 
 
 def parameter_path(node: fx.Node, example: Any) -> str | None:
-    source = _source_name(node)
+    source = source_name(node)
     if not (_PARAMETER.search(source) or isinstance(example, torch.nn.Parameter)):
         return None
     return clean_path(source)
 
 
-def _source_name(node: fx.Node) -> str:
+def source_name(node: fx.Node) -> str:
+    """What a placeholder is to Dynamo: an expression in the locals ``L`` and globals ``G`` of the compiled code."""
     source: Any = getattr(node, "_dynamo_source", None)
     if source is None:
         return str(node.target)

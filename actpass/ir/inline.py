@@ -16,13 +16,13 @@ budget over the layers could be kept. The price: identical layers are compiled e
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from torch import fx
 
+from actpass.ir.called_graphs import add_module, bodies
 from actpass.ir.copying import copy_module
 from actpass.ir.graph_inputs import clean_path, parameter_path
 from actpass.torch_compat import invoke_subgraph
@@ -42,13 +42,7 @@ def inline_regions(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[f
 
 def _count(gm: fx.GraphModule) -> int:
     """Calls of regions in ``gm`` and in all that it calls, each as often as it is called."""
-    return sum(_count(body) + (node.target is invoke_subgraph) for node in gm.graph.nodes for body in _bodies(gm, node))
-
-
-def _bodies(gm: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
-    """The graphs that ``node`` is given to call."""
-    given = [getattr(gm, str(a.target)) for a in node.all_input_nodes if a.op == "get_attr"]
-    return [body for body in given if isinstance(body, fx.GraphModule)]
+    return sum(_count(body) + (node.target is invoke_subgraph) for node in gm.graph.nodes for body in bodies(gm, node))
 
 
 def _inlined(gm: fx.GraphModule, paths: Paths, first: dict[int, list[str | None]]) -> fx.GraphModule:
@@ -64,7 +58,7 @@ def _inlined(gm: fx.GraphModule, paths: Paths, first: dict[int, list[str | None]
             if isinstance(body, fx.GraphModule) and _count(body):
                 inside = body.graph.find_nodes(op="placeholder")
                 given = [known.get(a) for a in node.args if isinstance(a, fx.Node)][-len(inside) :]
-                attribute.target = _add(copy, _inlined(body, dict(zip(inside, given, strict=False)), first))
+                attribute.target = add_module(copy, _inlined(body, dict(zip(inside, given, strict=False)), first))
     copy.graph.eliminate_dead_code(is_impure_node=lambda node: node.op != "get_attr")
     copy.delete_all_unused_submodules()
     copy.graph.lint()
@@ -87,7 +81,7 @@ def _inline(gm: fx.GraphModule, call: fx.Node, paths: Paths, first: dict[int, li
             elif node.op != "placeholder":
                 environment[node] = new = gm.graph.node_copy(node, lambda n: environment[n])
                 if node.op == "get_attr":
-                    new.target = _add(gm, getattr(region, str(node.target)))
+                    new.target = add_module(gm, getattr(region, str(node.target)))
                 if moved and "nn_module_stack" in new.meta:
                     new.meta["nn_module_stack"] = _in_its_own_module(new.meta["nn_module_stack"], *moved)
     for user in list(call.users):
@@ -96,15 +90,6 @@ def _inline(gm: fx.GraphModule, call: fx.Node, paths: Paths, first: dict[int, li
         user.replace_all_uses_with(results[user.args[1]])
         gm.graph.erase_node(user)
     gm.graph.erase_node(call)
-
-
-def _add(gm: fx.GraphModule, value: Any) -> str:
-    """The name of ``value`` in ``gm``, which receives it under a new one if it is not there."""
-    known = next((name for name, mine in gm.named_children() if mine is value), None)
-    if known is None:
-        known = next(name for i in itertools.count() if not hasattr(gm, name := f"inlined_{i}"))
-        setattr(gm, known, value)
-    return known
 
 
 def _moved(first: Sequence[str | None], now: Sequence[str | None]) -> tuple[str, str] | None:

@@ -37,6 +37,7 @@ class Config:
     min_tensor_bytes: int = 16384
     chunked_loss: bool | int = True
     defer_logits: bool = True
+    infer_masks: bool = True
     sensitivities: Sensitivities | None = None
     mode: str | None = None
     inductor_options: tuple[tuple[str, Any], ...] = ()
@@ -51,6 +52,11 @@ class Config:
         """Whether logits that are returned may be computed when they are read: where the loss may be chunked."""
         chunks = bool(self.chunked_loss) and self.memory_budget != 1.0
         return self.defer_logits and (chunks if self.plan is None else any(r.chunk_rows for r in self.plan.regions))
+
+    @property
+    def infers_masks(self) -> bool:
+        """Whether attention masks may be left out. A budget of 1.0 asks for Inductor's own step."""
+        return self.infer_masks and self.memory_budget != 1.0
 
     @property
     def keeps_low_rank_gradients(self) -> bool:

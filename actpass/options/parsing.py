@@ -350,6 +350,7 @@ _PARSERS: dict[str, Any] = {
     "min_tensor_bytes": _integer(0, 2**62),
     "chunked_loss": _chunked_loss,
     "defer_logits": _boolean,
+    "infer_masks": _boolean,
     "sensitivities": _sensitivities,
     "mode": _mode,
     "inductor_options": _inductor_options,
