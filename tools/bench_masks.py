@@ -1,4 +1,4 @@
-"""What attention masks cost: a Llama of transformers over a long sequence, with the mask that it makes when it is compiled and
+"""What attention masks cost: a model of transformers over a long sequence, with the mask that it makes when it is compiled and
 without (`actpass.backend.attention_masks`).
 
     python tools/bench_masks.py --tokens 4096 --layers 4 --width 512
@@ -31,13 +31,18 @@ from actpass.options import options_for
 ROWS = ("inductor", "inductor:no-mask", "masks", "actcomp")
 
 
-def llama(layers: int, width: int, tokens: int, vocab: int, *, told: bool) -> nn.Module:
-    """told: whether its attention is told that it is causal, and makes no mask."""
+def build(layers: int, width: int, tokens: int, vocab: int, window: int | None, *, told: bool) -> nn.Module:
+    """A Llama, or a Mistral with a ``window``. told: whether its attention is told that it is causal, and makes no mask."""
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=vocab, hidden_size=width, intermediate_size=width * 8 // 3 // 32 * 32, num_hidden_layers=layers,
-        num_attention_heads=width // 64, num_key_value_heads=width // 64, max_position_embeddings=tokens, use_cache=False,
-    )  # fmt: skip
+    fields: dict[str, Any] = {
+        "vocab_size": vocab, "hidden_size": width, "intermediate_size": width * 8 // 3 // 32 * 32, "use_cache": False,
+        "num_hidden_layers": layers, "num_attention_heads": width // 64, "num_key_value_heads": width // 64,
+        "max_position_embeddings": tokens,
+    }  # fmt: skip
+    if window is not None:
+        mistral = transformers.MistralConfig(**fields, sliding_window=window)
+        return LossOnly(transformers.MistralForCausalLM(mistral).train())
+    config = transformers.LlamaConfig(**fields)
     if told:
         transformers.AttentionInterface.register("causal_sdpa", transformers.AttentionInterface()["sdpa"])
         transformers.AttentionMaskInterface.register("causal_sdpa", lambda *_, **__: None)
@@ -57,18 +62,22 @@ def main() -> None:
     parser.add_argument("--tokens", type=positive_int, default=4096)
     parser.add_argument("--layers", type=positive_int, default=4)
     parser.add_argument("--width", type=positive_int, default=512)
+    parser.add_argument("--window", type=positive_int, help="of keys that a query sees (a Mistral)")
     parser.add_argument("--vocab", type=positive_int, default=1024)
     parser.add_argument("--format", default="exact", metavar="NAME", help="of a policy, a codec or a projection")
     parser.add_argument("--steps", type=positive_int, default=3, help="timed steps of each row")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
     given = parser.parse_args()
+    if given.window and "inductor:no-mask" in given.rows:
+        parser.error("--window: eager mode makes a mask for a window, too. Leave inductor:no-mask out of --rows.")
 
     tokens = torch.randint(given.vocab, (1, given.tokens), generator=torch.Generator().manual_seed(1))
     batch = {"input_ids": tokens, "labels": tokens}
     steps: dict[str, Callable[[], torch.Tensor]] = {}
     models: dict[str, nn.Module] = {}
     for row in given.rows:
-        model = models[row] = llama(given.layers, given.width, given.tokens, given.vocab, told=row == "inductor:no-mask")
+        told = row == "inductor:no-mask"
+        model = models[row] = build(given.layers, given.width, given.tokens, given.vocab, given.window, told=told)
         steps[row] = _step(model, _compiled(model, row, given.format), batch)
         steps[row]()
     seconds: dict[str, list[float]] = {row: [] for row in given.rows}
@@ -77,7 +86,10 @@ def main() -> None:
             start = time.perf_counter()
             step()
             seconds[row].append(time.perf_counter() - start)
-    print(f"Llama, {given.layers} layers of width {given.width}, 1 x {given.tokens}, {given.format}, torch {torch.__version__}")
+    kind = f"Mistral, window {given.window}" if given.window else "Llama"
+    print(
+        f"{kind}, {given.layers} layers of width {given.width}, 1 x {given.tokens}, {given.format}, torch {torch.__version__}"
+    )
     print("| row | peak | to the first | predicted / measured | s a step | to the first | loss | tokens x tokens |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
     first = given.rows[0]

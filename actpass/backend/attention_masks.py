@@ -20,7 +20,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import fx
@@ -141,16 +141,18 @@ class _Masks:
         """What each of the masks allows, given the ``values`` of the leaves."""
         real: list[Any] = [v.detach() if isinstance(v, torch.Tensor) else size_hint(v) for v in values]
         layouts: tuple[Any, ...] = tuple((v.shape, v.dtype) if isinstance(v, torch.Tensor) else v for v in real)
-        if layouts not in self.readers:
+        reader = self.readers.get(layouts)
+        if reader is None:
             if len(self.readers) == _MOST_LAYOUTS:
                 del self.readers[next(iter(self.readers))]
-            self.readers[layouts] = self._reader(layouts)
+            reader = self.readers[layouts] = self._reader(layouts)
         with torch.no_grad():
-            return [allowed(mask) for mask in self.readers[layouts].run(*real)]
+            masks: Sequence[Any] = cast(Any, reader).run(*real)
+            return [allowed(mask) for mask in masks]
 
     def _reader(self, layouts: tuple[Any, ...]) -> MaskReader:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            fakes = [torch.empty(x[0], dtype=x[1]) if isinstance(x, tuple) else x for x in layouts]
+            fakes = [torch.empty(cast(Any, x)[0], dtype=cast(Any, x)[1]) if isinstance(x, tuple) else x for x in layouts]
             return MaskReader(make_fx(self.function)(*fakes))
 
 
