@@ -142,6 +142,27 @@ def test_explain_works_without_memory_on_the_meta_device():
     assert meta.plan_hash == real.plan_hash
 
 
+@pytest.mark.architectures
+@pytest.mark.parametrize("options", [{}, {"memory_budget": "20MB"}], ids=["auto", "bytes"])
+def test_meta_device_is_told_what_a_real_one_is_with_deferred_logits_and_frozen_parameters(options: dict[str, Any]):
+    """No autocast exists there, and what stands for its parameters while the pass runs are no parameters."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=2048, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, use_cache=False
+    )
+    model = LlamaForCausalLM(config).train()
+    model.model.embed_tokens.requires_grad_(False)
+    tokens = torch.randint(3, 256, (4, 64))
+    real = actpass.explain(model, input_ids=tokens, labels=tokens, options=options)
+    tokens = tokens.to("meta")
+    meta = actpass.explain(model.to("meta"), input_ids=tokens, labels=tokens, options=options)
+    assert "deferred" in " ".join(meta.regions[0].notes)
+    assert replace(meta.totals, saved_bytes_eager=real.totals.saved_bytes_eager) == real.totals
+    assert meta.plan_hash == real.plan_hash
+    assert (meta.step_bytes is not None) == bool(options)
+
+
 def test_parameters_that_are_arguments_are_told_so():
     """Their weight gradients are exact, whatever the method: nothing but a name tells them from inputs."""
     model, other = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 24)), nn.Linear(24, 40)

@@ -12,7 +12,7 @@ from what derives from the graph's inputs alone, and that is much smaller than t
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -191,8 +191,7 @@ class _Reader:
         """What was found, as functions of tensors. position: of the hidden state in the clone's results."""
         positions = {n: i for i, n in enumerate(self.placeholders)}
         sources = [_Source(_made(n).dtype, _made(n).device, self._wants_gradient(n)) for n in found.sources]
-        kind = sources[0].device.type
-        autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)  # as Dynamo's guards hold it for each call
+        autocast = _autocast_on(sources[0].device.type)
         at = partial(_traced_way, self._function(found), sources, _made(found.logits).requires_grad, autocast)
         layouts = layouts_of([_made(n) for n in found.sources])
         way = at(layouts)
@@ -222,6 +221,20 @@ _Autocast = tuple[bool, torch.dtype]
 """Whether it is on, and to which dtype."""
 
 
+def _autocast_on(device_type: str) -> _Autocast | None:
+    """As Dynamo's guards hold it for each call. None for a kind of device that has none, as meta."""
+    if not torch.amp.is_autocast_available(device_type):
+        return None
+    return torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+
+
+def _autocast_as(found: _Autocast | None, device_type: str) -> AbstractContextManager[Any]:
+    if found is None:
+        return nullcontext()
+    enabled, to = found
+    return torch.autocast(device_type, to, enabled, cache_enabled=False)
+
+
 @dataclass(frozen=True)
 class _Source:
     """What logits are made of, whatever its shape."""
@@ -235,15 +248,14 @@ class _Source:
 
 
 def _traced_way(
-    function: fx.GraphModule, sources: Sequence[_Source], differentiated: bool, autocast: _Autocast, layouts: Layouts
+    function: fx.GraphModule, sources: Sequence[_Source], differentiated: bool, autocast: _Autocast | None, layouts: Layouts
 ) -> TracedWay:
     """``function`` of ``sources`` of these shapes, and its gradients if they are wanted, under the ``autocast`` around the
     region: whoever reads them may be outside of it."""
-    enabled, to = autocast
 
     @contextmanager
     def traced() -> Generator[None, None, None]:
-        with _fake_values(), torch.autocast(sources[0].device.type, to, enabled, cache_enabled=False):
+        with _fake_values(), _autocast_as(autocast, sources[0].device.type):
             yield
 
     def fakes() -> list[torch.Tensor]:

@@ -79,8 +79,8 @@ def _analyse(
 ) -> Compiled | None:
     gm, notes = prepared(gm, example_inputs, config, guarded=False)
     plain = GraphInputs.of(gm, example_inputs)
+    peak = peak_budget(config, example_inputs, frozen_around(example_inputs, [model]))  # of parameters, which fakes are not
     gm, example_inputs = _off_meta(gm, example_inputs)
-    peak = peak_budget(config, example_inputs, frozen_around(example_inputs, [model]))
     request = RegionRequest.of(gm, example_inputs, config, inputs=plain, peak=peak)
     # what a region takes beside its inputs fixes its plan, and then there is no choice whose alternatives could be explored
     run = run_passes if explore else run_passes_with_state
