@@ -64,15 +64,23 @@ def _why_nothing(model: torch.nn.Module) -> str:
     return f"{why}, or Dynamo compiled nothing of it: what calls {' or '.join(recurrent)} of torch.nn runs in eager mode"
 
 
-def explain(model: torch.nn.Module, *inputs: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
+def explain(
+    model: torch.nn.Module, *inputs: Any, options: Mapping[str, Any] | None = None, advise: bool = True, **kwargs: Any
+) -> Report:
     """What `report` would say, without compiling and without training: traces ``model(*inputs, **kwargs)``, runs the pass and
     throws the graphs away. Works on the meta device, for models that do not fit this machine.
+
+    advise: whether the report ends with at most five lines of advice (``report.advice``): what a step's memory at its peak is,
+    and what would lower it, with the predicted peak of the whole step. The next storage (``policy="auto"`` for exact, then
+    ``codec="int4"``; none under a budget, a plan or a codec), the loss alone where more is returned, and activation
+    checkpointing where the model is one of ``transformers`` are planned, which takes up to four times the time. AdamW's state
+    in 8 bits, frozen weights in 4 bits and adapters are computed. What takes a hundredth less than now is told.
 
     The model runs forward twice in eager mode (so on a real device it takes the memory of that); buffers and random state are
     put back. The report's ``saved_bytes_eager`` is known here. Raises `OptionError` for bad options, `BudgetError` for a budget
     that can't be met, `PlanError` for a plan that can't be followed; none inside Dynamo's ``BackendCompilerFailed``.
     """
-    return explain_model(_module(model, "explain"), inputs, kwargs, options).report
+    return explain_model(_module(model, "explain"), inputs, kwargs, options, advise=advise).report
 
 
 def explore(model: torch.nn.Module, *inputs: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:

@@ -104,6 +104,7 @@ __all__ = [
     "auto_functionalized",
     "averages_otherwise",
     "can_be_guarded",
+    "checkpoint_function",
     "checkpointed",
     "cholesky_ex",
     "compile_fx",
@@ -592,6 +593,12 @@ def fake_of(operator: torch.library.CustomOpDef) -> Callable[[Callable[P, R]], C
 def let_load(function: Callable[..., Any]) -> None:
     """Let ``torch.load(weights_only=True)`` call ``function``."""
     torch.serialization.add_safe_globals([function])
+
+
+def checkpoint_function() -> Callable[..., Any]:
+    """`torch.utils.checkpoint.checkpoint`, not reentrant, as a model's code calls it: Dynamo traces through no function of
+    ours."""
+    return functools.partial(cast(Any, checkpoint.checkpoint), use_reentrant=False)
 
 
 def checkpointed(function: Callable[..., Any], *args: Any) -> Any:

@@ -3,8 +3,10 @@ as they are."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,9 +18,11 @@ from actpass.backend.dynamo_graph import prepared
 from actpass.backend.headroom import peak_budget
 from actpass.backend.partitioner import no_code, run_passes, run_passes_with_state
 from actpass.backend.state_inputs import RegionRequest
+from actpass.diagnostics.advise import advise as advise_on
+from actpass.diagnostics.advise import can_checkpoint, checkpointing, losses_alone, other_storage
 from actpass.diagnostics.interpreter import isolated_forward, own_errors, preserve_buffers_and_rng
 from actpass.diagnostics.pareto_sweep import tradeoff
-from actpass.errors import OptionError
+from actpass.errors import ActpassError, ActpassWarning, InternalError, OptionError
 from actpass.ir.copying import copy_module
 from actpass.ir.graph_inputs import GraphInputs
 from actpass.memory.resident import frozen_around, storages
@@ -32,7 +36,8 @@ from actpass.torch_compat import compile_fx, detect_fake_mode, dynamo, functorch
 
 @dataclass(frozen=True)
 class Explanation:
-    """report: as after training. regions: every region's graphs by stage (`Compiled`)."""
+    """report: as after training, and with advice where that was asked for. regions: every region's graphs by stage
+    (`Compiled`)."""
 
     report: Report
     regions: tuple[Compiled, ...]
@@ -45,9 +50,13 @@ def explain_model(
     options: Mapping[str, Any] | None,
     *,
     explore: bool = False,
+    advise: bool = False,
+    eager: bool = True,
 ) -> Explanation:
-    """See `actpass.explain`, and `actpass.explore`."""
+    """See `actpass.explain`, and `actpass.explore`. eager: whether to say what eager mode takes, too."""
     config = parse(options)
+    other = other_storage(config) if advise else None
+    trials = _Trials(advise, None if other is None else (other[0], parse(_with_storage(options, other[1]))))
     if explore and POLICIES[config.tensor_options.decided_by].needs_codec:
         raise OptionError(
             f"explore: {config.tensor_options.described} names the one format that tensors take. Give a policy that has a "
@@ -56,26 +65,99 @@ def explain_model(
     compiled: list[Compiled] = []
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any], **_: Any) -> Any:
-        done = _analyse(model, gm, example_inputs, config, explore)
+        done = _analyse(model, gm, example_inputs, config, explore, eager)
         if done is not None:
             compiled.append(done)
+            trials.run(model, gm, example_inputs, config, done)
         return gm.forward
 
     model = getattr(model, "_orig_mod", model)
-    eager: int | None = None
+    saved_eager: int | None = None
     with torch.enable_grad(), preserve_buffers_and_rng(model), own_errors():
         dynamo.optimize(backend)(isolated_forward(model))(*inputs, **kwargs)
-        if len(compiled) == 1:
-            eager = _saved_bytes_eager(model, inputs, kwargs)
+        if len(compiled) == 1 and eager:
+            saved_eager = _saved_bytes_eager(model, inputs, kwargs)
     records = [c.record for c in compiled]
     if len(records) == 1:
-        records[0] = replace(records[0], totals=replace(records[0].totals, saved_bytes_eager=eager))
+        records[0] = replace(records[0], totals=replace(records[0].totals, saved_bytes_eager=saved_eager))
     why = None if records else "no part of this model has both a forward and a backward that Dynamo can trace"
-    return Explanation(Report(tuple(records), why), tuple(compiled))
+    given = [t for t in pytree.tree_leaves((inputs, dict(kwargs))) if isinstance(t, torch.Tensor)]
+    if advise and can_checkpoint(model):
+        trials.done[_CHECKPOINTING] = _with_checkpoints(model, inputs, kwargs, options)
+    advice = advise_on(model, given, config, compiled, trials.of_all(len(compiled))) if advise else None
+    return Explanation(Report(tuple(records), why, advice=advice), tuple(compiled))
+
+
+_CHECKPOINTING = "activation checkpointing (model.gradient_checkpointing_enable())"
+_LOSS_ALONE = "a forward that returns the loss alone"
+
+
+def _with_storage(options: Mapping[str, Any] | None, storage: Mapping[str, Any]) -> dict[str, Any]:
+    return {**{k: v for k, v in (options or {}).items() if k not in ("policy", "codec")}, **storage}
+
+
+@dataclass
+class _Trials:
+    """The same graphs with other settings. done: by the words for a setting, what became of each region so far."""
+
+    wanted: bool
+    storage: tuple[str, Config] | None
+    done: dict[str, list[Compiled]] = field(default_factory=dict[str, list[Compiled]])
+
+    def run(
+        self, model: torch.nn.Module, gm: fx.GraphModule, example_inputs: list[Any], config: Config, compiled: Compiled
+    ) -> None:
+        """compiled: what became of ``gm`` as it is."""
+        if not self.wanted:
+            return
+        if self.storage is not None:
+            what, other = self.storage
+            self._run(what, model, gm, example_inputs, other)
+        alone = losses_alone(gm, compiled)
+        if alone is not None:
+            self._run(_LOSS_ALONE, model, alone, example_inputs, config)
+
+    def _run(self, what: str, model: torch.nn.Module, gm: fx.GraphModule, example_inputs: list[Any], config: Config) -> None:
+        try:
+            with _quietly():
+                found = _analyse(model, gm, example_inputs, config, explore=False, eager=False)
+        except InternalError:
+            raise
+        except ActpassError:  # the setting can't be had here, and is not told of
+            return
+        if found is not None:
+            self.done.setdefault(what, []).append(found)
+
+    def of_all(self, regions: int) -> dict[str, list[Compiled]]:
+        """Those that are known of all ``regions``: where there are fewer, or more, some of the step is not seen. What one
+        region returns beside a loss another may take: a graph without it is one of a whole step only."""
+        whole = {what: found for what, found in self.done.items() if len(found) == regions}
+        return {what: found for what, found in whole.items() if what != _LOSS_ALONE or regions == 1}
+
+
+@contextmanager
+def _quietly() -> Generator[None, None, None]:
+    """What is only tried warns of nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ActpassWarning)
+        yield
+
+
+def _with_checkpoints(
+    model: torch.nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], options: Mapping[str, Any] | None
+) -> list[Compiled]:
+    """The regions of ``model`` with its layers in checkpoints; none where that can't be traced or planned."""
+    with checkpointing(model), _quietly():
+        try:
+            return list(explain_model(model, inputs, kwargs, options, eager=False).regions)
+        except InternalError:
+            raise
+        except (ActpassError, RuntimeError):
+            return []
 
 
 def _analyse(
-    model: torch.nn.Module, gm: fx.GraphModule, example_inputs: list[Any], config: Config, explore: bool
+    model: torch.nn.Module, gm: fx.GraphModule, example_inputs: list[Any], config: Config, explore: bool, eager: bool
 ) -> Compiled | None:
     gm, notes = prepared(gm, example_inputs, config, guarded=False)
     plain = GraphInputs.of(gm, example_inputs)
@@ -88,7 +170,8 @@ def _analyse(
         compiled = run(request, compile_fx, inner_compile=no_code)[0]
     if compiled is None:
         return None
-    record = with_eager_curve(noting(compiled.record, notes), gm, example_inputs)
+    record = noting(compiled.record, notes)
+    record = with_eager_curve(record, gm, example_inputs) if eager else record
     if explore and compiled.decided is not None:
         record = replace(record, tradeoff=tradeoff(compiled.decided))
     return replace(compiled, record=record)

@@ -109,6 +109,16 @@ def assumed_state(parameters: Iterable[torch.Tensor]) -> int:
     return sum(2 * _nbytes(local(p)) + _STEP for p in parameters if p.requires_grad)
 
 
+def is_adam(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is torch's Adam or AdamW, and what it holds is theirs."""
+    return _name(type(optimizer)) in ("torch.Adam", "torch.AdamW")
+
+
+def state_in_8_bits(parameters: Iterable[torch.Tensor]) -> int:
+    """Bytes of state of torchao's AdamW8bit for those that want a gradient."""
+    return sum(_low_bit_bytes(local(p), 8, 256, _BLOCK_OF_8_BITS) for p in parameters if p.requires_grad)
+
+
 def scratch(optimizer: torch.optim.Optimizer) -> int:
     """What a step takes for a moment beside gradients and state, as torch's Adam does: two tensors as large as a parameter at a
     time; with ``foreach``, the default on a GPU, of all parameters at once; nothing if it is fused."""
@@ -167,13 +177,18 @@ def _low_bit(bits: int, table: int) -> Form:
     """torchao's: codes and a scale for each block of two moments, each with a table; small parameters as Adam's."""
 
     def nbytes(optimizer: Any, group: Mapping[str, Any], p: torch.Tensor) -> int:
-        block = optimizer.block_size
-        if p.numel() < 4096 or p.numel() % block:
-            return _adam(optimizer, group, p)
-        moment = p.numel() * bits // 8 + 4 * (p.numel() // block) + 4 * table
-        return (3 if group.get("amsgrad") else 2) * moment + _STEP
+        return _low_bit_bytes(p, bits, table, optimizer.block_size, 3 if group.get("amsgrad") else 2)
 
     return nbytes
+
+
+_BLOCK_OF_8_BITS = 256
+
+
+def _low_bit_bytes(p: torch.Tensor, bits: int, table: int, block: int, moments: int = 2) -> int:
+    is_small = p.numel() < 4096 or p.numel() % block
+    moment = _nbytes(p) if is_small else p.numel() * bits // 8 + 4 * (p.numel() // block) + 4 * table
+    return moments * moment + _STEP
 
 
 def _bitsandbytes(moments: int) -> Form:

@@ -19,6 +19,7 @@ from actpass.memory.memory_curve import Curves
 from actpass.plan import Predicted
 from actpass.plan.pareto import add_up
 from actpass.plan_file import ModelPlan
+from actpass.reporting.advice import Advice
 from actpass.reporting.html.page import View, render
 from actpass.reporting.memory_snapshot import snapshot
 from actpass.reporting.plots import check_path, draw_pareto, draw_peak, draw_spectra
@@ -33,7 +34,8 @@ class Report:
 
     regions: one `Record` for each compiled graph (a model with graph breaks has several). why_empty: the reason if there
     is none. subspaces: the learned ones, as they stand. notes: on the whole model. modules: how many of the model's modules
-    each region serves (equal layers that are compiled one by one share a graph); empty: one each.
+    each region serves (equal layers that are compiled one by one share a graph); empty: one each. advice: what a step's memory
+    goes to, and what would lower it, where `actpass.explain` made the report.
     """
 
     regions: tuple[Record, ...]
@@ -41,6 +43,7 @@ class Report:
     subspaces: tuple[SubspaceRow, ...] = ()
     notes: tuple[str, ...] = ()
     modules: tuple[int, ...] = ()
+    advice: Advice | None = None
 
     @property
     def saved_bytes(self) -> int:
@@ -101,7 +104,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: ``schema_version``, ``active``, ``reason``, ``totals``, ``regions`` (see `Record`),
-        ``subspaces`` (see `SubspaceRow`), ``notes``."""
+        ``subspaces`` (see `SubspaceRow`), ``notes``, ``advice`` (see `Advice`, or None)."""
         totals = self.totals
         return {
             "schema_version": SCHEMA_VERSION,
@@ -111,6 +114,7 @@ class Report:
             "regions": [r.to_dict() for r in self.regions],
             "subspaces": [asdict(s) for s in self.subspaces],
             "notes": list(self.notes),
+            "advice": asdict(self.advice) if self.advice is not None else None,
         }
 
     def to_html(self, path: str | Path) -> None:
@@ -198,6 +202,8 @@ class Report:
             yield from lines(self.subspaces)
             yield from _total_lines(self.totals, self.step_bytes)
         yield from (f"note: {note}" for note in self.notes)
+        if self.advice is not None:
+            yield from (f"advice: {line}" for line in self.advice.lines())
 
     def _curves(self, asking: str) -> list[Curves]:
         curves = [r.curves for r in self.regions if r.curves is not None]
