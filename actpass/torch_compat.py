@@ -100,6 +100,7 @@ __all__ = [
     "RestartAnalysis",
     "Sizes",
     "active_ddp",
+    "after_backward",
     "arguments_of",
     "auto_functionalized",
     "averages_otherwise",
@@ -326,6 +327,15 @@ def _groups(state: Any) -> list[Any]:
 def in_backward() -> bool:
     """Whether this thread runs a backward."""
     return torch._C._current_graph_task_id() != -1
+
+
+def after_backward(function: Callable[[], None]) -> None:
+    """Call ``function`` when the backward that this thread runs is done; now, if it runs none. What it raises comes out of
+    ``backward()``."""
+    if in_backward():
+        queue_after_backward(function)
+    else:
+        function()
 
 
 def rename(node: torch.fx.Node, name: str) -> None:

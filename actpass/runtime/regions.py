@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from actpass.options import Config
 from actpass.planner.peak_budget import PeakBudget
 from actpass.reporting import Record
 from actpass.runtime import replan as steps
-from actpass.torch_compat import has_all_graphs, reset_code, stand_ins, uncompiled
+from actpass.torch_compat import after_backward, has_all_graphs, reset_code, stand_ins, uncompiled
 
 Tensors = weakref.WeakValueDictionary[int, torch.Tensor]
 """By id."""
@@ -95,9 +96,10 @@ class Region:
             self.is_counted = False
 
     def compile_again(self) -> None:
-        """Forget the code that was compiled: it is compiled again at the next call."""
+        """Forget the code that was compiled: it is compiled again at the next call. Not within a backward: what a checkpoint
+        runs again has to save what the forward did."""
         if self.code is not None:
-            reset_code(self.code)
+            after_backward(partial(reset_code, self.code))
         self.superseded = True
 
     def _is_planned_without_gradients(self) -> bool:
@@ -194,6 +196,12 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         optimizers.forget(optimizer)
         raise error
     _tell_missed(optimizer, own)
+    after_backward(partial(_complete, own))
+
+
+def _complete(own: set[Region]) -> None:
+    """An optimizer of ``own`` steps, and so the step is complete, of which they are regions. Of optimizers that step within the
+    backward, one for each parameter, the first that is told of it ends the step."""
     if not own.isdisjoint(steps.running()):
         steps.complete()
 
@@ -204,6 +212,10 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         return
     own = _stepped_by(optimizer)
     _refuse(own)
+    after_backward(partial(_plan_again, own))
+
+
+def _plan_again(own: set[Region]) -> None:
     try:
         if any(r.peak is not None and r.peak.part for r in own):
             steps.plan_again()

@@ -9,6 +9,7 @@ from typing import Any
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from actpass.errors import StateError
+from actpass.torch_compat import after_backward
 
 SCHEMA_VERSION = 2
 
@@ -24,7 +25,9 @@ class Moment:
 @dataclass
 class StepCounter:
     """steps: optimizer steps seen since training began. calls: of training regions since then, each of which draws; a step
-    without one (a second optimizer in the same training step, an unrelated one) does not advance the clock."""
+    without one (a second optimizer in the same training step, an unrelated one) does not advance the clock. Optimizers that
+    step within the backward, one for each parameter, are one step, which ends with that backward: between two of them a
+    checkpoint may run regions again."""
 
     steps: int = 0
     calls: int = 0
@@ -62,7 +65,7 @@ _hook: Any = None
 
 
 def _after_step(*_: Any) -> None:
-    STEP_COUNTER.advance()
+    after_backward(STEP_COUNTER.advance)
 
 
 def start() -> None:
