@@ -192,12 +192,15 @@ def _low_bit_bytes(p: torch.Tensor, bits: int, table: int, block: int, moments: 
 
 
 def _bitsandbytes(moments: int) -> Form:
-    """Moments of 8 bits with a scale for each block of 256 if that was asked for, else of float32."""
+    """Moments of 8 bits with a scale for each block of 256 if that was asked for, else of float32. All share a table of 256
+    numbers for each moment, which comes with the first."""
 
     def nbytes(optimizer: Any, group: Mapping[str, Any], p: torch.Tensor) -> int:
         args = optimizer.args
+        in_8_bits = (q for q in stepped_by(optimizer) if q.requires_grad and q.numel() >= args.min_8bit_size)
         if args.optim_bits == 8 and p.numel() >= args.min_8bit_size:
-            return moments * (p.numel() + 4 * -(-p.numel() // 256))
+            tables = 4 * 256 if p is next(in_8_bits, None) else 0
+            return moments * (p.numel() + 4 * -(-p.numel() // 256) + tables)
         return moments * 4 * p.numel()
 
     return nbytes
