@@ -160,3 +160,92 @@ def test_preferences_are_learned_as_in_eager_mode(tmp_path: Path):
     assert losses(compiled) == pytest.approx(want, rel=4 * 18 * 8 * EPS)
     totals = actpass.report(compiled.model).totals
     assert totals.saved_bytes < totals.saved_bytes_default
+
+
+def grpo(folder: Path, **more: Any) -> Any:
+    """Completions are rewarded for the number of different words that they have."""
+
+    def variety(completions: list[str], **_: Any) -> list[float]:
+        return [float(len(set(c))) for c in completions]
+
+    args = trl.GRPOConfig(
+        output_dir=str(folder), max_steps=4, per_device_train_batch_size=4, num_generations=4, max_completion_length=12,
+        **{**ARGUMENTS, "learning_rate": 1e-3}, **more,
+    )  # fmt: skip
+    rows = [{"prompt": f"abc de{chr(97 + i)}"} for i in range(8)]
+    lora = peft.LoraConfig(**LORA, init_lora_weights=False)
+    return trl.GRPOTrainer(
+        model=model(), reward_funcs=variety, args=args, train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer(), peft_config=lora,
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("no_codegen")
+def test_policies_are_trained_as_in_eager_mode(tmp_path: Path):
+    """GRPO with what it generates itself, each batch twice, so that ratios are not one, and a reference: the model without
+    its adapters."""
+
+    def trained(options: dict[str, Any] | None) -> tuple[Any, list[dict[str, float]]]:
+        torch.manual_seed(0)
+        trainer = grpo(tmp_path, num_iterations=2, beta=0.04)
+        if options is not None:
+            trainer.model.compile(backend="actcomp", options=options)
+        trainer.train()
+        return trainer, [entry for entry in trainer.state.log_history if "loss" in entry]
+
+    _, want = trained(None)
+    counters.clear()
+    trainer, found = trained({"policy": "exact"})
+    assert len(found) == len(want) == 4
+    for entry, plain in zip(found, want, strict=True):
+        # advantages have a mean of 0, and so has the loss but for its terms' size: 1
+        assert entry["loss"] == pytest.approx(plain["loss"], abs=4 * 18 * 8 * EPS)
+        assert entry["grad_norm"] == pytest.approx(plain["grad_norm"], rel=4 * 18 * 8 * EPS)
+        assert entry.get("reward") == plain.get("reward")  # the same words were drawn
+    assert "reward" in found[0]
+    report = actpass.report(trainer.model)
+    assert report.active
+    assert report.totals.saved_bytes < report.totals.saved_bytes_default
+
+
+@pytest.mark.usefixtures("no_codegen")
+def test_the_loss_of_a_policy_has_the_gradients_of_eager_mode(tmp_path: Path):
+    """Of completions of several lengths, against an older policy. TRL's head breaks the graph (`out=` of a slice), so that its
+    products are no part of a plan: two graphs have a backward, the model's and the head's sums."""
+    batch, words, lengths = 4, 20, torch.tensor([20, 15, 8, 20])
+    draw = torch.Generator().manual_seed(0)
+    inputs = {
+        "prompt_ids": torch.randint(3, 120, (batch, 6), generator=draw),
+        "prompt_mask": torch.ones(batch, 6, dtype=torch.long),
+        "completion_ids": torch.randint(3, 120, (batch, words), generator=draw),
+        "completion_mask": (torch.arange(words)[None] < lengths[:, None]).long(),
+        "advantages": torch.tensor([1.0, -1.0, 0.5, -0.5]),
+        "old_per_token_logps": -6.2 + 0.1 * torch.randn(batch, words, generator=draw),
+        "num_items_in_batch": torch.tensor(float(lengths.sum())),
+    }
+
+    def step(trainer: Any) -> tuple[float, torch.Tensor]:
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.model.zero_grad()
+        loss = trainer.compute_loss(trainer.model.train(), inputs)
+        loss.backward()
+        return loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+
+    trainer = grpo(tmp_path)
+    loss, want = step(trainer)
+    assert abs(loss) > 0.01
+    # of few random tokens a gradient loses what its input does: a twelfth in 4 bits
+    for policy, tolerance in (("exact", 128 * EPS), ("auto", 0.12)):
+        torch.compiler.reset()
+        counters.clear()
+        trainer.model.compile(backend="actcomp", options={"policy": policy, "min_tensor_bytes": 0})
+        found_loss, found = step(trainer)
+        assert found_loss == pytest.approx(loss, rel=128 * EPS)
+        assert float((found - want).norm() / want.norm()) <= tolerance
+        assert counters["stats"]["unique_graphs"] == 3
+        assert [reason.splitlines()[0] for reason in counters["graph_break"]] == [
+            "Attempted to call op with non-contiguous `out=` tensor"
+        ]
+        report = actpass.report(trainer.model)
+        assert [r.active for r in report.regions] == [True, True]
+        assert report.totals.saved_bytes < (0.8 if policy == "exact" else 0.5) * report.totals.saved_bytes_default
