@@ -130,7 +130,7 @@ def budget_rows(setup: Setup, count: int) -> list[RowSpec]:
     without = {} if setup.optimizer else {"optimizer_state_bytes": 0}  # with one it is AdamW, as is assumed
 
     def explain(budget: int, model: torch.nn.Module = model) -> actpass.Report:
-        return actpass.explain(model, options={"memory_budget": budget, **without}, **setup.batches[0])
+        return actpass.explain(model, advise=False, options={"memory_budget": budget, **without}, **setup.batches[0])
 
     least = least_of(explain, 2)
     assert least is not None

@@ -115,7 +115,7 @@ class Judge:
 
     def _explain(self, options: Mapping[str, Any]) -> Any:
         torch.compiler.reset()
-        return actpass.explain(self.model, options=options, **self.batch)
+        return actpass.explain(self.model, options=options, advise=False, **self.batch)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -148,7 +148,7 @@ def coded(plan: ModelPlan, nodes: Sequence[str], form: str) -> ModelPlan:
 
 def explain(model: Any, batch: Mapping[str, Tensor], options: Mapping[str, Any]) -> Any:
     torch.compiler.reset()
-    return actpass.explain(model, options={"min_tensor_bytes": 0, "chunked_loss": False, **options}, **batch)
+    return actpass.explain(model, advise=False, options={"min_tensor_bytes": 0, "chunked_loss": False, **options}, **batch)
 
 
 def audit(model: Any, batch: Mapping[str, Tensor], plan: ModelPlan) -> dict[str, float]:
