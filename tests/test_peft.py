@@ -157,5 +157,5 @@ def test_gradients_of_every_kind_of_adapter(name: str):
         assert set(found) == trained
         lost = sum(float((found[n] - want[n]).square().sum()) for n in want) ** 0.5
         whole = sum(float(want[n].square().sum()) for n in want) ** 0.5
-        # of 256 random tokens a gradient loses what its input does: a twelfth in 4 bits
-        assert lost < (128 * EPS if policy == "exact" else 0.12) * whole, policy
+        # of 256 random tokens a gradient loses what its input does: a twelfth in 4 bits, and in 8 bits what is small
+        assert lost < (128 * EPS if policy == "exact" else 0.03 if name == "LoRA-FA" else 0.12) * whole, policy
