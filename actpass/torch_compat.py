@@ -214,8 +214,7 @@ def guard_each_call(inputs: Sequence[torch.fx.Node], check: Callable[..., bool])
     """Have Dynamo ask ``check``, given the values of ``inputs`` (placeholders of the graph that it compiles), before each later
     call. Where it says no, Dynamo compiles anew. Whatever it says, the other guards hold by then."""
     sources: list[Any] = [cast(Any, node)._dynamo_source for node in inputs]
-    names = [str(source.name() if callable(source.name) else source.name) for source in sources]
-    code = f"___actpass_check({', '.join(names)})"
+    code = f"___actpass_check({', '.join(map(_expression, sources))})"
 
     def create(builder: Any, _: Guard) -> None:
         builder.add_python_lambda_leaf_guard_to_root([code], [code], {"___actpass_check": check})
@@ -224,8 +223,14 @@ def guard_each_call(inputs: Sequence[torch.fx.Node], check: Callable[..., bool])
 
 
 def can_be_guarded(placeholder: torch.fx.Node) -> bool:
-    """Whether Dynamo compiles a graph now, and knows where this placeholder of it comes from."""
-    return TracingContext.try_get() is not None and getattr(placeholder, "_dynamo_source", None) is not None
+    """Whether Dynamo compiles a graph now, and knows where this placeholder of it comes from: an expression in its locals and
+    globals alone."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    return TracingContext.try_get() is not None and source is not None and "___" not in _expression(source)
+
+
+def _expression(source: Any) -> str:
+    return str(source.name() if callable(source.name) else source.name)
 
 
 def current_frame() -> int | None:

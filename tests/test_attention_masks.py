@@ -93,6 +93,9 @@ UNKNOWN: dict[str, Callable[[], torch.Tensor]] = {
     "strided": lambda: (positions()[1] <= positions()[0]) & (positions()[1] % 2 == 0),
     "biased": lambda: (positions()[1] - positions()[0]) * 0.5,
     "turned": lambda: (positions()[1] <= positions()[0]).t(),
+    "wraps around": lambda: positions()[0].to(torch.uint8) - positions()[1].to(torch.uint8) >= 0,
+    "not a number": lambda: positions()[1].float() <= torch.where(positions()[0] == QUERIES - 1, float("nan"), positions()[0]),
+    "a product": lambda: positions()[1].float() <= positions()[0].float() @ torch.ones(1, 1),
 }
 
 
@@ -418,6 +421,12 @@ def written(_: Attention, __: torch.Tensor) -> torch.Tensor:
     return mask
 
 
+def _written_through(view: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    mask = torch.ones(16, 16, dtype=torch.bool).tril()
+    view(mask)[:, 0] = True
+    return mask
+
+
 def of_activations(_: Attention, x: torch.Tensor) -> torch.Tensor:
     q, k = positions(16)
     return (k <= q) & ((x[:, None, :, :1] < 100) | (k == 0))
@@ -425,7 +434,13 @@ def of_activations(_: Attention, x: torch.Tensor) -> torch.Tensor:
 
 KEPT: dict[str, tuple[Callable[..., torch.Tensor], str]] = {
     "trained": (lambda m, _: torch.full((16, 16), float("-inf")).triu(1) + m.qkv.bias[:16], "which is trained"),
-    "written": (written, "is no plain function of tensors"),
+    "written": (written, "is written in place"),
+    "written through a view": (lambda m, x: _written_through(lambda mask: mask.unfold(1, 4, 4)), "is written in place"),
+    "written through what copies nothing": (
+        lambda m, x: _written_through(lambda mask: mask.contiguous()),
+        "is written in place",
+    ),
+    "large": (lambda m, x: x.new_ones(16, 16).tril() * (x.repeat(64, 16, 16).sum() < 1e9), "interval"),
     "buffer": (lambda m, _: m.causal, "it is an input"),
     "view of a buffer": (lambda m, _: m.causal[None, None], "not known to be an interval"),
 }
@@ -453,6 +468,60 @@ def test_a_mask_of_data_is_read_again_at_each_call() -> None:
     for given in (x, large, x):
         assert_as_eager(run, model, {"x": given})
     assert backend.graphs == 2
+
+
+class Ends(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(x, x + 1, x + 2, x + 3)
+        return x.sin(), x.cos()
+
+    @staticmethod
+    def backward(ctx: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        x, *_ = ctx.saved_tensors
+        return a * x.cos() - b * x.sin()
+
+
+class Calls(nn.Module):
+    """Calls graphs that are no checkpoints."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = Ends.apply(self.layer(x))
+        return (a * b).square().mean()
+
+
+def test_a_graph_may_call_others() -> None:
+    torch.manual_seed(0)
+    model = Calls()
+    assert_as_eager(torch.compile(model, backend=Counting()), model, {"x": torch.randn(4, 32)})
+
+
+def test_a_number_that_changes() -> None:
+    class Window(Attention):
+        def forward(self, x: torch.Tensor, n: float = 4.0) -> torch.Tensor:
+            q, k = positions(16)
+            return super().forward(x, (k <= q) & (k > q - n))
+
+    torch.manual_seed(0)
+    model, x = Window(written), torch.randn(2, 16, 32)
+    run = torch.compile(model, backend=Counting())
+    for n in (12.0, 13.0, 16.0, 3.5):
+        assert_as_eager(run, model, {"x": x, "n": n})  # pyright: ignore[reportArgumentType]
+
+
+def test_values_of_the_meta_device_are_not_known() -> None:
+    with torch.device("meta"):
+        model = llama()
+        mask = torch.ones(2, 48, dtype=torch.int64)
+        tokens = torch.zeros(2, 48, dtype=torch.int64)
+    report = actpass.explain(model, input_ids=tokens, labels=tokens, attention_mask=mask, advise=False)
+    assert any("are not known when this is compiled" in n for n in report.regions[0].notes)
+    report = actpass.explain(model, input_ids=tokens, labels=tokens, advise=False)
+    assert any("left out" in n for n in report.regions[0].notes)
 
 
 def test_dropout_and_scale_are_kept() -> None:

@@ -200,11 +200,14 @@ def _computed(call: _Call, node: fx.Node) -> Value:
         return _uniform_of(call, made.shape)
     if call.target not in _VIEWS and made.numel() > MOST_ELEMENTS:
         return UNKNOWN
+    if call.target in _MATMULS:
+        return UNKNOWN  # autocast rounds them
     return cast(Value, call.on(call.values))
 
 
 _LIKES = (aten.full_like.default, aten.ones_like.default, aten.zeros_like.default)
 _NEW = (aten.new_full.default, aten.new_ones.default, aten.new_zeros.default)
+_MATMULS = (aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default, aten.mv.default, aten.dot.default)
 _VIEWS = (aten.expand.default, aten.unsqueeze.default, aten.alias.default, aten.detach.default, aten.slice.Tensor)
 
 
@@ -293,6 +296,8 @@ def compare(target: Any, left: torch.Tensor, right: torch.Tensor) -> Value:
     small = [n if changed else 1 for n, changed in zip(lead, changes, strict=True)]
     of_query = _narrowed(left, [*changes, True, False]).expand(*small, queries, 1).squeeze(-1).contiguous()
     of_key = _narrowed(right, [*changes, False, True]).expand(*small, 1, keys).squeeze(-2).contiguous()
+    if bool(of_query.isnan().any() or of_key.isnan().any()):
+        return UNKNOWN
     if of_key.numel() > MOST_ELEMENTS or not bool((of_key[..., 1:] >= of_key[..., :-1]).all()):
         return UNKNOWN
     below, up_to = (torch.searchsorted(of_key, of_query, right=right) for right in (False, True))
@@ -334,7 +339,7 @@ def _on_bands(call: _Call) -> Value:
 def _compared_difference(call: _Call, difference: Difference) -> Value:
     """``left - right <= c`` as ``left <= right + c``, in whole numbers."""
     other = call.args[1] if call.target in _WITH_SCALARS and len(call.args) > 1 else None
-    whole = not (difference.left.is_floating_point() or difference.right.is_floating_point()) and isinstance(other, int)
+    whole = difference.left.dtype == difference.right.dtype == torch.int64 and isinstance(other, int)  # others may wrap around
     if len(call.values) != 1 or not whole:
         return UNKNOWN
     name = _WITH_SCALARS[call.target]

@@ -27,17 +27,27 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from actpass.analysis.attention_masks import Allowed, MaskReader, allowed
-from actpass.ir.called_graphs import add_module, body_calls
+from actpass.ir.called_graphs import add_module, checkpoint_calls
 from actpass.ir.copying import copy_module
 from actpass.ir.graph_inputs import is_written, source_name
 from actpass.ir.traversal import ancestors
-from actpass.torch_compat import FakeTensor, FakeTensorMode, HigherOrderOperator, can_be_guarded, guard_each_call, size_hint
+from actpass.torch_compat import (
+    FakeTensor,
+    FakeTensorMode,
+    HigherOrderOperator,
+    can_be_guarded,
+    guard_each_call,
+    size_hint,
+    storage_key,
+)
 
 _ATTENTION = torch.nn.functional.scaled_dot_product_attention
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _MOST_HEAD_FEATURES = 256
 """With which fused kernels take fewer heads of keys than of queries: where transformers lets them, too."""
 
+_MOST_GIVEN = 2**20
+"""Elements of an input that masks are made of: its last values are kept, and compared at each call."""
 _MOST_LAYOUTS = 64
 """For which the operators that make masks are kept. Others are traced again."""
 
@@ -51,7 +61,7 @@ def infer_masks(
     """A clone of Dynamo's ``gm`` without the masks that attention can do without, and notes on all masks. ``gm`` itself stays
     as it is, and is returned where none is left out. guarded: whether calls with other values may follow: Dynamo then checks
     each. Otherwise it is right for ``example_inputs``."""
-    attentions = list(_attentions(gm, {}))
+    attentions = list(_attentions(gm, None))
     masks = list(dict.fromkeys(a.mask for a in attentions))
     if not masks:
         return gm, ()
@@ -60,7 +70,11 @@ def infer_masks(
     read = [mask for mask in masks if mask not in unread]
     made = _Masks.of(gm, read)
     given = [examples[leaf] for leaf in made.leaves]
-    found = dict(zip(read, made.read(given), strict=True))
+    try:
+        found = dict(zip(read, made.read(given), strict=True))
+    except Exception as error:  # whatever a user's operators raise where they run by themselves
+        reason = f"it can't be read by itself: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return gm, tuple(_note(mask, attentions, None, None, unread.get(mask, reason), ()) for mask in masks)
     if made.leaves and guarded:
         guard_each_call(made.leaves, _SameKinds(made, [_kind(found[mask]) for mask in read]))
     kinds: dict[fx.Node, Kind] = {mask: kind for mask in read if (kind := _kind(found[mask])) is not None}
@@ -79,16 +93,18 @@ class _Attention:
     mask: fx.Node
 
 
-def _attentions(gm: fx.GraphModule, outside: Mapping[fx.Node, fx.Node]) -> Iterator[_Attention]:
-    """Those of ``gm`` and of all that it calls (a checkpointed layer, say). outside: what its placeholders are given."""
+def _attentions(gm: fx.GraphModule, outside: Mapping[fx.Node, fx.Node] | None) -> Iterator[_Attention]:
+    """Those of ``gm`` and of the checkpoints that it calls. outside: what a checkpoint's placeholders are given; None for the
+    graph itself."""
     for node in gm.graph.nodes:
         mask = _argument(node, "attn_mask") if node.target is _ATTENTION else None
         if isinstance(mask, fx.Node):
-            mask = outside.get(mask, mask if not outside else None)
+            mask = mask if outside is None else outside.get(mask)
             if mask is not None:
                 yield _Attention(node, mask)
-        for body, given in body_calls(gm, node):
-            yield from _attentions(body, {p: outside.get(g, g) for p, g in given.items() if not outside or g in outside})
+        for body, given in checkpoint_calls(gm, node):
+            known = given if outside is None else {p: outside[g] for p, g in given.items() if g in outside}
+            yield from _attentions(body, known)
 
 
 def _argument(node: fx.Node, name: str) -> Any:
@@ -100,17 +116,35 @@ def _why_unread(mask: fx.Node, examples: Mapping[fx.Node, Any], guarded: bool) -
     """Why what ``mask`` is made of can't be run by itself, or None."""
     if mask in examples:
         return "it is an input"
-    for node in ancestors([mask]):
-        example = examples.get(node)
-        if isinstance(example, torch.Tensor) and example.requires_grad:
-            return f"it is made of {node.name}, which is trained"
-        if isinstance(example, FakeTensor):
-            return f"the values of {node.name}, of which it is made, are not known when this is compiled"
-        if isinstance(node.target, HigherOrderOperator) or node.op == "call_module" or is_written(node):
+    made_of = ancestors([mask])
+    for node in made_of:
+        reason = _why_not_given(node, examples[node], guarded) if node in examples else None
+        if reason is not None:
+            return reason
+        if isinstance(node.target, HigherOrderOperator) or node.op == "call_module":
             return f"{node.name}, of which it is made, is no plain function of tensors"
-        if guarded and node in examples and not can_be_guarded(node):
-            return f"Dynamo can't check {node.name}, of which it is made, at each call"
+    shown = {key for node in made_of if (key := _storage(node)) is not None}
+    written = [n for n in mask.graph.nodes if (n in made_of or _storage(n) in shown) and is_written(n)]
+    return f"{written[0].name}, of which it is made or which shows that, is written in place" if written else None
+
+
+def _why_not_given(node: fx.Node, example: Any, guarded: bool) -> str | None:
+    """Why the value of an input can't be read now, or not again at each call."""
+    if isinstance(example, torch.Tensor):
+        if example.requires_grad:
+            return f"it is made of {node.name}, which is trained"
+        if isinstance(example, FakeTensor) or example.device.type == "meta":
+            return f"the values of {node.name}, of which it is made, are not known when this is compiled"
+        if example.numel() > _MOST_GIVEN:
+            return f"{node.name}, of which it is made, is too large to be compared at each call"
+    if guarded and not can_be_guarded(node):
+        return f"Dynamo can't check {node.name}, of which it is made, at each call"
     return None
+
+
+def _storage(node: fx.Node) -> int | None:
+    made = node.meta.get("example_value")
+    return storage_key(made.untyped_storage()) if isinstance(made, torch.Tensor) else None
 
 
 # ------------------------------------------------------------------------------------------------------------------ reading
@@ -140,7 +174,7 @@ class _Masks:
     def read(self, values: Sequence[Any]) -> list[Allowed | None]:
         """What each of the masks allows, given the ``values`` of the leaves."""
         real: list[Any] = [v.detach() if isinstance(v, torch.Tensor) else size_hint(v) for v in values]
-        layouts: tuple[Any, ...] = tuple((v.shape, v.dtype) if isinstance(v, torch.Tensor) else v for v in real)
+        layouts: tuple[Any, ...] = tuple((v.shape, v.dtype, v.device) if isinstance(v, torch.Tensor) else v for v in real)
         reader = self.readers.get(layouts)
         if reader is None:
             if len(self.readers) == _MOST_LAYOUTS:
@@ -148,12 +182,17 @@ class _Masks:
             reader = self.readers[layouts] = self._reader(layouts)
         with torch.no_grad():
             masks: Sequence[Any] = cast(Any, reader).run(*real)
+            reader.env.clear()  # what came out
             return [allowed(mask) for mask in masks]
 
     def _reader(self, layouts: tuple[Any, ...]) -> MaskReader:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            fakes = [torch.empty(cast(Any, x)[0], dtype=cast(Any, x)[1]) if isinstance(x, tuple) else x for x in layouts]
+            fakes = [_fake(*cast(Any, x)) if isinstance(x, tuple) else x for x in layouts]
             return MaskReader(make_fx(self.function)(*fakes))
+
+
+def _fake(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 class _SameKinds:
@@ -166,7 +205,10 @@ class _SameKinds:
 
     def __call__(self, *values: Any) -> bool:
         if self.last is None or not all(map(_is_equal, values, self.last[0])):
-            same = [_kind(a) for a in self.masks.read(values)] == self.kinds
+            try:
+                same = [_kind(a) for a in self.masks.read(values)] == self.kinds
+            except Exception:  # of these values, or sizes, they can't be read: none of them may be left out
+                same = not any(self.kinds)
             self.last = [v.detach().clone() if isinstance(v, torch.Tensor) else v for v in values], same
         return self.last[1]
 
@@ -194,7 +236,7 @@ def _without(gm: fx.GraphModule, kinds: Mapping[fx.Node, Kind]) -> fx.GraphModul
         kind = known.get(_argument(node, "attn_mask")) if node.target is _ATTENTION else None
         if kind is not None:
             _tell(node, kind)
-        for body, given in body_calls(clone, node):
+        for body, given in checkpoint_calls(clone, node):
             inside: dict[fx.Node, Kind] = {p: known[g] for p, g in given.items() if g in known}
             if inside:
                 _replace_body(clone, node, body, _without(body, inside))

@@ -215,7 +215,7 @@ class _Step:
         seed = config.seed
 
         def backend(gm: fx.GraphModule, example_inputs: list[Any], **more: Any) -> Any:
-            gm, _ = prepared(gm, example_inputs, config, guarded=False)
+            gm, _ = prepared(gm, example_inputs, config)
             with functorch_config.patch(enable_autograd_cache=False):
                 request = RegionRequest.of(gm, example_inputs, config, peak=peak_budget(config, example_inputs))
                 _, fn, extra = run_passes_with_state(request, compile_fx, inner_compile=interpret, dense=True)

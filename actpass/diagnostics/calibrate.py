@@ -48,7 +48,7 @@ def calibrate_model(
     regions: list[_Region] = []
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any], **_: Any) -> Any:
-        gm = prepared(gm, example_inputs, config, guarded=False)[0]
+        gm = prepared(gm, example_inputs, config)[0]
         region = _Region(example_inputs, state)
         request = RegionRequest.of(gm, example_inputs, config)
         with functorch_config.patch(enable_autograd_cache=False):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
 from torch import fx
+
+from actpass.torch_compat import tag_activation_checkpoint
 
 
 def bodies(gm: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
@@ -15,12 +17,12 @@ def bodies(gm: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
     return [body for body in given if isinstance(body, fx.GraphModule)]
 
 
-def body_calls(gm: fx.GraphModule, node: fx.Node) -> Iterator[tuple[fx.GraphModule, Mapping[fx.Node, fx.Node]]]:
-    """Each graph that ``node`` calls, with what its placeholders are given: the last positional arguments."""
+def checkpoint_calls(gm: fx.GraphModule, node: fx.Node) -> Iterator[tuple[fx.GraphModule, Mapping[fx.Node, fx.Node]]]:
+    """The graph of a checkpoint that ``node`` calls, if it does, with what its placeholders are given."""
+    if node.target is not tag_activation_checkpoint:
+        return
     for body in bodies(gm, node):
-        inside = body.graph.find_nodes(op="placeholder")
-        given = node.args[len(node.args) - len(inside) :]
-        yield body, {p: g for p, g in zip(inside, given, strict=True) if isinstance(g, fx.Node)}
+        yield body, dict(zip(body.graph.find_nodes(op="placeholder"), cast(Sequence[fx.Node], node.args[1:]), strict=True))
 
 
 def add_module(gm: fx.GraphModule, value: Any) -> str:

@@ -83,7 +83,9 @@ def is_written(tensor: fx.Node) -> bool:
     for user in tensor.users:
         name = str(getattr(user.target, "__name__", user.target))
         is_in_place = name.endswith("_") and not name.endswith("__") and name not in _NOT_IN_PLACE
-        if name in _WRITES or is_in_place or user.kwargs.get("out") is tensor:
+        out = user.kwargs.get("out")
+        is_out = out is tensor or (isinstance(out, tuple | list) and tensor in out)
+        if name in _WRITES or is_in_place or is_out or user.kwargs.get("inplace") is True:
             return True
         if name in _SHOWS and is_written(user):
             return True
