@@ -20,11 +20,11 @@ factors wrong by 0.15."""
 class Auto(Policy):
     """A budget chooses for each tensor by what it takes and what it costs; without one the coarsest form that costs nothing.
 
-    A tensor all of whose uses are weight gradients takes the coarsest of the project's own forms that a budget may choose (4
-    bits) unless it is small, any other the coarsest of them that is safe for recomputed scores (8 bits). Where the error goes on
-    into all gradients below, 4 bits cost up to 0.7 % of the loss, even unbiased, and 8 nothing (tools/results/loss-*.json). On a
-    GPU values and outputs of attention stay exact: library kernels make and read them, so that codes take two kernels more, each
-    1 % of a step of a Llama.
+    A tensor all of whose uses are weight gradients takes the coarsest of the project's own forms that a budget may choose
+    (4 bits) unless it is small, any other the coarsest of them that is safe for recomputed scores (8 bits). Where the error
+    goes on into all gradients below, 4 bits cost up to 0.7 % of the loss, even unbiased, and 8 nothing
+    (tools/results/loss-*.json). On a GPU values and outputs of attention stay exact: library kernels make and read them, so
+    that codes take two kernels more, each 1 % of a step of a Llama.
     """
 
     def decide(self, facts: Facts) -> tuple[Storage, ...]:
