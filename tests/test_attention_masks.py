@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import actpass
-from actpass.analysis.attention_masks import Allowed, MaskReader, allowed
+from actpass.analysis.allowed_keys import Allowed, MaskReader, allowed
 from actpass.backend.attention_masks import infer_masks
 from actpass.diagnostics.explain import explain_model
 from actpass.torch_compat import FakeTensorMode

@@ -6,7 +6,7 @@ the sequence's length, rules out flash attention on a GPU, and makes attention d
 
     mask = (key <= query) & (document[key] == document[query]); out = attention(q, repeat(k), repeat(v), attn_mask=mask)
 
-and the clone that is compiled in its place, if the mask allows just that (`actpass.analysis.attention_masks`)::
+and the clone that is compiled in its place, if the mask allows just that (`actpass.analysis.allowed_keys`)::
 
     out = attention(q, k, v, is_causal=True, enable_gqa=True)
 
@@ -26,10 +26,10 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from actpass.analysis.attention_masks import Allowed, MaskReader, allowed
+from actpass.analysis.allowed_keys import Allowed, MaskReader, allowed
 from actpass.ir.called_graphs import add_module, checkpoint_calls
 from actpass.ir.copying import copy_module
-from actpass.ir.graph_inputs import is_written, source_name
+from actpass.ir.graph_inputs import example_of, is_written, operator_name, source_name
 from actpass.ir.traversal import ancestors
 from actpass.torch_compat import (
     FakeTensor,
@@ -38,7 +38,6 @@ from actpass.torch_compat import (
     can_be_guarded,
     guard_each_call,
     size_hint,
-    storage_key,
 )
 
 _ATTENTION = torch.nn.functional.scaled_dot_product_attention
@@ -68,7 +67,7 @@ def infer_masks(
     examples = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
     unread = {mask: reason for mask in masks if (reason := _why_unread(mask, examples, guarded)) is not None}
     read = [mask for mask in masks if mask not in unread]
-    made = _Masks.of(gm, read)
+    made = _MaskGraph.of(gm, read)
     given = [examples[leaf] for leaf in made.leaves]
     try:
         found = dict(zip(read, made.read(given), strict=True))
@@ -123,9 +122,8 @@ def _why_unread(mask: fx.Node, examples: Mapping[fx.Node, Any], guarded: bool) -
             return reason
         if isinstance(node.target, HigherOrderOperator) or node.op == "call_module":
             return f"{node.name}, of which it is made, is no plain function of tensors"
-    shown = {key for node in made_of if (key := _storage(node)) is not None}
-    written = [n for n in mask.graph.nodes if (n in made_of or _storage(n) in shown) and is_written(n)]
-    return f"{written[0].name}, of which it is made or which shows that, is written in place" if written else None
+    written = [node for node in made_of if is_written(node)]
+    return f"{written[0].name}, of which it is made, is written in place" if written else None
 
 
 def _why_not_given(node: fx.Node, example: Any, guarded: bool) -> str | None:
@@ -142,16 +140,11 @@ def _why_not_given(node: fx.Node, example: Any, guarded: bool) -> str | None:
     return None
 
 
-def _storage(node: fx.Node) -> int | None:
-    made = node.meta.get("example_value")
-    return storage_key(made.untyped_storage()) if isinstance(made, torch.Tensor) else None
-
-
 # ------------------------------------------------------------------------------------------------------------------ reading
 
 
 @dataclass(frozen=True, eq=False)
-class _Masks:
+class _MaskGraph:
     """The part of Dynamo's graph that makes masks, as a function of those ``leaves`` of the graph that it reads. readers: for
     leaves of these shapes and dtypes, or sizes."""
 
@@ -160,7 +153,7 @@ class _Masks:
     readers: dict[tuple[Any, ...], MaskReader] = field(default_factory=dict[tuple[Any, ...], MaskReader])
 
     @classmethod
-    def of(cls, gm: fx.GraphModule, masks: Sequence[fx.Node]) -> _Masks:
+    def of(cls, gm: fx.GraphModule, masks: Sequence[fx.Node]) -> _MaskGraph:
         graph, env, wanted = fx.Graph(), dict[fx.Node, fx.Node](), ancestors(masks)
         leaves = tuple(n for n in gm.graph.find_nodes(op="placeholder") if n in wanted)
         for leaf in leaves:
@@ -199,7 +192,7 @@ class _SameKinds:
     """Whether masks come to what they came to when the graph was compiled. The last values are remembered: most steps have the
     same."""
 
-    def __init__(self, masks: _Masks, kinds: Sequence[Kind | None]) -> None:
+    def __init__(self, masks: _MaskGraph, kinds: Sequence[Kind | None]) -> None:
         self.masks, self.kinds = masks, list(kinds)
         self.last: tuple[list[Any], bool] | None = None
 
@@ -235,7 +228,7 @@ def _without(gm: fx.GraphModule, kinds: Mapping[fx.Node, Kind]) -> fx.GraphModul
     for node in list(clone.graph.nodes):
         kind = known.get(_argument(node, "attn_mask")) if node.target is _ATTENTION else None
         if kind is not None:
-            _tell(node, kind)
+            _leave_out_mask(node, kind)
         for body, given in checkpoint_calls(clone, node):
             inside: dict[fx.Node, Kind] = {p: known[g] for p, g in given.items() if g in known}
             if inside:
@@ -255,45 +248,52 @@ def _replace_body(gm: fx.GraphModule, call: fx.Node, body: fx.GraphModule, new: 
                 call.replace_input_with(attribute, gm.graph.get_attr(add_module(gm, new)))
 
 
-def _tell(node: fx.Node, kind: Kind) -> None:
+def _leave_out_mask(node: fx.Node, kind: Kind) -> None:
     given = {**dict(zip(_ARGUMENTS, node.args, strict=False)), **node.kwargs}
     given |= {"attn_mask": None, "is_causal": kind == "causal"}
     key, value = _unrepeated(given["key"]), _unrepeated(given["value"])
-    if key is not None and value is not None and _fit(_made(given["query"]).shape, _made(key).shape, _made(value).shape):
+    if key is not None and value is not None and _takes_grouped_heads(_shape(given["query"]), _shape(key), _shape(value)):
         given |= {"key": key, "value": value, "enable_gqa": True}
     node.args, node.kwargs = (given.pop("query"), given.pop("key"), given.pop("value")), given
 
 
-def _fit(query: Sequence[Any], key: Sequence[Any], value: Sequence[Any]) -> bool:
+def _takes_grouped_heads(query: Sequence[Any], key: Sequence[Any], value: Sequence[Any]) -> bool:
     """Whether fused attention takes heads of these shapes with ``enable_gqa``."""
     same = len(query) == len(key) == len(value) == 4 and (key[1], key[3]) == (value[1], value[3])
     return same and query[1] % key[1] == 0 and key[3] <= _MOST_HEAD_FEATURES
 
 
+def _shape(node: Any) -> torch.Size:
+    made = example_of(node)
+    if made is None:
+        raise AssertionError(f"{node} is no tensor")
+    return made.shape
+
+
 def _unrepeated(node: Any) -> fx.Node | None:
     """x, where ``node`` is x with each of its heads (axis 1) several times in a row."""
-    if not isinstance(node, fx.Node) or _name(node) not in ("reshape", "view", "repeat_interleave"):
+    if not isinstance(node, fx.Node) or operator_name(node) not in ("reshape", "view", "repeat_interleave"):
         return None
-    if _name(node) == "repeat_interleave":
+    if operator_name(node) == "repeat_interleave":
         source = node.args[0]
         axis = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
         return source if isinstance(source, fx.Node) and isinstance(_repeats(node), int) and axis in (1, -3) else None
     expanded = node.args[0]
-    if not isinstance(expanded, fx.Node) or _name(expanded) != "expand":
+    if not isinstance(expanded, fx.Node) or operator_name(expanded) != "expand":
         return None
     shown = expanded.args[0]
     if not isinstance(shown, fx.Node) or not isinstance(shown.args[0], fx.Node):
         return None
-    is_new_axis = (_name(shown) == "unsqueeze" and shown.args[1:] in ((2,), (-3,))) or (
+    is_new_axis = (operator_name(shown) == "unsqueeze" and shown.args[1:] in ((2,), (-3,))) or (
         shown.target is operator.getitem and _adds_third_axis(shown.args[1])
     )
     if not is_new_axis:
         return None
     source = shown.args[0]
-    batch, heads, *rest = _made(source).shape
-    repeated = _made(expanded).shape
+    batch, heads, *rest = _shape(source)
+    repeated = _shape(expanded)
     as_was = len(repeated) == 5 and tuple(repeated[:2]) == (batch, heads) and tuple(repeated[3:]) == tuple(rest)
-    return source if as_was and tuple(_made(node).shape) == (batch, heads * repeated[2], *rest) else None
+    return source if as_was and tuple(_shape(node)) == (batch, heads * repeated[2], *rest) else None
 
 
 def _repeats(node: fx.Node) -> Any:
@@ -304,15 +304,6 @@ def _adds_third_axis(index: Any) -> bool:
     """Whether ``x[index]`` is ``x[:, :, None]``."""
     every = slice(None, None, None)
     return isinstance(index, tuple) and index in [(every, every, None, *[every] * more) for more in range(3)]
-
-
-def _name(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-
-
-def _made(node: Any) -> torch.Tensor:
-    made: torch.Tensor = node.meta["example_value"]
-    return made
 
 
 # -------------------------------------------------------------------------------------------------------------------- notes
@@ -327,7 +318,7 @@ def _note(
     leaves: Sequence[fx.Node],
 ) -> str:
     calls = sum(a.mask is mask for a in attentions)
-    shape = "x".join(str(size_hint(n)) for n in _made(mask).shape)
+    shape = "x".join(str(size_hint(n)) for n in _shape(mask))
     what = f"the mask of {shape} of {calls} attention{'s' if calls > 1 else ''}"
     if kind is None:
         return f"{what} stays: {unread or _shape_of(found)}"

@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from actpass.errors import GraphUnsupported
 from actpass.ir.copying import copy_module
-from actpass.ir.graph_inputs import GraphInputs, is_written
+from actpass.ir.graph_inputs import GraphInputs, example_of, is_written, operator_name, storage_of
 from actpass.ir.traversal import ancestors, descendants
 from actpass.passes.loss_region import LEAST_SHARE
 from actpass.runtime.deferred_logits import Layouts, TracedWay, Way, layouts_of
@@ -35,7 +35,6 @@ from actpass.torch_compat import (
     is_data_dependent,
     returns_to_a_graph_break,
     size_hint,
-    storage_key,
 )
 
 _LEAST_RATIO = 2
@@ -155,8 +154,8 @@ class _Reader:
 
     def _is_view(self, node: fx.Node) -> bool:
         """Whether it shows the memory of what it is made of. What Dynamo's graph returns must not: it would be made again."""
-        storage = _storage(node)
-        return storage is not None and any(_storage(a) == storage for a in node.all_input_nodes)
+        storage = storage_of(node)
+        return storage is not None and any(storage_of(a) == storage for a in node.all_input_nodes)
 
     # ----------------------------------------------------------------------------------------------------------- checking
 
@@ -168,18 +167,18 @@ class _Reader:
             raise GraphUnsupported("FSDP2 frees the head's weights behind the forward, and they could not be computed later")
         if len(self.passed.intersection(found.leaves)) > (found.hidden is None):
             raise GraphUnsupported("weights that they are made of were computed elsewhere, as FSDP does")
-        made = {_storage(n): _nbytes(n) for n in self.gm.graph.nodes if n not in self.examples}
+        made = {storage_of(n): _nbytes(n) for n in self.gm.graph.nodes if n not in self.examples}
         if LEAST_SHARE * _nbytes(found.logits) < _SAVED_AT_LEAST * sum(made.values()):
             raise GraphUnsupported("they do not weigh beside what else is saved")
         for node in found.leaves:
             kind = cast(type[Any], type(self.examples[node]))
             if kind not in (torch.Tensor, torch.nn.Parameter, FakeTensor):
                 raise GraphUnsupported(f"{node.name}, which they are made of, is a {kind.__name__}")
-        around = [n for n in (*found.sources, *found.chain) if _fake(n) is not None]
+        around = [n for n in (*found.sources, *found.chain) if example_of(n) is not None]
         if any(is_data_dependent(size) for n in around for size in _made(n).shape):
             raise GraphUnsupported("their shape depends on data")
-        shown = {_storage(n) for n in around}
-        written = [n for n in self.gm.graph.nodes if _storage(n) in shown and is_written(n)]
+        shown = {storage_of(n) for n in around}
+        written = [n for n in self.gm.graph.nodes if storage_of(n) in shown and is_written(n)]
         if written:
             raise GraphUnsupported(f"{written[0].name}, which they are made of or which shows them, is written in place")
         if any(_is_function(n) or n.op == "call_module" for n in found.chain):
@@ -304,40 +303,30 @@ def _tidy(gm: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
-def _fake(node: Any) -> torch.Tensor | None:
-    made = node.meta.get("example_value") if isinstance(node, fx.Node) else None
-    return made if isinstance(made, torch.Tensor) else None
-
-
 def _made(node: fx.Node) -> torch.Tensor:
-    made = _fake(node)
+    made = example_of(node)
     if made is None:
         raise GraphUnsupported(f"{node.name} on the way to them is no tensor")
     return made
 
 
-def _storage(node: fx.Node) -> int | None:
-    made = _fake(node)
-    return storage_key(made.untyped_storage()) if made is not None else None
-
-
 def _nbytes(node: fx.Node) -> int:
-    made = _fake(node)
+    made = example_of(node)
     return size_hint(made.numel()) * made.element_size() if made is not None else 0
 
 
 def _is_loss(node: fx.Node) -> bool:
-    made = _fake(node)
+    made = example_of(node)
     return made is not None and made.dim() < 2 and made.numel() == 1 and made.is_floating_point() and made.requires_grad
 
 
 def _is_wide(node: fx.Node) -> bool:
-    made = _fake(node)
+    made = example_of(node)
     return made is not None and made.dim() > 1 and made.is_floating_point()
 
 
 def _is_smaller(node: fx.Node, logits: fx.Node) -> bool:
-    made = _fake(node)
+    made = example_of(node)
     return (
         made is not None
         and made.is_floating_point()
@@ -346,7 +335,7 @@ def _is_smaller(node: fx.Node, logits: fx.Node) -> bool:
 
 
 def _is_matmul(node: fx.Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = operator_name(node)
     return node.op != "placeholder" and (name in _MATMULS or "attention" in name)
 
 

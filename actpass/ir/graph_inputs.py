@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from actpass.torch_compat import FakeTensor
+from actpass.torch_compat import FakeTensor, storage_key
 
 _PARAMETER = re.compile(r"\._parameters\[|^l_self_(?:modules_\w+_)?parameters_\w+_$")
 """A parameter's source, or its placeholder's name where DDP's graph splitting dropped the source."""
@@ -71,25 +71,40 @@ _WRITES = {
     "setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "ilshift", "irshift",
     "imatmul",
 }  # fmt: skip
-
-
 _NOT_IN_PLACE = {"and_", "or_", "not_", "is_"}
 """Of Python's `operator`: ``a & b`` and the like."""
 
 
 def is_written(tensor: fx.Node) -> bool:
-    """Whether what is in the memory of ``tensor`` is changed in place, by the names of operators (``mul_``, ``x[i] = ...``,
-    ``out=``)."""
+    """Whether what is in the memory of ``tensor`` is changed in place behind it: by the names of operators (``mul_``,
+    ``x[i] = ...``, ``out=``), of it or of whatever shows its memory."""
     for user in tensor.users:
-        name = str(getattr(user.target, "__name__", user.target))
+        name, out = operator_name(user), user.kwargs.get("out")
         is_in_place = name.endswith("_") and not name.endswith("__") and name not in _NOT_IN_PLACE
-        out = user.kwargs.get("out")
         is_out = out is tensor or (isinstance(out, tuple | list) and tensor in out)
         if name in _WRITES or is_in_place or is_out or user.kwargs.get("inplace") is True:
             return True
-        if name in _SHOWS and is_written(user):
+        shows = name in _SHOWS or (storage_of(user) is not None and storage_of(user) == storage_of(tensor))
+        if shows and is_written(user):
             return True
     return False
+
+
+def operator_name(node: fx.Node) -> str:
+    """The name of what ``node`` calls: a method's, or a function's."""
+    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
+
+
+def example_of(node: Any) -> torch.Tensor | None:
+    """The fake value of a node of Dynamo's graph, if it is a tensor."""
+    made = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+    return made if isinstance(made, torch.Tensor) else None
+
+
+def storage_of(node: fx.Node) -> int | None:
+    """Equal for nodes of Dynamo's graph that show the same memory. None if that is not known."""
+    made = example_of(node)
+    return storage_key(made.untyped_storage()) if made is not None else None
 
 
 def is_computed(example: Any) -> bool:
