@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import actpass
 from actpass.analysis.allowed_keys import Allowed, MaskReader, allowed
+from actpass.backend import attention_masks
 from actpass.backend.attention_masks import infer_masks
 from actpass.diagnostics.explain import explain_model
 from actpass.torch_compat import FakeTensorMode
@@ -440,7 +441,6 @@ KEPT: dict[str, tuple[Callable[..., torch.Tensor], str]] = {
         lambda m, x: _written_through(lambda mask: mask.contiguous()),
         "is written in place",
     ),
-    "large": (lambda m, x: x.new_ones(16, 16).tril() * (x.repeat(64, 16, 16).sum() < 1e9), "interval"),
     "buffer": (lambda m, _: m.causal, "it is an input"),
     "view of a buffer": (lambda m, _: m.causal[None, None], "not known to be an interval"),
 }
@@ -456,6 +456,15 @@ def test_what_stays_has_a_reason(name: str) -> None:
     (note,) = notes(model)
     assert why in note
     assert "stays" in note
+
+
+def test_a_large_input_is_not_compared_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_masks, "_MOST_GIVEN", 1023)
+    torch.manual_seed(0)
+    model = Attention(of_activations)
+    assert_as_eager(torch.compile(model, backend=Counting()), model, {"x": torch.randn(2, 16, 32)})
+    (note,) = notes(model)
+    assert "too large to be compared" in note
 
 
 def test_a_mask_of_data_is_read_again_at_each_call() -> None:
